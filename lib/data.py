@@ -1,0 +1,132 @@
+"""A prepared data set: what `prepare_data.py` wrote, read through memory maps, and cut into padded or packed batches.
+
+On disk, in data/NAME/ (SPLIT is train or val):
+
+    SPLIT.tokens.npy   uint32 (tokens,)   all rows end to end
+    SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and trained on
+    SPLIT.rows.npy     ROW    (rows,)     one record a row
+    tokenizer/         the tokenizer itself, so that no later stage needs a network
+    meta.json          written last: identities, counts, what was dropped and why
+
+The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c is the rows
+[c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import files
+
+FORMAT = 1
+ROW = np.dtype([
+    ("start", "<u8"),         # first token's place in SPLIT.tokens.npy
+    ("length", "<u4"),        # tokens in the row
+    ("first_target", "<u8"),  # number of the row's first target, counting all targets of the split in order
+    ("targets", "<u4"),       # targets in the row
+    ("source", "<u2"),        # number of the source in meta.json's list
+])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: B lines of L tokens, each line holding one or more rows end to end.
+
+    tokens     (B, L) int64   padded with 0; padding is a row of its own, so nothing real attends to it
+    positions  (B, L) int64   restart at 0 with every row: that is what keeps packed rows apart
+    where      (N,)   int64   index into the flattened (B * L) outputs of the position that predicts target n
+    labels     (N,)   int64   the target tokens
+    numbers    (N,)   int64   each target's number in its split: its record in a logits file
+    rows       the row numbers, in order
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    where: torch.Tensor
+    labels: torch.Tensor
+    numbers: torch.Tensor
+    rows: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows)
+
+
+class Split:
+    """The rows of train or val."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            self.tokens, self.answer, self.rows = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "answer", "rows"))
+        except (OSError, ValueError) as broken:
+            files.fail(f"{folder}/{name}.*.npy cannot be read", seen=broken, mend="make data, with ARGS=--fresh")
+        if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or self.targets and int(self.rows["targets"].sum()) != self.targets:
+            files.fail(f"{folder}/{name}.*.npy do not fit together", seen=f"{len(self.tokens)} tokens, {len(self.answer)} mask entries", mend="make data, with ARGS=--fresh")
+
+    @property
+    def targets(self) -> int:
+        last = self.rows[-1:]
+        return int(last["first_target"].sum() + last["targets"].sum())
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a row's token ids and its answer mask, both (L,)."""
+        start, length = int(self.rows[number]["start"]), int(self.rows[number]["length"])
+        return self.tokens[start:start + length], self.answer[start:start + length]
+
+    def batch(self, lines: list[list[int]], pad_to: int = 1) -> Batch:
+        """Lay rows out as lines (see Batch). Worked example: rows A (3 tokens, the last 2 are targets) and B (2 tokens,
+        the last is a target) on one line give tokens A0 A1 A2 B0 B1, positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1.
+        """
+        lengths = self.rows["length"]
+        width = max(sum(int(lengths[row]) for row in line) for line in lines)
+        width = -(-width // pad_to) * pad_to
+        tokens, positions = np.zeros((len(lines), width), np.int64), np.zeros((len(lines), width), np.int64)
+        where, labels, numbers = [], [], []
+        for b, line in enumerate(lines):
+            at = 0
+            for row in line:
+                ids, answer = self.row(row)
+                tokens[b, at:at + len(ids)] = ids
+                positions[b, at:at + len(ids)] = np.arange(len(ids))
+                targets = np.flatnonzero(answer)
+                where.append(b * width + at + targets - 1)
+                labels.append(ids[targets])
+                numbers.append(int(self.rows[row]["first_target"]) + np.arange(len(targets)))
+                at += len(ids)
+            positions[b, at:] = np.arange(width - at)
+        join = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), [row for line in lines for row in line])
+
+
+class Dataset:
+    """A folder that prepare_data.py finished. Raises the one-line error when it is missing, unfinished or of another format."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.meta = files.read_json(self.folder / "meta.json", mend="make data (python prepare_data.py --help)")
+        if self.meta.get("format") != FORMAT:
+            files.fail(f"{folder} has another format", seen=self.meta.get("format"), wanted=FORMAT, mend="make data, with ARGS=--fresh")
+        self.train, self.val = Split(self.folder, "train"), Split(self.folder, "val")
+        if not len(self.train.rows):
+            files.fail(f"{folder} holds no training row", mend="python prepare_data.py with other data or a larger --max-len")
+
+    @property
+    def identities(self) -> dict:
+        """Hashes: `data` (token ids and masks), `vocabulary` (token -> id), `tokenizer` (vocabulary, special ids, chat template)."""
+        return self.meta["identities"]
+
+    @property
+    def chunks(self) -> int:
+        return -(-len(self.train.rows) // self.meta["rows_per_chunk"])
+
+    def chunk_rows(self, chunk: int) -> range:
+        """Return the row numbers of chunk `chunk` of train."""
+        size = self.meta["rows_per_chunk"]
+        return range(chunk * size, min((chunk + 1) * size, len(self.train.rows)))
+
+    def tokenizer(self):
+        """Return the tokenizer that made the data."""
+        from lib import template
+
+        return template.load_tokenizer(self.folder / "tokenizer")

@@ -1,0 +1,153 @@
+"""Files that are whole or absent: atomic writes, folders published by rename, growing .npy files, hashes, one-line errors.
+
+Contract: every write goes to a temporary name beside its target and is renamed; a reader sees the old file or the new one,
+never a half. A folder is complete when its `meta.json` / `config.json`, written last, exists.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+
+def fail(wrong: str, seen: object = None, wanted: object = None, mend: str | None = None) -> NoReturn:
+    """End the program with exit code 1 and one line: what is wrong, what was seen, what was wanted, what mends it."""
+    parts = [f"error: {wrong}"]
+    if seen is not None:
+        parts.append(f"saw {seen}")
+    if wanted is not None:
+        parts.append(f"wanted {wanted}")
+    if mend is not None:
+        parts.append(f"mend it with: {mend}")
+    raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk, so that a power cut cannot reorder it after a later rename."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, mend: str | None = None) -> dict:
+    """Read a JSON file; a missing or broken one is a one-line error that names `mend`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} is missing", mend=mend)
+    except (OSError, ValueError) as broken:
+        fail(f"{path} is not readable JSON", seen=broken, mend=mend)
+
+
+def sha256(*paths: Path) -> str:
+    """Return the sha256 of the files' bytes, one after the other (hex)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as source:
+            while block := source.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the two renames."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            sync(path)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if need be) or absent."""
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.replace(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return an empty folder beside `folder`, to be filled and then given to `publish`."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
+    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing); refuse any other one."""
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+        fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
+    shutil.rmtree(folder)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that holds `folder` (or its nearest parent that exists)."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def human(size: float) -> str:
+    """Return a byte count for people: human(2_500_000) == '2.5 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+class NpyWriter:
+    """A one-dimensional .npy file that grows by `append`; its length enters the header at `close`.
+
+    numpy pads its header for a growing first axis, so that the header can be written again in place.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.dtype, self.count = np.dtype(dtype), 0
+        self.file = open(path, "wb")
+        self._header()
+
+    def _header(self) -> None:
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)})
+
+    def append(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        self.file.write(values.tobytes())
+        self.count += len(values)
+
+    def close(self) -> None:
+        end = self.file.tell()
+        self._header()
+        assert end == self.file.tell() + self.count * self.dtype.itemsize, (end, self.file.tell(), self.count)
+        self.file.close()
