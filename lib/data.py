@@ -74,6 +74,11 @@ class Split:
         start, length = int(self.rows[number]["start"]), int(self.rows[number]["length"])
         return self.tokens[start:start + length], self.answer[start:start + length]
 
+    def end_tokens(self) -> list[int]:
+        """Return the tokens that end nine answers in ten, if there is such a one: what a generator must stop at."""
+        last = [int(self.row(row)[0][np.flatnonzero(self.row(row)[1])[-1]]) for row in range(min(1000, len(self.rows))) if self.rows[row]["targets"]]
+        return [token for token in set(last) if last.count(token) >= 0.9 * len(last)]
+
     def batch(self, lines: list[list[int]], pad_to: int = 1) -> Batch:
         """Lay rows out as lines (see Batch). Worked example: rows A (3 tokens, the last 2 are targets) and B (2 tokens,
         the last is a target) on one line give tokens A0 A1 A2 B0 B1, positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1.

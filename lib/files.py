@@ -3,6 +3,7 @@
 Contract: every write goes to a temporary name beside its target and is renamed; a reader sees the old file or the new one,
 never a half. A folder is complete when its `meta.json` / `config.json`, written last, exists.
 """
+import fcntl
 import hashlib
 import json
 import os
@@ -106,6 +107,16 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
     if any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
         fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
     shutil.rmtree(folder)
+
+
+def lock(folder: Path):
+    """Hold a folder for this process until it ends; a second process is refused. Keep the value that is returned."""
+    handle = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{folder} is being written by another process", wanted="one process a folder", mend="wait for it, or choose another --out")
+    return handle
 
 
 def free_bytes(folder: Path) -> int:

@@ -4,6 +4,23 @@ import argparse
 SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
     "--out": dict(required=True, metavar="DIR", help="where to write; running the same command again continues there"),
+    "--student": dict(required=True, metavar="DIR|ID", help="the model to train: a folder, a stage folder (its best/), or a hub id"),
+    "--lr": dict(type=float, default=2e-5, help="peak learning rate (default: %(default)s)"),
+    "--epochs": dict(type=float, default=3.0, help="passes over the data (default: %(default)s)"),
+    "--steps": dict(type=int, default=0, metavar="N", help="exactly this many optimizer steps instead of --epochs; 0 = off (default: %(default)s)"),
+    "--tokens-per-step": dict(type=int, default=16384, metavar="N", help="tokens of one optimizer step, about (default: %(default)s)"),
+    "--warmup": dict(type=float, default=0.1, help="share of the steps over which the rate rises; then a cosine to 0 (default: %(default)s)"),
+    "--weight-decay": dict(type=float, default=0.05, help="AdamW's decay, on matrices only (default: %(default)s)"),
+    "--beta2": dict(type=float, default=0.95, help="AdamW's second beta (default: %(default)s)"),
+    "--clip": dict(type=float, default=1.0, help="largest norm of the gradient; 0 = off (default: %(default)s)"),
+    "--checkpointing": dict(action="store_true", help="gradient checkpointing: less memory, a third more time (on by itself when memory is short)"),
+    "--no-pack": dict(action="store_true", help="one row a line instead of several (for models whose packed rows would see each other)"),
+    "--eval-every": dict(type=int, default=0, metavar="N", help="steps between evaluations; 0 = ten over the run (default: %(default)s)"),
+    "--save-every": dict(type=int, default=0, metavar="N", help="steps between resume states; 0 = at every evaluation (default: %(default)s)"),
+    "--log-every": dict(type=int, default=10, metavar="N", help="steps between log lines (default: %(default)s)"),
+    "--samples": dict(type=int, default=3, metavar="N", help="val prompts answered at each evaluation, into samples.md; 0 = off (default: %(default)s)"),
+    "--sample-tokens": dict(type=int, default=64, metavar="N", help="longest sample (default: %(default)s)"),
+    "--save-dtype": dict(choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights in best/ and final/ (default: %(default)s)"),
     "--tokens-per-microbatch": dict(type=int, default=4096, metavar="N", help="tokens of one forward pass: what memory allows (default: %(default)s)"),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)"),
@@ -16,10 +33,32 @@ SHARED = {
 }
 
 
-def add(parser: argparse.ArgumentParser, *names: str) -> None:
+def add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str) -> None:
     """Add the shared flags `names` to a parser, in that order."""
     for name in names:
         parser.add_argument(name, **SHARED[name])
+
+
+TRAINER = {  # the trainers' flags under the headings they appear with, in this order
+    "the optimizer step": ("--lr", "--epochs", "--steps", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay", "--beta2", "--clip"),
+    "the run": ("--eval-every", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
+    "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
+}
+
+
+def add_trainer(parser: argparse.ArgumentParser) -> None:
+    """Add what both trainers share beside their own method, each group under its heading."""
+    for title, names in TRAINER.items():
+        add(parser.add_argument_group(title), *names)
+
+
+def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) trainer values that cannot work."""
+    positive(parser, args, "lr", "epochs", "tokens_per_step", "tokens_per_microbatch", "log_every")
+    if not 0 <= args.warmup <= 1:
+        parser.error(f"--warmup is {args.warmup}, wanted a share from 0 to 1")
+    if args.steps < 0:
+        parser.error(f"--steps is {args.steps}, wanted 0 (off) or more")
 
 
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

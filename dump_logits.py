@@ -1,0 +1,231 @@
+"""Run the teacher once over the data and keep its top-k logits, with the exact mass of the rest, in memory-mapped arrays.
+
+    python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
+    python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val    # CPU, seconds, after `make demo`
+
+Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary.
+Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold).
+Killed anywhere, the same command goes on with the rows that are missing, and the file is bit for bit the same.
+"""
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib import files, flags, head as heads, losses, models, logits, plan
+from lib.data import Dataset
+from lib.interrupt import Interrupt
+from lib.run import clock, versions
+
+FLUSH_S = 5.0  # seconds of work that a power cut may cost
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("read and write")
+    flags.add(group, "--data")
+    group.add_argument("--teacher", required=True, metavar="DIR|ID", help="the model to run: a folder, a stage folder (its best/), or a hub id")
+    flags.add(group, "--out")
+    group.add_argument("--chunk", default="all", metavar="N|all|val", help="one chunk, val alone, or all chunks and val (default: %(default)s)")
+    group = parser.add_argument_group("the method")
+    group.add_argument("--k", type=int, default=32, help="logits kept a target (default: %(default)s)")
+    group.add_argument("--temperatures", default="1,2,4", metavar="1,2,4", help="temperatures whose tail is kept; training can use these alone (default: %(default)s)")
+    group.add_argument("--values", choices=["fp16", "u8"], default="fp16", help="format of z_max - z (default: %(default)s)")
+    group.add_argument("--student", default="", metavar="DIR|ID", help="the student to come: where its output layer is smaller, the teacher's is cut to it")
+    group.add_argument("--vocab", type=int, default=0, metavar="V", help="cut both to the first V tokens; 0 = by --student (default: %(default)s)")
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the teacher's weights; auto: float32 on CPU, its own half type on CUDA (default: %(default)s)")
+    flags.add(group, "--tokens-per-microbatch", "--device", "--threads", "--attn", "--compile", "--fresh", "--trust-remote-code")
+    args = parser.parse_args(argv)
+    flags.positive(parser, args, "k", "tokens_per_microbatch")
+    try:
+        args.temperatures = sorted({float(t) for t in args.temperatures.split(",")})
+    except ValueError:
+        parser.error(f"--temperatures is {args.temperatures}, wanted numbers like 1,2,4")
+    if min(args.temperatures) <= 0 or not all(map(math.isfinite, args.temperatures)):
+        parser.error("--temperatures must be above 0")
+    if args.chunk not in ("all", "val") and not args.chunk.isdigit():
+        parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
+    return args
+
+
+def pick_dtype(name, device, folder):
+    """Return the dtype of the teacher's weights. A GPU older than Ampere (V100) has no bfloat16 units: float16 there."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    own = files.read_json(folder / "config.json")
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(own.get("dtype") or own.get("torch_dtype"), torch.bfloat16)
+    return torch.float16 if half == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else half
+
+
+def pick_vocab(args, teacher, dataset):
+    """Return V, the tokens both models know: the smaller output layer, cut before softmax and top-k on both sides."""
+    vocab = args.vocab or teacher.vocab
+    if args.student and not args.vocab:
+        config = files.read_json(models.local_folder(args.student, args.trust_remote_code) / "config.json")
+        vocab = min(vocab, config.get("text_config", config)["vocab_size"])
+    known = len(dataset.tokenizer())
+    if not known <= vocab <= teacher.vocab:
+        files.fail("V does not fit", vocab, f"from {known} (the tokenizer's tokens) to {teacher.vocab} (the teacher's output layer)", "--vocab 0")
+    if args.k > vocab:
+        files.fail("k does not fit", f"--k {args.k}", f"at most V = {vocab}", f"--k {vocab}")
+    return vocab
+
+
+def teacher_records(teacher, head, batch, k, temperatures, dtype):
+    """Return the records of a batch's targets, the teacher's cross-entropy at each (nats) and whether it had it right, each (N,)."""
+    with_one = sorted({*temperatures, 1.0})
+    kept = [with_one.index(t) for t in temperatures]
+    hidden = teacher.hidden(batch)
+    records, ce, hits = [], [], []
+    for part, z in head.chunks(hidden):
+        label = batch.labels[part]
+        at_label = (z.gather(1, label[:, None]) - z.amax(1, keepdim=True))[:, 0]
+        ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
+        log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, with_one.index(1.0)])
+        records.append(logits.encode(ids.cpu().numpy(), gaps.cpu().numpy(), tails[:, kept].cpu().numpy(), dtype, head.vocab))
+        ce.append((log_z - at_label).double().cpu().numpy())
+        hits.append((at_label == 0).cpu().numpy())
+    return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
+
+
+@torch.inference_mode()
+def dump(args, chunk, dataset, teacher, head, settings, interrupt):
+    """Write one chunk (or val), or what is missing of it."""
+    folder = logits.chunk_folder(args.out, chunk)
+    split = dataset.val if chunk == "val" else dataset.train
+    rows = np.arange(len(split.rows)) if chunk == "val" else np.asarray(dataset.chunk_rows(chunk))
+    lengths, counts = split.rows["length"], split.rows["targets"]
+    first = int(split.rows["first_target"][rows[0]])
+    targets = int(counts[rows].sum())
+    dtype = logits.record_dtype(args.k, args.temperatures, head.vocab, args.values)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    holding = files.lock(folder)
+    if (folder / "done.npy").exists():
+        if (seen := files.read_json(folder / "settings.json")) != settings:
+            differ = "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in settings.items() if seen.get(k) != v)
+            files.fail(f"{folder} was started with other settings", differ, "the same command", "--fresh to start it anew, or another --out")
+        topk, done = (np.lib.format.open_memmap(folder / name, mode="r+") for name in ("topk.npy", "done.npy"))
+    else:  # done.npy appears last: once it is there, all three are whole
+        files.write_json(folder / "settings.json", settings)
+        topk = np.lib.format.open_memmap(folder / "topk.npy", mode="w+", dtype=dtype, shape=(targets,))
+        done = np.lib.format.open_memmap(folder / "done.npy.part", mode="w+", dtype=logits.DONE, shape=(len(rows),))
+        done.flush()
+        (folder / "done.npy.part").replace(folder / "done.npy")
+
+    # batches of rows of like length; a batch is always whole, so that what is computed does not depend on when we were killed
+    batches = [[row for line in lines for row in line] for window in np.array_split(rows, -(-len(rows) // 4096))
+               for lines in plan.microbatches(window, lengths, args.tokens_per_microbatch, int(lengths.max()), pack=False)]
+    left = [batch for batch in batches if not done["done"][np.asarray(batch) - rows[0]].all()]
+    print(f"dump {folder}: {len(rows):,} rows, {targets:,} targets, {dtype.itemsize} bytes each" + (f"; {len(batches) - len(left)} of {len(batches)} batches are there" if len(left) < len(batches) else ""), flush=True)
+
+    bar = tqdm(total=sum(int(counts[b].sum()) for b in left), desc=f"dump {chunk}", unit="target", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    pending, flushed, said, made, seconds = [], time.monotonic(), time.monotonic(), 0, 0.0
+
+    def flush():
+        topk.flush()  # the records first, then the word that they are there
+        for batch, sums, right in pending:
+            index = np.asarray(batch) - rows[0]
+            done["ce_sum"][index], done["hits"][index] = sums, right
+            done["done"][index] = True
+        done.flush()
+        pending.clear()
+
+    for number, batch_rows in enumerate(left):
+        started = clock(teacher.device)
+        batch = split.batch([[row] for row in batch_rows]).to(teacher.device)
+        records, ce, hits = teacher_records(teacher, head, batch, args.k, args.temperatures, dtype)
+        seconds += clock(teacher.device) - started if number else 0.0  # the first one warms up
+        made += len(records) if number else 0
+        if not np.isfinite(ce).all():
+            files.fail("the teacher's logits are not finite", f"rows {batch_rows[:8]}", "numbers", "--dtype float32 (float16 overflows in some models)")
+        starts = np.concatenate([[0], np.cumsum(counts[batch_rows])[:-1]]).astype(int)
+        for row, start in zip(batch_rows, starts):
+            at = int(split.rows["first_target"][row]) - first
+            topk[at:at + int(counts[row])] = records[start:start + int(counts[row])]
+        pending.append((batch_rows, np.add.reduceat(ce, starts), np.add.reduceat(hits.astype(int), starts)))
+        bar.update(len(records))
+        if interrupt.number or time.monotonic() - flushed > FLUSH_S:
+            flush()
+            flushed = time.monotonic()
+            interrupt.leave(f"dump: saved {folder}; the same command continues")
+        if bar.disable and time.monotonic() - said > 15:
+            print(f"dump {chunk}: {number + 1} of {len(left)} batches, {made / max(seconds, 1e-9):.0f} targets/s", flush=True)
+            said = time.monotonic()
+    flush()
+    bar.close()
+
+    assert done["done"].all(), "rows are missing"
+    shares = logits.coverage(topk, args.temperatures, head.vocab)
+    ce, acc1 = float(done["ce_sum"].sum() / targets), float(done["hits"].sum() / targets)
+    meta = {"format": logits.FORMAT, "chunk": chunk, "targets": targets, "rows": len(rows), "bytes_per_target": dtype.itemsize, **settings,
+            "identities": dataset.identities | {"teacher": settings["teacher"]}, "teacher_ce": ce, "teacher_acc1": acc1, "coverage": shares,
+            "sha256": files.sha256(folder / "topk.npy"), "versions": versions()}
+    files.write_json(folder / "meta.json", meta)
+    (folder / "settings.json").unlink()
+    speed = f"{made / seconds:.0f} targets/s" if seconds else "one batch"
+    print(f"dump {folder}: done, {speed}, {dtype.itemsize} bytes a target, teacher ce {ce:.4f} acc1 {acc1:.4f}, "
+          + "top-k coverage " + "  ".join(f"T={t}: {share:.3f}" for t, share in shares.items()), flush=True)
+    holding.close()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = models.pick_device(args.device, args.threads)
+    dataset = Dataset(args.data)
+    if args.chunk.isdigit() and int(args.chunk) >= dataset.chunks:
+        files.fail(f"chunk {args.chunk} does not exist", f"{dataset.chunks} chunks in {args.data}", f"0 to {dataset.chunks - 1}, val or all")
+    wanted = [int(args.chunk)] if args.chunk.isdigit() else ["val"] if args.chunk == "val" else [*range(dataset.chunks), "val"]
+    if not len(dataset.val.rows) and "val" in wanted:
+        print("dump: val is empty, so there is nothing to dump for it")
+        wanted.remove("val")
+    plan.check(np.concatenate([dataset.train.rows["length"], dataset.val.rows["length"]]), args.tokens_per_microbatch)
+    if args.fresh:
+        for chunk in wanted:
+            files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
+
+    folder = models.local_folder(args.teacher, args.trust_remote_code)
+    dtype = pick_dtype(args.dtype, device, folder)
+    teacher = models.load(args.teacher, device, dtype, dataset=dataset, attn=args.attn, compiled=args.compile, pack=False, trust_remote_code=args.trust_remote_code)
+    teacher.module.requires_grad_(False)
+    vocab = pick_vocab(args, teacher, dataset)
+    head = teacher.head(vocab)
+    settings = {"teacher": models.identity(folder), "teacher_folder": str(args.teacher), "data": dataset.identities["data"], "k": args.k, "temperatures": args.temperatures,
+                "values": args.values, "vocab": vocab, "dtype": str(dtype), "tokens_per_microbatch": args.tokens_per_microbatch}
+
+    # what is done is skipped; what is not has its size said and its room checked before the first forward pass
+    missing = []
+    for chunk in wanted:
+        meta = logits.chunk_folder(args.out, chunk) / "meta.json"
+        if not meta.exists():
+            missing.append(chunk)
+            continue
+        seen = files.read_json(meta)
+        if differ := "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in settings.items() if k not in ("teacher_folder", "dtype", "tokens_per_microbatch") and seen.get(k) != v):
+            files.fail(f"{meta.parent} is finished with other settings", differ, "the same command", "--fresh to dump it anew, or another --out")
+        print(f"dump {meta.parent}: already finished; nothing to do (--fresh dumps it anew)")
+    size = logits.record_dtype(args.k, args.temperatures, vocab, args.values).itemsize
+    need = sum(int((dataset.val if c == "val" else dataset.train).rows["targets"][slice(None) if c == "val" else dataset.chunk_rows(c)].sum()) * size
+               for c in missing if not (logits.chunk_folder(args.out, c) / "done.npy").exists())
+    have = files.free_bytes(args.out)
+    print(f"teacher: {folder}, {teacher.parameters:,} parameters, on {device}, {dtype}; V {vocab:,}, k {args.k}, temperatures {', '.join(f'{t:g}' for t in args.temperatures)}")
+    print(f"disk: {files.human(need)} to be written ({size} bytes a target), {files.human(have)} free at {args.out}")
+    if need > have:
+        files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need), "a smaller --k, --values u8, fewer --temperatures, or one --chunk at a time")
+
+    interrupt = Interrupt()
+    for chunk in missing:
+        dump(args, chunk, dataset, teacher, head, settings, interrupt)
+    print(f"dump: {Path(args.out)} holds what was asked for. Next: make stage2")
+
+
+if __name__ == "__main__":
+    main()

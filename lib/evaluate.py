@@ -1,0 +1,69 @@
+"""Measures on the val targets: cross-entropy, accuracy, calibration, and with a val dump the distance to the teacher.
+
+Sums and counts over all targets, never a mean of means: batch size, padding and row order change nothing.
+"""
+import math
+
+import numpy as np
+import torch
+
+from lib import data, logits, losses, plan
+from lib.models import Model
+
+BINS = 15  # of confidence, for the calibration error
+
+GLOSSARY = {
+    "ce": "cross-entropy of the reference token, nats a target",
+    "ppl": "perplexity, exp(ce)",
+    "acc1": "share of targets where the likeliest token is the reference token",
+    "acc5": "share of targets whose reference token is among the five likeliest",
+    "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
+    "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others, nats a target",
+    "agree": "share of targets where student and teacher have the same likeliest token",
+}
+
+
+@torch.no_grad()
+def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None, store: logits.Store | None = None) -> dict:
+    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store` has a val dump with T=1."""
+    if not split.targets:
+        return {"targets": 0}
+    training = model.module.training
+    model.module.eval()
+    head, device = model.head(vocab), model.device
+    sums = torch.zeros(5, dtype=torch.float64)  # ce, acc1, acc5, kl, agree
+    bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, confidence, accuracy
+    lengths = split.rows["length"]
+    compared = store is not None and store.compares
+    for lines in plan.microbatches(np.arange(len(split.rows)), lengths, max(tokens_per_microbatch, int(lengths.max())), int(lengths.max()), pack=False):
+        batch = split.batch(lines).to(device)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            hidden = model.hidden(batch)
+        kept = store.val_at(batch, 1) if compared else None
+        for part, z in head.chunks(hidden.to(amp) if amp else hidden):
+            label = batch.labels[part, None]
+            z -= z.amax(1, keepdim=True)
+            at_label = z.gather(1, label)
+            rank = (z > at_label).sum(1)
+            top = z.argmax(1)
+            right = top == label[:, 0]
+            if kept is not None:
+                logq, z, _, total = losses.student_logq(z, kept.ids[part], 1.0)
+                sums[3] += losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl").sum().double().cpu()
+                sums[4] += (top == kept.ids[part, 0]).sum().cpu()
+            else:
+                total = z.exp_().sum(1)
+            confidence = 1 / total
+            sums[0] += (total.log() - at_label[:, 0]).sum().double().cpu()
+            sums[1] += right.sum().cpu()
+            sums[2] += (rank < 5).sum().cpu()
+            bin_of = (confidence * BINS).long().clamp_max(BINS - 1).cpu()
+            for i, values in enumerate((torch.ones_like(confidence), confidence, right)):
+                bins[i].index_add_(0, bin_of, values.double().cpu())
+    model.module.train(training)
+    n = split.targets
+    ce, acc1, acc5, kl, agree = (sums / n).tolist()
+    result = {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "acc5": acc5, "ece": ((bins[1] - bins[2]).abs().sum() / n).item()}
+    if compared:
+        result |= {"kl": kl, "agree": agree}
+    return result | {"targets": n}

@@ -1,0 +1,177 @@
+"""The teacher's top-k logits on disk: one memory-mapped record per target, in target order.
+
+    logits/NAME/chunk-0003/topk.npy   structured (targets of the chunk,); fields of `record_dtype`
+                           done.npy   DONE (rows of the chunk,): which rows are written, with the teacher's own score on them
+                           meta.json  written last: identities, k, temperatures, V, sha256 of topk.npy, the teacher's figures
+    logits/NAME/val/       the same for the val split
+
+A record keeps, largest logit first: the k token ids (16 low bits, and the high bits packed where V > 65,536), `gap` = z_max - z_i
+(float16, or uint8 with one scale a record), and for every dumped T `tail` = log of the sum over the other V - k tokens of
+exp((z_j - z_max)/T), float32. Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of z_max - z 4e-7.
+
+Worked example: V = 151,936, k = 32, float16, three temperatures: 64 + 8 + 64 + 12 = 148 bytes a target.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import data, files, losses
+
+FORMAT = 1
+DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
+LARGEST_GAP = 60_000.0  # float16 ends at 65,504
+
+
+def high_bits(vocab: int) -> int:
+    """Return the bits an id needs above its low 16: 0, 2 (V up to 262,144) or 4 (up to 1,048,576)."""
+    return 0 if vocab <= 1 << 16 else 2 if vocab <= 1 << 18 else 4
+
+
+def record_dtype(k: int, temperatures: list[float], vocab: int, values: str) -> np.dtype:
+    """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
+    fields = [("id_low", "<u2", (k,))]
+    if bits := high_bits(vocab):
+        fields.append(("id_high", "u1", (-(-k * bits // 8),)))
+    fields += [("gap", "<f2", (k,))] if values == "fp16" else [("gap", "u1", (k,)), ("scale", "<f2")]
+    return np.dtype(fields + [("tail", "<f4", (len(temperatures),))])
+
+
+def encode(ids: np.ndarray, gaps: np.ndarray, tails: np.ndarray, dtype: np.dtype, vocab: int) -> np.ndarray:
+    """Return records (n,) of ids (n, k), gaps (n, k) and tails (n, temperatures)."""
+    records = np.zeros(len(ids), dtype)
+    records["id_low"] = ids & 0xFFFF
+    if bits := high_bits(vocab):
+        per = 8 // bits
+        high = np.zeros((len(ids), dtype["id_high"].shape[0] * per), np.uint8)
+        high[:, :ids.shape[1]] = ids >> 16
+        records["id_high"] = (high.reshape(len(ids), -1, per) << (bits * np.arange(per, dtype=np.uint8))).sum(-1)
+    if "scale" in dtype.names:
+        scale = (gaps.max(1).clip(max=LARGEST_GAP) / 255).astype(np.float16)
+        scale = np.where(scale.astype(np.float32) * 255 < gaps.max(1), np.nextafter(scale, np.float16(np.inf)), scale)  # never round the range down
+        records["scale"] = scale
+        records["gap"] = np.rint(gaps / np.maximum(scale.astype(np.float32), 1e-12)[:, None]).clip(0, 255)
+    else:
+        records["gap"] = gaps.clip(max=LARGEST_GAP)
+    records["tail"] = tails
+    return records
+
+
+def decode(records: np.ndarray, vocab: int, column: int) -> losses.Kept:
+    """Return what the loss needs of records (n,), on the CPU: ids, gaps, and the tail at dumped temperature number `column`."""
+    ids = records["id_low"].astype(np.int64)
+    if bits := high_bits(vocab):
+        shifts = bits * np.arange(8 // bits, dtype=np.uint8)
+        high = (records["id_high"][:, :, None] >> shifts) & ((1 << bits) - 1)
+        ids |= high.reshape(len(records), -1)[:, :ids.shape[1]].astype(np.int64) << 16
+    gap = records["gap"].astype(np.float32)
+    if "scale" in records.dtype.names:
+        gap *= records["scale"].astype(np.float32)[:, None]
+    return losses.Kept(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(records["tail"][:, column].astype(np.float32)))
+
+
+def chunk_folder(folder: Path, chunk: int | str) -> Path:
+    """Return the folder of a chunk number, or of "val"."""
+    return Path(folder) / ("val" if chunk == "val" else f"chunk-{chunk:04d}")
+
+
+class Part:
+    """One finished chunk (or val) of a logits folder, checked against the data it is to be used with."""
+
+    def __init__(self, folder: Path, dataset: data.Dataset, verify: bool = False) -> None:
+        self.folder, self.meta = folder, files.read_json(folder / "meta.json")
+        again = f"dump_logits.py --data {dataset.folder} --out {folder.parent} --fresh"
+        if self.meta.get("format") != FORMAT:
+            files.fail(f"{folder} has another format", self.meta.get("format"), FORMAT, again)
+        for name, what in (("data", "other data"), ("vocabulary", "a teacher with another vocabulary")):
+            if self.meta["identities"][name] != dataset.identities[name]:
+                files.fail(f"{folder} was dumped from {what}", f"{name} {self.meta['identities'][name][:12]}", f"{dataset.identities[name][:12]} of {dataset.folder}", again)
+        try:
+            self.records = np.load(folder / "topk.npy", mmap_mode="r")
+        except (OSError, ValueError) as broken:
+            files.fail(f"{folder}/topk.npy cannot be read", broken, mend=again)
+        if len(self.records) != self.meta["targets"]:
+            files.fail(f"{folder}/topk.npy is not whole", f"{len(self.records)} records", f"{self.meta['targets']}", again)
+        if verify and files.sha256(folder / "topk.npy") != self.meta["sha256"]:
+            files.fail(f"{folder}/topk.npy is damaged", "another checksum than its meta.json", mend=again)
+
+
+class Store:
+    """The finished chunks of a logits folder, read by target number at one temperature.
+
+    `train=False` is content with val alone. `chunks` are the numbers of the train chunks that are there, `missing` those that are not; `val` is a Part or None.
+    """
+
+    def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float, verify: bool = False, train: bool = True) -> None:
+        self.folder, self.dataset = Path(folder), dataset
+        if not self.folder.is_dir():
+            files.fail(f"{folder} is missing", mend="make logits (python dump_logits.py --help)")
+        whole = [c for c in range(dataset.chunks) if (chunk_folder(self.folder, c) / "meta.json").exists()]
+        self.missing = sorted(set(range(dataset.chunks)) - set(whole))
+        self.parts = {c: Part(chunk_folder(self.folder, c), dataset, verify) for c in whole}
+        val = chunk_folder(self.folder, "val")
+        self.val = Part(val, dataset, verify) if (val / "meta.json").exists() else None
+        every = [*self.parts.values(), *([self.val] if self.val else [])]
+        if train and not self.parts or not every:
+            files.fail(f"{folder} holds no finished chunk of {dataset.folder}", seen=f"0 of {dataset.chunks}", mend=self.mend())
+        self.meta = every[0].meta
+        for part in every[1:]:
+            for name in ("teacher", "k", "temperatures", "values", "vocab"):
+                if part.meta.get(name) != self.meta[name]:
+                    files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta[name], "dump_logits.py --fresh for one of them")
+        self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
+        if temperature not in self.temperatures:
+            files.fail(f"temperature {temperature:g} was not dumped", f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}",
+                       "one of these (a tail cannot be guessed from another temperature)",
+                       f"make stage2 T={self.temperatures[0]:g}, or dump_logits.py --temperatures with {temperature:g} among them and --fresh")
+        self.column = self.temperatures.index(temperature)
+        first = dataset.train.rows["first_target"]
+        self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
+
+    @property
+    def compares(self) -> bool:
+        """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in it."""
+        return self.val is not None and 1 in self.temperatures
+
+    @property
+    def chunks(self) -> list[int]:
+        return sorted(self.parts)
+
+    def mend(self) -> str:
+        """Return the make lines that bring what is missing."""
+        return "; ".join(f"make logits CHUNK={c}" for c in self.missing[:4]) + (f" ... ({len(self.missing)} in all: make logits)" if len(self.missing) > 4 else "")
+
+    def rows(self) -> np.ndarray:
+        """Return the numbers of all train rows whose chunk is there."""
+        return np.concatenate([np.asarray(self.dataset.chunk_rows(c)) for c in self.chunks])
+
+    def train(self, batch: data.Batch) -> losses.Kept:
+        """Return the teacher at a train batch's targets, on the device of its labels."""
+        size, numbers = self.dataset.meta["rows_per_chunk"], batch.numbers.numpy()
+        out, at = [], 0
+        for row in batch.rows:  # a row is one slice of one chunk
+            count, chunk = int(self.dataset.train.rows[row]["targets"]), row // size
+            start = int(numbers[at]) - self.starts[chunk] if count else 0
+            out.append(self.parts[chunk].records[start:start + count])
+            at += count
+        return self._kept(np.concatenate(out), self.column, batch)
+
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
+        """Return the teacher at a val batch's targets and a temperature, or None if it was not dumped."""
+        if self.val is None or temperature not in self.temperatures:
+            return None
+        return self._kept(self.val.records[batch.numbers.numpy()], self.temperatures.index(temperature), batch)
+
+    def _kept(self, records: np.ndarray, column: int, batch: data.Batch) -> losses.Kept:
+        kept, device = decode(records, self.vocab, column), batch.labels.device
+        return losses.Kept(*(tensor.to(device, non_blocking=True) for tensor in (kept.ids, kept.gap, kept.tail)))
+
+
+def coverage(records: np.ndarray, temperatures: list[float], vocab: int, sample: int = 20_000) -> dict[str, float]:
+    """Return the share of the teacher's softened mass that lies inside its top k, by temperature, over an even sample of records."""
+    records = records[::max(1, len(records) // sample)]
+    shares = {}
+    for column, t in enumerate(temperatures):
+        kept = decode(records, vocab, column)
+        shares[f"{t:g}"] = 1 - losses.teacher_logp(kept, t)[:, -1].exp().mean().item() if len(records) else 0.0
+    return shares

@@ -1,0 +1,194 @@
+"""The loss of both stages: cross-entropy, and a divergence to the teacher at temperature T, in one pass over the output layer.
+
+Teacher and student are compared over k+1 categories: the teacher's k largest tokens S, and one bucket for all the others, whose
+teacher mass at T is exact (it was summed over the whole vocabulary when the teacher ran). With d_i = z_i - z_max:
+
+    log p_i = d_i/T - log Z,   log p_rest = tail_T - log Z,   log Z = logaddexp(logsumexp over S of d_i/T, tail_T)
+    log q_i = s_i/T - logsumexp(s/T over ALL V tokens),   q_rest = the sum of the others, never 1 - sum
+
+    loss = alpha * T^2 * D(p, q) + (1 - alpha) * CE      summed over targets, in nats
+
+The T^2 keeps gradients of one size over T (Hinton et al., arXiv:1503.02531, section 2). Since every divergence here is a function
+of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the gradient at ALL V logits is closed:
+
+    T * dD/ds_j = g_j - q_j G  for j in S;    q_j (g_rest / q_rest - G)  for j not in S
+
+So the gradient is computed in the forward pass, chunk by chunk of targets: no (targets, V) tensor for the batch, nothing recomputed.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.head import Head, compute_dtype, matmul, wide
+
+FLOOR = -70.0  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
+DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a logits file keeps of the teacher at N targets: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0, tail (N,) at one T."""
+
+    ids: Tensor
+    gap: Tensor
+    tail: Tensor
+
+    def __getitem__(self, part: slice) -> "Kept":
+        return Kept(self.ids[part], self.gap[part], self.tail[part])
+
+
+@dataclass(frozen=True)
+class Method:
+    """alpha weighs the teacher (0 = cross-entropy alone). `beta`: jsd's weight of the teacher, skl's share of the teacher in the mixture."""
+
+    alpha: float = 0.0
+    temperature: float = 1.0
+    divergence: str = "fkl"
+    beta: float = 0.5
+
+
+def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """Return D(p, q) (n,) in nats from log-probabilities (n, C); zero exactly where p == q, never below.
+
+    fkl KL(p||q) | rkl KL(q||p) | jsd generalised Jensen-Shannon, beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q
+    (GKD, arXiv:2306.13649, eq. 1) | skl skewed KL(p || beta p + (1-beta) q) (DistiLLM, arXiv:2402.03898, eq. 2) |
+    tvd total variation, half the sum of |p - q|.
+    """
+    kl = lambda a, b: (a.exp() * (a - b)).sum(-1)
+    if kind == "fkl":
+        return kl(logp, logq)
+    if kind == "rkl":
+        return kl(logq, logp)
+    if kind == "tvd":
+        return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    mixture = torch.log(beta * logp.exp() + (1 - beta) * logq.exp())
+    if kind == "skl":
+        return kl(logp, mixture)
+    assert kind == "jsd", kind
+    return beta * kl(logp, mixture) + (1 - beta) * kl(logq, mixture)
+
+
+def teacher_logp(kept: Kept, temperature: float) -> Tensor:
+    """Return the teacher's log-probabilities (N, K+1) at T over its K tokens and, last, the bucket of all others."""
+    d = -kept.gap / temperature
+    log_z = torch.logaddexp(d.logsumexp(-1), kept.tail)
+    return torch.cat([d - log_z[:, None], (kept.tail - log_z)[:, None].clamp_min(FLOOR)], -1)
+
+
+def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the student's log-probabilities (n, K+1) at T over the same categories. z (n, V) holds s - s_max and is overwritten.
+
+    Also returned, for the gradient: z itself, now exp((s - s_max)/T) with zeros at `ids`, its sum over the others (n,) and over all (n,).
+    """
+    kept = z.gather(1, ids) / temperature
+    z.div_(temperature).exp_().scatter_(1, ids, 0.0)  # zeros at S, so that the bucket is a sum and never 1 - sum
+    rest = z.sum(1).clamp_min(torch.finfo(z.dtype).tiny)
+    total = kept.exp().sum(1) + rest
+    log_total = total.log()
+    return torch.cat([kept - log_total[:, None], (rest.log() - log_total)[:, None].clamp_min(FLOOR)], -1), z, rest, total
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss and its gradients together; backward only scales them. See the module's docstring for the mathematics."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head: Head, labels, kept: Kept | None, method: Method, dtype, grad: bool):
+        n_all, device = len(labels), hidden.device
+        operand = head.operand(dtype)
+        alpha, t = method.alpha, method.temperature
+        ce_sum, kd_sum = (torch.zeros((), dtype=wide(dtype), device=device) for _ in range(2))
+        grad_hidden = torch.zeros(hidden.shape, dtype=wide(dtype), device=device) if grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide(dtype), device=device) if grad and weight.requires_grad else None
+        grad_bias = torch.zeros(bias.shape, dtype=wide(dtype), device=device) if grad and bias is not None and bias.requires_grad else None
+        # fp16 holds q - p of a flat tail (1/V = 7e-6) to two digits only: lift by 2^10 for the products, and lower the sums again
+        lift = 1024.0 if operand.dtype == torch.float16 else 1.0
+
+        size = min(head.chunk(), max(n_all, 1))
+        buffer = torch.empty(size, head.vocab, dtype=wide(operand.dtype), device=device)
+        second = torch.empty_like(buffer) if kept is not None else None
+        for start in range(0, n_all, size):
+            part = slice(start, min(start + size, n_all))
+            n = part.stop - part.start
+            rows, label = hidden[part].to(operand.dtype), labels[part, None]
+            z = head.logits(rows, operand, buffer[:n])  # (n, V)
+            slope = 1 - (z / head.softcap) ** 2 if head.softcap else None
+            z -= z.amax(1, keepdim=True)
+            at_label = z.gather(1, label)[:, 0]
+
+            if kept is not None:
+                at_kept = z.gather(1, kept.ids[part])
+                one = z if t == 1 else second[:n].copy_(z)
+                logq, soft, rest, total = student_logq(second[:n].copy_(z) if t == 1 else z, kept.ids[part], t)
+                one = one.exp_()
+            else:
+                one = z.exp_()
+            one_sum = one.sum(1)
+            ce_sum += (one_sum.log() - at_label).sum()
+
+            if kept is not None:
+                with torch.enable_grad():
+                    logq.requires_grad_()
+                    kd = divergence(teacher_logp(kept[part], t), logq, method.divergence, method.beta).sum()
+                    (g,) = torch.autograd.grad(kd, logq)  # (n, K+1)
+                kd_sum += kd.detach()
+            if not grad:
+                continue
+
+            d = one.mul_(((1 - alpha) / one_sum)[:, None])  # d loss / d s, (n, V)
+            d.scatter_add_(1, label, torch.full_like(label, -(1 - alpha), dtype=d.dtype))
+            if kept is not None:
+                total_g = g.sum(1)
+                # soft is zero at S; the bucket's tokens share its gradient in proportion to their mass
+                d.addcmul_(soft, (alpha * t * (g[:, -1] / rest - total_g / total))[:, None])
+                d.scatter_add_(1, kept.ids[part], alpha * t * (g[:, :-1] - logq.detach()[:, :-1].exp() * total_g[:, None]))
+            if slope is not None:
+                d *= slope
+            if head.scale != 1:
+                d *= head.scale
+            if grad_bias is not None:
+                grad_bias[:head.vocab] += d.sum(0)
+            d = d.mul_(lift).to(operand.dtype) if lift != 1 else d.to(operand.dtype)
+            grad_hidden[part] = matmul(d, operand)
+            if grad_weight is not None:
+                if d.dtype == grad_weight.dtype:
+                    grad_weight[:head.vocab].addmm_(d.t(), rows)
+                else:
+                    grad_weight[:head.vocab] += matmul(d.t(), rows)
+        if lift != 1 and grad:
+            grad_hidden /= lift
+            if grad_weight is not None:
+                grad_weight /= lift
+
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        loss = (1 - alpha) * ce_sum + alpha * t * t * kd_sum
+        ctx.mark_non_differentiable(ce_sum, kd_sum)
+        return loss, ce_sum, kd_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _ce, _kd):
+        hidden, weight, bias = ctx.grads
+        assert hidden is not None, "the head's gradients were computed with grad off, or used twice"
+        ctx.grads = (None, None, None)  # scaled in place: a second backward would scale them twice
+        scaled = [g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip((hidden, weight, bias), (*ctx.dtypes, ctx.dtypes[1]))]
+        return *scaled, *[None] * 6
+
+
+def head_loss(hidden: Tensor, head: Head, labels: Tensor, kept: Kept | None = None, method: Method = Method(), dtype: torch.dtype | None = None):
+    """Return (loss_sum, ce_sum, kd_sum): the loss of N targets, differentiable, and its two parts in nats (kd without T^2, alpha).
+
+    hidden (N, D)  the body's last hidden states at the positions that predict the targets; only these reach the head
+    labels (N,)    the target tokens, all < head.vocab
+    kept           the teacher at these targets; None = cross-entropy alone, and then method.alpha must be 0
+    dtype          of the matrix products (default: hidden's); logits, losses and sums are float32 or wider whatever it is
+
+    All sums, never means: the caller divides once, by the targets of the whole optimizer step. N = 0 gives 0 and zero gradients.
+    """
+    assert (kept is not None) or method.alpha == 0, f"alpha {method.alpha} without a teacher"
+    assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
+    dtype = compute_dtype(dtype or hidden.dtype, hidden.device)
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadLoss.apply(hidden, head.weight, head.bias, head, labels, kept, method, dtype, grad)

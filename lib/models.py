@@ -1,0 +1,197 @@
+"""Models: a Hugging Face causal LM as a body (tokens -> hidden states at targets) and a head (hidden states -> logits).
+
+Contract: `load` accepts a local folder or a hub id, safetensors only; it refuses weights that are not finite, a vocabulary that is not
+the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our head would not reproduce or whose
+packed rows would see each other.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib import data, files, template
+from lib.head import Head
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def local_folder(name: str, trust_remote_code: bool = False) -> Path:
+    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A stage folder gives its best/."""
+    path = Path(name)
+    if path.is_dir():
+        for stage in ("best", "final"):
+            if not (path / "config.json").exists() or (path / "history.jsonl").exists():
+                if (path / stage / "config.json").exists():
+                    return path / stage
+        if not (path / "config.json").exists():
+            files.fail(f"{name} is no model", "a folder without config.json", "a Hugging Face checkpoint, or a stage folder with best/")
+        return path
+    if path.exists() or str(name).startswith((".", "/")) or str(name).count("/") != 1:
+        files.fail(f"the model {name} is missing", wanted="a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
+        files.fail(f"the model {name} is neither a folder here nor to be had from the hub", str(missing)[:200], mend=f"huggingface-cli download {name}")
+
+
+def has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+
+
+def identity(folder: Path) -> str:
+    """Return the hash of a checkpoint's configuration and weights."""
+    return files.sha256(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+
+
+@dataclass(frozen=True)
+class Model:
+    """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it came from."""
+
+    module: nn.Module
+    body: nn.Module
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the output layer: at least the tokenizer's tokens, often padded above them."""
+        return self.module.get_output_embeddings().weight.shape[0]
+
+    def hidden(self, batch: data.Batch) -> Tensor:
+        """Return the last hidden states (N, D) at the positions that predict the batch's targets; no logits are made."""
+        output = self.body(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[batch.where]
+
+    def head(self, vocab: int | None = None) -> Head:
+        """Return the output layer, cut to the first `vocab` tokens (default: all)."""
+        config, layer = self.module.config.get_text_config(), self.module.get_output_embeddings()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere; Granite
+        return Head(layer.weight, getattr(layer, "bias", None), vocab or self.vocab, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset | None = None, attn: str = "sdpa",
+         compiled: bool = False, from_scratch: bool = False, keep_layers: list[int] | None = None, pack: bool = True, seed: int = 0,
+         trust_remote_code: bool = False) -> Model:
+    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = local_folder(name, trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if dataset is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        check_vocabulary(folder, dataset, trust_remote_code)
+    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
+    if has_weights(folder):
+        try:
+            module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+        except Exception as broken:  # safetensors, JSON, OSError, missing shards, kernels not installed: each says what it saw
+            files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {str(broken)[:300]}", "config.json and *.safetensors that belong together")
+    elif from_scratch:
+        print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
+        torch.manual_seed(seed)
+        module = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    else:
+        files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it", "make stage1 (stage1_sft.py makes a new model from a config.json)")
+    if keep_layers:
+        keep_only_layers(module, keep_layers)
+    broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
+    if broken:
+        files.fail(f"{folder} holds weights that are not finite", f"NaN or infinity in {broken}", "a whole checkpoint")
+    module.to(device).eval()
+    if dataset is not None and len(dataset.tokenizer()) > module.get_output_embeddings().weight.shape[0]:
+        files.fail(f"{folder} is too small for the data's tokenizer", f"{module.get_output_embeddings().weight.shape[0]} rows", f"{len(dataset.tokenizer())}")
+    model = Model(module, module.base_model, folder)
+    probe(model, pack)
+    if compiled:
+        model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
+    return model
+
+
+def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose tokenizer gives other ids to tokens than the data's: equal sizes prove nothing."""
+    seen, wanted = template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"], dataset.identities["vocabulary"]
+    if seen != wanted:
+        files.fail(f"{folder} has another tokenizer than {dataset.folder}", f"vocabulary {seen[:12]}", wanted[:12],
+                   f"python prepare_data.py --tokenizer {folder} --out another folder (teacher and student must share one vocabulary)")
+
+
+def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
+    """Keep the decoder layers numbered `keep`, in that order: a plain start for a student, made of its teacher."""
+    body, config = module.base_model, module.config.get_text_config()
+    layers = getattr(body, "layers", None)
+    if layers is None or not all(0 <= i < len(layers) for i in keep) or len(set(keep)) != len(keep):
+        files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), f"different numbers from 0 to {len(layers) - 1}" if layers is not None else "a body with .layers")
+    body.layers = nn.ModuleList(layers[i] for i in keep)
+    for number, layer in enumerate(body.layers):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in keep]
+    config.num_hidden_layers = len(keep)
+
+
+def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
+    """Make the model's own generation stop at the tokens that end the data's answers, beside those it knows."""
+    config = model.module.generation_config
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id] * (config.eos_token_id is not None)
+    config.eos_token_id = known + [token for token in end_tokens if token not in known]
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id[0]
+
+
+@torch.no_grad()
+def probe(model: Model, pack: bool) -> None:
+    """Run eight tokens through the model both ways; refuse it where our head or packed rows would not give its own logits."""
+    tokens = torch.arange(1, 9, device=model.device)[None] % model.vocab  # (1, 8)
+    exact = next(model.module.parameters()).dtype == torch.float32
+    limit = 1e-3 if exact else 0.1  # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
+    far = lambda a, b: ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
+
+    def body(ids: Tensor, positions: Tensor) -> Tensor:
+        return model.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+
+    straight = torch.arange(8, device=model.device)[None]
+    hidden = body(tokens, straight)
+    own = model.module(input_ids=tokens, position_ids=straight, use_cache=False).logits[0]
+    _, ours = next(model.head().chunks(hidden))
+    if (error := far(ours, own[-len(ours):] if len(ours) < 8 else own)) > limit:
+        files.fail(f"{type(model.module).__name__} changes its logits in a way this project does not know", f"a relative difference of {error:.2g}", f"at most {limit:g}")
+    alone = torch.cat([body(tokens[:, :5], straight[:, :5]), body(tokens[:, 5:], straight[:, :3])])
+    packed = body(tokens, torch.cat([straight[:, :5], straight[:, :3]], 1))
+    if pack and (error := far(packed, alone)) > limit:
+        files.fail(f"packed rows see each other in {type(model.module).__name__}", f"a relative difference of {error:.2g}", f"at most {limit:g}", "the same command with --no-pack")
+
+
+def pick_device(name: str, threads: int = 0) -> torch.device:
+    """Return the device: `auto` takes CUDA, then MPS, then the CPU."""
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as missing:
+        files.fail(f"--device {name} cannot be used", str(missing).splitlines()[0], "auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Return autocast's dtype, or None for plain float32."""
+    if name == "auto":
+        name = "fp16" if device.type == "cuda" else "off"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[name]

@@ -1,0 +1,76 @@
+"""Which rows go where: a pure function of (lengths, seed, epoch), so that resuming needs the step number alone.
+
+An epoch is a list of optimizer steps; a step is a list of micro-batches; a micro-batch is a list of lines; a line holds rows end
+to end. Rows on one line never see each other (position ids restart), so packing changes speed, not results.
+"""
+import numpy as np
+
+from lib import files
+
+
+def steps(rows: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int) -> list[np.ndarray]:
+    """Shuffle `rows` and cut them into optimizer steps of about `tokens_per_step` tokens: every row once, no step empty.
+
+    Cuts lie at even shares of the epoch's tokens, so that the last step is as large as the others.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(np.asarray(rows))
+    ends = np.cumsum(lengths[order].astype(np.int64))
+    count = max(1, round(int(ends[-1]) / tokens_per_step))
+    step_of = np.minimum((ends - 1) * count // int(ends[-1]), count - 1)
+    return [part for part in np.split(order, np.flatnonzero(np.diff(step_of)) + 1) if len(part)]
+
+
+def check(lengths: np.ndarray, tokens_per_microbatch: int) -> None:
+    """Refuse a micro-batch that the longest row does not fit in."""
+    if lengths.max() > tokens_per_microbatch:
+        files.fail("the longest row does not fit in a micro-batch", f"{lengths.max()} tokens, --tokens-per-microbatch {tokens_per_microbatch}",
+                   mend=f"--tokens-per-microbatch {lengths.max()}, or prepare_data.py with a smaller --max-len")
+
+
+def line_length(lengths: np.ndarray, tokens_per_microbatch: int, attn: str) -> int:
+    """Return how long lines may be. Attention is computed over whole lines, so: long enough to pack well, and no longer.
+
+    flash_attention_2 takes one line of any length (its kernel skips what lies between rows).
+    """
+    longest = int(lengths.max())
+    assert longest <= tokens_per_microbatch, (longest, tokens_per_microbatch)
+    return tokens_per_microbatch if attn == "flash_attention_2" else min(tokens_per_microbatch, max(longest, 1024))
+
+
+def microbatches(rows: np.ndarray, lengths: np.ndarray, tokens_per_microbatch: int, line: int, pack: bool = True) -> list[list[list[int]]]:
+    """Cut one step's rows into micro-batches of at most `tokens_per_microbatch` tokens with padding, longest first.
+
+    pack=True: first-fit decreasing into lines of `line` tokens (at most 11/9 of the fewest lines possible, Johnson 1973); pack=False: one row a line.
+    """
+    order = sorted((int(row) for row in rows), key=lambda row: (-int(lengths[row]), row))
+    lines, used = [], []
+    for row in order:
+        size = int(lengths[row])
+        fit = next((i for i, tokens in enumerate(used) if tokens + size <= line), None) if pack else None
+        if fit is None:
+            lines.append([row])
+            used.append(size)
+        else:
+            lines[fit].append(row)
+            used[fit] += size
+    batches, width = [], 0
+    for i in sorted(range(len(lines)), key=lambda i: (-used[i], i)):
+        width = width or used[i]  # the first line of a micro-batch is its longest
+        if batches and width * (len(batches[-1]) + 1) <= tokens_per_microbatch:
+            batches[-1].append(lines[i])
+        else:
+            batches.append([lines[i]])
+            width = used[i]
+    return batches
+
+
+def whole_run(rows: np.ndarray, lengths: np.ndarray, seed: int, tokens_per_step: int, epochs: float, count: int = 0) -> list[np.ndarray]:
+    """Return the rows of every optimizer step of a run: of `epochs` passes over `rows`, or of exactly `count` steps where it is above 0."""
+    run, epoch = [], 0
+    while count and len(run) < count or not count and epoch < epochs:
+        part = steps(rows, lengths, seed, epoch, tokens_per_step)
+        if not count and epochs - epoch < 1:
+            part = part[:max(1, round(len(part) * (epochs - epoch)))]
+        run += part
+        epoch += 1
+    return run[:count] if count else run

@@ -1,0 +1,59 @@
+"""Before the first step: will it fit in memory and on disk, and can the teacher teach? One screen, then the loop."""
+import os
+
+import torch
+
+from lib import files, head, models
+
+ACTIVATION_WIDTHS = 34  # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4, without its attention maps)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that is free now on the device (CPU: of the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def training_bytes(model: models.Model, tokens: int, amp: torch.dtype | None, checkpointing: bool) -> int:
+    """Return about how many more bytes training takes once float32 weights are loaded: gradients, AdamW, activations, the head's buffers."""
+    config, half = model.module.config.get_text_config(), 2 if amp else 4
+    widths = 1 if checkpointing else ACTIVATION_WIDTHS
+    layers = config.num_hidden_layers + (ACTIVATION_WIDTHS if checkpointing else 0)  # the layer being recomputed is whole
+    activations = tokens * config.hidden_size * widths * half * layers
+    layer = model.module.get_output_embeddings().weight
+    return 12 * model.parameters + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 + half * bool(amp))
+
+
+def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None) -> bool:
+    """Return whether to checkpoint gradients: on request, or when memory is short without. Says what is needed and there."""
+    have = available_bytes(model.device)
+    plain, saved = (training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True))
+    use = args.checkpointing or plain > have
+    if plain > have and not args.checkpointing:
+        print("memory: short, so gradient checkpointing is on (or lower --tokens-per-microbatch)")
+    need = saved if use else plain
+    print(f"memory: about {files.human(need)} more needed, {files.human(have)} free on {model.device}")
+    if need > have:
+        print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
+    return use
+
+
+def disk(out, model: models.Model, tokens_size: int = 4) -> None:
+    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a weight, best/ and final/ at 4."""
+    need, have = model.parameters * (2 * 12 + 3 * tokens_size), files.free_bytes(out)
+    print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
+    if need > have:
+        files.fail(f"the disk of {out} is too small", files.human(have) + " free", files.human(need), "another --out, or delete old runs")
+
+
+def teacher_can_teach(store, measures: dict) -> None:
+    """Compare teacher and untouched student on val; a teacher that is no better has nothing to give."""
+    if store.val is None or "ce" not in measures:
+        return
+    teacher, student = store.val.meta["teacher_ce"], measures["ce"]
+    print(f"val cross-entropy: teacher {teacher:.4f}, student {student:.4f}" + ("" if teacher < student else "; WARNING: the teacher is no better than the student"))

@@ -1,0 +1,207 @@
+"""A training run's folder: what makes it resumable, what is logged, and the checkpoints it leaves.
+
+    runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"), times in seconds of training
+                    last/           resume state: float32 weights, optimizer, counters; removed when the run is finished
+                    best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
+                    samples.md      the same few prompts answered at each evaluation
+                    curves.png      the history as a picture
+                    config.json     written last: arguments, versions, identities, git commit, final figures
+
+Kill it anywhere and run the same command again: it goes on from last/, and the final weights are those of a straight run, bit for
+bit (same device, same threads). Nothing random is kept over steps: each step seeds its own randomness from (seed, step).
+"""
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from lib import files, models
+from lib.interrupt import Interrupt
+
+MARKS = ("last", "last.part", "last.old", "config.json", "history.jsonl", ".lock")
+FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify"}  # arguments that may differ when a run is continued
+
+
+class Run:
+    """Open (or continue) the run in args.out. Attributes: step (where to start), updates (optimizer steps taken), best."""
+
+    def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
+        self.out, self.args, self.stage, self.identities, self.best_by = Path(args.out), args, stage, identities, best_by
+        if args.fresh:
+            files.remove_ours(self.out, MARKS)
+        settings = {name: value for name, value in vars(args).items() if name not in FREE and name != "out"}
+        self.settings = json.loads(json.dumps(settings)) | {"stage": stage, "identities": identities}
+        finished = self.out / "config.json"
+        if finished.exists():
+            self._same(files.read_json(finished)["settings"], "is finished")
+            print(f"{stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
+            raise SystemExit(0)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = files.lock(self.out)
+        for name in ("last", "best", "final"):
+            files.recover(self.out / name)
+        self.step, self.updates, self.best, self.resumed, self.trained_s, self.measures = 0, 0, None, None, 0.0, {}
+        self.history = self.out / "history.jsonl"
+        self.state = files.read_json(self.out / "last" / "state.json") if (self.out / "last" / "state.json").exists() else None
+        if self.state:
+            self._same(self.state["settings"], "was started")
+            self.step, self.updates, self.best, self.trained_s, self.measures = (self.state[name] for name in ("step", "updates", "best", "trained_s", "measures"))
+            self.resumed = self.step
+            for path, size in self.state["sizes"].items():  # lines logged after the state was saved will be logged again
+                with open(self.out / path, "r+b") as log:
+                    log.truncate(size)
+            print(f"{stage}: continues {self.out} at step {self.step}")
+        else:
+            for name in ("history.jsonl", "samples.md"):
+                (self.out / name).unlink(missing_ok=True)
+        self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
+
+    def _same(self, settings: dict, how: str) -> None:
+        differing = [f"{k} {settings.get(k)!r} (now {self.settings.get(k)!r})" for k in sorted({*settings, *self.settings}) if settings.get(k) != self.settings.get(k)]
+        if differing:
+            files.fail(f"{self.out} {how} with other settings", "; ".join(differing), "the same command", "--fresh to start anew, or another --out")
+
+    def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Put the saved state, if there is one, into model, optimizer and scaler."""
+        if not self.state:
+            return
+        folder, device = self.out / "last", next(module.parameters()).device
+        saved = load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, tensor in tensors(module).items():
+                tensor.copy_(saved.pop(name))
+        assert not saved, f"last/ holds tensors the model lacks: {list(saved)[:3]}"
+        flat, state = load_file(folder / "optimizer.safetensors", device=str(device)), {}
+        for name, tensor in flat.items():
+            number, key = name.split(".", 1)
+            state.setdefault(int(number), {})[key] = tensor.cpu() if key == "step" and device.type == "cpu" else tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        scaler.load_state_dict(self.state["scaler"])
+
+    def save(self, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, measures: dict) -> None:
+        """Write last/: everything that continuing at `step` needs."""
+        partial = files.partial_folder(self.out / "last")
+        save_file(tensors(module), partial / "weights.safetensors")
+        flat = {f"{number}.{key}": value for number, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
+        save_file(flat, partial / "optimizer.safetensors")
+        sizes = {name: (self.out / name).stat().st_size for name in ("history.jsonl", "samples.md") if (self.out / name).exists()}
+        files.write_json(partial / "state.json", {"step": step, "updates": self.updates, "best": self.best, "trained_s": self.trained_s, "measures": measures, "sizes": sizes,
+                                                  "scaler": scaler.state_dict(), "settings": self.settings})
+        files.publish(partial, self.out / "last")
+        self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.interrupt.number)
+
+    def log(self, event: str, step: int, **values) -> None:
+        """Append one line to history.jsonl and print it: what is printed is what is stored, raw and not smoothed."""
+        values = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in values.items()}
+        with open(self.history, "a", encoding="utf-8") as log:
+            log.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self.say(f"{self.stage} {event} step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+
+    def say(self, text: str) -> None:
+        if self.bar:
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+    def progress(self, steps: int):
+        """Return the progress bar of the loop; on anything but a terminal it stays silent and the log lines speak."""
+        self.bar = tqdm(total=steps, initial=self.step, desc=self.stage, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def tick(self, seconds: float, tokens: int) -> None:
+        """Count one optimizer step's time and tokens, evaluation and saving apart."""
+        self.trained_s += seconds
+        self.recent = [*self.recent[-19:], (tokens, seconds)]
+        if self.bar:
+            self.bar.update()
+
+    def speed(self) -> float:
+        """Return tokens/s over the last steps (at most 20), the process's first step left out once there are others."""
+        recent = self.recent[1:] or self.recent
+        return round(sum(tokens for tokens, _ in recent) / sum(seconds for _, seconds in recent), 1)
+
+    def check_finite(self, loss: float, step: int, rows) -> None:
+        """Stop the run at a loss that is not finite: nothing after it could be right."""
+        if not math.isfinite(loss):
+            files.fail(f"the loss of step {step} is not finite", f"{loss} on rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}",
+                       "a number", f"a lower --lr, --amp off, or a look at these rows (prepare_data.py --show); the state before is in {self.out}/last")
+
+    def is_better(self, measures: dict) -> bool:
+        """Return whether these measures are the best so far by `best_by`, and remember them if so."""
+        value = measures.get(self.best_by)
+        if value is None:  # no val rows: the last one is the best one can say
+            return True
+        higher = self.best_by in ("acc1", "acc5", "agree")
+        if self.best is None or (value > self.best if higher else value < self.best):
+            self.best = value
+            return True
+        return False
+
+    def export(self, name: str, model: models.Model, tokenizer, step: int, measures: dict) -> None:
+        """Write best/ or final/ as an ordinary Hugging Face checkpoint with tokenizer and model card."""
+        partial = files.partial_folder(self.out / name)
+        export(model, tokenizer, partial, getattr(torch, self.args.save_dtype))
+        rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in measures.items() if isinstance(v, float))
+        (partial / "README.md").write_text(
+            f"---\nbase_model: {model.folder}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation]\n---\n"
+            f"# {self.out.name}, {name} (step {step})\n\nMade by `{' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}`.\n\n"
+            f"| on held-out targets | |\n| --- | --- |\n{rows}\n", encoding="utf-8")
+        files.publish(partial, self.out / name)
+
+    def finish(self, steps: int, measures: dict) -> None:
+        """Write config.json, which says that the run is complete, and drop the resume state."""
+        from lib import plots
+
+        plots.curves(self.history, self.out / "curves.png", self.stage)
+        files.write_json(self.out / "config.json", {"settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best,
+                                                    "best_by": self.best_by, "trained_s": self.trained_s, "final": measures, "versions": versions(), "git": git_commit()})
+        shutil.rmtree(self.out / "last", ignore_errors=True)
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a model's parameters and persistent buffers, each once (tied weights have one name), for saving or filling."""
+    keep = set(module.state_dict())
+    return {n: p.data for n, p in module.named_parameters()} | {n: b for n, b in module.named_buffers() if n in keep}
+
+
+def export(model: models.Model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save a model and its tokenizer so that plain `from_pretrained` reads them."""
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.module.state_dict().items()}
+    model.module.config.dtype, kept = dtype, model.module.config.dtype
+    model.module.save_pretrained(folder, state_dict=state)
+    model.module.config.dtype = kept
+    tokenizer.save_pretrained(folder)
+
+
+def versions() -> dict:
+    import numpy
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "numpy": numpy.__version__,
+            "threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def git_commit() -> str | None:
+    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def clock(device: torch.device) -> float:
+    """Return seconds, after the device's queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

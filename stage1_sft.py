@@ -1,0 +1,116 @@
+"""Stage 1, black-box distillation: fine-tune a student on answers that a teacher wrote.
+
+    python stage1_sft.py --data data/distilqwen --student Qwen/Qwen2.5-0.5B --out runs/distilqwen/stage1
+    python stage1_sft.py --data data/demo --student demo/student-config --out runs/try --lr 2e-3 --steps 20    # CPU, seconds, after `make demo`
+
+Reads   data/NAME/ (prepare_data.py) and a causal LM: a folder, a hub id, or a folder with a config.json alone (a new model).
+Writes  runs/NAME/stage1/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
+Loss    cross-entropy of the answer tokens in nats, summed, divided once by the targets of the whole optimizer step.
+"""
+import argparse
+
+import torch
+
+from lib import evaluate, flags, losses, models, optimizer as optim, plan, preflight, samples
+from lib.data import Dataset
+from lib.run import Run, clock
+
+METHOD = losses.Method(alpha=0.0)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("read and write")
+    flags.add(group, "--data", "--student", "--out")
+    group = parser.add_argument_group("the method")
+    group.add_argument("--keep-layers", default="", metavar="0,5,10", help="start from these layers of --student alone (default: all)")
+    group.add_argument("--best", choices=["ce", "acc1"], default="ce", help="the measure that best/ follows (default: %(default)s)")
+    flags.add_trainer(parser)
+    args = parser.parse_args(argv)
+    flags.check_trainer(parser, args)
+    try:
+        args.keep_layers = [int(number) for number in args.keep_layers.split(",") if number]
+    except ValueError:
+        parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = models.pick_device(args.device, args.threads)
+    amp = models.pick_amp(args.amp, device)
+    dataset = Dataset(args.data)
+    run = Run(args, "stage1", dataset.identities, args.best)
+
+    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, from_scratch=True, keep_layers=args.keep_layers,
+                          pack=not args.no_pack, seed=args.seed, trust_remote_code=args.trust_remote_code)
+    tokenizer = dataset.tokenizer()
+    models.stop_at(student, dataset.train.end_tokens(), tokenizer)
+    head = student.head()
+
+    lengths = dataset.train.rows["length"]
+    plan.check(lengths, args.tokens_per_microbatch)
+    steps_of_rows = plan.whole_run(range(len(lengths)), lengths, args.seed, args.tokens_per_step, args.epochs, args.steps)
+    line = plan.line_length(lengths, args.tokens_per_microbatch, args.attn)
+    steps = len(steps_of_rows)
+    eval_every = args.eval_every or max(1, steps // 10)
+    save_every = args.save_every or eval_every
+
+    print(f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens, on {device}, {amp or 'float32'}")
+    print(f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
+    print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
+    if preflight.checkpointing_needed(student, args, amp):
+        student.module.gradient_checkpointing_enable({"use_reentrant": False})
+    preflight.disk(args.out, student)
+
+    student.module.train()
+    optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    run.restore(student.module, optimizer, scaler)
+    run.progress(steps)
+    measures = run.measures
+
+    # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the finished one
+    for step in range(run.step, steps + 1):
+        last = step == steps
+        if (last or step % eval_every == 0) and step != run.resumed:
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp)
+            run.log("eval", step, **measures)
+            if args.samples:
+                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens)
+            if run.is_better(measures):
+                run.export("best", student, tokenizer, step, measures)
+        if last or run.stopping or step and step % save_every == 0:
+            run.save(step, student.module, optimizer, scaler, measures)
+        if last:
+            run.export("final", student, tokenizer, step, measures)
+            break
+
+        # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole step
+        started = clock(device)
+        rows = steps_of_rows[step]
+        targets = int(dataset.train.rows["targets"][rows].sum())
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
+        sums = torch.zeros(3, device=device)
+        for lines in plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack):
+            batch = dataset.train.batch(lines).to(device)
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                hidden = student.hidden(batch)  # (N, D)
+            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, None, METHOD, amp)
+            scaler.scale(loss_sum / targets).backward()
+            sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
+        loss, ce, _ = (sums / targets).tolist()
+        run.check_finite(loss, step, rows)
+        lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
+        norm, taken = optim.update(optimizer, scaler, student.module, lr, args.clip)
+        run.updates += taken
+        run.tick(clock(device) - started, int(lengths[rows].sum()))
+        if step % args.log_every == 0:
+            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets, tok_per_s=run.speed())
+
+    run.finish(steps, measures)
+    print(f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it: python chat.py --ckpt {run.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Stage 2, white-box distillation: train the student against the teacher's distribution at every answer token.
+
+    python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/distilqwen/stage1 --out runs/distilqwen/stage2
+    python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --lr 1e-3 --steps 20    # CPU, seconds, after `make demo`
+
+Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM, by default stage 1's.
+Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
+Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets, divided once by the targets of the
+        whole optimizer step. The divergence compares the teacher's top k and one bucket that holds the exact rest (lib/losses.py).
+"""
+import argparse
+from pathlib import Path
+
+import torch
+
+from lib import evaluate, files, flags, logits, losses, models, optimizer as optim, plan, preflight, samples
+from lib.data import Dataset
+from lib.run import Run, clock
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = parser.add_argument_group("read and write")
+    flags.add(group, "--data")
+    group.add_argument("--logits", required=True, metavar="DIR", help="the folder dump_logits.py wrote")
+    flags.add(group, "--student", "--out")
+    group.add_argument("--verify", action="store_true", help="check the logits' checksums first (default: their sizes and identities alone)")
+    group.add_argument("--eval-only", action="store_true", help="measure --student on val, write eval.json to --out, and stop")
+    group = parser.add_argument_group("the method")
+    group.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher; the rest is cross-entropy (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=2.0, help="T of the divergence; one of the dumped temperatures (default: %(default)s)")
+    group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl", help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
+    group.add_argument("--beta", type=float, default=None, help="jsd: the teacher's weight, 0.5; skl: the teacher's share of the mixture, 0.1 (default: these)")
+    group.add_argument("--best", choices=["kl", "ce", "acc1", "agree"], default="kl", help="the measure that best/ follows (default: %(default)s)")
+    flags.add_trainer(parser)
+    args = parser.parse_args(argv)
+    flags.check_trainer(parser, args)
+    if not 0 <= args.alpha <= 1:
+        parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
+    if args.beta is None:
+        args.beta = 0.1 if args.divergence == "skl" else 0.5
+    if not 0 < args.beta < 1:
+        parser.error(f"--beta is {args.beta}, wanted a share between 0 and 1")
+    flags.positive(parser, args, "temperature")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = models.pick_device(args.device, args.threads)
+    amp = models.pick_amp(args.amp, device)
+    dataset = Dataset(args.data)
+    store = logits.Store(args.logits, dataset, args.temperature, args.verify, train=not args.eval_only)
+    method = losses.Method(args.alpha, args.temperature, args.divergence, args.beta)
+    best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
+    run = None if args.eval_only else Run(args, "stage2", dataset.identities | {"teacher": store.meta["teacher"], "chunks": store.chunks}, best_by)
+
+    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, pack=not args.no_pack,
+                          trust_remote_code=args.trust_remote_code)
+    if student.vocab < store.vocab:
+        files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
+                   f"dump_logits.py --student {args.student} --fresh, which cuts the teacher to the student's tokens")
+    if args.eval_only:
+        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        files.write_json(Path(args.out) / "eval.json", {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits, **measures})
+        print(f"eval {student.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
+        return
+    tokenizer = dataset.tokenizer()
+    models.stop_at(student, dataset.train.end_tokens(), tokenizer)
+    head = student.head(store.vocab)
+
+    lengths, rows_there = dataset.train.rows["length"], store.rows()
+    plan.check(lengths[rows_there], args.tokens_per_microbatch)
+    steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps)
+    line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
+    steps = len(steps_of_rows)
+    eval_every = args.eval_every or max(1, steps // 10)
+    save_every = args.save_every or eval_every
+
+    print(f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens, on {device}, {amp or 'float32'}")
+    print(f"data: {len(rows_there):,} rows, {int(dataset.train.rows['targets'][rows_there].sum()):,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
+    print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
+    print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}; inside the top k: " + "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items()))
+    if store.missing:
+        print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
+    if not store.compares:
+        print(f"logits: no val dump with T=1, so there is no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 among --temperatures")
+    if preflight.checkpointing_needed(student, args, amp):
+        student.module.gradient_checkpointing_enable({"use_reentrant": False})
+    preflight.disk(args.out, student)
+
+    student.module.train()
+    optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    run.restore(student.module, optimizer, scaler)
+    run.progress(steps)
+    measures = run.measures
+
+    # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the finished one
+    for step in range(run.step, steps + 1):
+        last = step == steps
+        if (last or step % eval_every == 0) and step != run.resumed:
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store)
+            run.log("eval", step, **measures)
+            if step == 0:
+                preflight.teacher_can_teach(store, measures)
+            if args.samples:
+                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens)
+            if run.is_better(measures):
+                run.export("best", student, tokenizer, step, measures)
+        if last or run.stopping or step and step % save_every == 0:
+            run.save(step, student.module, optimizer, scaler, measures)
+        if last:
+            run.export("final", student, tokenizer, step, measures)
+            break
+
+        # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole step
+        started = clock(device)
+        rows = steps_of_rows[step]
+        targets = int(dataset.train.rows["targets"][rows].sum())
+        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
+        sums = torch.zeros(3, device=device)
+        for lines in plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack):
+            batch = dataset.train.batch(lines).to(device)
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                hidden = student.hidden(batch)  # (N, D)
+            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, store.train(batch), method, amp)
+            scaler.scale(loss_sum / targets).backward()
+            sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
+        loss, ce, kd = (sums / targets).tolist()
+        run.check_finite(loss, step, rows)
+        lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
+        norm, taken = optim.update(optimizer, scaler, student.module, lr, args.clip)
+        run.updates += taken
+        run.tick(clock(device) - started, int(lengths[rows].sum()))
+        if step % args.log_every == 0:
+            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets, tok_per_s=run.speed())
+
+    run.finish(steps, measures)
+    print(f"stage2: wrote {run.out}/best and final. Talk to it: python chat.py --ckpt {run.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Tests run from anywhere, with two threads, without network, and each in a folder of its own."""
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(autouse=True)
+def two_threads_and_no_signal_handlers_left():
+    import torch
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
