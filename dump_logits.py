@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import files, flags, head as heads, losses, models, logits, plan
+from lib import files, flags, logits, models, plan
+from lib import head as heads
 from lib.data import Dataset
 from lib.interrupt import Interrupt
 from lib.run import clock, versions

@@ -11,7 +11,8 @@ import argparse
 
 import torch
 
-from lib import evaluate, flags, losses, models, optimizer as optim, plan, preflight, samples
+from lib import evaluate, flags, losses, models, plan, preflight, samples
+from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, logits, losses, models, optimizer as optim, plan, preflight, samples
+from lib import evaluate, files, flags, logits, losses, models, plan, preflight, samples
+from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
 

@@ -15,6 +15,7 @@ of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the gradient at 
 
 So the gradient is computed in the forward pass, chunk by chunk of targets: no (targets, V) tensor for the batch, nothing recomputed.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tens
         return kl(logq, logp)
     if kind == "tvd":
         return (logp.exp() - logq.exp()).abs().sum(-1) / 2
-    mixture = torch.log(beta * logp.exp() + (1 - beta) * logq.exp())
+    mixture = torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))  # of logs: where both underflow, log(0) would be NaN
     if kind == "skl":
         return kl(logp, mixture)
     assert kind == "jsd", kind
@@ -83,7 +84,7 @@ def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Te
     """
     kept = z.gather(1, ids) / temperature
     z.div_(temperature).exp_().scatter_(1, ids, 0.0)  # zeros at S, so that the bucket is a sum and never 1 - sum
-    rest = z.sum(1).clamp_min(torch.finfo(z.dtype).tiny)
+    rest = z.sum(1).clamp_min(math.exp(FLOOR))  # and no smaller: the gradient divides by it
     total = kept.exp().sum(1) + rest
     log_total = total.log()
     return torch.cat([kept - log_total[:, None], (rest.log() - log_total)[:, None].clamp_min(FLOOR)], -1), z, rest, total
@@ -117,7 +118,6 @@ class _HeadLoss(torch.autograd.Function):
             at_label = z.gather(1, label)[:, 0]
 
             if kept is not None:
-                at_kept = z.gather(1, kept.ids[part])
                 one = z if t == 1 else second[:n].copy_(z)
                 logq, soft, rest, total = student_logq(second[:n].copy_(z) if t == 1 else z, kept.ids[part], t)
                 one = one.exp_()

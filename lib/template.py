@@ -2,16 +2,42 @@
 
 Contract: `encode` marks as targets exactly the tokens that the model must write itself: the text of every assistant turn and
 its end-of-turn token; nothing that the generation prompt supplies, nothing after the end of turn.
+
+How an answer is found, with no help from the template (most have no `{% generation %}`): the conversation up to the turn, rendered
+with its generation prompt, must be a prefix of the whole rendered conversation, and so must the conversation up to and with the
+turn; what lies between the two is the answer. Where a template rewrites earlier turns, that fails, and the turn is context only.
+
+Worked example (ChatML):
+
+    whole    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
+    prompt   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+    targets                                                         Hello!<|im_end|>        and not the last \\n
 """
 import hashlib
 import json
+import re
+
+import jinja2
+import numpy as np
+
+from lib import files
+
+ROLES = ("system", "user", "assistant", "tool")
+BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
+
+# For a tokenizer without a template of its own: plain headings, and eos_token as the end of an assistant's turn. Every heading
+# ends in a line break, which no common tokenizer merges with the word after it. `{bos}` becomes bos_token where the tokenizer adds one.
+FALLBACK = (
+    "{bos}{% for message in messages %}"
+    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant', 'tool': 'Tool'}[message['role']] + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
 
 
 def load_tokenizer(name, trust_remote_code: bool = False):
     """Load a tokenizer from a folder or hub id; the one-line error when there is none."""
     from transformers import AutoTokenizer
-
-    from lib import files
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -32,3 +58,136 @@ def identities(tokenizer) -> dict:
     vocabulary = tokenizer.get_vocab()
     special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return {"vocabulary": _hash(vocabulary), "tokenizer": _hash([vocabulary, special, tokenizer.chat_template])}
+
+
+def adds_bos(tokenizer) -> bool:
+    """Return whether the tokenizer puts bos_token before plain text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def ensure_template(tokenizer) -> bool:
+    """Give the tokenizer the `FALLBACK` template if it has none, and return whether that was so; save_pretrained keeps it."""
+    if tokenizer.chat_template is not None:
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as several:
+            files.fail(f"the tokenizer {tokenizer.name_or_path} has several chat templates", seen=several, wanted="one named default")
+        return False
+    if tokenizer.eos_token is None:
+        files.fail(f"the tokenizer {tokenizer.name_or_path} cannot end an answer", seen="neither a chat template nor an eos_token",
+                   wanted="one of them in tokenizer_config.json", mend="--tokenizer of an instruct model of the same family")
+    tokenizer.chat_template = FALLBACK.replace("{bos}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+    return True
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Return the ids of all special tokens, those of the chat template (<|im_end|>, <|eot_id|>) among them."""
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    """Return the conversation as the text that the chat template makes of it."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    """Return the token ids to generate an answer from: exactly what training saw before the answer's first target."""
+    try:
+        text = render(tokenizer, messages, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError) as refused:
+        files.fail("the chat template refused the conversation", seen=refused)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def fault(messages: list[dict]) -> str | None:
+    """Return why a conversation cannot be used (the reason it is counted under), or None."""
+    if any(message["role"] not in ROLES for message in messages):
+        return "unknown role"
+    if any(not isinstance(message["content"], str) for message in messages):
+        return "not text"
+    if any(BROKEN.search(message["content"]) for message in messages):
+        return "broken Unicode"
+    asked = [message["content"].strip() for message in messages if message["role"] == "user"]
+    answered = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+    return "empty" if not any(answered) or asked and not any(asked) else None
+
+
+def last_answer(messages: list[dict]) -> int:
+    """Return the place of the last assistant's turn that says something; what comes after it is not used."""
+    return max(place for place, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip())
+
+
+def answer_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation up to its last answer; return the text and the (start, end) characters of each answer to learn.
+
+    Left out: a turn that fails the prefix rule (see the module), a blank one, and one with nothing before it.
+    Raises jinja2.TemplateError or TypeError where the template refuses the conversation (say, a system message in Gemma).
+    """
+    last = last_answer(messages)
+    messages = messages[:last + 1]
+    whole, spans = render(tokenizer, messages), []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant" or turn == 0 or not message["content"].strip():
+            continue
+        prompt = render(tokenizer, messages[:turn], add_generation_prompt=True)
+        end = whole if turn == last else render(tokenizer, messages[:turn + 1])
+        if whole.startswith(prompt) and whole.startswith(end) and len(prompt) < len(end):
+            spans.append((len(prompt), len(end)))
+    return whole, spans
+
+
+def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans: list[tuple[int, int]], special: set[int]) -> np.ndarray:
+    """Return which tokens are targets, (L,) bool: those that start inside a span, up to the span's end-of-turn token.
+
+    The end of turn is the last special token of the span if only blanks follow it there (ChatML's line break). All tokens of an
+    emoji or a rare character share one offset pair, and all count. A token with no characters where a span begins (the lone space
+    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`.
+    """
+    begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (L,) each
+    answer = np.zeros(len(ids), bool)
+    for first, stop in spans:
+        inside = np.flatnonzero((begins >= first) & (begins < stop) & (ends > first))
+        closers = [place for place in inside if ids[place] in special]
+        if closers and not text[ends[closers[-1]]:stop].strip():
+            inside = inside[inside <= closers[-1]]
+        answer[inside] = True
+    answer[:1] = False  # nothing predicts the first token
+    return answer
+
+
+def encode(tokenizer, rows: list[list[dict] | str]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+    """Turn conversations (or plain texts) into (ids (L,) uint32, answer (L,) bool); a row that cannot be used into the reason why.
+
+    A conversation is tokenized once, as a whole and with add_special_tokens=False: the template wrote its BOS, if there is one.
+    A plain text gets BOS where the tokenizer adds it, and eos where there is one; every token but the first is a target.
+    """
+    if not tokenizer.is_fast:
+        files.fail(f"the tokenizer {tokenizer.name_or_path} gives no character offsets", seen="a slow tokenizer", wanted="one with tokenizer.json")
+    found: list = [None] * len(rows)
+    texts, spans = {}, {}
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            texts[number] = row
+            found[number] = "empty" if not row.strip() else "broken Unicode" if BROKEN.search(row) else None
+        elif (reason := fault(row)) is not None:
+            found[number] = reason
+        else:
+            try:
+                texts[number], spans[number] = answer_spans(tokenizer, row)
+                found[number] = None if spans[number] else "no target"
+            except (jinja2.TemplateError, TypeError) as refused:
+                found[number] = f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
+    usable = [number for number in texts if found[number] is None]
+    if not usable:
+        return found
+    special, bos, eos = special_ids(tokenizer), tokenizer.bos_token_id if adds_bos(tokenizer) else None, tokenizer.eos_token_id
+    encodings = tokenizer([texts[number] for number in usable], add_special_tokens=False, verbose=False).encodings
+    for number, encoding in zip(usable, encodings):
+        ids = encoding.ids
+        if number in spans:
+            answer = answer_mask(ids, encoding.offsets, texts[number], spans[number], special)
+        else:
+            ids = ([bos] if bos is not None and ids[:1] != [bos] else []) + ids + ([eos] if eos is not None and ids[-1:] != [eos] else [])
+            answer = np.arange(len(ids)) > 0
+        found[number] = (np.array(ids, np.uint32), answer) if answer.any() else "no target"
+    return found

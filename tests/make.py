@@ -1,4 +1,7 @@
-"""Tiny tokenizers, data sets and models, made in the test: 61 tokens, width 32, two layers."""
+"""Tiny tokenizers, data sets, models and logits, made in the test: 61 tokens, width 32, two layers; and scripts run in-process."""
+import gc
+import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +59,9 @@ def dataset(folder: Path, rows: int = 40, val: int = 8, rows_per_chunk: int = 20
 
 
 def config(vocab: int = V, width: int = 32, layers: int = 2, **more) -> LlamaConfig:
-    return LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                       max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3, **more)
+    options = dict(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3)
+    return LlamaConfig(**options | more)
 
 
 def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, **options) -> Path:
@@ -70,3 +74,59 @@ def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, 
     if with_tokenizer:
         (tokenizer() if with_tokenizer is True else with_tokenizer).save_pretrained(folder)
     return Path(folder)
+
+
+CPU = ("--device", "cpu")
+QUICK = ("--samples", "0", "--tokens-per-step", "128", "--tokens-per-microbatch", "64", "--lr", "1e-2", "--log-every", "1", *CPU)  # ten rows a step
+
+
+def call(main, *argv) -> None:
+    """Run a script's main(argv) in this process, and let go of its lock and signal handlers afterwards, however it ends."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        main([str(word) for word in argv])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        gc.collect()
+
+
+def ends(main, *argv) -> tuple[int, str]:
+    """Run a script that is to end by SystemExit: return its exit code, and its last words if they are its code."""
+    try:
+        call(main, *argv)
+    except SystemExit as end:
+        words, code = (end.code, 1) if isinstance(end.code, str) else ("", end.code or 0)
+    else:
+        raise AssertionError(f"{main.__module__} {argv} ran to its end")
+    gc.collect()
+    return code, words
+
+
+def world(folder: Path, **options) -> Path:
+    """Write data/, student/ (seed 1) and teacher/ (seed 2) into a folder."""
+    dataset(folder / "data", **options)
+    model(folder / "student", seed=1)
+    model(folder / "teacher", seed=2)
+    return folder
+
+
+def stage1(folder: Path, *more, out: str = "stage1") -> list:
+    """Return stage1_sft.py's arguments for a `world`."""
+    return ["--data", folder / "data", "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+
+
+def dump(folder: Path, *more, out: str = "logits") -> list:
+    """Return dump_logits.py's arguments for a `world`."""
+    return ["--data", folder / "data", "--teacher", folder / "teacher", "--out", folder / out, "--k", 8, *CPU, *more]
+
+
+def stage2(folder: Path, *more, out: str = "stage2", logits: str = "logits") -> list:
+    """Return stage2_kd.py's arguments for a `world`."""
+    return ["--data", folder / "data", "--logits", folder / logits, "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+
+
+def history(folder: Path, event: str | None = None) -> list[dict]:
+    """Return a run's log lines without the one value that is a matter of time."""
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tok_per_s"} for line in lines if event in (None, line["event"])]

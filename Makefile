@@ -1,0 +1,109 @@
+# One command a target: `make -n TARGET` is the documentation. The scripts skip finished work and continue unfinished work themselves.
+# A published set-up is a file of variables: make stage1 RECIPE=distilqwen2.5-0.5b
+
+ifdef RECIPE
+include recipes/$(RECIPE).mk
+endif
+
+NAME    ?= mydata
+SOURCE  ?= $(NAME).parquet
+TEACHER ?= Qwen/Qwen2.5-7B-Instruct
+STUDENT ?= Qwen/Qwen2.5-0.5B
+CHUNK   ?= all
+K       ?= 32
+T       ?= 2
+TEMPERATURES ?= 1,2,4
+ALPHA   ?= 0.9
+CKPT    ?= $(RUNS)/stage2
+ARGS    ?=
+SEED    ?= 0
+
+DATA    ?= data/$(NAME)
+LOGITS  ?= logits/$(NAME)
+RUNS    ?= runs/$(NAME)
+
+PYTHON  ?= python3
+PY      := .venv/bin/python
+PIP     ?=
+
+.PHONY: help setup data stage1 logits stage2 eval chat demo demo-seeds test lint bench fidelity clean
+.DEFAULT_GOAL := help
+
+help: ## this text
+	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=32 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
+	@echo
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-index-url https://download.pytorch.org/whl/cpu")
+.venv/ready: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check --progress-bar off -q -r requirements.txt -c constraints.txt $(PIP)
+	touch $@
+
+data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
+	$(PY) prepare_data.py --source $(SOURCE) --tokenizer $(STUDENT) --out $(DATA) $(DATA_ARGS) $(ARGS)
+
+stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
+	$(PY) stage1_sft.py --data $(DATA) --student $(STUDENT) --out $(RUNS)/stage1 $(STAGE1_ARGS) $(ARGS)
+
+logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
+	$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --student $(STUDENT) --out $(LOGITS) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
+
+stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
+	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
+
+eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
+	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --temperature $(T) --eval-only $(ARGS)
+
+chat: .venv/ready ## talk to CKPT
+	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
+
+test: .venv/ready lint ## all tests (CPU, no network)
+	$(PY) -m pytest tests $(ARGS)
+
+lint: .venv/ready ## ruff
+	.venv/bin/ruff check .
+
+bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
+	$(PY) bench/bench.py $(ARGS)
+
+fidelity: .venv/ready ## the angle of the gradient to full-vocabulary distillation, on real models: MODELS, see bench/fidelity.py
+	$(PY) bench/fidelity.py $(ARGS)
+
+clean: ## remove what `make demo` made (never your own data, logits or runs)
+	rm -rf demo data/demo data/demo-* logits/demo logits/demo-* runs/demo runs/demo-*
+
+# --- the demo: the whole road on embedded data, with a teacher made here
+
+D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
+DEMO_TRAIN := --tokens-per-step 2048 --beta2 0.99 --weight-decay 0.01 --log-every 50 --sample-tokens 60 --seed $(SEED)
+DEMO_STEPS := 400
+
+demo: .venv/ready ## the whole road on embedded data: about 5 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
+	$(PY) -m lib.demo --out $(D) --seed $(SEED)
+	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
+	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
+	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data"
+	$(PY) stage1_sft.py --data data/$(D)-teacher --student $(D)/teacher-config --out runs/$(D)/teacher --lr 2e-3 --steps 800 --eval-every 200 $(DEMO_TRAIN)
+	@echo; echo "=== stage 1: a student several times smaller, on little of it"
+	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
+	@echo; echo "=== the teacher's logits, once"
+	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
+	@echo; echo "=== stage 2, and its control: stage 1 continued for as many steps"
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
+	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
+	@echo; echo "=== all four on the same held-out rows"
+	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
+	$(PY) -m lib.report --out runs/$(D)/comparison "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval"
+	@echo "Talk to it: $(PY) chat.py --ckpt runs/$(D)/stage2 --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
+
+define demo_measure
+$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only
+	$(PY) chat.py --ckpt runs/$(D)/$(1) --prompts data/$(D)/val.prompts.jsonl --out runs/$(D)/$(1)-eval/answers.jsonl --greedy --max-new-tokens 80 --batch-size 250
+	
+endef
+
+demo-seeds: .venv/ready ## the demo for three seeds: the README's table
+	$(MAKE) demo SEED=0
+	$(MAKE) demo SEED=1
+	$(MAKE) demo SEED=2

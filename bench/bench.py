@@ -1,0 +1,201 @@
+"""Measure what this project promises, each figure a ratio of two things timed side by side in one run.
+
+    python bench/bench.py                 # all; about 10 minutes on 2 CPU cores
+    python bench/bench.py head --quick    # one of step, dump, head; --quick: a small vocabulary, seconds, for the tests
+
+step  one optimizer step of stage 2 (k=32) over one of stage 1, at T=1 and T=2      goal 1.10 and 1.20
+dump  a bare teacher forward (body and head, nothing kept) over dump_logits.py      goal 0.90
+head  head and loss over F.cross_entropy on full logits: time and extra memory      goal 1.0 and 0.2
+
+The model has the shape of Qwen2.5-0.5B (width 896, 24 layers, 151,936 tokens) and random weights: speed does not depend on them.
+The two sides of a ratio take turns, and the ratio is the median over the turns, so that a busy machine bends both alike.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from lib import data, head, logits, losses, models  # noqa: E402
+from lib import optimizer as optim  # noqa: E402
+
+K, TEMPERATURES = 32, [1.0, 2.0, 4.0]
+
+
+def shape(quick: bool) -> dict:
+    return dict(V=8192, D=64, layers=2, rows=4, length=64, targets=512) if quick else dict(V=151_936, D=896, layers=24, rows=4, length=128, targets=2048)
+
+
+def model(s: dict, device: torch.device) -> models.Model:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(vocab_size=s["V"], hidden_size=s["D"], intermediate_size=s["D"] * 38 // 7, num_hidden_layers=s["layers"],
+                         num_attention_heads=s["D"] // 64, num_key_value_heads=max(1, s["D"] // 448), tie_word_embeddings=True)
+    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    return models.Model(module, module.base_model, Path("random"))
+
+
+def batch(s: dict, device: torch.device) -> data.Batch:
+    """Return rows of which the second half are targets, as in instruction data."""
+    tokens = torch.randint(0, s["V"], (s["rows"], s["length"]))
+    where = (torch.arange(s["rows"])[:, None] * s["length"] + torch.arange(s["length"] // 2 - 1, s["length"] - 1)).flatten()
+    positions = torch.arange(s["length"]).expand(s["rows"], -1).contiguous()
+    return data.Batch(tokens, positions, where, tokens.flatten()[where + 1], torch.arange(len(where)), list(range(s["rows"]))).to(device)
+
+
+def kept(s: dict, count: int) -> np.ndarray:
+    """Return records as dump_logits.py writes them, of random teacher logits."""
+    ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, K, TEMPERATURES)
+    records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), logits.record_dtype(K, TEMPERATURES, s["V"], "fp16"), s["V"])
+    return np.resize(records, count)
+
+
+def turns(sides: dict, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time each side once a round, in turn, after one round of warm-up; seconds by side."""
+    seconds = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            side()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict, above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below]))
+
+
+def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
+    student, micro = model(s, device), batch(s, device)
+    student.module.train()
+    optimizer = optim.adamw(student.module, 1e-6, 0.05, 0.95, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    records, layer = kept(s, len(micro.labels)), student.head()
+
+    def step(temperature):
+        teacher = None
+        if temperature:
+            teacher = logits.decode(records, s["V"], TEMPERATURES.index(temperature))
+            teacher = losses.Kept(*(t.to(device) for t in (teacher.ids, teacher.gap, teacher.tail)))
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            hidden = student.hidden(micro)
+        loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if temperature else 0.0, temperature or 1.0), amp)
+        scaler.scale(loss / len(micro.labels)).backward()
+        optim.update(optimizer, scaler, student.module, 1e-6, 1.0)
+
+    seconds = turns({"stage 1": lambda: step(0), "T=1": lambda: step(1.0), "T=2": lambda: step(2.0)}, rounds, device)
+    return {"stage1_step_s": statistics.median(seconds["stage 1"]), "tokens": s["rows"] * s["length"], "targets": len(micro.labels),
+            "stage2_over_stage1_T1": ratio(seconds, "T=1", "stage 1"), "stage2_over_stage1_T2": ratio(seconds, "T=2", "stage 1")}
+
+
+@torch.inference_mode()
+def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
+    import dump_logits
+
+    teacher, micro = model(s, device), batch(s, device)
+    if amp:
+        teacher.module.to(amp)
+    teacher.module.eval()
+    layer, dtype = teacher.head(), logits.record_dtype(K, TEMPERATURES, s["V"], "fp16")
+    weight = layer.operand(next(teacher.module.parameters()).dtype)
+
+    def bare():
+        head.matmul(teacher.hidden(micro).to(weight.dtype), weight.t())
+
+    seconds = turns({"bare": bare, "dump": lambda: dump_logits.teacher_records(teacher, layer, micro, K, TEMPERATURES, dtype)}, rounds, device)
+    return {"targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]), "bytes_per_target": dtype.itemsize, "bare_over_dump": ratio(seconds, "bare", "dump")}
+
+
+def head_inputs(s: dict, count: int, device: torch.device):
+    torch.manual_seed(0)
+    hidden = torch.randn(count, s["D"], device=device, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(s["V"], s["D"], device=device) / s["D"] ** 0.5)
+    return hidden, weight, torch.randint(0, s["V"], (count,), device=device)
+
+
+def head_side(kind: str, s: dict, hidden, weight, labels) -> None:
+    if kind == "plain":
+        loss = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    else:
+        teacher = None
+        if kind != "ours":
+            teacher = logits.decode(kept(s, len(labels)), s["V"], 1)
+            teacher = losses.Kept(*(t.to(hidden.device) for t in (teacher.ids, teacher.gap, teacher.tail)))
+        loss, _, _ = losses.head_loss(hidden, head.Head(weight, None, s["V"]), labels, teacher, losses.Method(0.9, 2.0) if teacher else losses.Method())
+    loss.backward()
+    weight.grad = hidden.grad = None
+
+
+def bench_head(s: dict, rounds: int, device: torch.device, amp) -> dict:
+    inputs = head_inputs(s, s["targets"], device)
+    seconds = turns({kind: lambda kind=kind: head_side(kind, s, *inputs) for kind in ("plain", "ours")}, rounds, device)
+    result = {"targets": s["targets"], "plain_s": statistics.median(seconds["plain"]), "ours_over_plain_time": ratio(seconds, "ours", "plain")}
+    for kind in ("plain", "ours", "ours with KD"):
+        result[f"{kind} extra GB, {s['targets']} targets"] = memory(kind, s["targets"], s, device)
+    result["ours_over_plain_memory"] = result[f"ours extra GB, {s['targets']} targets"] / result[f"plain extra GB, {s['targets']} targets"]
+    for kind in ("ours", "ours with KD", "plain"):
+        result[f"{kind} extra GB, {4 * s['targets']} targets"] = memory(kind, 4 * s["targets"], s, device)
+    return result
+
+
+def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
+    """Return the peak memory (GB) of head and loss over its inputs and the weight's own gradient, in a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.report_memory({kind!r}, {count}, {s!r}, {str(device)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(result.stdout) if result.returncode == 0 else float("inf")  # killed: out of memory
+
+
+def report_memory(kind: str, count: int, s: dict, device: str) -> None:
+    tiny = s | {"V": 64}
+    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)))  # what the libraries allocate once is not counted
+    inputs = head_inputs(s, count, torch.device(device))
+    gradient = inputs[1].numel() * 4
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        head_side(kind, s, *inputs)
+        print((torch.cuda.max_memory_allocated() - before - gradient) / 1e9)
+        return
+    if kind == "ours with KD":
+        kept(s, 64)
+    with open("/proc/self/statm") as statm:
+        before = int(statm.read().split()[1]) * resource.getpagesize()
+    head_side(kind, s, *inputs)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - gradient) / 1e9)
+
+
+BENCHES = {"step": bench_step, "dump": bench_dump, "head": bench_head}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="*", help=f"any of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    parser.add_argument("--amp", choices=["auto", "fp16", "bf16", "off"], default="auto")
+    args = parser.parse_args(argv)
+    if unknown := set(args.what) - set(BENCHES):
+        parser.error(f"no such bench: {', '.join(unknown)}; wanted any of {', '.join(BENCHES)}")
+    device = models.pick_device(args.device)
+    amp = models.pick_amp(args.amp, device)
+    for name in args.what or BENCHES:
+        result = BENCHES[name](shape(args.quick), args.rounds, device, amp)
+        print(json.dumps({"bench": name, "device": str(device), "threads": torch.get_num_threads(), **{k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

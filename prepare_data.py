@@ -1,0 +1,404 @@
+"""Turn any instruction, chat or text data into token ids and answer masks: what every later stage reads.
+
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/mine
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/small --limit 500 --val 50 --show 3    # seconds
+
+Reads   --source     parquet, json, jsonl or csv: files, folders or globs; the schema is found from the column names, or --columns says it
+        --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
+Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, and meta.json last
+
+A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
+train / val split a row is on depends on its prompt and the seed alone: rows added later change no other row's side.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import data, files, flags, sources, template
+
+BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
+SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
+BLOCK_TOKENS = 1 << 22                       # tokens copied at once
+SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "val", "limit", "rows_per_chunk", "seed")
+STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
+PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # --- read and write
+    parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="files, folders or globs (may be given again)")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR|ID", help="tokenizer of the teacher and the student: a folder or a hub id")
+    flags.add(parser, "--out")
+    # --- what a row is
+    parser.add_argument("--columns", metavar="MAP", help=f"{sources.COLUMNS_HELP} (default: found from the column names)")
+    parser.add_argument("--system", metavar="TEXT", help="system message of every conversation that has none (default: what the template does)")
+    parser.add_argument("--max-len", type=int, default=1024, metavar="N", help="tokens of the longest row kept (default: %(default)s)")
+    parser.add_argument("--long", choices=["drop", "truncate"], default="drop", help="what happens to a longer row (default: %(default)s)")
+    # --- which rows
+    parser.add_argument("--val", type=float, default=0.02, metavar="X", help="validation rows: a share below 1, or a count (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N kept rows; 0 = off (default: %(default)s)")
+    parser.add_argument("--rows-per-chunk", type=int, default=20000, metavar="N", help="rows of one dump of teacher logits (default: %(default)s)")
+    # --- the run
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core, at most 16 (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows with their targets marked (default: %(default)s)")
+    flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    args = parser.parse_args(argv)
+    flags.positive(parser, args, "max_len", "rows_per_chunk")
+    for name in ("limit", "workers", "show"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} is {getattr(args, name)}, wanted 0 or more")
+    if not args.val >= 0 or args.val >= 1 and args.val % 1:
+        parser.error(f"--val is {args.val}, wanted a share below 1 or a whole number of rows")
+    try:
+        args.named = sources.parse_columns(args.columns) if args.columns else None
+    except ValueError as wrong:
+        parser.error(f"--columns: {wrong}")
+    return args
+
+
+@functools.cache
+def saved_tokenizer(folder, trust_remote_code):
+    """Load the tokenizer that this run saved, once a process."""
+    return template.load_tokenizer(folder, trust_remote_code)
+
+
+def start_worker():
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # ctrl-C is the parent's to handle
+    # a killed parent would leave its workers waiting for ever
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def prompt_hash(row, seed):
+    """Return 64 bits of what comes before the first answer (all of a plain text): equal prompts share one side of the split."""
+    if not isinstance(row, str):
+        first = next(place for place, message in enumerate(row) if place and message["role"] == "assistant")
+        row = [[message["role"], message["content"]] for message in row[:first]]
+    return int.from_bytes(hashlib.blake2b(json.dumps(row).encode(), digest_size=8, key=str(seed).encode()).digest(), "little")
+
+
+def encode_batch(rows, folder, trust_remote_code, max_len, long, seed):
+    """Encode a batch of rows in a worker. Return one entry a row: (ids, answer, prompt hash, ids hash), or the reason it is dropped."""
+    result = []
+    for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows)):
+        if not isinstance(encoded, str):
+            ids, answer = encoded
+            if len(ids) > max_len and long == "truncate":
+                ids, answer = ids[:max_len], answer[:max_len]
+            if len(ids) > max_len:
+                encoded = "too long"
+            elif not answer.any():
+                encoded = "no target"  # the cut took them all
+            else:
+                digest = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+                encoded = ids, answer, prompt_hash(row, seed), digest
+        result.append(encoded)
+    return result
+
+
+def batches(numbered):
+    """Cut an iterator of (source number, row) into lists that are short in rows and in characters."""
+    batch, size = [], 0
+    for number, row in numbered:
+        batch.append((number, row))
+        size += len(row) if isinstance(row, str) else sum(len(message["content"] or "") for message in row)
+        if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded_rows(numbered, work, workers):
+    """Yield (source number, row, encoded row) in source order. The reader stays at most two batches a worker ahead."""
+    work_list = batches(numbered)
+    head = list(itertools.islice(work_list, SMALL))
+    work_list = itertools.chain(head, work_list)
+    if workers == 1 or len(head) < SMALL:
+        for batch in work_list:
+            yield from ((number, row, encoded) for (number, row), encoded in zip(batch, work([row for _, row in batch])))
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    waiting = collections.deque()
+    try:
+        for batch in itertools.chain(work_list, itertools.repeat(None)):
+            if batch is not None:
+                waiting.append((batch, pool.submit(work, [row for _, row in batch])))
+            elif not waiting:
+                break
+            if batch is None or len(waiting) > 2 * workers:
+                batch, future = waiting.popleft()
+                yield from ((number, row, encoded) for (number, row), encoded in zip(batch, future.result()))
+    except concurrent.futures.BrokenExecutor:
+        files.fail("a worker process was killed", wanted="more free memory", mend="the same command with fewer --workers")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Seen:
+    """A set of 64-bit hashes at about 8 bytes each: a sorted array, and a small set of those that are not merged into it yet."""
+
+    def __init__(self):
+        self.old, self.new = np.empty(0, np.uint64), set()
+
+    def add(self, value):
+        """Add a hash; return whether it is new."""
+        place = np.searchsorted(self.old, np.uint64(value))
+        if value in self.new or place < len(self.old) and self.old[place] == value:
+            return False
+        self.new.add(value)
+        if len(self.new) > max(100_000, len(self.old) // 8):
+            self.old = np.union1d(self.old, np.fromiter(self.new, np.uint64, len(self.new)))
+            self.new = set()
+        return True
+
+
+class ValRows:
+    """Which rows are validation rows: those whose prompts have the smallest hashes, up to a share of all hashes or a count of rows."""
+
+    def __init__(self, val):
+        self.val, self.smallest = val, []  # a heap of negated hashes: its top is the largest of the `val` smallest so far
+
+    def candidate(self, prompt):
+        """Return False for a row that can no longer become a validation row, whatever follows."""
+        if self.val < 1:
+            return prompt < int(self.val * 2**64)
+        if len(self.smallest) < self.val:
+            heapq.heappush(self.smallest, -prompt)
+            return True
+        heapq.heappushpop(self.smallest, -prompt)
+        return prompt <= -self.smallest[0]
+
+    def chosen(self, prompts):
+        """Return the mask of validation rows. A count takes whole groups of equal prompts, so that it may stay a little below."""
+        if self.val < 1:
+            return prompts < np.uint64(int(self.val * 2**64))
+        values, counts = np.unique(prompts, return_counts=True)
+        groups = np.searchsorted(np.cumsum(counts), self.val, side="right")
+        return np.isin(prompts, values[:groups])
+
+
+def stage(partial, numbered, work, args, val_rows, total):
+    """Encode all rows into temporary files in source order; return the staged records, rows read by source, and drops by reason."""
+    seen, dropped, read, kept, begun = Seen(), collections.Counter(), collections.Counter(), 0, time.time()
+    workers = args.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    tokens, answers, records = (files.NpyWriter(partial / f"staged.{part}.npy", dtype)
+                                for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", STAGED)))
+    bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
+    with bar, open(partial / "staged.prompts.jsonl", "w", encoding="utf-8") as prompts, \
+            contextlib.closing(encoded_rows(numbered, work, 1 if 0 < args.limit < SMALL * BATCH_ROWS else workers)) as encoded:
+        for number, row, result in encoded:
+            read[number] += 1
+            bar.update()
+            if bar.disable and read.total() % 50_000 == 0:
+                print(f"prepare rows={read.total()} kept={kept} tokens={tokens.count} time_s={time.time() - begun:.1f}", flush=True)
+            if not isinstance(result, str) and not seen.add(result[3]):
+                result = "duplicate"
+            if isinstance(result, str):
+                dropped[result] += 1
+                continue
+            ids, answer, prompt, _ = result
+            tokens.append(ids)
+            answers.append(answer)
+            records.append(np.array([(len(ids), answer.sum(), number, prompt)], STAGED))
+            if val_rows.candidate(prompt) and not isinstance(row, str):
+                last = template.last_answer(row)
+                prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
+            kept += 1
+            if kept == args.limit:
+                break
+    for writer in (tokens, answers, records):
+        writer.close()
+    return np.load(partial / "staged.rows.npy"), read, dropped
+
+
+def divide(partial, staged, is_val):
+    """Copy the staged rows to train and val, a block at a time, and write the row records."""
+    for part, dtype in (("tokens", np.uint32), ("answer", bool)):
+        # plain reads: the pages of a memory map would count as this process's memory
+        with open(partial / f"staged.{part}.npy", "rb") as source:
+            version = np.lib.format.read_magic(source)
+            assert version == (1, 0), version
+            np.lib.format.read_array_header_1_0(source)
+            writers = [files.NpyWriter(partial / f"{split}.{part}.npy", dtype) for split in ("train", "val")]
+            ends = np.cumsum(staged["length"], dtype=np.int64)
+            row = 0
+            while row < len(staged):
+                done = ends[row - 1] if row else 0
+                stop = max(row + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
+                block = np.fromfile(source, dtype, int(ends[stop - 1] - done))
+                side = np.repeat(is_val[row:stop], staged["length"][row:stop])
+                writers[0].append(block[~side])
+                writers[1].append(block[side])
+                row = stop
+        for writer in writers:
+            writer.close()
+    for split, mask in (("train", ~is_val), ("val", is_val)):
+        mine = staged[mask]
+        records = np.zeros(len(mine), data.ROW)
+        for name in ("length", "targets", "source"):
+            records[name] = mine[name]
+        for name, counted in (("start", "length"), ("first_target", "targets")):
+            records[name][1:] = np.cumsum(mine[counted][:-1], dtype=np.uint64)
+        writer = files.NpyWriter(partial / f"{split}.rows.npy", data.ROW)
+        writer.append(records)
+        writer.close()
+    if (partial / "staged.prompts.jsonl").stat().st_size:
+        with open(partial / "staged.prompts.jsonl", encoding="utf-8") as source, open(partial / "val.prompts.jsonl", "w", encoding="utf-8") as target:
+            for number, prompt in map(json.loads, source):
+                if is_val[number]:
+                    target.write(json.dumps(prompt, ensure_ascii=False) + "\n")
+    for path in partial.glob("staged.*"):
+        path.unlink()
+
+
+def finished(out, args, shaping):
+    """Return the meta.json of a folder that this very command finished, or None; refuse a folder that another one made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "train.rows.npy").exists()):
+        files.fail(f"--out {out} is in the way", seen="something that prepare_data.py did not make", wanted="a new folder", mend="another --out")
+    if args.fresh or not (out / "meta.json").exists():
+        return None
+    meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
+    before = meta.get("args", {})
+    differs = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in shaping.items() if before.get(name) != value]
+    if meta.get("format") != data.FORMAT:
+        differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
+    # sources that were deleted since are no reason to refuse; ones that changed are
+    differs += [f"{source['name']} has changed" for source in meta.get("sources", [])
+                if Path(source["name"]).exists() and files.sha256(Path(source["name"])) != source["sha256"]]
+    if differs:
+        files.fail(f"{out} was prepared from something else", seen=f"{', '.join(differs)}", mend="another --out, or --fresh to prepare it anew")
+    return meta
+
+
+def show(folder, count):
+    """Print training rows with their targets green on a terminal, in brackets elsewhere."""
+    split, tokenizer = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer")
+    grey, green, plain = ("\x1b[90m", "\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "[", "")
+    for row in range(min(count, len(split.rows))):
+        ids, answer = split.row(row)
+        print(f"\nrow {row}: {len(ids)} tokens, {answer.sum()} targets")
+        cuts = [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
+        for begin, end in itertools.pairwise(cuts):
+            text = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            print(f"{green}{text}{plain or ']'}" if answer[begin] else f"{grey}{text}{plain}", end="")
+        print()
+
+
+def report(folder, meta):
+    """Print the table of what was kept, and the next command."""
+    rows, targets, tokens, lengths = meta["rows"], meta["targets"], meta["tokens"], meta["lengths"]
+    print(f"\n{folder}   {meta['schema']}")
+    for name, values in (("rows", rows), ("tokens", tokens), ("targets", targets)):
+        print(f"{name:<10}train {values['train']:,}   val {values['val']:,}")
+    drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
+    print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
+    for name, key in (("row", "rows"), ("answer", "targets")):
+        print(f"{name:<10}tokens:{''.join(f'   {point} {value:,}' for point, value in lengths[key].items())}")
+    print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
+    print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def percentiles(values):
+    points = np.percentile(values, [0, 50, 90, 99, 100], method="nearest")
+    return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points)))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
+    if (partial := out.with_name(out.name + ".part")).exists():
+        files.lock(partial).close()  # refused while another process fills it; a killed one left it behind
+    files.recover(out)
+    if (meta := finished(out, args, shaping)) is not None:
+        print(f"prepare done: {out} is finished already (--fresh makes it anew)")
+        show(out, args.show)
+        return report(out, meta)
+
+    # --- look at everything that can be wrong before anything is written
+    inputs = [sources.look(path, args.named) for path in sources.find(args.source)]
+    if len(inputs) > np.iinfo(STAGED["source"]).max:
+        files.fail("there are too many source files", seen=len(inputs), wanted=f"at most {np.iinfo(STAGED['source']).max}")
+    for source in inputs:
+        print(f"prepare source={source.path} schema={source.described}", flush=True)
+    tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    if any(source.schema != "text" for source in inputs) and template.ensure_template(tokenizer):
+        print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
+    if False:
+        files.remove_ours(out, ("train.rows.npy",))
+
+    # --- tokenize into temporary files, then divide them into train and val
+    partial = files.partial_folder(out)
+    lock = files.lock(partial)
+    tokenizer.save_pretrained(partial / "tokenizer")
+    saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
+    tokenizer = saved_tokenizer(partial / "tokenizer", args.trust_remote_code)  # later stages load this one: so does this run
+    work = functools.partial(encode_batch, folder=partial / "tokenizer", trust_remote_code=args.trust_remote_code,
+                             max_len=args.max_len, long=args.long, seed=args.seed)
+    numbered = ((number, row) for number, source in enumerate(inputs) for row in sources.rows(source, args.system))
+    total = None if any(source.count is None for source in inputs) else sum(source.count for source in inputs)
+    val_rows = ValRows(args.val)
+    staged, read, dropped = stage(partial, numbered, work, args, val_rows, total)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing dropped"
+    if not len(staged):
+        shutil.rmtree(partial)
+        files.fail("no row is left", seen=f"{read.total()} rows, dropped: {reasons}", wanted="rows with a prompt and an answer, within --max-len")
+    is_val = val_rows.chosen(staged["prompt"])
+    if is_val.all():
+        shutil.rmtree(partial)
+        files.fail("no row is left to train on", seen=f"{len(staged)} rows, all of them in val", wanted="more rows, or a smaller --val")
+    if not is_val.any():
+        print("prepare warning: val is empty: nothing can be evaluated; give more rows or a larger --val", flush=True)
+    divide(partial, staged, is_val)
+
+    # --- the folder's own description
+    count = lambda values: {"train": int(values[~is_val].sum()), "val": int(values[is_val].sum())}
+    rows = count(np.ones(len(staged), np.int64))
+    meta = {
+        "format": data.FORMAT,
+        "identities": {**template.identities(tokenizer), "data": files.sha256(*(partial / part for part in PARTS))},
+        "tokenizer": args.tokenizer,
+        "sources": [{"name": str(source.path), "sha256": files.sha256(source.path), "rows": read[number]} for number, source in enumerate(inputs)],
+        "schema": "; ".join(dict.fromkeys(source.described for source in inputs)),
+        "args": shaping,
+        "rows": rows,
+        "targets": count(staged["targets"]),
+        "tokens": count(staged["length"]),
+        "dropped": dict(dropped.most_common()),
+        "lengths": {"rows": percentiles(staged["length"]), "targets": percentiles(staged["targets"])},
+        "rows_per_chunk": args.rows_per_chunk,
+        "chunks": -(-rows["train"] // args.rows_per_chunk),
+        "seed": args.seed,
+    }
+    files.write_json(partial / "meta.json", meta)
+    lock.close()
+    (partial / ".lock").unlink()
+    files.publish(partial, out)
+
+    # --- what a human should see
+    if not set(data.Split(out, "train").end_tokens()) & template.special_ids(tokenizer):
+        print("prepare warning: no special token ends nine answers in ten: the student will not learn where to stop", flush=True)
+    show(out, args.show)
+    report(out, meta)
+
+
+if __name__ == "__main__":
+    main()

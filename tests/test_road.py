@@ -1,0 +1,105 @@
+"""The whole road, script after script, as a user walks it: on the demo's data made small, and on real weights where they are."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import chat
+import dump_logits
+import prepare_data
+import stage1_sft
+import stage2_kd
+from lib import demo, report
+
+ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("REAL_MODELS", "real"))  # made by ../shared/real_models.py: smollm2, and stdlib.parquet beside it
+TRAIN = ["--tokens-per-step", "1024", "--samples", "1", "--sample-tokens", "8", "--warmup", "0.05", "--device", "cpu"]
+
+
+def last_eval(run: Path) -> dict:
+    return [line for line in map(json.loads, (run / "history.jsonl").read_text().splitlines()) if line["event"] == "eval"][-1]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """Walk it once: demo data -> teacher -> stage 1 -> logits -> stage 2 -> evaluation -> answers."""
+    out = tmp_path_factory.mktemp("road")
+    at = lambda name: str(out / name)
+    demo.main(["--out", at("demo"), "--teacher-rows", "600", "--student-rows", "150", "--seed", "1"])
+    for name in ("teacher", "student"):
+        prepare_data.main(["--source", at(f"demo/{name}.parquet"), "--tokenizer", at("demo/tokenizer"), "--out", at(f"data-{name}"), "--val", "30", "--rows-per-chunk", "50"])
+    stage1_sft.main(["--data", at("data-teacher"), "--student", at("demo/teacher-config"), "--out", at("teacher"), "--lr", "3e-3", "--steps", "60", *TRAIN])
+    stage1_sft.main(["--data", at("data-student"), "--student", at("demo/student-config"), "--out", at("stage1"), "--lr", "3e-3", "--steps", "20", *TRAIN])
+    dump_logits.main(["--data", at("data-student"), "--teacher", at("teacher"), "--student", at("demo/student-config"), "--out", at("logits")])
+    stage2_kd.main(["--data", at("data-student"), "--logits", at("logits"), "--student", at("stage1"), "--out", at("stage2"), "--lr", "3e-3", "--steps", "30", *TRAIN])
+    for name in ("teacher", "stage2"):
+        stage2_kd.main(["--data", at("data-student"), "--logits", at("logits"), "--student", at(name), "--out", at(f"{name}-eval"), "--eval-only"])
+        chat.main(["--ckpt", at(name), "--prompts", at("data-student/val.prompts.jsonl"), "--out", at(f"{name}-eval/answers.jsonl"), "--greedy", "--max-new-tokens", "20"])
+    return out
+
+
+def test_stage_2_brings_the_student_nearer_to_its_teacher(road):
+    lines = [json.loads(line) for line in (road / "stage2/history.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if line["event"] == "eval"]
+    assert evals[-1]["kl"] < 0.8 * evals[0]["kl"] and evals[-1]["ce"] < evals[0]["ce"]
+
+
+def test_stage_2_starts_where_stage_1_ended(road):
+    first = json.loads((road / "stage2/history.jsonl").read_text().splitlines()[0])
+    assert first["ce"] == pytest.approx(last_eval(road / "stage1")["ce"], abs=1e-5)
+
+
+def test_one_record_per_target_of_the_chunk_is_on_disk(road):
+    rows = np.load(road / "data-student/train.rows.npy")
+    records = np.load(road / "logits/chunk-0001/topk.npy", mmap_mode="r")
+    assert len(records) == rows["targets"][50:100].sum() and records.dtype["gap"].shape == (32,)
+
+
+def test_a_run_leaves_what_the_design_promises(road):
+    assert {path.name for path in (road / "stage2").iterdir()} >= {"best", "final", "history.jsonl", "samples.md", "curves.png", "config.json"}
+    assert (road / "stage2/best/README.md").exists() and not (road / "stage2/last").exists()
+
+
+def test_best_answers_in_plain_transformers_as_in_chat(road):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    answers = [json.loads(line) for line in (road / "stage2-eval/answers.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(road / "stage2/best")
+    model = AutoModelForCausalLM.from_pretrained(road / "stage2/best")
+    for line in answers[:5]:
+        ids = tokenizer.apply_chat_template(line["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**ids, do_sample=False, max_new_tokens=20)[0, ids["input_ids"].shape[1]:]
+        assert tokenizer.decode(made, skip_special_tokens=True).strip() == line["answer"].strip()
+
+
+def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
+    report.main(["--out", str(road / "comparison"), f"teacher={road / 'teacher-eval'}", f"stage 2={road / 'stage2-eval'}"])
+    made = json.loads((road / "comparison.json").read_text())
+    lines = [json.loads(line) for line in (road / "teacher-eval/answers.jsonl").read_text().splitlines()]
+    right = [line["answer"].split("####")[-1].strip() == line["reference"].split("####")[-1].strip() and "####" in line["answer"] for line in lines]
+    assert made["teacher"]["exact_match"] == pytest.approx(np.mean(right)) and made["teacher"]["kl"] < 1e-5
+    assert (road / "comparison.png").stat().st_size > 5000 and "KL to the teacher" in capsys.readouterr().out
+
+
+def test_all_of_it_runs_again_without_doing_anything(road, capsys):
+    with pytest.raises(SystemExit) as ended:
+        stage1_sft.main(["--data", str(road / "data-student"), "--student", str(road / "demo/student-config"), "--out", str(road / "stage1"), "--lr", "3e-3", "--steps", "20", *TRAIN])
+    dump_logits.main(["--data", str(road / "data-student"), "--teacher", str(road / "teacher"), "--student", str(road / "demo/student-config"), "--out", str(road / "logits")])
+    assert ended.value.code in (0, None) and capsys.readouterr().out.count("already finished") == 5  # stage 1, three chunks, val
+
+
+@pytest.mark.skipif(not (REAL / "smollm2/model.safetensors").exists(), reason="no real weights: REAL_MODELS=DIR with smollm2/ and stdlib.parquet")
+def test_the_road_on_a_real_model_and_real_data(tmp_path):
+    at = lambda name: str(tmp_path / name)
+    prepare_data.main(["--source", str(REAL / "stdlib.parquet"), "--tokenizer", str(REAL / "smollm2"), "--out", at("data"), "--limit", "24", "--val", "4", "--max-len", "160"])
+    common = ["--data", at("data"), "--tokens-per-step", "512", "--tokens-per-microbatch", "512", "--samples", "0", "--lr", "5e-5", "--steps", "3"]
+    stage1_sft.main([*common, "--student", str(REAL / "smollm2"), "--keep-layers", "0,10,20,29", "--out", at("stage1")])
+    dump_logits.main(["--data", at("data"), "--teacher", str(REAL / "smollm2"), "--out", at("logits"), "--tokens-per-microbatch", "512"])
+    stage2_kd.main([*common, "--student", at("stage1"), "--logits", at("logits"), "--out", at("stage2")])
+    evals = [line for line in map(json.loads, (tmp_path / "stage2/history.jsonl").read_text().splitlines()) if line["event"] == "eval"]
+    assert evals[-1]["kl"] < evals[0]["kl"]
+    chat.main(["--ckpt", at("stage2"), "--prompt", "What does `len` do?", "--max-new-tokens", "4", "--greedy"])
+    assert torch.isfinite(torch.tensor(evals[-1]["ce"]))
