@@ -12,32 +12,26 @@ train / val split a row is on depends on its prompt and the seed alone: rows add
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import heapq
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from lib import data, files, flags, sources, template
+from lib import data, files, flags, parallel, sources, split, template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
 SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
 BLOCK_TOKENS = 1 << 22                       # tokens copied at once
 SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "val", "limit", "rows_per_chunk", "seed")
-STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
 
 
@@ -80,13 +74,6 @@ def saved_tokenizer(folder, trust_remote_code):
     return template.load_tokenizer(folder, trust_remote_code)
 
 
-def start_worker():
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # ctrl-C is the parent's to handle
-    # a killed parent would leave its workers waiting for ever
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def prompt_hash(row, seed):
     """Return 64 bits of what comes before the first answer (all of a plain text): equal prompts share one side of the split."""
     if not isinstance(row, str):
@@ -114,97 +101,15 @@ def encode_batch(rows, folder, trust_remote_code, max_len, long, seed):
     return result
 
 
-def batches(numbered):
-    """Cut an iterator of (source number, row) into lists that are short in rows and in characters."""
-    batch, size = [], 0
-    for number, row in numbered:
-        batch.append((number, row))
-        size += len(row) if isinstance(row, str) else sum(len(message["content"] or "") for message in row)
-        if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encoded_rows(numbered, work, workers):
-    """Yield (source number, row, encoded row) in source order. The reader stays at most two batches a worker ahead."""
-    work_list = batches(numbered)
-    head = list(itertools.islice(work_list, SMALL))
-    work_list = itertools.chain(head, work_list)
-    if workers == 1 or len(head) < SMALL:
-        for batch in work_list:
-            yield from ((number, row, encoded) for (number, row), encoded in zip(batch, work([row for _, row in batch])))
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    waiting = collections.deque()
-    try:
-        for batch in itertools.chain(work_list, itertools.repeat(None)):
-            if batch is not None:
-                waiting.append((batch, pool.submit(work, [row for _, row in batch])))
-            elif not waiting:
-                break
-            if batch is None or len(waiting) > 2 * workers:
-                batch, future = waiting.popleft()
-                yield from ((number, row, encoded) for (number, row), encoded in zip(batch, future.result()))
-    except concurrent.futures.BrokenExecutor:
-        files.fail("a worker process was killed", wanted="more free memory", mend="the same command with fewer --workers")
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Seen:
-    """A set of 64-bit hashes at about 8 bytes each: a sorted array, and a small set of those that are not merged into it yet."""
-
-    def __init__(self):
-        self.old, self.new = np.empty(0, np.uint64), set()
-
-    def add(self, value):
-        """Add a hash; return whether it is new."""
-        place = np.searchsorted(self.old, np.uint64(value))
-        if value in self.new or place < len(self.old) and self.old[place] == value:
-            return False
-        self.new.add(value)
-        if len(self.new) > max(100_000, len(self.old) // 8):
-            self.old = np.union1d(self.old, np.fromiter(self.new, np.uint64, len(self.new)))
-            self.new = set()
-        return True
-
-
-class ValRows:
-    """Which rows are validation rows: those whose prompts have the smallest hashes, up to a share of all hashes or a count of rows."""
-
-    def __init__(self, val):
-        self.val, self.smallest = val, []  # a heap of negated hashes: its top is the largest of the `val` smallest so far
-
-    def candidate(self, prompt):
-        """Return False for a row that can no longer become a validation row, whatever follows."""
-        if self.val < 1:
-            return prompt < int(self.val * 2**64)
-        if len(self.smallest) < self.val:
-            heapq.heappush(self.smallest, -prompt)
-            return True
-        heapq.heappushpop(self.smallest, -prompt)
-        return prompt <= -self.smallest[0]
-
-    def chosen(self, prompts):
-        """Return the mask of validation rows. A count takes whole groups of equal prompts, so that it may stay a little below."""
-        if self.val < 1:
-            return prompts < np.uint64(int(self.val * 2**64))
-        values, counts = np.unique(prompts, return_counts=True)
-        groups = np.searchsorted(np.cumsum(counts), self.val, side="right")
-        return np.isin(prompts, values[:groups])
-
-
 def stage(partial, numbered, work, args, val_rows, total):
     """Encode all rows into temporary files in source order; return the staged records, rows read by source, and drops by reason."""
-    seen, dropped, read, kept, begun = Seen(), collections.Counter(), collections.Counter(), 0, time.time()
+    seen, dropped, read, kept, begun = split.Seen(), collections.Counter(), collections.Counter(), 0, time.time()
     workers = args.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     tokens, answers, records = (files.NpyWriter(partial / f"staged.{part}.npy", dtype)
-                                for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", STAGED)))
+                                for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", split.STAGED)))
     bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
     with bar, open(partial / "staged.prompts.jsonl", "w", encoding="utf-8") as prompts, \
-            contextlib.closing(encoded_rows(numbered, work, 1 if 0 < args.limit < SMALL * BATCH_ROWS else workers)) as encoded:
+            contextlib.closing(parallel.encoded_rows(numbered, work, workers)) as encoded:
         for number, row, result in encoded:
             read[number] += 1
             bar.update()
@@ -218,7 +123,7 @@ def stage(partial, numbered, work, args, val_rows, total):
             ids, answer, prompt, _ = result
             tokens.append(ids)
             answers.append(answer)
-            records.append(np.array([(len(ids), answer.sum(), number, prompt)], STAGED))
+            records.append(np.array([(len(ids), answer.sum(), number, prompt)], split.STAGED))
             if val_rows.candidate(prompt) and not isinstance(row, str):
                 last = template.last_answer(row)
                 prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
@@ -228,46 +133,6 @@ def stage(partial, numbered, work, args, val_rows, total):
     for writer in (tokens, answers, records):
         writer.close()
     return np.load(partial / "staged.rows.npy"), read, dropped
-
-
-def divide(partial, staged, is_val):
-    """Copy the staged rows to train and val, a block at a time, and write the row records."""
-    for part, dtype in (("tokens", np.uint32), ("answer", bool)):
-        # plain reads: the pages of a memory map would count as this process's memory
-        with open(partial / f"staged.{part}.npy", "rb") as source:
-            version = np.lib.format.read_magic(source)
-            assert version == (1, 0), version
-            np.lib.format.read_array_header_1_0(source)
-            writers = [files.NpyWriter(partial / f"{split}.{part}.npy", dtype) for split in ("train", "val")]
-            ends = np.cumsum(staged["length"], dtype=np.int64)
-            row = 0
-            while row < len(staged):
-                done = ends[row - 1] if row else 0
-                stop = max(row + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
-                block = np.fromfile(source, dtype, int(ends[stop - 1] - done))
-                side = np.repeat(is_val[row:stop], staged["length"][row:stop])
-                writers[0].append(block[~side])
-                writers[1].append(block[side])
-                row = stop
-        for writer in writers:
-            writer.close()
-    for split, mask in (("train", ~is_val), ("val", is_val)):
-        mine = staged[mask]
-        records = np.zeros(len(mine), data.ROW)
-        for name in ("length", "targets", "source"):
-            records[name] = mine[name]
-        for name, counted in (("start", "length"), ("first_target", "targets")):
-            records[name][1:] = np.cumsum(mine[counted][:-1], dtype=np.uint64)
-        writer = files.NpyWriter(partial / f"{split}.rows.npy", data.ROW)
-        writer.append(records)
-        writer.close()
-    if (partial / "staged.prompts.jsonl").stat().st_size:
-        with open(partial / "staged.prompts.jsonl", encoding="utf-8") as source, open(partial / "val.prompts.jsonl", "w", encoding="utf-8") as target:
-            for number, prompt in map(json.loads, source):
-                if is_val[number]:
-                    target.write(json.dumps(prompt, ensure_ascii=False) + "\n")
-    for path in partial.glob("staged.*"):
-        path.unlink()
 
 
 def finished(out, args, shaping):
@@ -291,10 +156,10 @@ def finished(out, args, shaping):
 
 def show(folder, count):
     """Print training rows with their targets green on a terminal, in brackets elsewhere."""
-    split, tokenizer = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer")
+    rows, tokenizer = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer")
     grey, green, plain = ("\x1b[90m", "\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "[", "")
-    for row in range(min(count, len(split.rows))):
-        ids, answer = split.row(row)
+    for row in range(min(count, len(rows.rows))):
+        ids, answer = rows.row(row)
         print(f"\nrow {row}: {len(ids)} tokens, {answer.sum()} targets")
         cuts = [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
         for begin, end in itertools.pairwise(cuts):
@@ -335,14 +200,14 @@ def main(argv=None):
 
     # --- look at everything that can be wrong before anything is written
     inputs = [sources.look(path, args.named) for path in sources.find(args.source)]
-    if len(inputs) > np.iinfo(STAGED["source"]).max:
-        files.fail("there are too many source files", seen=len(inputs), wanted=f"at most {np.iinfo(STAGED['source']).max}")
+    if len(inputs) > np.iinfo(split.STAGED["source"]).max:
+        files.fail("there are too many source files", seen=len(inputs), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
     for source in inputs:
         print(f"prepare source={source.path} schema={source.described}", flush=True)
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     if any(source.schema != "text" for source in inputs) and template.ensure_template(tokenizer):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
-    if False:
+    if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
 
     # --- tokenize into temporary files, then divide them into train and val
@@ -355,7 +220,7 @@ def main(argv=None):
                              max_len=args.max_len, long=args.long, seed=args.seed)
     numbered = ((number, row) for number, source in enumerate(inputs) for row in sources.rows(source, args.system))
     total = None if any(source.count is None for source in inputs) else sum(source.count for source in inputs)
-    val_rows = ValRows(args.val)
+    val_rows = split.ValRows(args.val)
     staged, read, dropped = stage(partial, numbered, work, args, val_rows, total)
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing dropped"
     if not len(staged):
@@ -367,7 +232,7 @@ def main(argv=None):
         files.fail("no row is left to train on", seen=f"{len(staged)} rows, all of them in val", wanted="more rows, or a smaller --val")
     if not is_val.any():
         print("prepare warning: val is empty: nothing can be evaluated; give more rows or a larger --val", flush=True)
-    divide(partial, staged, is_val)
+    split.divide(partial, staged, is_val)
 
     # --- the folder's own description
     count = lambda values: {"train": int(values[~is_val].sum()), "val": int(values[is_val].sum())}

@@ -76,7 +76,7 @@ def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, 
     return Path(folder)
 
 
-CPU = ("--device", "cpu")
+CPU = ("--device", "cpu", "--threads", "1")  # two threads only wait for one another on models this small
 QUICK = ("--samples", "0", "--tokens-per-step", "128", "--tokens-per-microbatch", "64", "--lr", "1e-2", "--log-every", "1", *CPU)  # ten rows a step
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
-from lib import data, files, sources, template
+from lib import data, files, parallel, sources, split, template
 
 PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
 
@@ -90,12 +90,12 @@ def test_plain_text_is_learnt_whole_in_every_format(tmp_path, prepare, suffix):
 def test_the_folder_holds_what_the_format_says(prepare):
     made = prepare(PAIRS, "--val", "6", "--rows-per-chunk", "10")
     assert made.meta["format"] == data.FORMAT and made.meta["chunks"] == made.chunks == 3
-    for name, split in (("train", made.train), ("val", made.val)):
-        lengths, targets = split.rows["length"].astype(np.int64), split.rows["targets"].astype(np.int64)
-        assert split.tokens.dtype == np.uint32 and split.answer.dtype == bool
-        assert np.array_equal(split.rows["start"], np.cumsum(lengths) - lengths)
-        assert np.array_equal(split.rows["first_target"], np.cumsum(targets) - targets)
-        assert [split.row(row)[1].sum() for row in range(len(lengths))] == targets.tolist()
+    for part in (made.train, made.val):
+        lengths, targets = part.rows["length"].astype(np.int64), part.rows["targets"].astype(np.int64)
+        assert part.tokens.dtype == np.uint32 and part.answer.dtype == bool
+        assert np.array_equal(part.rows["start"], np.cumsum(lengths) - lengths)
+        assert np.array_equal(part.rows["first_target"], np.cumsum(targets) - targets)
+        assert [part.row(row)[1].sum() for row in range(len(lengths))] == targets.tolist()
         assert made.meta["rows"][name] == len(lengths) and made.meta["tokens"][name] == len(split.tokens) == lengths.sum()
         assert made.meta["targets"][name] == split.targets == split.answer.sum()
     parts = [made.folder / f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
@@ -266,19 +266,21 @@ def test_a_limit_keeps_the_first_rows_that_are_good(prepare):
 
 
 def test_seen_knows_every_hash_it_was_given(monkeypatch):
-    seen, values = prepare_data.Seen(), np.random.default_rng(0).integers(0, 2**64, 105_000, np.uint64).tolist()
+    seen, values = split.Seen(), np.random.default_rng(0).integers(0, 2**64, 105_000, np.uint64).tolist()
     assert all(map(seen.add, values)) and not any(map(seen.add, values[::1000]))
     assert len(seen.old) > 100_000 and seen.new  # some were merged, some not yet
 
 
 # --- again, killed, in parallel
 
-def test_one_worker_and_two_write_the_same_bytes(tmp_path, tokenizer_dir):
+def test_one_worker_and_two_write_the_same_bytes(tmp_path, tokenizer_dir, monkeypatch):
+    pools, real = [], parallel.concurrent.futures.ProcessPoolExecutor
+    monkeypatch.setattr(parallel.concurrent.futures, "ProcessPoolExecutor", lambda *a: pools.append(a[0]) or real(*a))
     rows = [{"prompt": f"q {i % 2500}", "answer": "a" * (i % 7)} for i in range(2600)]
     common = ["--source", str(write(tmp_path / "rows.jsonl", rows)), "--tokenizer", str(tokenizer_dir), "--val", "0.1"]
     for workers in (1, 2):
         prepare_data.main([*common, "--out", str(tmp_path / f"out{workers}"), "--workers", str(workers)])
-    assert everything(tmp_path / "out1") == everything(tmp_path / "out2")
+    assert everything(tmp_path / "out1") == everything(tmp_path / "out2") and pools == [2]
 
 
 def test_the_same_command_on_a_finished_folder_says_so_and_touches_nothing(prepare, capsys):
@@ -307,7 +309,7 @@ def test_fresh_with_another_tokenizer_uses_that_one(tmp_path, prepare):
 @pytest.mark.parametrize("block", [1, 100])
 def test_the_size_of_the_copied_blocks_does_not_show(prepare, monkeypatch, block):
     whole = everything(prepare(PAIRS, "--val", "9", out="whole").folder)
-    monkeypatch.setattr(prepare_data, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(split, "BLOCK_TOKENS", block)
     assert everything(prepare(PAIRS, "--val", "9").folder) == whole
 
 
@@ -317,7 +319,7 @@ def test_a_source_that_changed_is_refused(prepare):
         prepare(PAIRS[1:])
 
 
-MOMENTS = {"while staging": (prepare_data.Seen, "add"), "while dividing": (np, "repeat"), "before the rename": (files, "publish")}
+MOMENTS = {"while staging": (split.Seen, "add"), "while dividing": (np, "repeat"), "before the rename": (files, "publish")}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

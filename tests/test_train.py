@@ -195,12 +195,11 @@ def test_alpha_0_trains_as_stage_1_does(world, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "two" / "final")[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_a_student_learns_in_stage_1_and_comes_nearer_to_its_teacher_in_stage_2(world, tmp_path):
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 15, "--out", tmp_path / "one"))
-    make.call(stage2_kd.main, *make.stage2(world, "--steps", 15, "--student", tmp_path / "one", "--out", tmp_path / "two"))
-    for run, measure in (("one", "ce"), ("two", "kl")):
-        first, *_, last = (line[measure] for line in make.history(tmp_path / run, "eval"))
-        assert last < 0.8 * first, (run, first, last)
+@pytest.mark.parametrize("script, arguments, loss", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kd")))
+def test_a_student_learns(world, tmp_path, script, arguments, loss):
+    make.call(script.main, *arguments(world, "--steps", 24, "--eval-every", 24, "--out", tmp_path / "run"))
+    seen = [line[loss] for line in make.history(tmp_path / "run", "train")]
+    assert np.mean(seen[-3:]) < 0.8 * np.mean(seen[:3]), seen
 
 
 def test_trap_25_a_teacher_that_cannot_be_read_ends_the_run_instead_of_leaving_cross_entropy(world, tmp_path):
@@ -242,7 +241,8 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
     hits, confidences = np.array(hits), np.array(confidences)
     bins = np.minimum((confidences * 15).astype(int), 14)
     ece = sum(abs((hits[bins == b] - confidences[bins == b]).sum()) for b in range(15)) / len(hits)
-    wanted = {"ce": np.mean(ce), "ppl": np.exp(np.mean(ce)), "acc1": hits.mean(), "acc5": np.mean(hits5), "ece": ece, "kl": np.mean(kl), "agree": np.mean(agree)}
+    wanted = {"ce": np.mean(ce), "ppl": np.exp(np.mean(ce)), "acc1": hits.mean(), "acc5": np.mean(hits5), "ece": ece}
+    wanted |= {"kl": np.mean(kl), "agree": np.mean(agree)}
     assert seen.pop("targets") == len(ce) == dataset.val.targets
     assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
     assert abs(seen["ce"] - own_loss(world / "student", dataset.val, range(12))) < 1e-5
@@ -300,17 +300,18 @@ def test_trap_19_training_calls_the_body_alone_and_keeps_no_other_layers_hidden_
     make.call(stage2_kd.main, *make.stage2(world, "--steps", 2, "--out", tmp_path / "run"))
     assert len(calls) > 4
     for kwargs, output in calls:
-        assert not kwargs.get("output_hidden_states") and kwargs["use_cache"] is False and output.hidden_states is None and output.past_key_values is None
+        assert not kwargs.get("output_hidden_states") and kwargs["use_cache"] is False
+        assert output.hidden_states is None and output.past_key_values is None
 
 
 def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(world, tmp_path, monkeypatch):
     seen, plain = [], plan.microbatches
 
     def spy(rows, *args, **options):
-        if len(seen) == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
         if options.get("pack") is not False:  # evaluation asks for pack=False by name
-            seen.append(list(rows))
+            seen.append(rows.tolist())
+            if len(seen) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
         return plain(rows, *args, **options)
 
     monkeypatch.setattr(plan, "microbatches", spy)
@@ -319,7 +320,7 @@ def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(wor
     straight, stop_at = seen[:], 4
     seen.clear()
     code, _ = make.ends(stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "stopped"))
-    assert code == 143 and len(seen) == 5, "the step under way is finished"
+    assert code == 143 and len(seen) == 4, "the step under way is finished, and no other one is begun"
     stop_at = None
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "stopped"))
     assert seen == straight and len({tuple(rows) for rows in straight}) == 8
@@ -405,8 +406,8 @@ def test_kept_layers_start_as_a_model_cut_by_hand(world, tmp_path):
     make.model(tmp_path / "deep", layers=4)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "deep")
     cut = AutoModelForCausalLM.from_config(make.config(layers=2))
-    renamed = {name.replace("layers.2.", "layers.1."): tensor for name, tensor in module.state_dict().items() if "layers.1." not in name and "layers.3." not in name}
-    cut.load_state_dict(renamed)
+    kept = {name: tensor for name, tensor in module.state_dict().items() if "layers.1." not in name and "layers.3." not in name}
+    cut.load_state_dict({name.replace("layers.2.", "layers.1."): tensor for name, tensor in kept.items()})
     cut.save_pretrained(tmp_path / "cut")
     make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "deep", "--keep-layers", "0,2", "--steps", 2, "--out", tmp_path / "kept"))
     make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "cut", "--steps", 2, "--out", tmp_path / "by hand"))
