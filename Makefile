@@ -26,6 +26,9 @@ PYTHON  ?= python3
 PY      := .venv/bin/python
 PIP     ?=
 
+# threads that wait asleep: a machine shared with other work loses a factor of ten otherwise
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup data stage1 logits stage2 eval chat demo demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
@@ -53,7 +56,7 @@ stage2: .venv/ready ## distil the teacher's distribution into stage 1's student 
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
 
 eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
-	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --temperature $(T) --eval-only $(ARGS)
+	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --eval-only $(ARGS)
 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
@@ -76,22 +79,22 @@ clean: ## remove what `make demo` made (never your own data, logits or runs)
 # --- the demo: the whole road on embedded data, with a teacher made here
 
 D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
-DEMO_TRAIN := --tokens-per-step 2048 --beta2 0.99 --weight-decay 0.01 --log-every 50 --sample-tokens 60 --seed $(SEED)
-DEMO_STEPS := 400
+DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --seed $(SEED)
+DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 100
 
 demo: .venv/ready ## the whole road on embedded data: about 5 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
 	$(PY) -m lib.demo --out $(D) --seed $(SEED)
 	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
 	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
 	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data"
-	$(PY) stage1_sft.py --data data/$(D)-teacher --student $(D)/teacher-config --out runs/$(D)/teacher --lr 2e-3 --steps 800 --eval-every 200 $(DEMO_TRAIN)
+	$(PY) stage1_sft.py --data data/$(D)-teacher --student $(D)/teacher-config --out runs/$(D)/teacher --lr 2e-3 --steps 1600 --eval-every 400 --tokens-per-step 1024 $(DEMO_TRAIN)
 	@echo; echo "=== stage 1: a student several times smaller, on little of it"
-	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
+	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 400 $(DEMO_STUDENT)
 	@echo; echo "=== the teacher's logits, once"
 	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
 	@echo; echo "=== stage 2, and its control: stage 1 continued for as many steps"
-	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
-	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --lr 3e-3 --steps $(DEMO_STEPS) --eval-every 100 $(DEMO_TRAIN)
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps 500 $(DEMO_STUDENT)
+	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 500 $(DEMO_STUDENT)
 	@echo; echo "=== all four on the same held-out rows"
 	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
 	$(PY) -m lib.report --out runs/$(D)/comparison "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval"

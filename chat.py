@@ -2,7 +2,7 @@
 
     python chat.py --ckpt runs/qwen/stage2                                          # a conversation; /help inside
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?"
-    python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts demo/test.jsonl --out runs/demo/answers.jsonl
+    python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts data/demo/val.prompts.jsonl --out runs/answers.jsonl
 
 Reads   --ckpt: a stage folder (its best/, else its final/), any Hugging Face checkpoint folder, or a hub id
         --prompts: one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; its other fields are carried over
@@ -49,9 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time with --prompts (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                        help="auto: the checkpoint's own on CUDA, else float32 (default: %(default)s)")
-    flags.add(parser, "--seed", "--device", "--threads", "--fresh", "--trust-remote-code")
+    flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
 
     flags.positive(parser, args, "batch_size")
@@ -77,15 +75,7 @@ def load(args):
     folder = models.local_folder(args.ckpt, args.trust_remote_code)
     tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
     template.ensure_template(tokenizer)
-    if args.dtype != "auto":
-        dtype = getattr(torch, args.dtype)
-    elif device.type == "cuda":
-        config = files.read_json(folder / "config.json")
-        dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-        if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8:  # a V100 only emulates it
-            dtype = torch.float16
-    else:
-        dtype = torch.float32
+    dtype = models.pick_dtype(args.dtype, device, folder)
     return models.load(str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code), tokenizer
 
 

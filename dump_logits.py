@@ -35,13 +35,12 @@ def parse_args(argv=None):
     group.add_argument("--chunk", default="all", metavar="N|all|val", help="one chunk, val alone, or all chunks and val (default: %(default)s)")
     group = parser.add_argument_group("the method")
     group.add_argument("--k", type=int, default=32, help="logits kept a target (default: %(default)s)")
-    group.add_argument("--temperatures", default="1,2,4", metavar="1,2,4", help="temperatures whose tail is kept; training can use these alone (default: %(default)s)")
+    group.add_argument("--temperatures", default="1,2,4", metavar="1,2,4", help="temperatures training may use later (default: %(default)s)")
     group.add_argument("--values", choices=["fp16", "u8"], default="fp16", help="format of z_max - z (default: %(default)s)")
-    group.add_argument("--student", default="", metavar="DIR|ID", help="the student to come: where its output layer is smaller, the teacher's is cut to it")
+    group.add_argument("--student", default="", metavar="DIR|ID", help="the student to come: the teacher is cut to its tokens, if these are fewer")
     group.add_argument("--vocab", type=int, default=0, metavar="V", help="cut both to the first V tokens; 0 = by --student (default: %(default)s)")
     group = parser.add_argument_group("the machine")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the teacher's weights; auto: float32 on CPU, its own half type on CUDA (default: %(default)s)")
-    flags.add(group, "--tokens-per-microbatch", "--device", "--threads", "--attn", "--compile", "--fresh", "--trust-remote-code")
+    flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn", "--compile", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
     flags.positive(parser, args, "k", "tokens_per_microbatch")
     try:
@@ -53,17 +52,6 @@ def parse_args(argv=None):
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
     return args
-
-
-def pick_dtype(name, device, folder):
-    """Return the dtype of the teacher's weights. A GPU older than Ampere (V100) has no bfloat16 units: float16 there."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    own = files.read_json(folder / "config.json")
-    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(own.get("dtype") or own.get("torch_dtype"), torch.bfloat16)
-    return torch.float16 if half == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else half
 
 
 def pick_vocab(args, teacher, dataset):
@@ -78,6 +66,11 @@ def pick_vocab(args, teacher, dataset):
     if args.k > vocab:
         files.fail("k does not fit", f"--k {args.k}", f"at most V = {vocab}", f"--k {vocab}")
     return vocab
+
+
+def differing(seen, wanted):
+    """Return what differs between two sets of settings, for people."""
+    return "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in wanted.items() if seen.get(k) != v)
 
 
 def teacher_records(teacher, head, batch, k, temperatures, dtype):
@@ -112,8 +105,8 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     holding = files.lock(folder)
     if (folder / "done.npy").exists():
         if (seen := files.read_json(folder / "settings.json")) != settings:
-            differ = "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in settings.items() if seen.get(k) != v)
-            files.fail(f"{folder} was started with other settings", differ, "the same command", "--fresh to start it anew, or another --out")
+            files.fail(f"{folder} was started with other settings", differing(seen, settings), "the same command",
+                       "--fresh to start it anew, or another --out")
         topk, done = (np.lib.format.open_memmap(folder / name, mode="r+") for name in ("topk.npy", "done.npy"))
     else:  # done.npy appears last: once it is there, all three are whole
         files.write_json(folder / "settings.json", settings)
@@ -126,9 +119,10 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     batches = [[row for line in lines for row in line] for window in np.array_split(rows, -(-len(rows) // 4096))
                for lines in plan.microbatches(window, lengths, args.tokens_per_microbatch, int(lengths.max()), pack=False)]
     left = [batch for batch in batches if not done["done"][np.asarray(batch) - rows[0]].all()]
-    print(f"dump {folder}: {len(rows):,} rows, {targets:,} targets, {dtype.itemsize} bytes each" + (f"; {len(batches) - len(left)} of {len(batches)} batches are there" if len(left) < len(batches) else ""), flush=True)
+    there = f"; {len(batches) - len(left)} of {len(batches)} batches are there" if len(left) < len(batches) else ""
+    print(f"dump {folder}: {len(rows):,} rows, {targets:,} targets, {dtype.itemsize} bytes each{there}", flush=True)
 
-    bar = tqdm(total=sum(int(counts[b].sum()) for b in left), desc=f"dump {chunk}", unit="target", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(total=sum(int(counts[b].sum()) for b in left), desc=f"dump {chunk}", unit="target", unit_scale=True, disable=not sys.stderr.isatty())
     pending, flushed, said, made, seconds = [], time.monotonic(), time.monotonic(), 0, 0.0
 
     def flush():
@@ -147,7 +141,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
         seconds += clock(teacher.device) - started if number else 0.0  # the first one warms up
         made += len(records) if number else 0
         if not np.isfinite(ce).all():
-            files.fail("the teacher's logits are not finite", f"rows {batch_rows[:8]}", "numbers", "--dtype float32 (float16 overflows in some models)")
+            files.fail("the teacher's logits are not finite", f"rows {batch_rows[:8]}", "numbers", "--dtype float32 (some models overflow float16)")
         starts = np.concatenate([[0], np.cumsum(counts[batch_rows])[:-1]]).astype(int)
         for row, start in zip(batch_rows, starts):
             at = int(split.rows["first_target"][row]) - first
@@ -159,7 +153,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
             flushed = time.monotonic()
             interrupt.leave(f"dump: saved {folder}; the same command continues")
         if bar.disable and time.monotonic() - said > 15:
-            print(f"dump {chunk}: {number + 1} of {len(left)} batches, {made / max(seconds, 1e-9):.0f} targets/s", flush=True)
+            print(f"dump {chunk}: {number + 1} of {len(left)} batches" + (f", {made / seconds:.0f} targets/s" if seconds else ""), flush=True)
             said = time.monotonic()
     flush()
     bar.close()
@@ -194,13 +188,15 @@ def main(argv=None):
             files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
 
     folder = models.local_folder(args.teacher, args.trust_remote_code)
-    dtype = pick_dtype(args.dtype, device, folder)
-    teacher = models.load(args.teacher, device, dtype, dataset=dataset, attn=args.attn, compiled=args.compile, pack=False, trust_remote_code=args.trust_remote_code)
+    dtype = models.pick_dtype(args.dtype, device, folder)
+    teacher = models.load(args.teacher, device, dtype, dataset=dataset, attn=args.attn, compiled=args.compile, pack=False,
+                          trust_remote_code=args.trust_remote_code)
     teacher.module.requires_grad_(False)
     vocab = pick_vocab(args, teacher, dataset)
     head = teacher.head(vocab)
-    settings = {"teacher": models.identity(folder), "teacher_folder": str(args.teacher), "data": dataset.identities["data"], "k": args.k, "temperatures": args.temperatures,
-                "values": args.values, "vocab": vocab, "dtype": str(dtype), "tokens_per_microbatch": args.tokens_per_microbatch}
+    settings = {"teacher": models.identity(folder), "teacher_folder": str(args.teacher), "data": dataset.identities["data"], "k": args.k,
+                "temperatures": args.temperatures, "values": args.values, "vocab": vocab, "dtype": str(dtype),
+                "tokens_per_microbatch": args.tokens_per_microbatch}
 
     # what is done is skipped; what is not has its size said and its room checked before the first forward pass
     missing = []
@@ -210,17 +206,19 @@ def main(argv=None):
             missing.append(chunk)
             continue
         seen = files.read_json(meta)
-        if differ := "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in settings.items() if k not in ("teacher_folder", "dtype", "tokens_per_microbatch") and seen.get(k) != v):
+        if differ := differing(seen, {k: v for k, v in settings.items() if k not in ("teacher_folder", "dtype", "tokens_per_microbatch")}):
             files.fail(f"{meta.parent} is finished with other settings", differ, "the same command", "--fresh to dump it anew, or another --out")
         print(f"dump {meta.parent}: already finished; nothing to do (--fresh dumps it anew)")
     size = logits.record_dtype(args.k, args.temperatures, vocab, args.values).itemsize
     need = sum(int((dataset.val if c == "val" else dataset.train).rows["targets"][slice(None) if c == "val" else dataset.chunk_rows(c)].sum()) * size
                for c in missing if not (logits.chunk_folder(args.out, c) / "done.npy").exists())
     have = files.free_bytes(args.out)
-    print(f"teacher: {folder}, {teacher.parameters:,} parameters, on {device}, {dtype}; V {vocab:,}, k {args.k}, temperatures {', '.join(f'{t:g}' for t in args.temperatures)}")
+    print(f"teacher: {folder}, {teacher.parameters:,} parameters, {vocab:,} tokens, on {device}, {dtype}; the top {args.k}, "
+          f"and the exact rest at T = {', '.join(f'{t:g}' for t in args.temperatures)}")
     print(f"disk: {files.human(need)} to be written ({size} bytes a target), {files.human(have)} free at {args.out}")
     if need > have:
-        files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need), "a smaller --k, --values u8, fewer --temperatures, or one --chunk at a time")
+        files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need),
+                   "a smaller --k, --values u8, fewer --temperatures, or one --chunk at a time")
 
     interrupt = Interrupt()
     for chunk in missing:

@@ -43,8 +43,8 @@ def main(argv=None):
     dataset = Dataset(args.data)
     run = Run(args, "stage1", dataset.identities, args.best)
 
-    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, from_scratch=True, keep_layers=args.keep_layers,
-                          pack=not args.no_pack, seed=args.seed, trust_remote_code=args.trust_remote_code)
+    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, pack=not args.no_pack,
+                          from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()

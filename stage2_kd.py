@@ -1,7 +1,7 @@
 """Stage 2, white-box distillation: train the student against the teacher's distribution at every answer token.
 
     python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/distilqwen/stage1 --out runs/distilqwen/stage2
-    python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --lr 1e-3 --steps 20    # CPU, seconds, after `make demo`
+    python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --steps 20    # CPU, after `make demo`
 
 Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM, by default stage 1's.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
@@ -30,8 +30,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("the method")
     group.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher; the rest is cross-entropy (default: %(default)s)")
     group.add_argument("--temperature", type=float, default=2.0, help="T of the divergence; one of the dumped temperatures (default: %(default)s)")
-    group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl", help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
-    group.add_argument("--beta", type=float, default=None, help="jsd: the teacher's weight, 0.5; skl: the teacher's share of the mixture, 0.1 (default: these)")
+    group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl",
+                       help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
+    group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
     group.add_argument("--best", choices=["kl", "ce", "acc1", "agree"], default="kl", help="the measure that best/ follows (default: %(default)s)")
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
@@ -51,7 +52,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data)
-    store = logits.Store(args.logits, dataset, args.temperature, args.verify, train=not args.eval_only)
+    store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
     method = losses.Method(args.alpha, args.temperature, args.divergence, args.beta)
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
     run = None if args.eval_only else Run(args, "stage2", dataset.identities | {"teacher": store.meta["teacher"], "chunks": store.chunks}, best_by)
@@ -64,7 +65,8 @@ def main(argv=None):
     if args.eval_only:
         measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        files.write_json(Path(args.out) / "eval.json", {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits, **measures})
+        about = {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits}
+        files.write_json(Path(args.out) / "eval.json", about | measures)
         print(f"eval {student.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return
     tokenizer = dataset.tokenizer()
@@ -80,13 +82,15 @@ def main(argv=None):
     save_every = args.save_every or eval_every
 
     print(f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens, on {device}, {amp or 'float32'}")
-    print(f"data: {len(rows_there):,} rows, {int(dataset.train.rows['targets'][rows_there].sum()):,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
+    targets_there = int(dataset.train.rows["targets"][rows_there].sum())
+    print(f"data: {len(rows_there):,} rows, {targets_there:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
-    print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}; inside the top k: " + "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items()))
+    inside = "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items())
+    print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}, which hold {inside}")
     if store.missing:
         print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
     if not store.compares:
-        print(f"logits: no val dump with T=1, so there is no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 among --temperatures")
+        print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
     if preflight.checkpointing_needed(student, args, amp):
         student.module.gradient_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)

@@ -31,7 +31,9 @@ K, TEMPERATURES = 32, [1.0, 2.0, 4.0]
 
 
 def shape(quick: bool) -> dict:
-    return dict(V=8192, D=64, layers=2, rows=4, length=64, targets=512) if quick else dict(V=151_936, D=896, layers=24, rows=4, length=128, targets=2048)
+    if quick:
+        return dict(V=8192, D=64, layers=2, rows=4, length=64, targets=512)
+    return dict(V=151_936, D=896, layers=24, rows=4, length=128, targets=2048)
 
 
 def model(s: dict, device: torch.device) -> models.Model:
@@ -116,7 +118,8 @@ def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
         head.matmul(teacher.hidden(micro).to(weight.dtype), weight.t())
 
     seconds = turns({"bare": bare, "dump": lambda: dump_logits.teacher_records(teacher, layer, micro, K, TEMPERATURES, dtype)}, rounds, device)
-    return {"targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]), "bytes_per_target": dtype.itemsize, "bare_over_dump": ratio(seconds, "bare", "dump")}
+    return {"targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]), "bytes_per_target": dtype.itemsize,
+            "bare_over_dump": ratio(seconds, "bare", "dump")}
 
 
 def head_inputs(s: dict, count: int, device: torch.device):
@@ -134,7 +137,8 @@ def head_side(kind: str, s: dict, hidden, weight, labels) -> None:
         if kind != "ours":
             teacher = logits.decode(kept(s, len(labels)), s["V"], 1)
             teacher = losses.Kept(*(t.to(hidden.device) for t in (teacher.ids, teacher.gap, teacher.tail)))
-        loss, _, _ = losses.head_loss(hidden, head.Head(weight, None, s["V"]), labels, teacher, losses.Method(0.9, 2.0) if teacher else losses.Method())
+        method = losses.Method(0.9, 2.0) if teacher else losses.Method()
+        loss, _, _ = losses.head_loss(hidden, head.Head(weight, None, s["V"]), labels, teacher, method)
     loss.backward()
     weight.grad = hidden.grad = None
 
@@ -153,7 +157,8 @@ def bench_head(s: dict, rounds: int, device: torch.device, amp) -> dict:
 
 def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
     """Return the peak memory (GB) of head and loss over its inputs and the weight's own gradient, in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.report_memory({kind!r}, {count}, {s!r}, {str(device)!r})"
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); import bench; bench.report_memory({kind!r}, {count}, {s!r}, {str(device)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return float(result.stdout) if result.returncode == 0 else float("inf")  # killed: out of memory
 
@@ -194,7 +199,8 @@ def main(argv=None):
     amp = models.pick_amp(args.amp, device)
     for name in args.what or BENCHES:
         result = BENCHES[name](shape(args.quick), args.rounds, device, amp)
-        print(json.dumps({"bench": name, "device": str(device), "threads": torch.get_num_threads(), **{k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}}), flush=True)
+        rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
+        print(json.dumps({"bench": name, "device": str(device), "threads": torch.get_num_threads(), **rounded}), flush=True)
 
 
 if __name__ == "__main__":

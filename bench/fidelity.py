@@ -84,12 +84,14 @@ def main(argv=None):
                     kl += (p * (p.log() - s.log_softmax(-1))).sum().item() / len(hidden)
                 for k in ks:
                     top = p.topk(k, 1)
-                    renormalised[k] += dense_gradient(s, torch.zeros_like(p).scatter_(1, top.indices, top.values / top.values.sum(1, keepdim=True)), hidden[part], t)
+                    cut = torch.zeros_like(p).scatter_(1, top.indices, top.values / top.values.sum(1, keepdim=True))
+                    renormalised[k] += dense_gradient(s, cut, hidden[part], t)
                     kept[k].append(heads.topk_and_tails(z.clone(), k, [t]))
         for k in ks:
             ids, gaps, tails = (torch.cat(parts) for parts in zip(*kept[k]))
             weight.grad = None
-            loss, _, _ = losses.head_loss(hidden, learnt, torch.zeros(len(hidden), dtype=torch.long), losses.Kept(ids, gaps, tails[:, 0]), losses.Method(1.0, t))
+            unused = torch.zeros(len(hidden), dtype=torch.long)  # labels: alpha is 1
+            loss, _, _ = losses.head_loss(hidden, learnt, unused, losses.Kept(ids, gaps, tails[:, 0]), losses.Method(1.0, t))
             loss.backward()
             cells = [f"{angle:.1f} deg, x{ratio:.2f}" for angle, ratio in (compare(renormalised[k], full), compare(weight.grad[:vocab], full))]
             print(f"| {t:g} | {k} | {cells[0]} | {cells[1]} |", flush=True)

@@ -62,7 +62,8 @@ class Split:
         except (OSError, ValueError) as broken:
             files.fail(f"{folder}/{name}.*.npy cannot be read", seen=broken, mend="make data, with ARGS=--fresh")
         if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or self.targets and int(self.rows["targets"].sum()) != self.targets:
-            files.fail(f"{folder}/{name}.*.npy do not fit together", seen=f"{len(self.tokens)} tokens, {len(self.answer)} mask entries", mend="make data, with ARGS=--fresh")
+            seen = f"{len(self.tokens)} tokens, {len(self.answer)} mask entries"
+            files.fail(f"{folder}/{name}.*.npy do not fit together", seen, mend="make data, with ARGS=--fresh")
 
     @property
     def targets(self) -> int:
@@ -101,7 +102,8 @@ class Split:
                 at += len(ids)
             positions[b, at:] = np.arange(width - at)
         join = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), [row for line in lines for row in line])
+        rows = [row for line in lines for row in line]
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), rows)
 
 
 class Dataset:

@@ -1,13 +1,12 @@
 """Embedded data of `make demo`: grade-school word problems with worked answers, a tokenizer for them, two small model configs.
 
     python -m lib.demo --out demo --seed 0
-    python -m lib.demo --out /tmp/demo --teacher-rows 200 --student-rows 50 --test-rows 20    # a second or two
+    python -m lib.demo --out /tmp/demo --teacher-rows 200 --student-rows 50    # a second or two
 
 Writes, in --out (the same flags give the same bytes):
 
     teacher.parquet          instruction, output: what the teacher is trained on
-    student.parquet          the same columns, other problems, far fewer: the data set that is distilled on
-    test.jsonl               {"prompt", "reference"} a line, problems that neither of them holds
+    student.parquet          the same columns, other problems, far fewer: the data set that is distilled on, and held-out rows
     tokenizer/               one token a word, a digit or a mark; closed: it knows every generated word
     teacher-config/config.json, student-config/config.json
     meta.json                written last: the flags, the counts
@@ -24,7 +23,6 @@ a teacher that has learned the data is certain at some places and soft at others
 throw of the dice, the teacher's distribution shows it all of them.
 """
 import argparse
-import json
 import os
 import random
 import re
@@ -189,10 +187,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flags.add(parser, "--out", "--seed")
     parser.add_argument("--teacher-rows", type=int, default=30000, metavar="N", help="problems of teacher.parquet (default: %(default)s)")
-    parser.add_argument("--student-rows", type=int, default=2500, metavar="N", help="problems of student.parquet (default: %(default)s)")
-    parser.add_argument("--test-rows", type=int, default=300, metavar="N", help="problems of test.jsonl (default: %(default)s)")
+    parser.add_argument("--student-rows", type=int, default=1500, metavar="N", help="problems of student.parquet (default: %(default)s)")
     args = parser.parse_args(argv)
-    flags.positive(parser, args, "teacher_rows", "student_rows", "test_rows")
+    flags.positive(parser, args, "teacher_rows", "student_rows")
     return args
 
 
@@ -206,21 +203,18 @@ def main(argv=None):
     (out / "meta.json").unlink(missing_ok=True)
 
     rng, rows = random.Random(args.seed), {}
-    while len(rows) < args.teacher_rows + args.student_rows + args.test_rows:
+    while len(rows) < args.teacher_rows + args.student_rows:
         rows.setdefault(*problem(rng))
     rows = list(rows.items())
-    cut = args.teacher_rows, args.teacher_rows + args.student_rows
-    write_parquet(out / "teacher.parquet", rows[:cut[0]])
-    write_parquet(out / "student.parquet", rows[cut[0]:cut[1]])
-    tests = [json.dumps({"prompt": instruction, "reference": output}, ensure_ascii=False) + "\n" for instruction, output in rows[cut[1]:]]
-    files.write_text(out / "test.jsonl", "".join(tests))
+    write_parquet(out / "teacher.parquet", rows[:args.teacher_rows])
+    write_parquet(out / "student.parquet", rows[args.teacher_rows:])
     words = tokenizer()
     words.save_pretrained(out / "tokenizer")
     for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
         config(sizes).save_pretrained(out / f"{name}-config")
     files.write_json(out / "meta.json", {"demo": done})
     lengths = [len(words(instruction + output).input_ids) + 3 for instruction, output in rows[-1000:]]
-    print(f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student, {args.test_rows} to test on; "
+    print(f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student; "
           f"{len(words)} tokens in the vocabulary, {min(lengths)} to {max(lengths)} in a row, {sum(lengths) / len(lengths):.0f} on average")
 
 

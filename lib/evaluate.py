@@ -24,7 +24,8 @@ GLOSSARY = {
 
 
 @torch.no_grad()
-def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None, store: logits.Store | None = None) -> dict:
+def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
+             store: logits.Store | None = None) -> dict:
     """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store` has a val dump with T=1."""
     if not split.targets:
         return {"targets": 0}
@@ -35,7 +36,8 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
     bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, confidence, accuracy
     lengths = split.rows["length"]
     compared = store is not None and store.compares
-    for lines in plan.microbatches(np.arange(len(split.rows)), lengths, max(tokens_per_microbatch, int(lengths.max())), int(lengths.max()), pack=False):
+    longest = int(lengths.max())
+    for lines in plan.microbatches(np.arange(len(split.rows)), lengths, max(tokens_per_microbatch, longest), longest, pack=False):
         batch = split.batch(lines).to(device)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             hidden = model.hidden(batch)

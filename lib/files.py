@@ -106,6 +106,8 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
         return
     if any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
         fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
+    if (folder / ".lock").exists():
+        lock(folder).close()  # refused while another process writes there
     shutil.rmtree(folder)
 
 

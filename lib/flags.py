@@ -18,13 +18,15 @@ SHARED = {
     "--eval-every": dict(type=int, default=0, metavar="N", help="steps between evaluations; 0 = ten over the run (default: %(default)s)"),
     "--save-every": dict(type=int, default=0, metavar="N", help="steps between resume states; 0 = at every evaluation (default: %(default)s)"),
     "--log-every": dict(type=int, default=10, metavar="N", help="steps between log lines (default: %(default)s)"),
-    "--samples": dict(type=int, default=3, metavar="N", help="val prompts answered at each evaluation, into samples.md; 0 = off (default: %(default)s)"),
+    "--samples": dict(type=int, default=3, metavar="N", help="val prompts answered at each evaluation (samples.md); 0 = off (default: %(default)s)"),
     "--sample-tokens": dict(type=int, default=64, metavar="N", help="longest sample (default: %(default)s)"),
-    "--save-dtype": dict(choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights in best/ and final/ (default: %(default)s)"),
-    "--tokens-per-microbatch": dict(type=int, default=4096, metavar="N", help="tokens of one forward pass: what memory allows (default: %(default)s)"),
+    "--save-dtype": dict(choices=["float32", "bfloat16", "float16"], default="float32", help="of weights in best/ and final/ (default: %(default)s)"),
+    "--tokens-per-microbatch": dict(type=int, default=4096, metavar="N", help="tokens of one forward pass, as memory allows (default: %(default)s)"),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)"),
-    "--amp": dict(choices=["auto", "fp16", "bf16", "off"], default="auto", help="mixed precision; auto is fp16 on CUDA, off elsewhere (default: %(default)s)"),
+    "--dtype": dict(default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                    help="of a model that is only run; auto: its own on CUDA, else float32 (default: %(default)s)"),
+    "--amp": dict(default="auto", choices=["auto", "fp16", "bf16", "off"], help="mixed precision; auto: fp16 on CUDA (default: %(default)s)"),
     "--attn": dict(choices=["sdpa", "eager", "flash_attention_2", "flex_attention"], default="sdpa", help="attention kernel (default: %(default)s)"),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--fresh": dict(action="store_true", help="throw away what --out holds and start anew (default: continue it)"),
@@ -40,7 +42,8 @@ def add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str) 
 
 
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
-    "the optimizer step": ("--lr", "--epochs", "--steps", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay", "--beta2", "--clip"),
+    "the optimizer step": ("--lr", "--epochs", "--steps", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay",
+                           "--beta2", "--clip"),
     "the run": ("--eval-every", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
 }

@@ -85,7 +85,8 @@ class Part:
             files.fail(f"{folder} has another format", self.meta.get("format"), FORMAT, again)
         for name, what in (("data", "other data"), ("vocabulary", "a teacher with another vocabulary")):
             if self.meta["identities"][name] != dataset.identities[name]:
-                files.fail(f"{folder} was dumped from {what}", f"{name} {self.meta['identities'][name][:12]}", f"{dataset.identities[name][:12]} of {dataset.folder}", again)
+                files.fail(f"{folder} was dumped from {what}", f"{name} {self.meta['identities'][name][:12]}",
+                           f"{dataset.identities[name][:12]} of {dataset.folder}", again)
         try:
             self.records = np.load(folder / "topk.npy", mmap_mode="r")
         except (OSError, ValueError) as broken:
@@ -99,10 +100,11 @@ class Part:
 class Store:
     """The finished chunks of a logits folder, read by target number at one temperature.
 
-    `train=False` is content with val alone. `chunks` are the numbers of the train chunks that are there, `missing` those that are not; `val` is a Part or None.
+    `temperature=None` is for measuring alone: val is enough then. `chunks` are the numbers of the train chunks that are there, `missing` those that are
+    not; `val` is a Part or None.
     """
 
-    def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float, verify: bool = False, train: bool = True) -> None:
+    def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | None, verify: bool = False) -> None:
         self.folder, self.dataset = Path(folder), dataset
         if not self.folder.is_dir():
             files.fail(f"{folder} is missing", mend="make logits (python dump_logits.py --help)")
@@ -112,19 +114,20 @@ class Store:
         val = chunk_folder(self.folder, "val")
         self.val = Part(val, dataset, verify) if (val / "meta.json").exists() else None
         every = [*self.parts.values(), *([self.val] if self.val else [])]
-        if train and not self.parts or not every:
+        if temperature is not None and not self.parts or not every:
             files.fail(f"{folder} holds no finished chunk of {dataset.folder}", seen=f"0 of {dataset.chunks}", mend=self.mend())
         self.meta = every[0].meta
         for part in every[1:]:
             for name in ("teacher", "k", "temperatures", "values", "vocab"):
                 if part.meta.get(name) != self.meta[name]:
-                    files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta[name], "dump_logits.py --fresh for one of them")
+                    files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta[name],
+                               "dump_logits.py --fresh for one of them")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
-        if temperature not in self.temperatures:
+        if temperature is not None and temperature not in self.temperatures:
             files.fail(f"temperature {temperature:g} was not dumped", f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}",
                        "one of these (a tail cannot be guessed from another temperature)",
                        f"make stage2 T={self.temperatures[0]:g}, or dump_logits.py --temperatures with {temperature:g} among them and --fresh")
-        self.column = self.temperatures.index(temperature)
+        self.column = None if temperature is None else self.temperatures.index(temperature)
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
 
@@ -139,7 +142,8 @@ class Store:
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""
-        return "; ".join(f"make logits CHUNK={c}" for c in self.missing[:4]) + (f" ... ({len(self.missing)} in all: make logits)" if len(self.missing) > 4 else "")
+        rest = f" ... ({len(self.missing)} in all: make logits)" if len(self.missing) > 4 else ""
+        return "; ".join(f"make logits CHUNK={c}" for c in self.missing[:4]) + rest
 
     def rows(self) -> np.ndarray:
         """Return the numbers of all train rows whose chunk is there."""

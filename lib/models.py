@@ -36,7 +36,8 @@ def local_folder(name: str, trust_remote_code: bool = False) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
-        files.fail(f"the model {name} is neither a folder here nor to be had from the hub", str(missing)[:200], mend=f"huggingface-cli download {name}")
+        files.fail(f"the model {name} is neither a folder here nor to be had from the hub", str(missing)[:200],
+                   mend=f"huggingface-cli download {name}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -96,24 +97,28 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
     if has_weights(folder):
         try:
-            module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+            module, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         except Exception as broken:  # safetensors, JSON, OSError, missing shards, kernels not installed: each says what it saw
-            files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {str(broken)[:300]}", "config.json and *.safetensors that belong together")
+            files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {str(broken)[:300]}",
+                       "config.json and *.safetensors that belong together")
+        if loaded["missing_keys"]:  # transformers would fill them with random numbers
+            files.fail(f"{folder} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
     elif from_scratch:
         print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     else:
-        files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it", "make stage1 (stage1_sft.py makes a new model from a config.json)")
+        files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it",
+                   "make stage1 (stage1_sft.py makes a new model from a config.json)")
     if keep_layers:
         keep_only_layers(module, keep_layers)
     broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
     if broken:
         files.fail(f"{folder} holds weights that are not finite", f"NaN or infinity in {broken}", "a whole checkpoint")
     module.to(device).eval()
-    if dataset is not None and len(dataset.tokenizer()) > module.get_output_embeddings().weight.shape[0]:
-        files.fail(f"{folder} is too small for the data's tokenizer", f"{module.get_output_embeddings().weight.shape[0]} rows", f"{len(dataset.tokenizer())}")
     model = Model(module, module.base_model, folder)
+    if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
+        files.fail(f"{folder} is too small for the data's tokenizer", f"{model.vocab} rows of its output layer", f"at least {tokens}")
     probe(model, pack)
     if compiled:
         model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
@@ -133,7 +138,8 @@ def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
     body, config = module.base_model, module.config.get_text_config()
     layers = getattr(body, "layers", None)
     if layers is None or not all(0 <= i < len(layers) for i in keep) or len(set(keep)) != len(keep):
-        files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), f"different numbers from 0 to {len(layers) - 1}" if layers is not None else "a body with .layers")
+        wanted = "a body with .layers" if layers is None else f"different numbers from 0 to {len(layers) - 1}"
+        files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), wanted)
     body.layers = nn.ModuleList(layers[i] for i in keep)
     for number, layer in enumerate(body.layers):
         for part in layer.modules():
@@ -169,11 +175,13 @@ def probe(model: Model, pack: bool) -> None:
     own = model.module(input_ids=tokens, position_ids=straight, use_cache=False).logits[0]
     _, ours = next(model.head().chunks(hidden))
     if (error := far(ours, own[:len(ours)])) > limit:
-        files.fail(f"{type(model.module).__name__} changes its logits in a way this project does not know", f"a relative difference of {error:.2g}", f"at most {limit:g}")
+        files.fail(f"{type(model.module).__name__} changes its logits in a way this project does not know",
+                   f"a relative difference of {error:.2g}", f"at most {limit:g}")
     alone = torch.cat([body(tokens[:, :5], straight[:, :5]), body(tokens[:, 5:], straight[:, :3])])
     packed = body(tokens, torch.cat([straight[:, :5], straight[:, :3]], 1))
     if pack and (error := far(packed, alone)) > limit:
-        files.fail(f"packed rows see each other in {type(model.module).__name__}", f"a relative difference of {error:.2g}", f"at most {limit:g}", "the same command with --no-pack")
+        files.fail(f"packed rows see each other in {type(model.module).__name__}", f"a relative difference of {error:.2g}",
+                   f"at most {limit:g}", "the same command with --no-pack")
 
 
 def pick_device(name: str, threads: int = 0) -> torch.device:
@@ -188,6 +196,20 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as missing:
         files.fail(f"--device {name} cannot be used", str(missing).splitlines()[0], "auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def pick_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
+    """Return the dtype of a model that is only run: `auto` is float32 on the CPU, and on CUDA the checkpoint's own.
+
+    A GPU older than Ampere (V100) only emulates bfloat16: float16 there.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    config = files.read_json(folder / "config.json")
+    own = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return torch.float16 if own == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else own
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:

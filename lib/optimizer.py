@@ -7,8 +7,9 @@ from torch import nn
 
 def adamw(module: nn.Module, lr: float, weight_decay: float, beta2: float, device: torch.device) -> torch.optim.AdamW:
     """Return AdamW (arXiv:1711.05101): fused where there is a fused kernel; vectors (norms, biases) are not decayed."""
-    named = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in named if p.dim() >= 2], "weight_decay": weight_decay}, {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0}]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
 
 

@@ -28,13 +28,16 @@ def check(lengths: np.ndarray, tokens_per_microbatch: int) -> None:
 
 
 def line_length(lengths: np.ndarray, tokens_per_microbatch: int, attn: str) -> int:
-    """Return how long lines may be. Attention is computed over whole lines, so: long enough to pack well, and no longer.
+    """Return how long lines may be: four rows of mean length, which pack with a few percent of padding, and the longest row at least.
 
-    flash_attention_2 takes one line of any length (its kernel skips what lies between rows).
+    No longer, since attention is computed over whole lines; flash_attention_2 takes one line of any length (its kernel skips
+    what lies between rows).
     """
     longest = int(lengths.max())
     assert longest <= tokens_per_microbatch, (longest, tokens_per_microbatch)
-    return tokens_per_microbatch if attn == "flash_attention_2" else min(tokens_per_microbatch, max(longest, 1024))
+    if attn == "flash_attention_2":
+        return tokens_per_microbatch
+    return min(tokens_per_microbatch, max(longest, 4 * int(lengths.mean())))
 
 
 def microbatches(rows: np.ndarray, lengths: np.ndarray, tokens_per_microbatch: int, line: int, pack: bool = True) -> list[list[list[int]]]:

@@ -5,7 +5,7 @@ import torch
 
 from lib import files, head, models
 
-ACTIVATION_WIDTHS = 34  # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4, without its attention maps)
+ACTIVATION_WIDTHS = 34  # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4; no attention maps)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -56,4 +56,5 @@ def teacher_can_teach(store, measures: dict) -> None:
     if store.val is None or "ce" not in measures:
         return
     teacher, student = store.val.meta["teacher_ce"], measures["ce"]
-    print(f"val cross-entropy: teacher {teacher:.4f}, student {student:.4f}" + ("" if teacher < student else "; WARNING: the teacher is no better than the student"))
+    warning = "" if teacher < student else "; WARNING: the teacher is no better than the student"
+    print(f"val cross-entropy: teacher {teacher:.4f}, student {student:.4f}{warning}")

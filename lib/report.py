@@ -37,7 +37,7 @@ def markdown(models: dict[str, dict]) -> str:
     table = [["", *models]]
     for name, (label, digits, _) in ROWS.items():
         if any(name in measures for measures in models.values()):
-            table.append([label, *(f"{m[name]:,.{digits}f}" if name in m else "" for m in models.values())])
+            table.append([label, *(f"{round(m[name], digits) + 0:,.{digits}f}" if name in m else "" for m in models.values())])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |" for row in table]
     lines.insert(1, "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |")
@@ -85,7 +85,9 @@ def main(argv=None):
     files.write_text(args.out.with_suffix(".md"), markdown(models) + "\n")
     picture(models, args.out.with_suffix(".png"))
     targets, answers = (sorted({str(m[key]) for m in models.values() if key in m}) for key in ("targets", "answers"))
-    print(f"\nHeld out: {'/'.join(targets)} targets" + (f", {'/'.join(answers)} answers" if answers else "") + f". Picture: {args.out.with_suffix('.png')}\n\n{markdown(models)}\n")
+    answered = f", {'/'.join(answers)} answers" if answers else ""
+    print(f"\nHeld out: {'/'.join(targets)} targets{answered}. Picture: {args.out.with_suffix('.png')}")
+    print(f"\n{markdown(models)}\n")
 
 
 if __name__ == "__main__":

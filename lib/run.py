@@ -26,7 +26,7 @@ from tqdm import tqdm
 from lib import files, models
 from lib.interrupt import Interrupt
 
-MARKS = ("last", "last.part", "last.old", "config.json", "history.jsonl", ".lock")
+MARKS = ("last", "last.part", "last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
 FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify"}  # arguments that may differ when a run is continued
 
 
@@ -41,7 +41,10 @@ class Run:
         self.settings = json.loads(json.dumps(settings)) | {"stage": stage, "identities": identities}
         finished = self.out / "config.json"
         if finished.exists():
-            self._same(files.read_json(finished)["settings"], "is finished")
+            settings = files.read_json(finished).get("settings")
+            if settings is None:
+                files.fail(f"{self.out} is no run of ours", "a config.json without settings", "a new folder, or a run's", "another --out")
+            self._same(settings, "is finished")
             print(f"{stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
             raise SystemExit(0)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,8 @@ class Run:
         self.state = files.read_json(self.out / "last" / "state.json") if (self.out / "last" / "state.json").exists() else None
         if self.state:
             self._same(self.state["settings"], "was started")
-            self.step, self.updates, self.best, self.trained_s, self.measures = (self.state[name] for name in ("step", "updates", "best", "trained_s", "measures"))
+            for name in ("step", "updates", "best", "trained_s", "measures"):
+                setattr(self, name, self.state[name])
             self.resumed = self.step
             for path, size in self.state["sizes"].items():  # lines logged after the state was saved will be logged again
                 with open(self.out / path, "r+b") as log:
@@ -65,7 +69,8 @@ class Run:
         self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
 
     def _same(self, settings: dict, how: str) -> None:
-        differing = [f"{k} {settings.get(k)!r} (now {self.settings.get(k)!r})" for k in sorted({*settings, *self.settings}) if settings.get(k) != self.settings.get(k)]
+        differing = [f"{k} {settings.get(k)!r} (now {self.settings.get(k)!r})"
+                     for k in sorted({*settings, *self.settings}) if settings.get(k) != self.settings.get(k)]
         if differing:
             files.fail(f"{self.out} {how} with other settings", "; ".join(differing), "the same command", "--fresh to start anew, or another --out")
 
@@ -93,8 +98,9 @@ class Run:
         flat = {f"{number}.{key}": value for number, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()}
         save_file(flat, partial / "optimizer.safetensors")
         sizes = {name: (self.out / name).stat().st_size for name in ("history.jsonl", "samples.md") if (self.out / name).exists()}
-        files.write_json(partial / "state.json", {"step": step, "updates": self.updates, "best": self.best, "trained_s": self.trained_s, "measures": measures, "sizes": sizes,
-                                                  "scaler": scaler.state_dict(), "settings": self.settings})
+        files.write_json(partial / "state.json", {
+            "step": step, "updates": self.updates, "best": self.best, "trained_s": self.trained_s, "measures": measures,
+            "sizes": sizes, "scaler": scaler.state_dict(), "settings": self.settings})
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
 
@@ -135,7 +141,7 @@ class Run:
         """Stop the run at a loss that is not finite: nothing after it could be right."""
         if not math.isfinite(loss):
             files.fail(f"the loss of step {step} is not finite", f"{loss} on rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}",
-                       "a number", f"a lower --lr, --amp off, or a look at these rows (prepare_data.py --show); the state before is in {self.out}/last")
+                       "a number", f"a lower --lr, --amp off, or a look at these rows; the state before is in {self.out}/last")
 
     def is_better(self, measures: dict) -> bool:
         """Return whether these measures are the best so far by `best_by`, and remember them if so."""
@@ -164,8 +170,9 @@ class Run:
         from lib import plots
 
         plots.curves(self.history, self.out / "curves.png", self.stage)
-        files.write_json(self.out / "config.json", {"settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best,
-                                                    "best_by": self.best_by, "trained_s": self.trained_s, "final": measures, "versions": versions(), "git": git_commit()})
+        files.write_json(self.out / "config.json", {
+            "settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best, "best_by": self.best_by,
+            "trained_s": self.trained_s, "final": measures, "versions": versions(), "git": git_commit()})
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
             self.bar.close()
@@ -181,8 +188,10 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def export(model: models.Model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save a model and its tokenizer so that plain `from_pretrained` reads them."""
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.module.state_dict().items()}
-    model.module.config.dtype, kept = dtype, model.module.config.dtype
+    kept = model.module.config.dtype
     model.module.save_pretrained(folder, state_dict=state)
+    model.module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory
+    model.module.config.save_pretrained(folder)
     model.module.config.dtype = kept
     tokenizer.save_pretrained(folder)
 
@@ -196,7 +205,8 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout.strip() or None
 
 

@@ -1,4 +1,4 @@
-"""Tests run from anywhere, with two threads, without network, and each in a folder of its own."""
+"""Tests run from anywhere, with one thread (two fight where others use the cores), without network, and each in a folder of its own."""
 import os
 import signal
 import sys
@@ -12,10 +12,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 @pytest.fixture(autouse=True)
-def two_threads_and_no_signal_handlers_left():
+def one_thread_and_no_signal_handlers_left():
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield

@@ -1,7 +1,12 @@
 """Tiny tokenizers, data sets, models and logits, made in the test: 61 tokens, width 32, two layers; and scripts run in-process."""
 import gc
+import importlib
 import json
+import multiprocessing
+import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +135,45 @@ def history(folder: Path, event: str | None = None) -> list[dict]:
     """Return a run's log lines without the one value that is a matter of time."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "tok_per_s"} for line in lines if event in (None, line["event"])]
+
+
+def processes():
+    """Return a context whose processes are forked, in milliseconds, from one that has imported everything and run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    context.set_forkserver_preload(["make", "stage1_sft", "stage2_kd", "dump_logits", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
+    """Run a script in a process of `processes()`, its words into `log`.
+
+    hook: `where` "module.function", `number` n, `signal`, `after` False, `source` "", `delay` 0: the process sends itself the signal at
+    the n-th call (before the call, or after it, or so many seconds later; of calls on a path of that name, if `source` is given).
+    """
+    import dump_logits
+    from lib import plots
+
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    torch.set_num_threads(1)
+    plots.curves, dump_logits.FLUSH_S = lambda *_: None, 0.0
+    if hook:
+        module, function = hook["where"].rsplit(".", 1)
+        module, count = importlib.import_module(module), 0
+        plain = getattr(module, function)
+
+        def counted(*args, **options):
+            nonlocal count
+            count += not hook.get("source") or Path(args[0]).name == hook["source"]
+            now = count == hook["number"]
+            if now and hook.get("delay"):
+                threading.Timer(hook["delay"], os.kill, (os.getpid(), hook["signal"])).start()
+            elif now and not hook.get("after"):
+                os.kill(os.getpid(), hook["signal"])
+            value = plain(*args, **options)
+            if now and hook.get("after"):
+                os.kill(os.getpid(), hook["signal"])
+            return value
+
+        setattr(module, function, counted)
+    importlib.import_module(name).main([str(word) for word in argv])

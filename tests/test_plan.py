@@ -66,9 +66,10 @@ def test_first_fit_decreasing_by_hand():
 
 
 def test_lines_are_long_enough_to_pack_well_and_no_longer():
-    assert plan.line_length(LENGTHS, 4096, "sdpa") == 1024
-    assert plan.line_length(np.array([2000]), 4096, "sdpa") == 2000
-    assert plan.line_length(LENGTHS, 500, "sdpa") == 500
+    assert plan.line_length(LENGTHS, 4096, "sdpa") == max(LENGTHS.max(), 4 * int(LENGTHS.mean()))
+    assert plan.line_length(np.array([60, 60, 90]), 4096, "sdpa") == 280
+    assert plan.line_length(np.array([2000] + 20 * [10]), 4096, "sdpa") == 2000
+    assert plan.line_length(LENGTHS, 250, "sdpa") == 250
     assert plan.line_length(LENGTHS, 4096, "flash_attention_2") == 4096
 
 

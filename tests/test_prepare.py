@@ -90,14 +90,14 @@ def test_plain_text_is_learnt_whole_in_every_format(tmp_path, prepare, suffix):
 def test_the_folder_holds_what_the_format_says(prepare):
     made = prepare(PAIRS, "--val", "6", "--rows-per-chunk", "10")
     assert made.meta["format"] == data.FORMAT and made.meta["chunks"] == made.chunks == 3
-    for part in (made.train, made.val):
+    for name, part in (("train", made.train), ("val", made.val)):
         lengths, targets = part.rows["length"].astype(np.int64), part.rows["targets"].astype(np.int64)
         assert part.tokens.dtype == np.uint32 and part.answer.dtype == bool
         assert np.array_equal(part.rows["start"], np.cumsum(lengths) - lengths)
         assert np.array_equal(part.rows["first_target"], np.cumsum(targets) - targets)
         assert [part.row(row)[1].sum() for row in range(len(lengths))] == targets.tolist()
-        assert made.meta["rows"][name] == len(lengths) and made.meta["tokens"][name] == len(split.tokens) == lengths.sum()
-        assert made.meta["targets"][name] == split.targets == split.answer.sum()
+        assert made.meta["rows"][name] == len(lengths) and made.meta["tokens"][name] == len(part.tokens) == lengths.sum()
+        assert made.meta["targets"][name] == part.targets == part.answer.sum()
     parts = [made.folder / f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
     assert made.identities == template.identities(made.tokenizer()) | {"data": files.sha256(*parts)}
     (source,) = made.meta["sources"]

@@ -16,11 +16,20 @@ from lib import demo, report
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("REAL_MODELS", "real"))  # made by ../shared/real_models.py: smollm2, and stdlib.parquet beside it
-TRAIN = ["--tokens-per-step", "1024", "--samples", "1", "--sample-tokens", "8", "--warmup", "0.05", "--device", "cpu"]
+TRAIN = ["--lr", "3e-3", "--tokens-per-step", "1024", "--samples", "1", "--sample-tokens", "8", "--warmup", "0.05", "--device", "cpu"]
 
 
 def last_eval(run: Path) -> dict:
     return [line for line in map(json.loads, (run / "history.jsonl").read_text().splitlines()) if line["event"] == "eval"][-1]
+
+
+def stage1_flags(out):
+    return ["--data", str(out / "data-student"), "--student", str(out / "demo/student-config"), "--out", str(out / "stage1"), "--steps", "20", *TRAIN]
+
+
+def dump_flags(out):
+    return ["--data", str(out / "data-student"), "--teacher", str(out / "teacher"), "--student", str(out / "demo/student-config"),
+            "--out", str(out / "logits")]
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +39,17 @@ def road(tmp_path_factory):
     at = lambda name: str(out / name)
     demo.main(["--out", at("demo"), "--teacher-rows", "600", "--student-rows", "150", "--seed", "1"])
     for name in ("teacher", "student"):
-        prepare_data.main(["--source", at(f"demo/{name}.parquet"), "--tokenizer", at("demo/tokenizer"), "--out", at(f"data-{name}"), "--val", "30", "--rows-per-chunk", "50"])
-    stage1_sft.main(["--data", at("data-teacher"), "--student", at("demo/teacher-config"), "--out", at("teacher"), "--lr", "3e-3", "--steps", "60", *TRAIN])
-    stage1_sft.main(["--data", at("data-student"), "--student", at("demo/student-config"), "--out", at("stage1"), "--lr", "3e-3", "--steps", "20", *TRAIN])
-    dump_logits.main(["--data", at("data-student"), "--teacher", at("teacher"), "--student", at("demo/student-config"), "--out", at("logits")])
-    stage2_kd.main(["--data", at("data-student"), "--logits", at("logits"), "--student", at("stage1"), "--out", at("stage2"), "--lr", "3e-3", "--steps", "30", *TRAIN])
+        prepare_data.main(["--source", at(f"demo/{name}.parquet"), "--tokenizer", at("demo/tokenizer"), "--out", at(f"data-{name}"),
+                           "--val", "30", "--rows-per-chunk", "50"])
+    stage1_sft.main(["--data", at("data-teacher"), "--student", at("demo/teacher-config"), "--out", at("teacher"), "--steps", "60", *TRAIN])
+    stage1_sft.main(stage1_flags(out))
+    dump_logits.main(dump_flags(out))
+    student = ["--data", at("data-student"), "--logits", at("logits")]
+    stage2_kd.main([*student, "--student", at("stage1"), "--out", at("stage2"), "--steps", "30", *TRAIN])
     for name in ("teacher", "stage2"):
-        stage2_kd.main(["--data", at("data-student"), "--logits", at("logits"), "--student", at(name), "--out", at(f"{name}-eval"), "--eval-only"])
-        chat.main(["--ckpt", at(name), "--prompts", at("data-student/val.prompts.jsonl"), "--out", at(f"{name}-eval/answers.jsonl"), "--greedy", "--max-new-tokens", "20"])
+        stage2_kd.main([*student, "--student", at(name), "--out", at(f"{name}-eval"), "--eval-only"])
+        chat.main(["--ckpt", at(name), "--prompts", at("data-student/val.prompts.jsonl"), "--out", at(f"{name}-eval/answers.jsonl"),
+                   "--greedy", "--max-new-tokens", "20"])
     return out
 
 
@@ -86,15 +98,16 @@ def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
 
 def test_all_of_it_runs_again_without_doing_anything(road, capsys):
     with pytest.raises(SystemExit) as ended:
-        stage1_sft.main(["--data", str(road / "data-student"), "--student", str(road / "demo/student-config"), "--out", str(road / "stage1"), "--lr", "3e-3", "--steps", "20", *TRAIN])
-    dump_logits.main(["--data", str(road / "data-student"), "--teacher", str(road / "teacher"), "--student", str(road / "demo/student-config"), "--out", str(road / "logits")])
+        stage1_sft.main(stage1_flags(road))
+    dump_logits.main(dump_flags(road))
     assert ended.value.code in (0, None) and capsys.readouterr().out.count("already finished") == 5  # stage 1, three chunks, val
 
 
 @pytest.mark.skipif(not (REAL / "smollm2/model.safetensors").exists(), reason="no real weights: REAL_MODELS=DIR with smollm2/ and stdlib.parquet")
 def test_the_road_on_a_real_model_and_real_data(tmp_path):
     at = lambda name: str(tmp_path / name)
-    prepare_data.main(["--source", str(REAL / "stdlib.parquet"), "--tokenizer", str(REAL / "smollm2"), "--out", at("data"), "--limit", "24", "--val", "4", "--max-len", "160"])
+    prepare_data.main(["--source", str(REAL / "stdlib.parquet"), "--tokenizer", str(REAL / "smollm2"), "--out", at("data"),
+                       "--limit", "24", "--val", "4", "--max-len", "160"])
     common = ["--data", at("data"), "--tokens-per-step", "512", "--tokens-per-microbatch", "512", "--samples", "0", "--lr", "5e-5", "--steps", "3"]
     stage1_sft.main([*common, "--student", str(REAL / "smollm2"), "--keep-layers", "0,10,20,29", "--out", at("stage1")])
     dump_logits.main(["--data", at("data"), "--teacher", str(REAL / "smollm2"), "--out", at("logits"), "--tokens-per-microbatch", "512"])

@@ -49,9 +49,14 @@ def student(world):
     return models.load(str(world / "student"), CPU)
 
 
+@functools.cache
+def doubled(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
 def own_logits(folder, split, row):
     """Return a row's tokens, answer mask and logits (L, V) in float64, by transformers alone."""
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    module = doubled(folder)
     ids, answer = split.row(row)
     ids = torch.from_numpy(ids.astype(np.int64))
     with torch.no_grad():
@@ -178,7 +183,8 @@ def test_trap_26_the_logged_loss_is_the_raw_loss_of_the_steps_own_rows(world, da
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 3, "--lr", 1e-12, "--out", tmp_path / "run"))  # weights stay as they were
     steps = plan.whole_run(range(40), dataset.train.rows["length"], 0, 128, 3.0, 3)
     for line, rows in zip(make.history(tmp_path / "run", "train"), steps, strict=True):
-        assert abs(line["loss"] - own_loss(world / "student", dataset.train, rows)) < 1e-5 and line["targets"] == dataset.train.rows["targets"][rows].sum()
+        assert abs(line["loss"] - own_loss(world / "student", dataset.train, rows)) < 1e-5
+        assert line["targets"] == dataset.train.rows["targets"][rows].sum()
 
 
 @pytest.mark.parametrize("alpha, t", ((0.9, 2.0), (1.0, 4.0), (0.0, 1.0)))
@@ -254,25 +260,32 @@ def test_a_teacher_has_no_distance_to_its_own_dump(world, dataset, store):
     assert 0 <= seen["kl"] < 1e-5 and seen["agree"] == 1 and abs(seen["ce"] - store.val.meta["teacher_ce"]) < 1e-6
 
 
+class Oracle(torch.nn.Module):
+    """A model that sees one token ahead and puts exactly `rank` others above it, each e^50 less likely than the last."""
+
+    def __init__(self, rank):
+        super().__init__()
+        token = torch.arange(make.V)
+        self.lm_head = torch.nn.Linear(make.V, make.V, bias=False)
+        self.lm_head.weight.data = -50.0 * ((token[:, None] - token[None] + rank) % make.V)  # [other token, next token]
+        self.config = make.config()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, **_):
+        return types.SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids.roll(-1, 1), make.V).float())
+
+
 def test_trap_10_a_model_that_knows_each_next_token_measures_a_cross_entropy_of_zero(dataset):
-    class Oracle(torch.nn.Module):
-        """Hidden state at t = one-hot of token t + 1."""
-
-        def __init__(self):
-            super().__init__()
-            self.lm_head = torch.nn.Linear(make.V, make.V, bias=False)
-            self.lm_head.weight.data = 50 * torch.eye(make.V)
-            self.config = make.config()
-
-        def get_output_embeddings(self):
-            return self.lm_head
-
-        def forward(self, input_ids, **_):
-            return types.SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids.roll(-1, 1), make.V).float())
-
-    oracle = Oracle()
-    seen = evaluate.evaluate(models.Model(oracle, oracle, None), dataset.val, make.V, 64)
+    seen = evaluate.evaluate(models.Model(Oracle(0), Oracle(0), None), dataset.val, make.V, 64)
     assert seen["ce"] < 1e-6 and seen["acc1"] == 1
+
+
+@pytest.mark.parametrize("rank, acc1, acc5", ((0, 1, 1), (1, 0, 1), (4, 0, 1), (5, 0, 0)))
+def test_the_fifth_likeliest_token_is_among_the_five_and_the_sixth_is_not(dataset, rank, acc1, acc5):
+    seen = evaluate.evaluate(models.Model(Oracle(rank), Oracle(rank), None), dataset.val, make.V, 64)
+    assert (seen["acc1"], seen["acc5"]) == (acc1, acc5) and seen["ce"] == pytest.approx(50 * rank, abs=1e-6)
 
 
 def test_eval_only_measures_and_writes_nothing_else(world, dataset, store, student, tmp_path):
