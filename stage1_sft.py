@@ -61,7 +61,7 @@ def main(argv=None):
     print(f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
     if preflight.checkpointing_needed(student, args, amp):
-        student.module.gradient_checkpointing_enable({"use_reentrant": False})
+        student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
 
     student.module.train()

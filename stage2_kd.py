@@ -92,7 +92,7 @@ def main(argv=None):
     if not store.compares:
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
     if preflight.checkpointing_needed(student, args, amp):
-        student.module.gradient_checkpointing_enable({"use_reentrant": False})
+        student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
 
     student.module.train()
