@@ -107,7 +107,7 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets, tok_per_s=run.speed())
+            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets, **run.pace(steps - step - 1))
 
     run.finish(steps, measures)
     print(f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it: python chat.py --ckpt {run.out}")

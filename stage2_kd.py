@@ -140,7 +140,7 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets, tok_per_s=run.speed())
+            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets, **run.pace(steps - step - 1))
 
     run.finish(steps, measures)
     print(f"stage2: wrote {run.out}/best and final. Talk to it: python chat.py --ckpt {run.out}")

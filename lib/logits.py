@@ -100,8 +100,8 @@ class Part:
 class Store:
     """The finished chunks of a logits folder, read by target number at one temperature.
 
-    `temperature=None` is for measuring alone: val is enough then. `chunks` are the numbers of the train chunks that are there, `missing` those that are
-    not; `val` is a Part or None.
+    `temperature=None` is for measuring alone: val is enough then. `chunks` are the numbers of the train chunks that are there,
+    `missing` those that are not; `val` is a Part or None.
     """
 
     def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | None, verify: bool = False) -> None:

@@ -26,7 +26,7 @@ def curves(history: Path, out: Path, title: str) -> None:
     panels = [p for p in PANELS if any(p in line for line in lines)]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], panels):
-        for event, style in (("train", dict(lw=0.8, alpha=0.7)), ("eval", dict(marker="o", ms=3))):
+        for event, style in (("train", dict(color="#8a93a3", lw=0.8)), ("eval", dict(color="#3b7dd8", marker="o", ms=3))):
             points = [(line["step"], line[name]) for line in lines if line["event"] == event and name in line]
             if points:
                 axis.plot(*zip(*points), label="held out" if event == "eval" else "training step", **style)

@@ -112,7 +112,7 @@ class Run:
         """Append one line to history.jsonl and print it: what is printed is what is stored, raw and not smoothed."""
         values = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in values.items()}
         with open(self.history, "a", encoding="utf-8") as log:
-            log.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            log.write(json.dumps({"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}) + "\n")
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
 
     def say(self, text: str) -> None:
@@ -132,10 +132,11 @@ class Run:
         if self.bar:
             self.bar.update()
 
-    def speed(self) -> float:
-        """Return tokens/s over the last steps (at most 20), the process's first step left out once there are others."""
+    def pace(self, steps_left: int) -> dict:
+        """Return tokens/s over the last steps (at most 20; the process's first one is left out once there are others), and seconds left."""
         recent = self.recent[1:] or self.recent
-        return round(sum(tokens for tokens, _ in recent) / sum(seconds for _, seconds in recent), 1)
+        tokens, seconds = (sum(values) for values in zip(*recent))
+        return {"tok_per_s": round(tokens / seconds, 1), "left_s": round(seconds / len(recent) * steps_left, 1)}
 
     def check_finite(self, loss: float, step: int, rows) -> None:
         """Stop the run at a loss that is not finite: nothing after it could be right."""

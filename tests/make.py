@@ -131,10 +131,13 @@ def stage2(folder: Path, *more, out: str = "stage2", logits: str = "logits") -> 
     return ["--data", folder / "data", "--logits", folder / logits, "--student", folder / "student", "--out", folder / out, *QUICK, *more]
 
 
+TIMES = {"tok_per_s", "left_s", "time_s"}
+
+
 def history(folder: Path, event: str | None = None) -> list[dict]:
-    """Return a run's log lines without the one value that is a matter of time."""
+    """Return a run's log lines without what is a matter of time."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tok_per_s"} for line in lines if event in (None, line["event"])]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines if event in (None, line["event"])]
 
 
 def processes():
