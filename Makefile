@@ -1,26 +1,26 @@
 # One command a target: `make -n TARGET` is the documentation. The scripts skip finished work and continue unfinished work themselves.
 # A published set-up is a file of variables: make stage1 RECIPE=distilqwen2.5-0.5b
 
+NAME    = mydata
+SOURCE  = $(NAME).parquet
+TEACHER = Qwen/Qwen2.5-7B-Instruct
+STUDENT = Qwen/Qwen2.5-0.5B
+CHUNK   = all
+K       = 32
+T       = 2
+TEMPERATURES = 1,2,4
+ALPHA   = 0.9
+CKPT    = $(RUNS)/stage2
+ARGS    =
+SEED    = 0
+
 ifdef RECIPE
 include recipes/$(RECIPE).mk
 endif
 
-NAME    ?= mydata
-SOURCE  ?= $(NAME).parquet
-TEACHER ?= Qwen/Qwen2.5-7B-Instruct
-STUDENT ?= Qwen/Qwen2.5-0.5B
-CHUNK   ?= all
-K       ?= 32
-T       ?= 2
-TEMPERATURES ?= 1,2,4
-ALPHA   ?= 0.9
-CKPT    ?= $(RUNS)/stage2
-ARGS    ?=
-SEED    ?= 0
-
-DATA    ?= data/$(NAME)
-LOGITS  ?= logits/$(NAME)
-RUNS    ?= runs/$(NAME)
+DATA    = data/$(NAME)
+LOGITS  = logits/$(NAME)
+RUNS    = runs/$(NAME)
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
@@ -73,8 +73,8 @@ bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 m
 fidelity: .venv/ready ## the angle of the gradient to full-vocabulary distillation, on real models: MODELS, see bench/fidelity.py
 	$(PY) bench/fidelity.py $(ARGS)
 
-clean: ## remove what `make demo` made (never your own data, logits or runs)
-	rm -rf demo data/demo data/demo-* logits/demo logits/demo-* runs/demo runs/demo-*
+clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
+	rm -rf $(D) data/$(D) data/$(D)-teacher logits/$(D) runs/$(D)
 
 # --- the demo: the whole road on embedded data, with a teacher made here
 
@@ -93,8 +93,8 @@ demo: .venv/ready ## the whole road on embedded data: about 5 minutes on 2 CPU c
 	@echo; echo "=== the teacher's logits, once"
 	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
 	@echo; echo "=== stage 2, and its control: stage 1 continued for as many steps"
-	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps 500 $(DEMO_STUDENT)
-	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 500 $(DEMO_STUDENT)
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps 700 $(DEMO_STUDENT)
+	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 700 $(DEMO_STUDENT)
 	@echo; echo "=== all four on the same held-out rows"
 	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
 	$(PY) -m lib.report --out runs/$(D)/comparison "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval"

@@ -72,7 +72,7 @@ def parse_args(argv=None):
 def load(args):
     """Return the model and its tokenizer."""
     device = models.pick_device(args.device, args.threads)
-    folder = models.local_folder(args.ckpt, args.trust_remote_code)
+    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
     template.ensure_template(tokenizer)
     dtype = models.pick_dtype(args.dtype, device, folder)
@@ -223,7 +223,7 @@ def open_out(out, settings, fresh):
 def answer_file(args):
     """Answer every line of --prompts into --out."""
     prompts, out = read_prompts(args.prompts, args.system), Path(args.out)
-    folder = models.local_folder(args.ckpt, args.trust_remote_code)
+    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     if not models.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     chosen = ("ckpt", "system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "batch_size", "dtype")

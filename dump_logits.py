@@ -9,6 +9,7 @@ Killed anywhere, the same command goes on with the rows that are missing, and th
 """
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -73,6 +74,16 @@ def differing(seen, wanted):
     return "; ".join(f"{k} {seen.get(k)!r} (now {v!r})" for k, v in wanted.items() if seen.get(k) != v)
 
 
+def allocate(path):
+    """Take the disk blocks of a file that was only sized, so that a disk that fills up later cannot kill us in the middle of a write."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
+            except OSError as full:
+                files.fail(f"{path} cannot be allocated", full, "enough free disk", "a smaller --k, --values u8, or one --chunk at a time")
+
+
 def teacher_records(teacher, head, batch, k, temperatures, dtype):
     """Return the records of a batch's targets, the teacher's cross-entropy at each (nats) and whether it had it right, each (N,)."""
     with_one = sorted({*temperatures, 1.0})
@@ -85,7 +96,7 @@ def teacher_records(teacher, head, batch, k, temperatures, dtype):
         ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
         log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, with_one.index(1.0)])
         records.append(logits.encode(ids.cpu().numpy(), gaps.cpu().numpy(), tails[:, kept].cpu().numpy(), dtype, head.vocab))
-        ce.append((log_z - at_label).double().cpu().numpy())
+        ce.append((log_z - at_label).cpu().double().numpy())
         hits.append((at_label == 0).cpu().numpy())
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
 
@@ -103,6 +114,9 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
 
     folder.mkdir(parents=True, exist_ok=True)
     holding = files.lock(folder)
+    if (folder / "meta.json").exists():
+        print(f"dump {folder}: another process has finished it")
+        return holding.close()
     if (folder / "done.npy").exists():
         if (seen := files.read_json(folder / "settings.json")) != settings:
             files.fail(f"{folder} was started with other settings", differing(seen, settings), "the same command",
@@ -111,6 +125,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     else:  # done.npy appears last: once it is there, all three are whole
         files.write_json(folder / "settings.json", settings)
         topk = np.lib.format.open_memmap(folder / "topk.npy", mode="w+", dtype=dtype, shape=(targets,))
+        allocate(folder / "topk.npy")
         done = np.lib.format.open_memmap(folder / "done.npy.part", mode="w+", dtype=logits.DONE, shape=(len(rows),))
         done.flush()
         (folder / "done.npy.part").replace(folder / "done.npy")
@@ -175,7 +190,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
 def main(argv=None):
     args = parse_args(argv)
     device = models.pick_device(args.device, args.threads)
-    dataset = Dataset(args.data)
+    dataset = Dataset(args.data, args.trust_remote_code)
     if args.chunk.isdigit() and int(args.chunk) >= dataset.chunks:
         files.fail(f"chunk {args.chunk} does not exist", f"{dataset.chunks} chunks in {args.data}", f"0 to {dataset.chunks - 1}, val or all")
     wanted = [int(args.chunk)] if args.chunk.isdigit() else ["val"] if args.chunk == "val" else [*range(dataset.chunks), "val"]
@@ -183,10 +198,6 @@ def main(argv=None):
         print("dump: val is empty, so there is nothing to dump for it")
         wanted.remove("val")
     plan.check(np.concatenate([dataset.train.rows["length"], dataset.val.rows["length"]]), args.tokens_per_microbatch)
-    if args.fresh:
-        for chunk in wanted:
-            files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
-
     folder = models.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     teacher = models.load(args.teacher, device, dtype, dataset=dataset, attn=args.attn, compiled=args.compile, pack=False,
@@ -195,14 +206,14 @@ def main(argv=None):
     vocab = pick_vocab(args, teacher, dataset)
     head = teacher.head(vocab)
     settings = {"teacher": models.identity(folder), "teacher_folder": str(args.teacher), "data": dataset.identities["data"], "k": args.k,
-                "temperatures": args.temperatures, "values": args.values, "vocab": vocab, "dtype": str(dtype),
-                "tokens_per_microbatch": args.tokens_per_microbatch}
+                "rows_per_chunk": dataset.meta["rows_per_chunk"], "temperatures": args.temperatures, "values": args.values,
+                "vocab": vocab, "dtype": str(dtype), "tokens_per_microbatch": args.tokens_per_microbatch}
 
     # what is done is skipped; what is not has its size said and its room checked before the first forward pass
     missing = []
     for chunk in wanted:
         meta = logits.chunk_folder(args.out, chunk) / "meta.json"
-        if not meta.exists():
+        if args.fresh or not meta.exists():
             missing.append(chunk)
             continue
         seen = files.read_json(meta)
@@ -211,8 +222,9 @@ def main(argv=None):
         print(f"dump {meta.parent}: already finished; nothing to do (--fresh dumps it anew)")
     size = logits.record_dtype(args.k, args.temperatures, vocab, args.values).itemsize
     need = sum(int((dataset.val if c == "val" else dataset.train).rows["targets"][slice(None) if c == "val" else dataset.chunk_rows(c)].sum()) * size
-               for c in missing if not (logits.chunk_folder(args.out, c) / "done.npy").exists())
-    have = files.free_bytes(args.out)
+               for c in missing)
+    there = [logits.chunk_folder(args.out, c) / "topk.npy" for c in missing]  # begun, or to be written anew
+    have = files.free_bytes(args.out) + sum(path.stat().st_size for path in there if path.exists())
     print(f"teacher: {folder}, {teacher.parameters:,} parameters, {vocab:,} tokens, on {device}, {dtype}; the top {args.k}, "
           f"and the exact rest at T = {', '.join(f'{t:g}' for t in args.temperatures)}")
     print(f"disk: {files.human(need)} to be written ({size} bytes a target), {files.human(have)} free at {args.out}")
@@ -220,6 +232,9 @@ def main(argv=None):
         files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need),
                    "a smaller --k, --values u8, fewer --temperatures, or one --chunk at a time")
 
+    if args.fresh:  # everything that could be wrong was looked at before anything is deleted
+        for chunk in missing:
+            files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
     interrupt = Interrupt()
     for chunk in missing:
         dump(args, chunk, dataset, teacher, head, settings, interrupt)

@@ -8,7 +8,7 @@ Reads   --source     parquet, json, jsonl or csv: files, folders or globs; the s
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, and meta.json last
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
-train / val split a row is on depends on its prompt and the seed alone: rows added later change no other row's side.
+train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
 """
 import argparse
 import collections
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
     flags.positive(parser, args, "max_len", "rows_per_chunk")
-    for name in ("limit", "workers", "show"):
+    for name in ("limit", "workers", "show", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} is {getattr(args, name)}, wanted 0 or more")
     if not args.val >= 0 or args.val >= 1 and args.val % 1:
@@ -190,7 +190,7 @@ def percentiles(values):
 def main(argv=None):
     args = parse_args(argv)
     out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
-    if (partial := out.with_name(out.name + ".part")).exists():
+    if (partial := files.beside(out, "part")).exists():
         files.lock(partial).close()  # refused while another process fills it; a killed one left it behind
     files.recover(out)
     if (meta := finished(out, args, shaping)) is not None:

@@ -40,10 +40,12 @@ def main(argv=None):
     args = parse_args(argv)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = Dataset(args.data)
-    run = Run(args, "stage1", dataset.identities, args.best)
+    dataset = Dataset(args.data, args.trust_remote_code)
+    source = models.local_folder(args.student, args.trust_remote_code)
+    models.check_apart(args.out, source)
+    run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)}, args.best)
 
-    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, pack=not args.no_pack,
+    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
                           from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
@@ -64,6 +66,7 @@ def main(argv=None):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
 
+    run.begin()
     student.module.train()
     optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -78,7 +81,7 @@ def main(argv=None):
             measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp)
             run.log("eval", step, **measures)
             if args.samples:
-                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens)
+                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
         if last or run.stopping or step and step % save_every == 0:
@@ -101,9 +104,12 @@ def main(argv=None):
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         loss, ce, _ = (sums / targets).tolist()
-        run.check_finite(loss, step, rows)
+        run.check_finite("loss", loss, step, rows)
         lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
-        norm, taken = optim.update(optimizer, scaler, student.module, lr, args.clip)
+        norm = optim.gradient_norm(optimizer, scaler, student.module, args.clip)
+        if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
+            run.check_finite("gradient", norm, step, rows)
+        taken = optim.update(optimizer, scaler, lr)
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:

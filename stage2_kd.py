@@ -3,7 +3,7 @@
     python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/distilqwen/stage1 --out runs/distilqwen/stage2
     python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --steps 20    # CPU, after `make demo`
 
-Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM, by default stage 1's.
+Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
 Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets, divided once by the targets of the
         whole optimizer step. The divergence compares the teacher's top k and one bucket that holds the exact rest (lib/losses.py).
@@ -51,22 +51,28 @@ def main(argv=None):
     args = parse_args(argv)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = Dataset(args.data)
+    dataset = Dataset(args.data, args.trust_remote_code)
     store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
     method = losses.Method(args.alpha, args.temperature, args.divergence, args.beta)
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
-    run = None if args.eval_only else Run(args, "stage2", dataset.identities | {"teacher": store.meta["teacher"], "chunks": store.chunks}, best_by)
+    source = models.local_folder(args.student, args.trust_remote_code)
+    models.check_apart(args.out, source)
+    inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks}
+    run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
 
-    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, pack=not args.no_pack,
+    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
                           trust_remote_code=args.trust_remote_code)
     if student.vocab < store.vocab:
         files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
-                   f"dump_logits.py --student {args.student} --fresh, which cuts the teacher to the student's tokens")
+                   f"python dump_logits.py --data {args.data} --teacher {store.meta['teacher_folder']} --student {args.student} "
+                   f"--out {args.logits} --fresh")
     if args.eval_only:
         measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         about = {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits}
         files.write_json(Path(args.out) / "eval.json", about | measures)
+        if not store.compares:
+            print("eval: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with 1 in TEMPERATURES")
         print(f"eval {student.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return
     tokenizer = dataset.tokenizer()
@@ -95,6 +101,7 @@ def main(argv=None):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
 
+    run.begin()
     student.module.train()
     optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -111,7 +118,7 @@ def main(argv=None):
             if step == 0:
                 preflight.teacher_can_teach(store, measures)
             if args.samples:
-                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens)
+                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
         if last or run.stopping or step and step % save_every == 0:
@@ -134,9 +141,12 @@ def main(argv=None):
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         loss, ce, kd = (sums / targets).tolist()
-        run.check_finite(loss, step, rows)
+        run.check_finite("loss", loss, step, rows)
         lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
-        norm, taken = optim.update(optimizer, scaler, student.module, lr, args.clip)
+        norm = optim.gradient_norm(optimizer, scaler, student.module, args.clip)
+        if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
+            run.check_finite("gradient", norm, step, rows)
+        taken = optim.update(optimizer, scaler, lr)
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:

@@ -96,7 +96,8 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
             hidden = student.hidden(micro)
         loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if temperature else 0.0, temperature or 1.0), amp)
         scaler.scale(loss / len(micro.labels)).backward()
-        optim.update(optimizer, scaler, student.module, 1e-6, 1.0)
+        optim.gradient_norm(optimizer, scaler, student.module, 1.0)
+        optim.update(optimizer, scaler, 1e-6)
 
     seconds = turns({"stage 1": lambda: step(0), "T=1": lambda: step(1.0), "T=2": lambda: step(2.0)}, rounds, device)
     return {"stage1_step_s": statistics.median(seconds["stage 1"]), "tokens": s["rows"] * s["length"], "targets": len(micro.labels),
@@ -160,7 +161,9 @@ def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {here!r}); import bench; bench.report_memory({kind!r}, {count}, {s!r}, {str(device)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(result.stdout) if result.returncode == 0 else float("inf")  # killed: out of memory
+    if result.returncode and not (result.returncode in (-9, 137) or "OutOfMemory" in result.stderr or "can't allocate memory" in result.stderr):
+        raise SystemExit(result.stderr)
+    return float("inf") if result.returncode else float(result.stdout)  # inf: more than there is
 
 
 def report_memory(kind: str, count: int, s: dict, device: str) -> None:

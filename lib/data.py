@@ -109,8 +109,8 @@ class Split:
 class Dataset:
     """A folder that prepare_data.py finished. Raises the one-line error when it is missing, unfinished or of another format."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
+        self.folder, self.trust_remote_code = Path(folder), trust_remote_code
         self.meta = files.read_json(self.folder / "meta.json", mend="make data (python prepare_data.py --help)")
         if self.meta.get("format") != FORMAT:
             files.fail(f"{folder} has another format", seen=self.meta.get("format"), wanted=FORMAT, mend="make data, with ARGS=--fresh")
@@ -136,4 +136,4 @@ class Dataset:
         """Return the tokenizer that made the data."""
         from lib import template
 
-        return template.load_tokenizer(self.folder / "tokenizer")
+        return template.load_tokenizer(self.folder / "tokenizer", self.trust_remote_code)

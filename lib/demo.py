@@ -187,7 +187,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flags.add(parser, "--out", "--seed")
     parser.add_argument("--teacher-rows", type=int, default=30000, metavar="N", help="problems of teacher.parquet (default: %(default)s)")
-    parser.add_argument("--student-rows", type=int, default=1500, metavar="N", help="problems of student.parquet (default: %(default)s)")
+    parser.add_argument("--student-rows", type=int, default=1300, metavar="N", help="problems of student.parquet (default: %(default)s)")
     args = parser.parse_args(argv)
     flags.positive(parser, args, "teacher_rows", "student_rows")
     return args

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from lib import data, logits, losses, plan
+from lib import data, files, logits, losses, plan
 from lib.models import Model
 
 BINS = 15  # of confidence, for the calibration error
@@ -51,17 +51,19 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
             right = top == label[:, 0]
             if kept is not None:
                 logq, z, _, total = losses.student_logq(z, kept.ids[part], 1.0)
-                sums[3] += losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl").sum().double().cpu()
+                sums[3] += losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl").sum().cpu().double()
                 sums[4] += (top == kept.ids[part, 0]).sum().cpu()
             else:
                 total = z.exp_().sum(1)
             confidence = 1 / total
-            sums[0] += (total.log() - at_label[:, 0]).sum().double().cpu()
+            sums[0] += (total.log() - at_label[:, 0]).sum().cpu().double()
             sums[1] += right.sum().cpu()
             sums[2] += (rank < 5).sum().cpu()
+            if not torch.isfinite(sums).all():
+                files.fail("the model's logits on val are not finite", f"rows {batch.rows[:8]}", "numbers", "--amp off, or a checkpoint from before")
             bin_of = (confidence * BINS).long().clamp_max(BINS - 1).cpu()
             for i, values in enumerate((torch.ones_like(confidence), confidence, right)):
-                bins[i].index_add_(0, bin_of, values.double().cpu())
+                bins[i].index_add_(0, bin_of, values.cpu().double())
     model.module.train(training)
     n = split.targets
     ce, acc1, acc5, kl, agree = (sums / n).tolist()

@@ -69,12 +69,17 @@ def sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def beside(folder: Path, what: str) -> Path:
+    """Return the hidden name beside a folder for its unfinished (part) or replaced (old) self: no backup of a user's has it."""
+    return folder.with_name(f".{folder.name}.{what}")
+
+
 def publish(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the two renames."""
     for path in partial.rglob("*"):
         if path.is_file():
             sync(path)
-    old = folder.with_name(folder.name + ".old")
+    old = beside(folder, "old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -85,16 +90,16 @@ def publish(partial: Path, folder: Path) -> None:
 
 def recover(folder: Path) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if need be) or absent."""
-    old = folder.with_name(folder.name + ".old")
+    old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
+    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
     """Return an empty folder beside `folder`, to be filled and then given to `publish`."""
-    partial = folder.with_name(folder.name + ".part")
+    partial = beside(folder, "part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial

@@ -60,8 +60,11 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     positive(parser, args, "lr", "epochs", "tokens_per_step", "tokens_per_microbatch", "log_every")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}, wanted a share from 0 to 1")
-    if args.steps < 0:
-        parser.error(f"--steps is {args.steps}, wanted 0 (off) or more")
+    for name in ("steps", "clip", "weight_decay", "eval_every", "save_every", "samples", "sample_tokens", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 0 or more")
+    if not 0 <= args.beta2 < 1:
+        parser.error(f"--beta2 is {args.beta2}, wanted a share below 1")
 
 
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

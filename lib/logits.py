@@ -80,13 +80,17 @@ class Part:
 
     def __init__(self, folder: Path, dataset: data.Dataset, verify: bool = False) -> None:
         self.folder, self.meta = folder, files.read_json(folder / "meta.json")
-        again = f"dump_logits.py --data {dataset.folder} --out {folder.parent} --fresh"
+        again = (f"python dump_logits.py --data {dataset.folder} --teacher {self.meta.get('teacher_folder')} --out {folder.parent} "
+                 f"--chunk {self.meta.get('chunk')} --fresh")
         if self.meta.get("format") != FORMAT:
             files.fail(f"{folder} has another format", self.meta.get("format"), FORMAT, again)
         for name, what in (("data", "other data"), ("vocabulary", "a teacher with another vocabulary")):
             if self.meta["identities"][name] != dataset.identities[name]:
                 files.fail(f"{folder} was dumped from {what}", f"{name} {self.meta['identities'][name][:12]}",
                            f"{dataset.identities[name][:12]} of {dataset.folder}", again)
+        if self.meta["chunk"] != "val" and self.meta["rows_per_chunk"] != dataset.meta["rows_per_chunk"]:
+            files.fail(f"{folder} was cut otherwise than the data", f"{self.meta['rows_per_chunk']} rows a chunk",
+                       f"{dataset.meta['rows_per_chunk']}", again)
         try:
             self.records = np.load(folder / "topk.npy", mmap_mode="r")
         except (OSError, ValueError) as broken:
@@ -107,7 +111,7 @@ class Store:
     def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | None, verify: bool = False) -> None:
         self.folder, self.dataset = Path(folder), dataset
         if not self.folder.is_dir():
-            files.fail(f"{folder} is missing", mend="make logits (python dump_logits.py --help)")
+            files.fail(f"{folder} is missing", mend=f"make logits NAME={dataset.folder.name} (python dump_logits.py --help)")
         whole = [c for c in range(dataset.chunks) if (chunk_folder(self.folder, c) / "meta.json").exists()]
         self.missing = sorted(set(range(dataset.chunks)) - set(whole))
         self.parts = {c: Part(chunk_folder(self.folder, c), dataset, verify) for c in whole}
@@ -121,12 +125,12 @@ class Store:
             for name in ("teacher", "k", "temperatures", "values", "vocab"):
                 if part.meta.get(name) != self.meta[name]:
                     files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta[name],
-                               "dump_logits.py --fresh for one of them")
+                               "python dump_logits.py --fresh for one of them, with the other's flags")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
         if temperature is not None and temperature not in self.temperatures:
             files.fail(f"temperature {temperature:g} was not dumped", f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}",
                        "one of these (a tail cannot be guessed from another temperature)",
-                       f"make stage2 T={self.temperatures[0]:g}, or dump_logits.py --temperatures with {temperature:g} among them and --fresh")
+                       f"--temperature {self.temperatures[0]:g}, or dump_logits.py --temperatures with {temperature:g} among them and --fresh")
         self.column = None if temperature is None else self.temperatures.index(temperature)
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
@@ -142,8 +146,9 @@ class Store:
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""
-        rest = f" ... ({len(self.missing)} in all: make logits)" if len(self.missing) > 4 else ""
-        return "; ".join(f"make logits CHUNK={c}" for c in self.missing[:4]) + rest
+        make = f"make logits NAME={self.dataset.folder.name}"
+        rest = f" ... ({len(self.missing)} in all: {make})" if len(self.missing) > 4 else ""
+        return "; ".join(f"{make} CHUNK={c}" for c in self.missing[:4]) + rest
 
     def rows(self) -> np.ndarray:
         """Return the numbers of all train rows whose chunk is there."""

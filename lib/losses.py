@@ -148,7 +148,7 @@ class _HeadLoss(torch.autograd.Function):
                 d *= head.scale
             if grad_bias is not None:
                 grad_bias[:head.vocab] += d.sum(0)
-            d = d.mul_(lift).to(operand.dtype) if lift != 1 else d.to(operand.dtype)
+            d = d.mul_(lift).clamp_(-65504.0, 65504.0).to(operand.dtype) if lift != 1 else d.to(operand.dtype)
             grad_hidden[part] = matmul(d, operand)
             if grad_weight is not None:
                 if d.dtype == grad_weight.dtype:

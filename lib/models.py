@@ -16,14 +16,20 @@ from lib.head import Head
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def local_folder(name: str, trust_remote_code: bool = False) -> Path:
-    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A stage folder gives its best/."""
+def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
+    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id.
+
+    A stage folder gives its best/; one whose run is not finished is refused, unless `unfinished` allows a look at it.
+    """
     path = Path(name)
     if path.is_dir():
-        for stage in ("best", "final"):
-            if not (path / "config.json").exists() or (path / "history.jsonl").exists():
-                if (path / stage / "config.json").exists():
-                    return path / stage
+        run = (path / "history.jsonl").exists()
+        best = next((path / stage for stage in ("best", "final") if (path / stage / "config.json").exists()), None)
+        if run and not unfinished and not (path / "config.json").exists():
+            files.fail(f"{name} is not finished", "a run without its config.json", "a finished stage",
+                       "its own command again" + (f", or {best} by name" if best else ""))
+        if best and (run or not (path / "config.json").exists()):
+            return best
         if not (path / "config.json").exists():
             files.fail(f"{name} is no model", "a folder without config.json", "a Hugging Face checkpoint, or a stage folder with best/")
         return path
@@ -37,7 +43,7 @@ def local_folder(name: str, trust_remote_code: bool = False) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
         files.fail(f"the model {name} is neither a folder here nor to be had from the hub", str(missing)[:200],
-                   mend=f"huggingface-cli download {name}")
+                   mend=f"hf download {name}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -84,32 +90,37 @@ class Model:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset | None = None, attn: str = "sdpa",
          compiled: bool = False, from_scratch: bool = False, keep_layers: list[int] | None = None, pack: bool = True, seed: int = 0,
-         trust_remote_code: bool = False) -> Model:
+         amp: torch.dtype | None = None, trust_remote_code: bool = False) -> Model:
     """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = local_folder(name, trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if dataset is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         check_vocabulary(folder, dataset, trust_remote_code)
     options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
-    if has_weights(folder):
-        try:
-            module, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
-        except Exception as broken:  # safetensors, JSON, OSError, missing shards, kernels not installed: each says what it saw
-            files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {str(broken)[:300]}",
-                       "config.json and *.safetensors that belong together")
-        if loaded["missing_keys"]:  # transformers would fill them with random numbers
-            files.fail(f"{folder} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
-    elif from_scratch:
-        print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
-        torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    else:
+    if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
+        files.fail("flash_attention_2 computes in half precision only", "float32", "half precision", "--amp fp16 or bf16 (dump_logits.py: --dtype)")
+    weights = has_weights(folder)
+    if not weights and not from_scratch:
         files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it",
                    "make stage1 (stage1_sft.py makes a new model from a config.json)")
+    try:
+        if weights:
+            module, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        else:
+            print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
+            torch.manual_seed(seed)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            module, loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, **options), {"missing_keys": ()}
+    except Exception as broken:  # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says what it saw
+        text = str(broken)
+        mend = "--trust-remote-code, if you trust that folder's Python" if "trust_remote_code" in text or "custom code" in text else None
+        files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {text[:300]}",
+                   "config.json and *.safetensors that belong together", mend)
+    if loaded["missing_keys"]:  # transformers would fill them with random numbers
+        files.fail(f"{folder} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
     if keep_layers:
         keep_only_layers(module, keep_layers)
     broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
@@ -119,10 +130,16 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     model = Model(module, module.base_model, folder)
     if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
         files.fail(f"{folder} is too small for the data's tokenizer", f"{model.vocab} rows of its output layer", f"at least {tokens}")
-    probe(model, pack)
+    probe(model, pack, amp)
     if compiled:
         model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
     return model
+
+
+def check_apart(out: str, source: Path) -> None:
+    """Refuse to write over the model that is read."""
+    if Path(out).resolve() in (source.resolve(), source.resolve().parent):
+        files.fail(f"--out {out} holds the student that is read", source, "another folder", "another --out")
 
 
 def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
@@ -153,6 +170,8 @@ def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
 def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
     """Make the model's own generation stop at the tokens that end the data's answers, beside those it knows."""
     config = model.module.generation_config
+    if not config.do_sample:  # set beside do_sample=False they make save_pretrained refuse
+        config.temperature = config.top_p = config.top_k = None
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id] * (config.eos_token_id is not None)
     config.eos_token_id = known + [token for token in end_tokens if token not in known]
     if config.pad_token_id is None:
@@ -160,19 +179,21 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
 
 
 @torch.no_grad()
-def probe(model: Model, pack: bool) -> None:
+def probe(model: Model, pack: bool, amp: torch.dtype | None = None) -> None:
     """Run eight tokens through the model both ways; refuse it where our head or packed rows would not give its own logits."""
     tokens = torch.arange(1, 9, device=model.device)[None] % model.vocab  # (1, 8)
-    exact = next(model.module.parameters()).dtype == torch.float32
+    exact = amp is None and next(model.module.parameters()).dtype == torch.float32
     limit = 1e-3 if exact else 0.1  # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
     far = lambda a, b: ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
 
     def body(ids: Tensor, positions: Tensor) -> Tensor:
-        return model.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        with torch.autocast(model.device.type, amp, enabled=amp is not None):
+            return model.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
 
     straight = torch.arange(8, device=model.device)[None]
     hidden = body(tokens, straight)
-    own = model.module(input_ids=tokens, position_ids=straight, use_cache=False).logits[0]
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
+        own = model.module(input_ids=tokens, position_ids=straight, use_cache=False).logits[0]
     _, ours = next(model.head().chunks(hidden))
     if (error := far(ours, own[:len(ours)])) > limit:
         files.fail(f"{type(model.module).__name__} changes its logits in a way this project does not know",

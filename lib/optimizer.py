@@ -21,17 +21,21 @@ def cosine(update: int, updates: int, lr: float, warmup: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rise) / max(1, updates - rise))))
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, module: nn.Module, lr: float, clip: float) -> tuple[float, bool]:
-    """Unscale, clip, step. Returns (norm of the gradient before clipping, whether the step was taken).
+def gradient_norm(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, module: nn.Module, clip: float) -> float:
+    """Unscale the gradient, return its norm, and clip it to the norm `clip` (0 = not at all)."""
+    scaler.unscale_(optimizer)
+    return nn.utils.clip_grad_norm_(module.parameters(), clip if clip else math.inf).item()
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> bool:
+    """Step with the gradient that `gradient_norm` has unscaled and clipped. Returns whether the step was taken.
 
     A step that fp16 overflow makes the scaler skip is not taken, and must not advance the schedule.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), clip if clip else math.inf)
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item(), scaler.get_scale() >= before
+    return scaler.get_scale() >= before

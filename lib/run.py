@@ -12,6 +12,7 @@ bit (same device, same threads). Nothing random is kept over steps: each step se
 """
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -26,8 +27,9 @@ from tqdm import tqdm
 from lib import files, models
 from lib.interrupt import Interrupt
 
-MARKS = ("last", "last.part", "last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
-FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify"}  # arguments that may differ when a run is continued
+MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
+FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
+        "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens"}  # these change results by float32 rounding at most
 
 
 class Run:
@@ -35,44 +37,56 @@ class Run:
 
     def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
         self.out, self.args, self.stage, self.identities, self.best_by = Path(args.out), args, stage, identities, best_by
-        if args.fresh:
-            files.remove_ours(self.out, MARKS)
         settings = {name: value for name, value in vars(args).items() if name not in FREE and name != "out"}
-        self.settings = json.loads(json.dumps(settings)) | {"stage": stage, "identities": identities}
+        self.settings = json.loads(json.dumps(settings)) | {"stage": stage} | {f"{name} identity": value for name, value in identities.items()}
         finished = self.out / "config.json"
-        if finished.exists():
+        if args.fresh:
+            pass  # what is there goes in `begin`, once everything that could be wrong has been looked at
+        elif finished.exists():
             settings = files.read_json(finished).get("settings")
             if settings is None:
                 files.fail(f"{self.out} is no run of ours", "a config.json without settings", "a new folder, or a run's", "another --out")
             self._same(settings, "is finished")
+            shutil.rmtree(self.out / "last", ignore_errors=True)  # a kill after config.json may have left it
             print(f"{stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
             raise SystemExit(0)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = files.lock(self.out)
-        for name in ("last", "best", "final"):
-            files.recover(self.out / name)
+        if not args.fresh:
+            self._open()
         self.step, self.updates, self.best, self.resumed, self.trained_s, self.measures = 0, 0, None, None, 0.0, {}
         self.history = self.out / "history.jsonl"
-        self.state = files.read_json(self.out / "last" / "state.json") if (self.out / "last" / "state.json").exists() else None
+        state = self.out / "last" / "state.json"
+        self.state = files.read_json(state) if state.exists() and not args.fresh else None
         if self.state:
             self._same(self.state["settings"], "was started")
             for name in ("step", "updates", "best", "trained_s", "measures"):
                 setattr(self, name, self.state[name])
             self.resumed = self.step
-            for path, size in self.state["sizes"].items():  # lines logged after the state was saved will be logged again
-                with open(self.out / path, "r+b") as log:
-                    log.truncate(size)
             print(f"{stage}: continues {self.out} at step {self.step}")
-        else:
-            for name in ("history.jsonl", "samples.md"):
-                (self.out / name).unlink(missing_ok=True)
         self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
 
+    def _open(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = files.lock(self.out)
+        for name in ("last", "best", "final"):
+            files.recover(self.out / name)
+
+    def begin(self) -> None:
+        """Touch the disk for the first time: --fresh deletes, a continued run drops the lines it will log again, a new one all lines."""
+        if self.args.fresh:
+            files.remove_ours(self.out, MARKS)
+            self._open()
+        sizes = self.state["sizes"] if self.state else {}
+        for name in ("history.jsonl", "samples.md"):
+            if (path := self.out / name).exists():
+                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+
     def _same(self, settings: dict, how: str) -> None:
-        differing = [f"{k} {settings.get(k)!r} (now {self.settings.get(k)!r})"
-                     for k in sorted({*settings, *self.settings}) if settings.get(k) != self.settings.get(k)]
+        short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)  # hashes
+        differing = [f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
+                     for k in sorted({*settings, *self.settings} - FREE) if settings.get(k) != self.settings.get(k)]
         if differing:
-            files.fail(f"{self.out} {how} with other settings", "; ".join(differing), "the same command", "--fresh to start anew, or another --out")
+            files.fail(f"{self.out} {how} with other settings", "; ".join(differing), "the same command and inputs",
+                       "--fresh to start anew, or another --out")
 
     def restore(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Put the saved state, if there is one, into model, optimizer and scaler."""
@@ -89,7 +103,8 @@ class Run:
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = tensor.cpu() if key == "step" and device.type == "cpu" else tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        scaler.load_state_dict(self.state["scaler"])
+        if self.state["scaler"] and scaler.is_enabled():  # one of them is empty where the run moved between CPU and CUDA
+            scaler.load_state_dict(self.state["scaler"])
 
     def save(self, step: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, measures: dict) -> None:
         """Write last/: everything that continuing at `step` needs."""
@@ -138,10 +153,11 @@ class Run:
         tokens, seconds = (sum(values) for values in zip(*recent))
         return {"tok_per_s": round(tokens / seconds, 1), "left_s": round(seconds / len(recent) * steps_left, 1)}
 
-    def check_finite(self, loss: float, step: int, rows) -> None:
-        """Stop the run at a loss that is not finite: nothing after it could be right."""
-        if not math.isfinite(loss):
-            files.fail(f"the loss of step {step} is not finite", f"{loss} on rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}",
+    def check_finite(self, what: str, value: float, step: int, rows) -> None:
+        """Stop the run at a loss or gradient that is not finite, before it reaches the weights: nothing after it could be right."""
+        if not math.isfinite(value):
+            seen = f"{value} on rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}"
+            files.fail(f"the {what} of step {step} is not finite", seen,
                        "a number", f"a lower --lr, --amp off, or a look at these rows; the state before is in {self.out}/last")
 
     def is_better(self, measures: dict) -> bool:
@@ -170,10 +186,10 @@ class Run:
         """Write config.json, which says that the run is complete, and drop the resume state."""
         from lib import plots
 
-        plots.curves(self.history, self.out / "curves.png", self.stage)
         files.write_json(self.out / "config.json", {
             "settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best, "best_by": self.best_by,
             "trained_s": self.trained_s, "final": measures, "versions": versions(), "git": git_commit()})
+        plots.curves(self.history, self.out / "curves.png", self.stage)
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
             self.bar.close()

@@ -8,11 +8,12 @@ from lib import data, models
 
 
 @torch.no_grad()
-def write(path: Path, model: models.Model, split: data.Split, tokenizer, step: int, count: int, max_new_tokens: int) -> None:
+def write(path: Path, model: models.Model, split: data.Split, tokenizer, step: int, count: int, max_new_tokens: int,
+          amp: torch.dtype | None = None) -> None:
     """Append the answers of the first `count` val prompts to a Markdown file."""
     training = model.module.training
     model.module.eval()
-    with open(path, "a", encoding="utf-8") as out:
+    with open(path, "a", encoding="utf-8") as out, torch.autocast(model.device.type, amp, enabled=amp is not None):
         for row in range(min(count, len(split.rows))):
             ids, answer = split.row(row)
             first = int(np.flatnonzero(answer)[0])

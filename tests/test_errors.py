@@ -148,7 +148,7 @@ def test_logits_of_other_data(world):
 def test_logits_that_were_not_finished(world):
     for part in ("chunk-0000", "chunk-0001"):
         (world / "logits" / part / "meta.json").unlink()
-    refused("stage2", world, of=["holds no finished chunk", "0 of 2", "make logits CHUNK=0; make logits CHUNK=1"])
+    refused("stage2", world, of=["holds no finished chunk", "0 of 2", "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=1"])
 
 
 def test_logits_that_are_missing(world):
@@ -164,7 +164,7 @@ def test_logits_that_are_damaged_are_found_by_verify(world):
 
 
 def test_a_temperature_that_was_not_dumped(world):
-    refused("stage2", world, "--temperature", 1.5, of=["temperature 1.5 was not dumped", "1, 2, 4", "make stage2 T=1"])
+    refused("stage2", world, "--temperature", 1.5, of=["temperature 1.5 was not dumped", "1, 2, 4", "--temperature 1,"])
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -330,3 +330,80 @@ def test_identity_of_a_model_changes_with_one_bit(world):
     change_weights(world / "student", lambda weights: weights["model.norm.weight"].add_(1e-6))
     assert models.identity(world / "student") != before
     assert json.loads((world / "logits" / "val" / "meta.json").read_text())["teacher"] == models.identity(world / "teacher")
+
+
+# --- what a hostile reader of the code found
+
+@pytest.mark.parametrize("name", ("stage2", "dump"))
+def test_logits_of_the_same_data_cut_into_other_chunks(world, name):
+    meta = files.read_json(world / "data/meta.json")
+    files.write_json(world / "data/meta.json", meta | {"rows_per_chunk": 8})
+    refused(name, world, of=["16", "8", "--fresh"])
+
+
+@pytest.mark.parametrize("name, flag, kept", (("dump", "--teacher", "logits/chunk-0000/topk.npy"), ("stage1", "--student", "stage1/history.jsonl")))
+def test_fresh_deletes_nothing_when_the_rest_of_the_command_is_wrong(world, name, flag, kept):
+    if name == "stage1":
+        make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
+    before = (world / kept).read_bytes()
+    refused(name, world, "--fresh", flag, world / "no-such-model", of=["missing"])
+    assert (world / kept).read_bytes() == before
+
+
+def test_a_stage_that_is_not_finished_is_no_student_and_no_teacher(world):
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 2))
+    (world / "stage1/config.json").unlink()
+    refused("stage2", world, "--student", world / "stage1", of=["is not finished", "its own command again", "best by name"])
+    refused("dump", world, "--teacher", world / "stage1", of=["is not finished"])
+
+
+def test_another_student_under_the_same_name_is_no_finished_run(world):
+    argv = make.stage1(world, "--steps", 1)
+    make.call(stage1_sft.main, *argv)
+    make.model(world / "student", seed=77, layers=1)
+    refused("stage1", world, "--steps", 1, of=["is finished with other settings", "student identity", "--fresh"])
+
+
+def test_a_run_does_not_write_over_its_own_student(world):
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
+    before = (world / "stage1/best/model.safetensors").read_bytes()
+    refused("stage2", world, "--student", world / "stage1", "--out", world / "stage1", "--fresh", of=["holds the student that is read"])
+    assert (world / "stage1/best/model.safetensors").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(world, monkeypatch):
+    from lib import optimizer
+
+    monkeypatch.setattr(optimizer, "gradient_norm", lambda *_: float("nan"))
+    monkeypatch.setattr(optimizer, "update", lambda *_: pytest.fail("the step was taken"))
+    refused("stage1", world, of=["the gradient of step 0 is not finite", "rows"])
+
+
+def test_an_evaluation_that_is_not_finite_is_one_line(world, monkeypatch):
+    monkeypatch.setattr(models.Model, "hidden", lambda self, batch: torch.full((len(batch.labels), 32), float("nan")))
+    refused("stage1", world, of=["logits on val are not finite"])
+
+
+def test_a_backup_beside_a_folder_is_left_alone(world):
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 2))
+    for name in ("best.old", "best.part", "last.old"):
+        (world / "stage1" / name).mkdir()
+    (world / "stage1/config.json").unlink()
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 2))
+    assert all((world / "stage1" / name).exists() for name in ("best.old", "best.part", "last.old"))
+
+
+@pytest.mark.parametrize("flag, value", (("--clip", -1), ("--seed", -1), ("--beta2", 1), ("--weight-decay", -0.1), ("--eval-every", -1)))
+def test_values_that_would_do_silent_harm(world, capsys, flag, value):
+    assert flag in usage("stage1", make.stage1(world, flag, value), capsys)
+
+
+def test_a_broken_config_is_one_line(world):
+    (world / "student/config.json").write_text('{"model_type": "llama", ')
+    refused("stage1", world, of=["student", "config.json"])
+
+
+def test_memory_flags_may_change_when_a_run_is_continued(world, capsys):
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
+    code, said = make.ends(stage1_sft.main, *make.stage1(world, "--steps", 1, "--tokens-per-microbatch", 64, "--checkpointing"))
+    assert code == 0 or "already finished" in capsys.readouterr().out, said

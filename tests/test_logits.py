@@ -227,7 +227,7 @@ def edit(path, **changes):
 
 def test_a_temperature_that_was_not_dumped_is_refused_with_the_list(world):
     words = refused(world, 3.0)
-    assert "temperature 3 was not dumped" in words and "1, 2, 4" in words and "make stage2 T=" in words
+    assert "temperature 3 was not dumped" in words and "1, 2, 4" in words and "--temperature 1," in words
 
 
 def test_logits_of_other_data_are_refused(mine):
@@ -266,7 +266,7 @@ def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_
     for chunk in (0, 2):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     some = store(mine)
-    assert some.missing == [0, 2] and some.chunks == [1] and some.mend() == "make logits CHUNK=0; make logits CHUNK=2"
+    assert some.missing == [0, 2] and some.chunks == [1] and some.mend() == "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=2"
     assert some.rows().tolist() == list(range(16, 32))
     batch = some.dataset.train.batch([[31], [16]])
     assert (some.train(batch).ids == store(mine, name="full").train(batch).ids[:, :8]).all()
@@ -276,7 +276,7 @@ def test_a_folder_without_one_finished_chunk_is_refused(mine):
     for chunk in range(3):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     words = refused(mine)
-    assert "holds no finished chunk" in words and "make logits CHUNK=0" in words
+    assert "holds no finished chunk" in words and "make logits NAME=data CHUNK=0" in words
     assert store(mine, temperature=None).compares
 
 

@@ -372,3 +372,53 @@ def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t
         assert angle(bucketed[place], full[place]) < 0.85 * angle(renormalised[place], full[place])
         size, other = (x[place].norm() / full[place].norm() for x in (bucketed, renormalised))
         assert 0.5 < size < 1.5 and other > 2, (size, other)
+
+
+@pytest.mark.parametrize("dtype, limit", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype, limit, kind):
+    """The road of a GPU, walked on the CPU: operands rounded to half, sums in float32, gradients lifted over fp16's smallest numbers."""
+    from lib import head as heads
+
+    def product(a, b, out=None):
+        made = a.float() @ b.float()
+        return made if out is None else out.copy_(made)
+
+    torch.manual_seed(3)
+    hidden, weight, bias = torch.randn(40, 16), torch.randn(70, 16), torch.randn(70)
+    labels = torch.randint(0, 61, (40,))
+    ids, gap, tails = heads.topk_and_tails(torch.randn(40, 61) * 3, 8, [2.0])
+    gradients = []
+    for half in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        with monkeypatch.context() as patch:
+            if half:
+                patch.setattr(losses, "compute_dtype", lambda *_: dtype)
+                patch.setattr(heads, "compute_dtype", lambda *_: dtype)
+                patch.setattr(losses, "matmul", product)
+                patch.setattr(heads, "matmul", product)
+            loss, _, _ = losses.head_loss(leaves[0], heads.Head(leaves[1], leaves[2], 61), labels, losses.Kept(ids, gap, tails[:, 0]),
+                                          losses.Method(0.7, 2.0, kind))
+        loss.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for plain, halved in zip(*gradients):
+        assert halved.dtype == torch.float32 and ((halved - plain).norm() / plain.norm()).item() < limit
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_on_a_gpu_gives_the_gradient_of_float32(dtype):
+    from lib import head as heads
+
+    torch.manual_seed(3)
+    hidden, weight, labels = torch.randn(64, 128).cuda(), torch.randn(512, 128).cuda(), torch.randint(0, 512, (64,)).cuda()
+    kept = heads.topk_and_tails(torch.randn(64, 512).cuda() * 3, 32, [2.0])
+    gradients = []
+    for precision in (torch.float32, dtype):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        loss, _, _ = losses.head_loss(leaves[0], heads.Head(leaves[1], None, 512), labels, losses.Kept(kept[0], kept[1], kept[2][:, 0]),
+                                      losses.Method(0.7, 2.0), precision)
+        loss.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for plain, halved in zip(*gradients):
+        assert ((halved - plain).norm() / plain.norm()).item() < 2e-2

@@ -102,7 +102,7 @@ def test_the_folder_holds_what_the_format_says(prepare):
     assert made.identities == template.identities(made.tokenizer()) | {"data": files.sha256(*parts)}
     (source,) = made.meta["sources"]
     assert source["rows"] == 30 and source["sha256"] == files.sha256(made.folder.parent / "rows.jsonl")
-    assert not list(made.folder.glob("staged*")) and not list(made.folder.parent.glob("*.part"))
+    assert not list(made.folder.glob("staged*")) and not list(made.folder.parent.glob("*.part*"))
 
 
 def test_rows_keep_the_order_of_the_source(prepare):
@@ -358,8 +358,8 @@ def test_wrong_input_with_fresh_leaves_the_old_folder(prepare):
 
 
 def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
-    (tmp_path / "out.part").mkdir()
-    with files.lock(tmp_path / "out.part"), pytest.raises(SystemExit, match="another process"):
+    (tmp_path / ".out.part").mkdir()
+    with files.lock(tmp_path / ".out.part"), pytest.raises(SystemExit, match="another process"):
         prepare(PAIRS)
     assert len(prepare(PAIRS).train.rows)
 

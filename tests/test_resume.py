@@ -82,12 +82,12 @@ PLACES = {  # where the kill comes, and the step that the same command goes on f
     "before the first step": (dict(where="lib.optimizer.update", number=1), None),
     "in a step after a save": (dict(where="lib.optimizer.update", number=11), 9),
     "before the renames of last/": (dict(where="os.replace", source="last", number=2), 6),
-    "between the two renames of last/": (dict(where="os.replace", source="last.part", number=3), 6),
-    "after the renames of last/": (dict(where="os.replace", source="last.part", number=4, after=True), 12),
-    "between the two renames of best/": (dict(where="os.replace", source="best.part", number=2), 3),
-    "after best/ and before the next save": (dict(where="os.replace", source="best.part", number=2, after=True), 3),
-    "before final/ is there": (dict(where="os.replace", source="final.part", number=1), 30),
-    "after final/ and before config.json": (dict(where="os.replace", source="final.part", number=1, after=True), 30),
+    "between the two renames of last/": (dict(where="os.replace", source=".last.part", number=3), 6),
+    "after the renames of last/": (dict(where="os.replace", source=".last.part", number=4, after=True), 12),
+    "between the two renames of best/": (dict(where="os.replace", source=".best.part", number=2), 3),
+    "after best/ and before the next save": (dict(where="os.replace", source=".best.part", number=2, after=True), 3),
+    "before final/ is there": (dict(where="os.replace", source=".final.part", number=1), 30),
+    "after final/ and before config.json": (dict(where="os.replace", source=".final.part", number=1, after=True), 30),
     "before config.json is there": (dict(where="os.replace", source="config.json.part", number=1), 30),
 }
 

@@ -447,6 +447,6 @@ def test_config_json_says_what_was_run(world, tmp_path):
     make.call(stage2_kd.main, *make.stage2(world, "--steps", 1, "--out", tmp_path / "run"))
     said = json.loads((tmp_path / "run" / "config.json").read_text())
     assert said["settings"]["alpha"] == 0.9 and said["settings"]["temperature"] == 2.0 and said["settings"]["seed"] == 0
-    assert said["settings"]["identities"]["data"] == data.Dataset(world / "data").identities["data"]
-    assert said["settings"]["identities"]["teacher"] == models.identity(world / "teacher") and said["versions"]["torch"] == torch.__version__
+    assert said["settings"]["data identity"] == data.Dataset(world / "data").identities["data"]
+    assert said["settings"]["teacher identity"] == models.identity(world / "teacher") and said["versions"]["torch"] == torch.__version__
     assert said["final"]["kl"] == pytest.approx(make.history(tmp_path / "run", "eval")[-1]["kl"], rel=1e-6)
