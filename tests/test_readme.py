@@ -1,0 +1,51 @@
+"""The README is true as far as a machine can tell: its commands parse, its targets exist, its tree is the tree."""
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+DOCSTRINGS = {path: path.read_text(encoding="utf-8").split('"""')[1] for path in ROOT.glob("*.py")}
+COMMANDS = [line for line in BLOCKS if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]
+COMMANDS += [line.split("   #")[0].strip() for text in DOCSTRINGS.values() for line in text.splitlines() if line.strip().startswith("python ")]
+TARGETS = sorted({target for line in BLOCKS if line.startswith("make") for target in re.findall(r"(?<= )[a-z][a-z0-9-]*(?= |$)", line.split("#")[0])})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_or_of_a_docstring_has_flags_that_exist(command):
+    _, script, *argv = shlex.split(command)
+    importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 11 and {"demo", "data", "stage1", "logits", "stage2", "chat"} <= set(TARGETS), (COMMANDS, TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_make_target_of_the_readme_exists(target):
+    result = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.mk")))
+@pytest.mark.parametrize("target", ("data", "stage1", "logits", "stage2"))
+def test_a_recipe_gives_each_stage_flags_that_exist(recipe, target):
+    lines = subprocess.run(["make", "-n", target, f"RECIPE={recipe}", "CHUNK=3"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in lines.splitlines() if re.match(r"\.venv/bin/python \w+\.py", line)]
+    _, script, *argv = shlex.split(command)
+    importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+
+
+def test_the_tree_names_every_module_and_no_other():
+    tree = TEXT.split("## The tree")[1]
+    assert set(re.findall(r"lib/(\w+)\.py", tree)) == {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"\w+\.py", tree))
+
+
+def test_no_figure_is_still_to_come():
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z_]+\b", TEXT.replace("REAL_MODELS", "")), "a placeholder"
