@@ -12,7 +12,6 @@ The two sides of a ratio take turns, and the ratio is the median over the turns,
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -177,12 +176,16 @@ def report_memory(kind: str, count: int, s: dict, device: str) -> None:
         head_side(kind, s, *inputs)
         print((torch.cuda.max_memory_allocated() - before - gradient) / 1e9)
         return
-    if kind == "ours with KD":
-        kept(s, 64)
-    with open("/proc/self/statm") as statm:
-        before = int(statm.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/clear_refs", "w") as reset:  # VmHWM starts again (ru_maxrss would be the parent's: exec inherits it)
+        reset.write("5")
+    before = status_bytes("VmRSS")
     head_side(kind, s, *inputs)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - gradient) / 1e9)
+    print((status_bytes("VmHWM") - before - gradient) / 1e9)
+
+
+def status_bytes(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 BENCHES = {"step": bench_step, "dump": bench_dump, "head": bench_head}
