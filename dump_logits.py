@@ -101,6 +101,23 @@ def teacher_records(teacher, head, batch, k, temperatures, dtype):
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
 
 
+def open_chunk(folder, settings, dtype, targets, rows):
+    """Return a chunk's two memory maps, topk (targets,) and done (rows,): those of a killed dump with the same settings, or new ones."""
+    if (folder / "done.npy").exists():
+        if (seen := files.read_json(folder / "settings.json")) != settings:
+            files.fail(f"{folder} was started with other settings", differing(seen, settings), "the same command",
+                       "--fresh to start it anew, or another --out")
+        topk, done = (np.lib.format.open_memmap(folder / name, mode="r+") for name in ("topk.npy", "done.npy"))
+    else:  # done.npy appears last: once it is there, all three are whole
+        files.write_json(folder / "settings.json", settings)
+        topk = np.lib.format.open_memmap(folder / "topk.npy", mode="w+", dtype=dtype, shape=(targets,))
+        allocate(folder / "topk.npy")
+        done = np.lib.format.open_memmap(folder / "done.npy.part", mode="w+", dtype=logits.DONE, shape=(rows,))
+        done.flush()
+        (folder / "done.npy.part").replace(folder / "done.npy")
+    return topk, done
+
+
 @torch.inference_mode()
 def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     """Write one chunk (or val), or what is missing of it."""
@@ -117,18 +134,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.close()
-    if (folder / "done.npy").exists():
-        if (seen := files.read_json(folder / "settings.json")) != settings:
-            files.fail(f"{folder} was started with other settings", differing(seen, settings), "the same command",
-                       "--fresh to start it anew, or another --out")
-        topk, done = (np.lib.format.open_memmap(folder / name, mode="r+") for name in ("topk.npy", "done.npy"))
-    else:  # done.npy appears last: once it is there, all three are whole
-        files.write_json(folder / "settings.json", settings)
-        topk = np.lib.format.open_memmap(folder / "topk.npy", mode="w+", dtype=dtype, shape=(targets,))
-        allocate(folder / "topk.npy")
-        done = np.lib.format.open_memmap(folder / "done.npy.part", mode="w+", dtype=logits.DONE, shape=(len(rows),))
-        done.flush()
-        (folder / "done.npy.part").replace(folder / "done.npy")
+    topk, done = open_chunk(folder, settings, dtype, targets, len(rows))
 
     # batches of rows of like length; a batch is always whole, so that what is computed does not depend on when we were killed
     batches = [[row for line in lines for row in line] for window in np.array_split(rows, -(-len(rows) // 4096))
