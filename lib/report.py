@@ -52,11 +52,11 @@ def picture(models: dict[str, dict], out: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.4), squeeze=False, layout="constrained")
     colours = ["#4c566a", "#b8c0cc", "#e0b46c", "#3b7dd8"]
     for axis, name in zip(axes[0], panels):
-        values = [m[name] for m in models.values()]
+        values = [m[name] if abs(m[name]) > 1e-6 else 0.0 for m in models.values()]  # a KL of rounding size may have either sign
         errors = [m.get(f"{name}_half_interval", 0) for m in models.values()]
         bars = axis.bar(range(len(values)), values, color=[colours[i % len(colours)] for i in range(len(values))], width=0.75,
                         yerr=errors if any(errors) else None, ecolor="#333333", capsize=3)
-        axis.bar_label(bars, [f"{abs(v):.3f}" if abs(v) < 5e-4 else f"{v:.3f}" for v in values], fontsize=8, padding=3)
+        axis.bar_label(bars, [f"{v:.3f}" for v in values], fontsize=8, padding=3)
         axis.set_xticks(range(len(values)), [name.replace(" ", "\n", 1) for name in models], fontsize=8)
         label, _, higher = ROWS[name]
         axis.set_title(f"{label}\n({'higher' if higher else 'lower'} is better)", fontsize=9)
