@@ -70,7 +70,7 @@ lint: .venv/ready ## ruff
 bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
 	$(PY) bench/bench.py $(ARGS)
 
-fidelity: .venv/ready ## the angle of the gradient to full-vocabulary distillation, on real models: MODELS, see bench/fidelity.py
+fidelity: .venv/ready ## the angle of the gradient to full-vocabulary distillation, on real models: ARGS as docs/real-models.md has them
 	$(PY) bench/fidelity.py $(ARGS)
 
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/

@@ -44,10 +44,10 @@ def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None) -> 
     return use
 
 
-def disk(out, model: models.Model, tokens_size: int = 4) -> None:
+def disk(out, model: models.Model, saved_bytes: int = 4) -> None:
     """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a weight, best/ and final/ at 4."""
     there = [path for name in ("last", "best", "final") for path in (Path(out) / name).rglob("*") if path.is_file()]
-    need, have = model.parameters * (2 * 12 + 3 * tokens_size), files.free_bytes(out) + sum(path.stat().st_size for path in there)
+    need, have = model.parameters * (2 * 12 + 3 * saved_bytes), files.free_bytes(out) + sum(path.stat().st_size for path in there)
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     if need > have:
         files.fail(f"the disk of {out} is too small", files.human(have) + " free", files.human(need), "another --out, or delete old runs")
