@@ -1,10 +1,11 @@
-"""Run the teacher once over the data and keep its top-k logits, with the exact mass of the rest, in memory-mapped arrays.
+"""Run the teacher once over the data and keep its top-k logits, with the exact mass and the shape of the rest, in memory-mapped arrays.
 
     python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val    # CPU, seconds, after `make demo`
 
 Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary.
-Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold).
+Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold);
+        logits/NAME/basis.safetensors, once for all chunks: what the coefficients of the rest refer to (lib/basis.py).
 Killed anywhere, the same command goes on with the rows that are missing, and the file is bit for bit the same.
 """
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import files, flags, logits, models, plan
+from lib import basis, files, flags, logits, models, plan
 from lib import head as heads
 from lib.data import Dataset
 from lib.interrupt import Interrupt
@@ -35,9 +36,13 @@ def parse_args(argv=None):
     flags.add(group, "--out")
     group.add_argument("--chunk", default="all", metavar="N|all|val", help="one chunk, val alone, or all chunks and val (default: %(default)s)")
     group = parser.add_argument_group("the method")
-    group.add_argument("--k", type=int, default=32, help="logits kept a target (default: %(default)s)")
+    group.add_argument("--k", type=int, default=16, help="logits kept a target (default: %(default)s)")
     group.add_argument("--temperatures", default="1,2,4", metavar="1,2,4", help="temperatures training may use later (default: %(default)s)")
-    group.add_argument("--values", choices=["fp16", "u8"], default="fp16", help="format of z_max - z (default: %(default)s)")
+    group.add_argument("--values", choices=["fp16", "u8"], default="u8", help="format of z_max - z (default: %(default)s)")
+    group.add_argument("--tail-rank", type=int, default=384, metavar="R",
+                       help="dimensions kept of the shape of the rest; 0 = its mass alone, one bucket (default: %(default)s)")
+    group.add_argument("--tail-bytes", type=int, default=128, metavar="B",
+                       help="bytes a target for these, spent where they tell most (default: %(default)s)")
     group.add_argument("--student", default="", metavar="DIR|ID", help="the student to come: the teacher is cut to its tokens, if these are fewer")
     group.add_argument("--vocab", type=int, default=0, metavar="V", help="cut both to the first V tokens; 0 = by --student (default: %(default)s)")
     group = parser.add_argument_group("the machine")
@@ -50,6 +55,8 @@ def parse_args(argv=None):
         parser.error(f"--temperatures is {args.temperatures}, wanted numbers like 1,2,4")
     if min(args.temperatures) <= 0 or not all(map(math.isfinite, args.temperatures)):
         parser.error("--temperatures must be above 0")
+    if args.tail_rank < 0 or args.tail_rank and args.tail_bytes < 1:
+        parser.error(f"--tail-rank is {args.tail_rank} and --tail-bytes {args.tail_bytes}, wanted 0 or more, and at least 1")
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
     return args
@@ -84,7 +91,42 @@ def allocate(path):
                 files.fail(f"{path} cannot be allocated", full, "enough free disk", "a smaller --k, --values u8, or one --chunk at a time")
 
 
-def teacher_records(teacher, head, batch, k, temperatures, dtype):
+def basis_wanted(args, settings):
+    """Return what the folder's basis has to be fitted to, and whether such a one is there. Another one is refused, unless all is made anew."""
+    path = Path(args.out) / basis.NAME
+    about = {name: settings[name] for name in ("teacher", "data", "vocab", "k", "tail_rank", "tail_bytes")}
+    if not path.exists():
+        return about, False
+    _, seen = basis.load(path, "--fresh with --chunk all")
+    differ = differing(seen, about)
+    if differ and not (args.fresh and args.chunk == "all"):
+        files.fail(f"{path} was fitted to something else", differ, "what this dump is of", "another --out, or --fresh with --chunk all")
+    return about, not differ
+
+
+@torch.inference_mode()
+def shared_basis(args, dataset, teacher, head, settings):
+    """Return the basis of the logits folder and its file's hash: the one that is there, or a new one, fitted to a fixed sample of train rows."""
+    path = Path(args.out) / basis.NAME
+    holding = files.lock(path.parent, wait=True)  # of several dumps, the first makes it
+    about, there = basis_wanted(args, settings)
+    if not there:
+        lengths, started = dataset.train.rows["length"], clock(teacher.device)
+        rows = basis.sample_rows(dataset.train.rows["targets"])
+        hidden = torch.cat([teacher.hidden(dataset.train.batch(lines).to(teacher.device)).float() for lines in
+                            plan.microbatches(rows, lengths, args.tokens_per_microbatch, int(lengths.max()), pack=False)])
+        if not torch.isfinite(hidden).all():
+            files.fail("the teacher's hidden states are not finite", seen="NaN or infinity", mend="--dtype float32 (some models overflow float16)")
+        shape, held = basis.fit(head, hidden, args.k, args.tail_rank, args.tail_bytes)
+        basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
+        print(f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {args.tail_bytes} bytes a target, hold {held:.1%} of the "
+              f"variance of the tail's logits; fitted to {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s", flush=True)
+    shape, _ = basis.load(path, "--fresh with --chunk all")  # rounded as every later process will see it
+    holding.close()
+    return shape.to(teacher.device), files.sha256(path)
+
+
+def teacher_records(teacher, head, batch, k, temperatures, dtype, shape=None):
     """Return the records of a batch's targets, the teacher's cross-entropy at each (nats) and whether it had it right, each (N,)."""
     with_one = sorted({*temperatures, 1.0})
     kept = [with_one.index(t) for t in temperatures]
@@ -95,7 +137,8 @@ def teacher_records(teacher, head, batch, k, temperatures, dtype):
         at_label = (z.gather(1, label[:, None]) - z.amax(1, keepdim=True))[:, 0]
         ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
         log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, with_one.index(1.0)])
-        records.append(logits.encode(ids.cpu().numpy(), gaps.cpu().numpy(), tails[:, kept].cpu().numpy(), dtype, head.vocab))
+        coef = None if shape is None else shape.pack(shape.encode(hidden[part]))
+        records.append(logits.encode(ids.cpu().numpy(), gaps.cpu().numpy(), tails[:, kept].cpu().numpy(), dtype, head.vocab, coef))
         ce.append((log_z - at_label).cpu().double().numpy())
         hits.append((at_label == 0).cpu().numpy())
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
@@ -119,7 +162,7 @@ def open_chunk(folder, settings, dtype, targets, rows):
 
 
 @torch.inference_mode()
-def dump(args, chunk, dataset, teacher, head, settings, interrupt):
+def dump(args, chunk, dataset, teacher, head, shape, settings, interrupt):
     """Write one chunk (or val), or what is missing of it."""
     folder = logits.chunk_folder(args.out, chunk)
     split = dataset.val if chunk == "val" else dataset.train
@@ -127,7 +170,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     lengths, counts = split.rows["length"], split.rows["targets"]
     first = int(split.rows["first_target"][rows[0]])
     targets = int(counts[rows].sum())
-    dtype = logits.record_dtype(args.k, args.temperatures, head.vocab, args.values)
+    dtype = logits.record_dtype(args.k, args.temperatures, head.vocab, args.values, args.tail_bytes)
 
     folder.mkdir(parents=True, exist_ok=True)
     holding = files.lock(folder)
@@ -158,7 +201,7 @@ def dump(args, chunk, dataset, teacher, head, settings, interrupt):
     for number, batch_rows in enumerate(left):
         started = clock(teacher.device)
         batch = split.batch([[row] for row in batch_rows]).to(teacher.device)
-        records, ce, hits = teacher_records(teacher, head, batch, args.k, args.temperatures, dtype)
+        records, ce, hits = teacher_records(teacher, head, batch, args.k, args.temperatures, dtype, shape)
         seconds += clock(teacher.device) - started if number else 0.0  # the first one warms up
         made += len(records) if number else 0
         if not np.isfinite(ce).all():
@@ -211,9 +254,16 @@ def main(argv=None):
     teacher.module.requires_grad_(False)
     vocab = pick_vocab(args, teacher, dataset)
     head = teacher.head(vocab)
+    most = 0 if args.k >= vocab - 1 else head.weight.shape[1]  # a rest of one token has no shape; h has no more dimensions
+    if args.tail_rank > most:
+        print(f"dump: --tail-rank {args.tail_rank} is cut to {most}: no more is there to be kept")
+        args.tail_rank = most
+    args.tail_bytes = min(args.tail_bytes, args.tail_rank)  # at most 8 bits a dimension
     settings = {"teacher": models.identity(folder), "teacher_folder": str(args.teacher), "data": dataset.identities["data"], "k": args.k,
                 "rows_per_chunk": dataset.meta["rows_per_chunk"], "temperatures": args.temperatures, "values": args.values,
-                "vocab": vocab, "dtype": str(dtype), "tokens_per_microbatch": args.tokens_per_microbatch}
+                "vocab": vocab, "tail_rank": args.tail_rank, "dtype": str(dtype), "tokens_per_microbatch": args.tokens_per_microbatch}
+    if args.tail_rank:
+        settings["tail_bytes"] = args.tail_bytes
 
     # what is done is skipped; what is not has its size said and its room checked before the first forward pass
     missing = []
@@ -222,28 +272,39 @@ def main(argv=None):
         if args.fresh or not meta.exists():
             missing.append(chunk)
             continue
-        seen = files.read_json(meta)
+        seen = {"tail_rank": 0} | files.read_json(meta)
         if differ := differing(seen, {k: v for k, v in settings.items() if k not in ("teacher_folder", "dtype", "tokens_per_microbatch")}):
             files.fail(f"{meta.parent} is finished with other settings", differ, "the same command", "--fresh to dump it anew, or another --out")
         print(f"dump {meta.parent}: already finished; nothing to do (--fresh dumps it anew)")
-    size = logits.record_dtype(args.k, args.temperatures, vocab, args.values).itemsize
+    size = logits.record_dtype(args.k, args.temperatures, vocab, args.values, args.tail_bytes).itemsize
     need = sum(int((dataset.val if c == "val" else dataset.train).rows["targets"][slice(None) if c == "val" else dataset.chunk_rows(c)].sum()) * size
                for c in missing)
+    shape_path, shape_size = Path(args.out) / basis.NAME, basis.file_bytes(args.tail_rank, vocab, head.weight.shape[1])
+    if missing and not shape_path.exists():
+        need += shape_size
     there = [logits.chunk_folder(args.out, c) / "topk.npy" for c in missing]  # begun, or to be written anew
     have = files.free_bytes(args.out) + sum(path.stat().st_size for path in there if path.exists())
     print(f"teacher: {folder}, {teacher.parameters:,} parameters, {vocab:,} tokens, on {device}, {dtype}; the top {args.k}, "
-          f"and the exact rest at T = {', '.join(f'{t:g}' for t in args.temperatures)}")
-    print(f"disk: {files.human(need)} to be written ({size} bytes a target), {files.human(have)} free at {args.out}")
+          f"the exact rest at T = {', '.join(f'{t:g}' for t in args.temperatures)}"
+          + (f", and its shape in {args.tail_bytes} bytes" if args.tail_rank else ""))
+    shared = f", and {files.human(shape_size)} of basis for all chunks" if args.tail_rank else ""
+    print(f"disk: {files.human(need)} to be written ({size} bytes a target{shared}), {files.human(have)} free at {args.out}")
     if need > have:
         files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need),
-                   "a smaller --k, --values u8, fewer --temperatures, or one --chunk at a time")
+                   "a smaller --k or --tail-rank, --values u8, fewer --temperatures, or one --chunk at a time")
 
+    if args.tail_rank and missing:
+        basis_wanted(args, settings)
     if args.fresh:  # everything that could be wrong was looked at before anything is deleted
         for chunk in missing:
             files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
+    shape = None
+    if args.tail_rank and missing:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        shape, settings["basis"] = shared_basis(args, dataset, teacher, head, settings)
     interrupt = Interrupt()
     for chunk in missing:
-        dump(args, chunk, dataset, teacher, head, settings, interrupt)
+        dump(args, chunk, dataset, teacher, head, shape, settings, interrupt)
     print(f"dump: {Path(args.out)} holds what was asked for. Next: make stage2")
 
 

@@ -116,11 +116,11 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
     shutil.rmtree(folder)
 
 
-def lock(folder: Path):
-    """Hold a folder for this process until it ends; a second process is refused. Keep the value that is returned."""
+def lock(folder: Path, wait: bool = False):
+    """Hold a folder for this process until it ends; a second process is refused, or waits. Keep the value that is returned."""
     handle = open(folder / ".lock", "w")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         fail(f"{folder} is being written by another process", wanted="one process a folder", mend="wait for it, or choose another --out")
     return handle

@@ -4,23 +4,29 @@
                            done.npy   DONE (rows of the chunk,): which rows are written, with the teacher's own score on them
                            meta.json  written last: identities, k, temperatures, V, sha256 of topk.npy, the teacher's figures
     logits/NAME/val/       the same for the val split
+    logits/NAME/basis.safetensors    the basis that all of them share, unless --tail-rank is 0 (lib/basis.py)
 
 A record keeps, largest logit first: the k token ids (16 low bits, and the high bits packed where V > 65,536), `gap` = z_max - z_i
-(float16, or uint8 with one scale a record), and for every dumped T `tail` = log of the sum over the other V - k tokens of
-exp((z_j - z_max)/T), float32. Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of z_max - z 4e-7.
+(float16, or uint8 with one scale a record), for every dumped T `tail` = log of the sum over the other V - k tokens of
+exp((z_j - z_max)/T), float32, and `coef`, the shape of the tail: coefficients over the basis, packed as the basis says.
+Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of z_max - z 4e-7.
 
-Worked example: V = 151,936, k = 32, float16, three temperatures: 64 + 8 + 64 + 12 = 148 bytes a target.
+Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148 bytes a target; k = 24, uint8
+and 104 bytes of coefficients 48 + 6 + 24 + 2 + 104 + 12 = 196.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import data, files, losses
+from lib import basis, data, files, head, losses
+from lib.basis import Basis
 
 FORMAT = 1
 DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
 LARGEST_GAP = 60_000.0  # float16 ends at 65,504
+GUESS_LIMIT = 0.01  # mean error of a tail's mass that is computed instead of read (a share of 1)
 
 
 def high_bits(vocab: int) -> int:
@@ -28,17 +34,19 @@ def high_bits(vocab: int) -> int:
     return 0 if vocab <= 1 << 16 else 2 if vocab <= 1 << 18 else 4
 
 
-def record_dtype(k: int, temperatures: list[float], vocab: int, values: str) -> np.dtype:
+def record_dtype(k: int, temperatures: list[float], vocab: int, values: str, tail_bytes: int = 0) -> np.dtype:
     """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
     fields = [("id_low", "<u2", (k,))]
     if bits := high_bits(vocab):
         fields.append(("id_high", "u1", (-(-k * bits // 8),)))
     fields += [("gap", "<f2", (k,))] if values == "fp16" else [("gap", "u1", (k,)), ("scale", "<f2")]
+    if tail_bytes:
+        fields.append(("coef", "u1", (tail_bytes,)))
     return np.dtype(fields + [("tail", "<f4", (len(temperatures),))])
 
 
-def encode(ids: np.ndarray, gaps: np.ndarray, tails: np.ndarray, dtype: np.dtype, vocab: int) -> np.ndarray:
-    """Return records (n,) of ids (n, k), gaps (n, k) and tails (n, temperatures)."""
+def encode(ids: np.ndarray, gaps: np.ndarray, tails: np.ndarray, dtype: np.dtype, vocab: int, coef: np.ndarray | None = None) -> np.ndarray:
+    """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures) and packed coefficients (n, bytes)."""
     records = np.zeros(len(ids), dtype)
     records["id_low"] = ids & 0xFFFF
     if bits := high_bits(vocab):
@@ -53,12 +61,15 @@ def encode(ids: np.ndarray, gaps: np.ndarray, tails: np.ndarray, dtype: np.dtype
         records["gap"] = np.rint(gaps / np.maximum(scale.astype(np.float32), 1e-12)[:, None]).clip(0, 255)
     else:
         records["gap"] = gaps.clip(max=LARGEST_GAP)
+    if coef is not None:
+        records["coef"] = coef
     records["tail"] = tails
     return records
 
 
-def decode(records: np.ndarray, vocab: int, column: int) -> losses.Kept:
-    """Return what the loss needs of records (n,), on the CPU: ids, gaps, and the tail at dumped temperature number `column`."""
+def decode(records: np.ndarray, vocab: int, column: int, shape: Basis | None = None) -> losses.Kept:
+    """Return what the loss needs of records (n,), on the CPU: ids, gaps, and the tail at dumped temperature number `column`; with the
+    folder's basis also the coefficients, on its device."""
     ids = records["id_low"].astype(np.int64)
     if bits := high_bits(vocab):
         shifts = bits * np.arange(8 // bits, dtype=np.uint8)
@@ -67,7 +78,13 @@ def decode(records: np.ndarray, vocab: int, column: int) -> losses.Kept:
     gap = records["gap"].astype(np.float32)
     if "scale" in records.dtype.names:
         gap *= records["scale"].astype(np.float32)[:, None]
-    return losses.Kept(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(records["tail"][:, column].astype(np.float32)))
+    kept = losses.Kept(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(records["tail"][:, column].astype(np.float32)))
+    return kept if shape is None else replace(kept, coef=shape.unpack(records["coef"]), basis=shape)
+
+
+def rest_mass(kept: losses.Kept, temperature: float) -> torch.Tensor:
+    """Return the teacher's mass (n,) outside its top k at a temperature: what `tail` says, as a share of 1."""
+    return losses.teacher_logp(kept, temperature)[:, -1].exp()
 
 
 def chunk_folder(folder: Path, chunk: int | str) -> Path:
@@ -122,18 +139,57 @@ class Store:
             files.fail(f"{folder} holds no finished chunk of {dataset.folder}", seen=f"0 of {dataset.chunks}", mend=self.mend())
         self.meta = every[0].meta
         for part in every[1:]:
-            for name in ("teacher", "k", "temperatures", "values", "vocab"):
-                if part.meta.get(name) != self.meta[name]:
-                    files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta[name],
+            for name in ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes"):
+                if part.meta.get(name) != self.meta.get(name):
+                    files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta.get(name),
                                "python dump_logits.py --fresh for one of them, with the other's flags")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
-        if temperature is not None and temperature not in self.temperatures:
-            files.fail(f"temperature {temperature:g} was not dumped", f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}",
-                       "one of these (a tail cannot be guessed from another temperature)",
-                       f"--temperature {self.temperatures[0]:g}, or dump_logits.py --temperatures with {temperature:g} among them and --fresh")
-        self.column = None if temperature is None else self.temperatures.index(temperature)
+        self.shape = self._basis(every)
+        self.temperature = temperature
+        self.column = self.temperatures.index(temperature) if temperature in self.temperatures else None
+        self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
+        if temperature is not None and self.column is None:
+            self.guess = self._can_guess(every[0])
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
+
+    def _basis(self, parts: list[Part]) -> Basis | None:
+        """Return the folder's basis, refused where a chunk's coefficients were made with another one; None for dumps without."""
+        if not self.meta.get("tail_rank"):
+            return None
+        path = self.folder / basis.NAME
+        mend = (f"the {basis.NAME} of the dump, copied to {path}, or python dump_logits.py --data {self.dataset.folder} "
+                f"--teacher {self.meta['teacher_folder']} --out {self.folder} --tail-rank {self.meta['tail_rank']} --fresh")
+        shape, _ = basis.load(path, mend)
+        seen = files.sha256(path)
+        for part in parts:
+            if part.meta["basis"] != seen:
+                files.fail(f"{path} does not belong to {part.folder}", f"basis {seen[:12]}", part.meta["basis"][:12], mend)
+        return shape
+
+    def _can_guess(self, part: Part) -> tuple[float, float, float]:
+        """Measure how well the tail's mass at one dumped temperature follows from the others and the basis; refuse where it cannot be told.
+
+        The temperature left out is the one nearest to what is wanted: a wider gap than the one to be bridged.
+        """
+        wanted, lowest = self.temperature, min(self.temperatures)
+        dumped = f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}"
+        again = f"--temperature {self.temperatures[0]:g}, or dump_logits.py --temperatures with {wanted:g} among them and --fresh"
+        if self.shape is None or len(self.temperatures) < 2 or wanted < lowest:
+            files.fail(f"temperature {wanted:g} was not dumped", dumped,
+                       "one of these (another tail can be computed above the lowest of two or more, from a dump with a basis)", again)
+        left = min((t for t in self.temperatures if t != lowest), key=lambda t: abs(1 / t - 1 / wanted))
+        others = [i for i, t in enumerate(self.temperatures) if t != left]
+        records = part.records[::max(1, len(part.records) // 512)][:512]
+        shape = self.shape.to(torch.device("cpu"))
+        kept = decode(records, self.vocab, self.temperatures.index(left), shape)
+        computed = basis.tail_between(shape, kept.ids, kept.coef, tails_of(records)[:, others], [self.temperatures[i] for i in others], left)
+        error = (rest_mass(replace(kept, tail=computed), left) - rest_mass(kept, left)).abs()
+        mean, worst = error.mean().item(), error.max().item()
+        if mean > GUESS_LIMIT:
+            files.fail(f"temperature {wanted:g} was not dumped, and the basis cannot tell the tail's mass",
+                       f"a mean error of {mean:.3f} where T={left:g} is computed from the others", f"at most {GUESS_LIMIT:g}", again)
+        return left, mean, worst
 
     @property
     def compares(self) -> bool:
@@ -171,9 +227,26 @@ class Store:
             return None
         return self._kept(self.val.records[batch.numbers.numpy()], self.temperatures.index(temperature), batch)
 
-    def _kept(self, records: np.ndarray, column: int, batch: data.Batch) -> losses.Kept:
-        kept, device = decode(records, self.vocab, column), batch.labels.device
-        return losses.Kept(*(tensor.to(device, non_blocking=True) for tensor in (kept.ids, kept.gap, kept.tail)))
+    def _kept(self, records: np.ndarray, column: int | None, batch: data.Batch) -> losses.Kept:
+        """Return decoded records on the device of the batch's labels, where the basis is kept too. `column` None: the tail at
+        self.temperature is computed from those that were dumped."""
+        device = batch.labels.device
+        if self.shape is not None and (self.shape.mean.device != device or self.shape.rows.dtype == torch.float16 and device.type != "cuda"):
+            self.shape = self.shape.to(device)
+        kept = decode(records, self.vocab, column or 0, self.shape)
+        move = lambda tensor: tensor if tensor is None else tensor.to(device, non_blocking=True)
+        kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), move(kept.coef), kept.basis)
+        if column is not None:
+            return kept
+        tails, size = move(tails_of(records)), max(1, head.CHUNK_BYTES // (4 * self.vocab))
+        parts = [slice(start, start + size) for start in range(0, len(records), size)]
+        return replace(kept, tail=torch.cat([kept.tail[:0], *(
+            basis.tail_between(self.shape, kept.ids[part], kept.coef[part], tails[part], self.temperatures, self.temperature) for part in parts)]))
+
+
+def tails_of(records: np.ndarray) -> torch.Tensor:
+    """Return the log tail masses (n, temperatures) of records."""
+    return torch.from_numpy(records["tail"].astype(np.float32))
 
 
 def coverage(records: np.ndarray, temperatures: list[float], vocab: int, sample: int = 20_000) -> dict[str, float]:
@@ -182,5 +255,5 @@ def coverage(records: np.ndarray, temperatures: list[float], vocab: int, sample:
     shares = {}
     for column, t in enumerate(temperatures):
         kept = decode(records, vocab, column)
-        shares[f"{t:g}"] = 1 - losses.teacher_logp(kept, t)[:, -1].exp().mean().item() if len(records) else 0.0
+        shares[f"{t:g}"] = 1 - rest_mass(kept, t).mean().item() if len(records) else 0.0
     return shares

@@ -14,6 +14,10 @@ of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the gradient at 
     T * dD/ds_j = g_j - q_j G  for j in S;    q_j (g_rest / q_rest - G)  for j not in S
 
 So the gradient is computed in the forward pass, chunk by chunk of targets: no (targets, V) tensor for the batch, nothing recomputed.
+
+One bucket cannot say where in the vocabulary the tail lies. Where the teacher's dump has a basis (lib/basis.py), the categories are
+all V tokens: the top k as before, and the bucket's exact mass spread over the others like softmax(basis logits / T). The gradient is
+then T * dD/ds_j = g_j - q_j G everywhere: T (q - p) for the forward KL.
 """
 import math
 from dataclasses import dataclass
@@ -21,22 +25,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib.basis import Basis
 from lib.head import Head, compute_dtype, matmul, wide
 
 FLOOR = -70.0  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
+PIECE_BYTES = {"cpu": 1 << 24}  # of a chunk, what a divergence over all V tokens is computed on at once: what stays in a CPU's cache, or
+PIECE_BYTES_ELSEWHERE = 1 << 26  # few enough kernels on a GPU; it takes about six temporaries of this size
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a logits file keeps of the teacher at N targets: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0, tail (N,) at one T."""
+    """What a logits file keeps of the teacher at N targets: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0, tail (N,) at one T.
+
+    With a `basis`, coef (N, R) are the tail's coefficients over it; without one, the tail is a bucket.
+    """
 
     ids: Tensor
     gap: Tensor
     tail: Tensor
+    coef: Tensor | None = None
+    basis: Basis | None = None
 
     def __getitem__(self, part: slice) -> "Kept":
-        return Kept(self.ids[part], self.gap[part], self.tail[part])
+        return Kept(self.ids[part], self.gap[part], self.tail[part], None if self.coef is None else self.coef[part], self.basis)
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,13 @@ def teacher_logp(kept: Kept, temperature: float) -> Tensor:
     return torch.cat([d - log_z[:, None], (kept.tail - log_z)[:, None].clamp_min(FLOOR)], -1)
 
 
+def teacher_logp_all(kept: Kept, z: Tensor, temperature: float) -> Tensor:
+    """Return the teacher's log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is overwritten."""
+    logp = teacher_logp(kept, temperature)
+    shape = z.div_(temperature).scatter_(1, kept.ids, -torch.inf).log_softmax(1)  # of the tail alone
+    return shape.add_(logp[:, -1:]).scatter_(1, kept.ids, logp[:, :-1])
+
+
 def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the student's log-probabilities (n, K+1) at T over the same categories. z (n, V) holds s - s_max and is overwritten.
 
@@ -88,6 +107,26 @@ def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Te
     total = kept.exp().sum(1) + rest
     log_total = total.log()
     return torch.cat([kept - log_total[:, None], (rest.log() - log_total)[:, None].clamp_min(FLOOR)], -1), z, rest, total
+
+
+def divergence_over_all(z: Tensor, kept: Kept, method: Method, out: Tensor) -> Tensor:
+    """Return the divergence summed over targets, nats, over all V tokens; put T times its gradient at s into out (n, V).
+
+    z (n, V) holds s - s_max; out, a buffer, takes the basis' logits first. Piece by piece, so that temporaries stay small.
+    """
+    kept.basis.logits(kept.coef, out)
+    kd_sum = torch.zeros((), dtype=z.dtype, device=z.device)
+    size = max(1, PIECE_BYTES.get(z.device.type, PIECE_BYTES_ELSEWHERE) // (z.element_size() * z.shape[1]))
+    for start in range(0, len(z), size):
+        piece = slice(start, start + size)
+        logp = teacher_logp_all(kept[piece], out[piece], method.temperature)
+        logq = (z[piece] / method.temperature).log_softmax(1)
+        with torch.enable_grad():
+            kd = divergence(logp, logq.requires_grad_(), method.divergence, method.beta).sum()
+            (g,) = torch.autograd.grad(kd, logq)
+        kd_sum += kd.detach()
+        torch.addcmul(g, logq.detach().exp_(), g.sum(1, keepdim=True), value=-1, out=out[piece])
+    return kd_sum
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -117,7 +156,11 @@ class _HeadLoss(torch.autograd.Function):
             z -= z.amax(1, keepdim=True)
             at_label = z.gather(1, label)[:, 0]
 
-            if kept is not None:
+            dense = kept is not None and kept.basis is not None
+            if dense:
+                kd_sum += divergence_over_all(z, kept[part], method, second[:n])
+                one = z.exp_()
+            elif kept is not None:
                 one = z if t == 1 else second[:n].copy_(z)
                 logq, soft, rest, total = student_logq(second[:n].copy_(z) if t == 1 else z, kept.ids[part], t)
                 one = one.exp_()
@@ -126,7 +169,7 @@ class _HeadLoss(torch.autograd.Function):
             one_sum = one.sum(1)
             ce_sum += (one_sum.log() - at_label).sum()
 
-            if kept is not None:
+            if kept is not None and not dense:
                 with torch.enable_grad():
                     logq.requires_grad_()
                     kd = divergence(teacher_logp(kept[part], t), logq, method.divergence, method.beta).sum()
@@ -137,7 +180,9 @@ class _HeadLoss(torch.autograd.Function):
 
             d = one.mul_(((1 - alpha) / one_sum)[:, None])  # d loss / d s, (n, V)
             d.scatter_add_(1, label, torch.full_like(label, -(1 - alpha), dtype=d.dtype))
-            if kept is not None:
+            if dense:
+                d.add_(second[:n], alpha=alpha * t)
+            elif kept is not None:
                 total_g = g.sum(1)
                 # soft is zero at S; the bucket's tokens share its gradient in proportion to their mass
                 d.addcmul_(soft, (alpha * t * (g[:, -1] / rest - total_g / total))[:, None])
