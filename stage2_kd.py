@@ -6,7 +6,8 @@
 Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
 Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets, divided once by the targets of the
-        whole optimizer step. The divergence compares the teacher's top k and one bucket that holds the exact rest (lib/losses.py).
+        whole optimizer step. The divergence is over the teacher's top k as stored, and the exact mass of the rest spread over all other
+        tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/basis.py).
 """
 import argparse
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_args(argv=None):
     group.add_argument("--eval-only", action="store_true", help="measure --student on val, write eval.json to --out, and stop")
     group = parser.add_argument_group("the method")
     group.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher; the rest is cross-entropy (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=2.0, help="T of the divergence; one of the dumped temperatures (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=2.0, help="T of the divergence; best one that was dumped (default: %(default)s)")
     group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl",
                        help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
     group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
@@ -57,7 +58,8 @@ def main(argv=None):
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
-    inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks}
+    inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks,
+                                   "records": store.records}
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
@@ -93,11 +95,17 @@ def main(argv=None):
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
     inside = "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items())
     print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}, which hold {inside}")
+    if store.shape is not None:
+        print(f"the rest: its exact mass, in a shape of {len(store.shape.bits)} dimensions ({store.meta['tail_bytes']} bytes a target)")
+    if store.guess:
+        t, mean, worst = store.guess
+        print(f"the rest: T={args.temperature:g} was not dumped, and its mass is computed; T={t:g}, computed from the others in the same way, "
+              f"is off by {mean:.4f} on average, {worst:.4f} at most (shares of 1)")
     if store.missing:
         print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
     if not store.compares:
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
-    if preflight.checkpointing_needed(student, args, amp):
+    if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device)):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
 

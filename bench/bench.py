@@ -3,7 +3,8 @@
     python bench/bench.py                 # all; about 10 minutes on 2 CPU cores
     python bench/bench.py head --quick    # one of step, dump, head; --quick: a small vocabulary, seconds, for the tests
 
-step  one optimizer step of stage 2 (k=32) over one of stage 1, at T=1 and T=2      goal 1.10 and 1.20
+step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a basis of 32 dimensions (k=32),
+      and the default one (k=16, rank 384)                       goal 1.10 and 1.20; a basis of 32 over the bucket 1.10
 dump  a bare teacher forward (body and head, nothing kept) over dump_logits.py      goal 0.90
 head  head and loss over F.cross_entropy on full logits: time and extra memory      goal 1.0 and 0.2
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lib import data, head, logits, losses, models  # noqa: E402
+from lib import basis, data, head, logits, losses, models  # noqa: E402
 from lib import optimizer as optim  # noqa: E402
 
-K, TEMPERATURES = 32, [1.0, 2.0, 4.0]
+TEMPERATURES = [1.0, 2.0, 4.0]
+BUCKET, RANK32, DEFAULT = (32, 0, 0), (32, 32, 32), (16, 384, 128)  # k, dimensions of the basis, bytes of coefficients
 
 
 def shape(quick: bool) -> dict:
@@ -52,10 +55,21 @@ def batch(s: dict, device: torch.device) -> data.Batch:
     return data.Batch(tokens, positions, where, tokens.flatten()[where + 1], torch.arange(len(where)), list(range(s["rows"]))).to(device)
 
 
-def kept(s: dict, count: int) -> np.ndarray:
+def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:
+    """Return a basis of `rank` rows, its coefficients in `size` bytes; None for rank 0."""
+    if not rank:
+        return None
+    bits = torch.full((rank,), 8 * size // rank, dtype=torch.uint8)
+    bits[:8 * size - int(bits.sum())] += 1
+    made = torch.randn(s["V"]), torch.randn(rank, s["V"]) / rank**0.5, bits, torch.full((rank,), 0.5), torch.zeros(s["D"]), torch.randn(s["D"], rank)
+    return basis.Basis(*made)
+
+
+def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> np.ndarray:
     """Return records as dump_logits.py writes them, of random teacher logits."""
-    ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, K, TEMPERATURES)
-    records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), logits.record_dtype(K, TEMPERATURES, s["V"], "fp16"), s["V"])
+    ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, k, TEMPERATURES)
+    coef = shape and shape.pack(torch.randn(64, len(shape.bits)))
+    records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size), s["V"], coef)
     return np.resize(records, count)
 
 
@@ -84,23 +98,29 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
     student.module.train()
     optimizer = optim.adamw(student.module, 1e-6, 0.05, 0.95, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    records, layer = kept(s, len(micro.labels)), student.head()
+    layer = student.head()
+    shapes = {sides: random_basis(s, *sides[1:]) for sides in (BUCKET, RANK32, DEFAULT)}
+    records = {sides: kept(s, len(micro.labels), sides[0], shape, sides[2]) for sides, shape in shapes.items()}
+    shapes = {sides: shape and shape.to(device) for sides, shape in shapes.items()}
 
-    def step(temperature):
+    def step(sides=None, temperature=1.0):
         teacher = None
-        if temperature:
-            teacher = logits.decode(records, s["V"], TEMPERATURES.index(temperature))
-            teacher = losses.Kept(*(t.to(device) for t in (teacher.ids, teacher.gap, teacher.tail)))
+        if sides:
+            teacher = logits.decode(records[sides], s["V"], TEMPERATURES.index(temperature), shapes[sides])
+            teacher = replace(teacher, ids=teacher.ids.to(device), gap=teacher.gap.to(device), tail=teacher.tail.to(device))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             hidden = student.hidden(micro)
-        loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if temperature else 0.0, temperature or 1.0), amp)
+        loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if sides else 0.0, temperature), amp)
         scaler.scale(loss / len(micro.labels)).backward()
         optim.gradient_norm(optimizer, scaler, student.module, 1.0)
         optim.update(optimizer, scaler, 1e-6)
 
-    seconds = turns({"stage 1": lambda: step(0), "T=1": lambda: step(1.0), "T=2": lambda: step(2.0)}, rounds, device)
-    return {"stage1_step_s": statistics.median(seconds["stage 1"]), "tokens": s["rows"] * s["length"], "targets": len(micro.labels),
-            "stage2_over_stage1_T1": ratio(seconds, "T=1", "stage 1"), "stage2_over_stage1_T2": ratio(seconds, "T=2", "stage 1")}
+    sides = {"stage1": step, "bucket_T1": lambda: step(BUCKET, 1.0), "bucket_T2": lambda: step(BUCKET, 2.0), "rank32_T2": lambda: step(RANK32, 2.0),
+             "default_T1": lambda: step(DEFAULT, 1.0), "default_T2": lambda: step(DEFAULT, 2.0)}
+    seconds = turns(sides, rounds, device)
+    return {"stage1_step_s": statistics.median(seconds["stage1"]), "tokens": s["rows"] * s["length"], "targets": len(micro.labels),
+            **{f"{name}_over_stage1": ratio(seconds, name, "stage1") for name in list(sides)[1:]},
+            "rank32_over_bucket_T2": ratio(seconds, "rank32_T2", "bucket_T2"), "default_over_bucket_T2": ratio(seconds, "default_T2", "bucket_T2")}
 
 
 @torch.inference_mode()
@@ -111,13 +131,14 @@ def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
     if amp:
         teacher.module.to(amp)
     teacher.module.eval()
-    layer, dtype = teacher.head(), logits.record_dtype(K, TEMPERATURES, s["V"], "fp16")
+    k, rank, size = DEFAULT
+    layer, dtype, shape = teacher.head(), logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size), random_basis(s, rank, size).to(device)
     weight = layer.operand(next(teacher.module.parameters()).dtype)
 
     def bare():
         head.matmul(teacher.hidden(micro).to(weight.dtype), weight.t())
 
-    seconds = turns({"bare": bare, "dump": lambda: dump_logits.teacher_records(teacher, layer, micro, K, TEMPERATURES, dtype)}, rounds, device)
+    seconds = turns({"bare": bare, "dump": lambda: dump_logits.teacher_records(teacher, layer, micro, k, TEMPERATURES, dtype, shape)}, rounds, device)
     return {"targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]), "bytes_per_target": dtype.itemsize,
             "bare_over_dump": ratio(seconds, "bare", "dump")}
 
@@ -129,14 +150,20 @@ def head_inputs(s: dict, count: int, device: torch.device):
     return hidden, weight, torch.randint(0, s["V"], (count,), device=device)
 
 
-def head_side(kind: str, s: dict, hidden, weight, labels) -> None:
+def taught(kind: str, s: dict, count: int, device: torch.device) -> losses.Kept | None:
+    """Return the teacher that a kind of head needs: "ours with a bucket", "ours with a basis", or none."""
+    k, rank, size = {"ours with a bucket": BUCKET, "ours with a basis": DEFAULT}.get(kind, (0, 0, 0))
+    if not k:
+        return None
+    shape = random_basis(s, rank, size)
+    teacher = logits.decode(kept(s, count, k, shape, size), s["V"], 1, shape and shape.to(device))
+    return replace(teacher, ids=teacher.ids.to(device), gap=teacher.gap.to(device), tail=teacher.tail.to(device))
+
+
+def head_side(kind: str, s: dict, hidden, weight, labels, teacher=None) -> None:
     if kind == "plain":
         loss = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     else:
-        teacher = None
-        if kind != "ours":
-            teacher = logits.decode(kept(s, len(labels)), s["V"], 1)
-            teacher = losses.Kept(*(t.to(hidden.device) for t in (teacher.ids, teacher.gap, teacher.tail)))
         method = losses.Method(0.9, 2.0) if teacher else losses.Method()
         loss, _, _ = losses.head_loss(hidden, head.Head(weight, None, s["V"]), labels, teacher, method)
     loss.backward()
@@ -147,10 +174,10 @@ def bench_head(s: dict, rounds: int, device: torch.device, amp) -> dict:
     inputs = head_inputs(s, s["targets"], device)
     seconds = turns({kind: lambda kind=kind: head_side(kind, s, *inputs) for kind in ("plain", "ours")}, rounds, device)
     result = {"targets": s["targets"], "plain_s": statistics.median(seconds["plain"]), "ours_over_plain_time": ratio(seconds, "ours", "plain")}
-    for kind in ("plain", "ours", "ours with KD"):
+    for kind in ("plain", "ours", "ours with a bucket", "ours with a basis"):
         result[f"{kind} extra GB, {s['targets']} targets"] = memory(kind, s["targets"], s, device)
     result["ours_over_plain_memory"] = result[f"ours extra GB, {s['targets']} targets"] / result[f"plain extra GB, {s['targets']} targets"]
-    for kind in ("ours", "ours with KD", "plain"):
+    for kind in ("ours", "ours with a bucket", "ours with a basis", "plain"):
         result[f"{kind} extra GB, {4 * s['targets']} targets"] = memory(kind, 4 * s["targets"], s, device)
     return result
 
@@ -167,8 +194,8 @@ def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
 
 def report_memory(kind: str, count: int, s: dict, device: str) -> None:
     tiny = s | {"V": 64}
-    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)))  # what the libraries allocate once is not counted
-    inputs = head_inputs(s, count, torch.device(device))
+    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)), taught(kind, tiny, 8, torch.device(device)))  # libraries allocate once, uncounted
+    inputs = *head_inputs(s, count, torch.device(device)), taught(kind, s, count, torch.device(device))
     gradient = inputs[1].numel() * 4
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()

@@ -14,7 +14,6 @@ Writes OUT/METHOD-T-SEED.json as each run ends (what is there is not run again),
 over the whole vocabulary at T=1 and cross-entropy, mean and spread over the seeds, and KL as a ratio to live.
 """
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -108,20 +107,20 @@ def train(args, dataset: data.Dataset, teacher: Teacher, val: torch.Tensor, val_
     return {"start": start, **measure(student, teacher.head, val, dataset.val, val_rows)}
 
 
-def table(out: Path, temperatures: list[float], seeds: list[int]) -> str:
-    """Return the markdown table of the runs that are there."""
-    read = lambda *name: json.loads(path.read_text()) if (path := out / ("-".join(map(str, name)) + ".json")).exists() else None
+def table(out: Path) -> str:
+    """Return the markdown table of the runs in a folder: mean and spread over seeds, KL as a ratio to the live run of the same seed."""
+    names = {path: path.stem.split("-") for path in sorted(out.glob("*-*-*.json"))}
+    runs = {(method, float(t), int(seed)): files.read_json(path) for path, (method, t, seed) in names.items()}
     spread = lambda values: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
-    lines = ["| T | method | held-out KL | to live | CE |", "| --- | --- | --- | --- | --- |"]
-    for t in temperatures:
-        live = {seed: read("live", f"{t:g}", seed) for seed in seeds}
+    lines = ["| T | trained by | held-out KL to the teacher | ratio to live (least to most) | CE | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for t in sorted({t for method, t, _ in runs if method != "ce"}):
         for method in METHODS:
-            runs = {seed: run for seed in seeds if (run := read(method, "1" if method == "ce" else f"{t:g}", seed))}
-            if not runs:
-                continue
-            ratios = [run["kl"] / live[seed]["kl"] for seed, run in runs.items() if live[seed]]
+            found = {seed: run for (m, at, seed), run in runs.items() if m == method and (at == t or m == "ce")}
+            ratios = [run["kl"] / runs["live", t, seed]["kl"] for seed, run in found.items() if ("live", t, seed) in runs]
             ratio = f"{statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else ""
-            lines.append(f"| {t:g} | {method} | {spread([r['kl'] for r in runs.values()])} | {ratio} | {spread([r['ce'] for r in runs.values()])} |")
+            if found:
+                lines.append(f"| {t:g} | {method} | {spread([run['kl'] for run in found.values()])} | {ratio} | "
+                             f"{spread([run['ce'] for run in found.values()])} | {len(found)} |")
     return "\n".join(lines)
 
 
@@ -168,7 +167,7 @@ def main(argv=None):
                 result = train(args, dataset, teacher, val, val_rows, rows, method, t, seed)
                 files.write_json(name(method, t, seed), result | {"args": vars(args)})
                 print(f"{method} T={t:g} seed {seed}: kl {result['start']['kl']:.4f} -> {result['kl']:.4f}  ce {result['ce']:.4f}", flush=True)
-    print(table(out, temperatures, seeds))
+    print(table(out))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of z_max - z 4e-
 Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148 bytes a target; k = 24, uint8
 and 104 bytes of coefficients 48 + 6 + 24 + 2 + 104 + 12 = 196.
 """
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,6 +200,18 @@ class Store:
     @property
     def chunks(self) -> list[int]:
         return sorted(self.parts)
+
+    @property
+    def records(self) -> str:
+        """Hash of the train records that are there: a run that is continued must read what it began with."""
+        return hashlib.sha256("".join(self.parts[c].meta["sha256"] for c in self.chunks).encode()).hexdigest()
+
+    def memory_bytes(self, device: torch.device) -> int:
+        """Return what the basis takes on a device, with the temporaries of a divergence over all tokens."""
+        if self.shape is None:
+            return 0
+        piece = losses.PIECE_BYTES.get(device.type, losses.PIECE_BYTES_ELSEWHERE)
+        return self.shape.rows.numel() * (2 if device.type == "cuda" else 4) + 6 * piece
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""

@@ -30,10 +30,10 @@ def training_bytes(model: models.Model, tokens: int, amp: torch.dtype | None, ch
     return 12 * model.parameters + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 + half * bool(amp))
 
 
-def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None) -> bool:
-    """Return whether to checkpoint gradients: on request, or when memory is short without. Says what is needed and there."""
+def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, more: int = 0) -> bool:
+    """Return whether to checkpoint gradients: on request, or when memory is short without. Says what is needed and there; `more` bytes on top."""
     have = available_bytes(model.device)
-    plain, saved = (training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True))
+    plain, saved = (more + training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True))
     use = args.checkpointing or plain > have
     if plain > have and not args.checkpointing:
         print("memory: short, so gradient checkpointing is on (or lower --tokens-per-microbatch)")
