@@ -194,7 +194,7 @@ def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
 
 def report_memory(kind: str, count: int, s: dict, device: str) -> None:
     tiny = s | {"V": 64}
-    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)), taught(kind, tiny, 8, torch.device(device)))  # libraries allocate once, uncounted
+    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)), taught(kind, tiny, 8, torch.device(device)))  # libraries' own
     inputs = *head_inputs(s, count, torch.device(device)), taught(kind, s, count, torch.device(device))
     gradient = inputs[1].numel() * 4
     if device.startswith("cuda"):

@@ -155,6 +155,8 @@ def main(argv=None):
     name = lambda m, t, s: out / f"{m}-{t:g}-{s}.json"
     if any(not name(*run).exists() for run in todo):
         model = models.load(args.teacher, device, dataset=dataset)
+        args.tail_rank = min(args.tail_rank, model.head().weight.shape[1])
+        args.tail_bytes = min(args.tail_bytes, args.tail_rank)
         rows = np.arange(args.rows or len(dataset.train.rows))
         val_rows = np.arange(args.val_rows or len(dataset.val.rows))
         numbers = np.arange(int(dataset.train.rows["targets"][rows].sum()))

@@ -96,26 +96,27 @@ def fit(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis
     Products in float32, what is (D, D) in float64.
     """
     weight, device = head.weight.detach()[:head.vocab], hidden.device
-    mass = torch.zeros(head.vocab, dtype=torch.float64, device=device)
+    exact = lambda made: made.cpu().double()
+    mass = torch.zeros(head.vocab, dtype=torch.float64)
     for _, z in head.chunks(hidden[torch.linspace(0, len(hidden) - 1, min(WEIGHED, len(hidden)), device=device).long()]):
         ids = z.topk(min(k, head.vocab - 1), 1).indices
-        mass += (z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0).double()
-    share = mass / mass.sum()
+        mass += exact((z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0))
+    share = (mass / mass.sum()).float().to(device)
 
     bias = 0.0 if head.bias is None else head.bias.detach()[:head.vocab].float()
     pieces = [slice(start, min(start + 8192, head.vocab)) for start in range(0, head.vocab, 8192)]
     widened = lambda part: weight[part].float() * head.scale  # (8192, D): the whole of it in float32 may not fit
-    middle = sum(share[part] @ widened(part).double() for part in pieces)
-    gram = sum(((rows := widened(part) - middle.float()).t() @ (rows * share[part, None].float())).double() for part in pieces)
+    middle = sum(exact(share[part] @ widened(part)) for part in pieces).float().to(device)  # (D,)
+    gram = sum(exact((rows := widened(part) - middle).t() @ (rows * share[part, None])) for part in pieces)
     center = hidden.float().mean(0)
     away = hidden.float() - center
-    covariance = (away.t() @ away).double() / len(hidden)
+    covariance = exact(away.t() @ away) / len(hidden)
 
     # (D, D) algebra on the CPU, so that every device gives nearly the same basis
-    values, vectors = torch.linalg.eigh(gram.cpu())
+    values, vectors = torch.linalg.eigh(gram)
     keep = values > values[-1] * 1e-10  # fewer tokens than dimensions: some directions of h reach no logit
     root, inverse = (vectors * torch.where(keep, values.clamp_min(0) ** power, 0.0) @ vectors.t() for power in (0.5, -0.5))
-    variance, components = torch.linalg.eigh(root @ covariance.cpu() @ root)
+    variance, components = torch.linalg.eigh(root @ covariance @ root)
     components = components.flip(1)[:, :rank]
     components = components * components.gather(0, components.abs().argmax(0, keepdim=True)).sign()  # an eigenvector's sign is free: fix it
     encoder = (root @ components).float().to(device)
@@ -127,7 +128,7 @@ def fit(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis
 
     rows = torch.empty(len(bits), head.vocab, dtype=torch.float32, device=device)
     mean = torch.empty(head.vocab, dtype=torch.float32, device=device)
-    constant = 0.0 if head.softcap else middle.float() @ decoder  # (R,), the same for all tokens: a softmax does not see it, a soft cap would
+    constant = 0.0 if head.softcap else middle @ decoder  # (R,), the same for all tokens: a softmax does not see it, a soft cap would
     for part in pieces:
         rows[:, part] = (widened(part) @ decoder - constant).t()
         mean[part] = widened(part) @ center

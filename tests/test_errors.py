@@ -164,7 +164,12 @@ def test_logits_that_are_damaged_are_found_by_verify(world):
 
 
 def test_a_temperature_that_was_not_dumped(world):
-    refused("stage2", world, "--temperature", 1.5, of=["temperature 1.5 was not dumped", "1, 2, 4", "--temperature 1,"])
+    refused("stage2", world, "--temperature", 0.5, of=["temperature 0.5 was not dumped", "1, 2, 4", "--temperature 1,"])
+
+
+def test_a_temperature_that_was_not_dumped_without_a_basis(world):
+    make.call(dump_logits.main, *make.dump(world, "--tail-rank", 0, out="bucket"))
+    refused("stage2", world, "--logits", world / "bucket", "--temperature", 1.5, of=["temperature 1.5 was not dumped", "1, 2, 4", "--temperature 1,"])
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

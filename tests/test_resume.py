@@ -56,6 +56,8 @@ def assert_same_run(run, straight):
 
 
 def assert_same_dump(dump, straight):
+    assert (dump / "basis.safetensors").read_bytes() == (straight / "basis.safetensors").read_bytes()
+    assert {path.name for path in dump.iterdir()} == {path.name for path in straight.iterdir()}, "no half of anything is left"
     for part in ("chunk-0000", "chunk-0001", "val"):
         assert (dump / part / "topk.npy").read_bytes() == (straight / part / "topk.npy").read_bytes(), part
         assert files.read_json(dump / part / "meta.json") == files.read_json(straight / part / "meta.json"), part
@@ -137,12 +139,45 @@ def test_a_dump_killed_again_and_again_ends_as_one_left_alone(world, run, tmp_pa
 
 
 @pytest.mark.parametrize("after", (False, True))
-@pytest.mark.parametrize("source, number", (("done.npy.part", 1), ("meta.json.part", 2)))
+@pytest.mark.parametrize("source, number", ((".basis.safetensors.part", 1), ("done.npy.part", 1), ("meta.json.part", 2)))
 def test_a_dump_killed_at_the_worst_places_ends_as_one_left_alone(world, run, tmp_path, source, number, after):
     argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits")
     assert run("dump_logits", argv, dict(where="os.replace", source=source, number=number, after=after, signal=KILL))[0] == -KILL
     code, said = run("dump_logits", argv)
     assert code == 0, said
+    assert_same_dump(tmp_path / "logits", world / "logits")
+
+
+def test_a_dump_killed_while_its_basis_is_written_ends_as_one_left_alone(world, run, tmp_path):
+    argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits")
+    assert run("dump_logits", argv, dict(where="lib.files.sync", source=".basis.safetensors.part", number=1, signal=KILL))[0] == -KILL
+    half = tmp_path / "logits" / ".basis.safetensors.part"
+    half.write_bytes(half.read_bytes()[:-2000])
+    assert not (tmp_path / "logits" / "basis.safetensors").exists()
+    code, said = run("dump_logits", argv)
+    assert code == 0, said
+    assert_same_dump(tmp_path / "logits", world / "logits")
+
+
+def test_a_dump_killed_between_its_basis_and_its_first_chunk_goes_on_with_that_basis(world, run, tmp_path):
+    argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits")
+    assert run("dump_logits", argv, dict(where="dump_logits.dump", number=1, signal=KILL))[0] == -KILL
+    made = (tmp_path / "logits" / "basis.safetensors").stat().st_mtime_ns
+    code, said = run("dump_logits", argv)
+    assert code == 0 and (tmp_path / "logits" / "basis.safetensors").stat().st_mtime_ns == made, said
+    assert_same_dump(tmp_path / "logits", world / "logits")
+
+
+def test_dumps_of_several_chunks_at_once_share_one_basis(world, processes, tmp_path):
+    log, started = tmp_path / "log", []
+    for chunk in (0, 1, "val"):
+        argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits", "--chunk", chunk)
+        started.append(processes.Process(target=make.script, args=("dump_logits", [str(word) for word in argv], log)))
+        started[-1].start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0], log.read_text()
+    assert len(re.findall(r"^basis ", log.read_text(), re.M)) == 1, log.read_text()
     assert_same_dump(tmp_path / "logits", world / "logits")
 
 
@@ -160,5 +195,5 @@ def test_a_signal_saves_a_dump_and_the_same_command_goes_on(world, run, tmp_path
 def test_a_dump_started_with_other_settings_is_not_continued(world, run, tmp_path):
     argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits")
     run("dump_logits", argv, dict(where="dump_logits.teacher_records", number=4, signal=TERM))
-    code, said = make.ends(dump_logits.main, *argv, "--k", 4)
-    assert code == 1 and "was started with other settings; saw k 8 (now 4)" in said and "--fresh" in said
+    code, said = make.ends(dump_logits.main, *argv, "--values", "fp16")
+    assert code == 1 and "was started with other settings; saw values 'u8' (now 'fp16')" in said and "--fresh" in said
