@@ -95,13 +95,12 @@ def basis_wanted(args, settings):
     """Return what the folder's basis has to be fitted to, and whether such a one is there. Another one is refused, unless all is made anew."""
     path = Path(args.out) / basis.NAME
     about = {name: settings[name] for name in ("teacher", "data", "vocab", "k", "tail_rank", "tail_bytes")}
-    if not path.exists():
+    if not path.exists() or args.fresh and args.chunk == "all":
         return about, False
     _, seen = basis.load(path, "--fresh with --chunk all")
-    differ = differing(seen, about)
-    if differ and not (args.fresh and args.chunk == "all"):
+    if differ := differing(seen, about):
         files.fail(f"{path} was fitted to something else", differ, "what this dump is of", "another --out, or --fresh with --chunk all")
-    return about, not differ
+    return about, True
 
 
 @torch.inference_mode()
@@ -113,7 +112,7 @@ def shared_basis(args, dataset, teacher, head, settings):
     if not there:
         lengths, started = dataset.train.rows["length"], clock(teacher.device)
         rows = basis.sample_rows(dataset.train.rows["targets"])
-        hidden = torch.cat([teacher.hidden(dataset.train.batch(lines).to(teacher.device)).float() for lines in
+        hidden = torch.cat([teacher.hidden(dataset.train.batch(lines).to(teacher.device)) for lines in
                             plan.microbatches(rows, lengths, args.tokens_per_microbatch, int(lengths.max()), pack=False)])
         if not torch.isfinite(hidden).all():
             files.fail("the teacher's hidden states are not finite", seen="NaN or infinity", mend="--dtype float32 (some models overflow float16)")
@@ -147,7 +146,7 @@ def teacher_records(teacher, head, batch, k, temperatures, dtype, shape=None):
 def open_chunk(folder, settings, dtype, targets, rows):
     """Return a chunk's two memory maps, topk (targets,) and done (rows,): those of a killed dump with the same settings, or new ones."""
     if (folder / "done.npy").exists():
-        if (seen := files.read_json(folder / "settings.json")) != settings:
+        if (seen := {"tail_rank": 0} | files.read_json(folder / "settings.json")) != settings:  # 0: before there was a basis
             files.fail(f"{folder} was started with other settings", differing(seen, settings), "the same command",
                        "--fresh to start it anew, or another --out")
         topk, done = (np.lib.format.open_memmap(folder / name, mode="r+") for name in ("topk.npy", "done.npy"))

@@ -15,6 +15,7 @@ Signal Compression, 1992, chapter 8). Fitted to a fixed sample of the training r
 """
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib import files
-from lib.head import Head, matmul
+from lib.head import CHUNK_BYTES, Head, matmul
 
 FORMAT = 1
 NAME = "basis.safetensors"
 SAMPLE = 8192  # targets that the basis is fitted to
+LIGHTEST = -100.0  # log of a tail mass below float32's least number
 WEIGHED = 1024  # of these, how many tell how much of the tail each token holds (whole softmaxes)
 MOST_BITS = 8
 GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)  # by bits, in deviations: Max, IRE Trans. IT-6 (1960), table II
@@ -64,21 +66,28 @@ class Basis:
         """Return coefficients (n, R) as bytes (n, B): the number of the step each lies in, bit after bit, the lowest first."""
         half = 2.0 ** (self.bits.float() - 1)
         number = (coef / self.step).floor().clamp(-half, half - 1).add(half).to(torch.uint8).cpu().numpy()
-        owner, place = self._layout()
+        owner, place = self.layout
         return np.packbits((number[:, owner] >> place) & 1, axis=1, bitorder="little")
 
     def unpack(self, packed: np.ndarray) -> Tensor:
         """Return what bytes (n, B) stand for: coefficients (n, R), each the middle of its step. A linear map of the bits."""
-        owner, place = self._layout()
-        bits = torch.from_numpy(np.unpackbits(packed, axis=1, count=len(owner), bitorder="little")).to(self.step.device)
-        table = torch.zeros(len(owner), len(self.step), device=self.step.device)
-        table[torch.arange(len(owner)), torch.from_numpy(owner)] = self.step[torch.from_numpy(owner)] * 2.0 ** torch.from_numpy(place).to(self.step)
-        return bits.float() @ table + self.step * (0.5 - 2.0 ** (self.bits.float() - 1))
+        bits = torch.from_numpy(np.unpackbits(packed, axis=1, count=len(self.layout[0]), bitorder="little")).to(self.step.device, non_blocking=True)
+        values, least = self.values
+        return torch.addmm(least, bits.float(), values)
 
-    def _layout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return which coefficient each stored bit belongs to, and its place in it."""
+    @cached_property
+    def layout(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which coefficient each stored bit belongs to, and its place in it."""
         bits = self.bits.cpu().numpy()
         return np.repeat(np.arange(len(bits)), bits), np.concatenate([np.arange(b, dtype=np.uint8) for b in bits])
+
+    @cached_property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """What each stored bit (8 B, R) adds to the coefficients, and what they are when no bit is set (R,)."""
+        owner, place = (torch.from_numpy(part.astype(np.int64)) for part in self.layout)
+        step = self.step.cpu()
+        values = torch.zeros(len(owner), len(step)).index_put_((torch.arange(len(owner)), owner), step[owner] * 2.0 ** place)
+        return values.to(self.step.device), (step * (0.5 - 2.0 ** (self.bits.cpu().float() - 1))).to(self.step.device)
 
     def to(self, device: torch.device) -> "Basis":
         """Return it on a device: rows in float16 on CUDA, where products of halves are summed in float32, else in float32."""
@@ -97,7 +106,7 @@ def fit(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis
     """
     weight, device = head.weight.detach()[:head.vocab], hidden.device
     exact = lambda made: made.cpu().double()
-    mass = torch.zeros(head.vocab, dtype=torch.float64)
+    mass = torch.full((head.vocab,), 1e-9, dtype=torch.float64)  # not 0: a teacher that is sure everywhere has no tail to weigh
     for _, z in head.chunks(hidden[torch.linspace(0, len(hidden) - 1, min(WEIGHED, len(hidden)), device=device).long()]):
         ids = z.topk(min(k, head.vocab - 1), 1).indices
         mass += exact((z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0))
@@ -162,18 +171,24 @@ def spend_bits(coef: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def tail_between(shape: Basis, ids: Tensor, coef: Tensor, tails: Tensor, dumped: list[float], temperature: float) -> Tensor:
-    """Return the log tail mass (n,) at a temperature that was not dumped, from those at dumped ones, tails (n, len(dumped)).
+    """Return the log tail mass (n,) at a temperature that was not dumped, from those at dumped ones (ascending), tails (n, len(dumped)).
 
     The basis says how the mass goes with T, up to what it does not hold of the logits: an error e(T) with e = 0 at T = infinity,
     where every token counts 1, and a known value at each dumped T. Between them e is the polynomial in 1/T through these.
     """
-    z = shape.logits(coef).scatter_(1, ids, -torch.inf)  # (n, V)
-    z -= (top := z.amax(1, keepdim=True))
-    mass = lambda t: (z / t).exp_().sum(1).log_() + top[:, 0] / t
     power = lambda t: torch.tensor([t ** -(i + 1) for i in range(len(dumped))], dtype=torch.float64)
-    error = torch.stack([tails[:, i] - mass(t) for i, t in enumerate(dumped)], 1).cpu().double()
     weights = torch.linalg.solve(torch.stack([power(t) for t in dumped]).t(), power(temperature))  # (len(dumped),)
-    return mass(temperature) + (error @ weights).to(z)
+    out, size = torch.empty_like(tails[:, 0], dtype=shape.mean.dtype), max(1, CHUNK_BYTES // (4 * shape.rows.shape[1]))
+    for part in (slice(start, start + size) for start in range(0, len(out), size)):
+        z = shape.logits(coef[part]).scatter_(1, ids[part], -torch.inf)  # (n, V)
+        z -= (top := z.amax(1, keepdim=True))
+        mass = lambda t, z=z, top=top: (z / t).exp_().sum(1).log_() + top[:, 0] / t
+        error = torch.stack([tails[part, i] - mass(t) for i, t in enumerate(dumped)], 1).cpu().double()
+        for i in reversed(range(len(dumped))):  # a tail too light for float32: -z_max/T is nearly all of e
+            above = error[:, i + 1] * (dumped[i + 1] / dumped[i]) if i + 1 < len(dumped) else torch.full_like(error[:, i], LIGHTEST)
+            error[:, i] = torch.where(error[:, i].isinf(), above, error[:, i])
+        out[part] = mass(temperature) + (error @ weights).to(out)
+    return out
 
 
 def sample_rows(targets: np.ndarray, wanted: int = SAMPLE) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import basis, data, files, head, losses
+from lib import basis, data, files, losses
 from lib.basis import Basis
 
 FORMAT = 1
@@ -93,13 +93,20 @@ def chunk_folder(folder: Path, chunk: int | str) -> Path:
     return Path(folder) / ("val" if chunk == "val" else f"chunk-{chunk:04d}")
 
 
+def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str:
+    """Return the command that dumps what a meta.json describes once more."""
+    flags = {"k": meta.get("k"), "temperatures": ",".join(f"{t:g}" for t in meta.get("temperatures", [])), "values": meta.get("values"),
+             "vocab": meta.get("vocab"), "tail-rank": meta["tail_rank"], "tail-bytes": meta.get("tail_bytes")}
+    flags = " ".join(f"--{name} {value}" for name, value in flags.items() if value not in (None, ""))
+    return f"python dump_logits.py --data {dataset.folder} --teacher {meta.get('teacher_folder')} --out {out} {flags} {more}"
+
+
 class Part:
     """One finished chunk (or val) of a logits folder, checked against the data it is to be used with."""
 
     def __init__(self, folder: Path, dataset: data.Dataset, verify: bool = False) -> None:
-        self.folder, self.meta = folder, files.read_json(folder / "meta.json")
-        again = (f"python dump_logits.py --data {dataset.folder} --teacher {self.meta.get('teacher_folder')} --out {folder.parent} "
-                 f"--chunk {self.meta.get('chunk')} --fresh")
+        self.folder, self.meta = folder, {"tail_rank": 0} | files.read_json(folder / "meta.json")  # before there was a basis
+        again = dump_command(self.meta, dataset, folder.parent, f"--chunk {self.meta.get('chunk')} --fresh")
         if self.meta.get("format") != FORMAT:
             files.fail(f"{folder} has another format", self.meta.get("format"), FORMAT, again)
         for name, what in (("data", "other data"), ("vocabulary", "a teacher with another vocabulary")):
@@ -156,11 +163,10 @@ class Store:
 
     def _basis(self, parts: list[Part]) -> Basis | None:
         """Return the folder's basis, refused where a chunk's coefficients were made with another one; None for dumps without."""
-        if not self.meta.get("tail_rank"):
+        if not self.meta["tail_rank"]:
             return None
         path = self.folder / basis.NAME
-        mend = (f"the {basis.NAME} of the dump, copied to {path}, or python dump_logits.py --data {self.dataset.folder} "
-                f"--teacher {self.meta['teacher_folder']} --out {self.folder} --tail-rank {self.meta['tail_rank']} --fresh")
+        mend = f"the {basis.NAME} of the dump, copied to {path}, or {dump_command(self.meta, self.dataset, self.folder, '--fresh')}"
         shape, _ = basis.load(path, mend)
         seen = files.sha256(path)
         for part in parts:
@@ -187,7 +193,7 @@ class Store:
         computed = basis.tail_between(shape, kept.ids, kept.coef, tails_of(records)[:, others], [self.temperatures[i] for i in others], left)
         error = (rest_mass(replace(kept, tail=computed), left) - rest_mass(kept, left)).abs()
         mean, worst = error.mean().item(), error.max().item()
-        if mean > GUESS_LIMIT:
+        if not mean <= GUESS_LIMIT:  # nor NaN
             files.fail(f"temperature {wanted:g} was not dumped, and the basis cannot tell the tail's mass",
                        f"a mean error of {mean:.3f} where T={left:g} is computed from the others", f"at most {GUESS_LIMIT:g}", again)
         return left, mean, worst
@@ -251,10 +257,7 @@ class Store:
         kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), move(kept.coef), kept.basis)
         if column is not None:
             return kept
-        tails, size = move(tails_of(records)), max(1, head.CHUNK_BYTES // (4 * self.vocab))
-        parts = [slice(start, start + size) for start in range(0, len(records), size)]
-        return replace(kept, tail=torch.cat([kept.tail[:0], *(
-            basis.tail_between(self.shape, kept.ids[part], kept.coef[part], tails[part], self.temperatures, self.temperature) for part in parts)]))
+        return replace(kept, tail=basis.tail_between(self.shape, kept.ids, kept.coef, move(tails_of(records)), self.temperatures, self.temperature))
 
 
 def tails_of(records: np.ndarray) -> torch.Tensor:
