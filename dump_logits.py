@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     group.add_argument("--tail-rank", type=int, default=384, metavar="R",
                        help="dimensions kept of the shape of the rest; 0 = its mass alone, one bucket (default: %(default)s)")
     group.add_argument("--tail-bytes", type=int, default=128, metavar="B",
-                       help="bytes a target for these, spent where they tell most (default: %(default)s)")
+                       help="bytes a target for these, spent where they tell most; at most R (default: %(default)s)")
     group.add_argument("--student", default="", metavar="DIR|ID", help="the student to come: the teacher is cut to its tokens, if these are fewer")
     group.add_argument("--vocab", type=int, default=0, metavar="V", help="cut both to the first V tokens; 0 = by --student (default: %(default)s)")
     group = parser.add_argument_group("the machine")
@@ -91,24 +92,36 @@ def allocate(path):
                 files.fail(f"{path} cannot be allocated", full, "enough free disk", "a smaller --k, --values u8, or one --chunk at a time")
 
 
-def basis_wanted(args, settings):
-    """Return what the folder's basis has to be fitted to, and whether such a one is there. Another one is refused, unless all is made anew."""
+def basis_wanted(args, settings, missing):
+    """Return what the folder's basis has to be fitted to, and whether it is there. Refused: one fitted to something else, and finished
+    chunks of another one, or of one that is lost; unless everything is made anew."""
     path = Path(args.out) / basis.NAME
     about = {name: settings[name] for name in ("teacher", "data", "vocab", "k", "tail_rank", "tail_bytes")}
-    if not path.exists() or args.fresh and args.chunk == "all":
+    if args.fresh and args.chunk == "all":
+        return about, False
+    metas = {meta.parent: files.read_json(meta) for meta in sorted(Path(args.out).glob("*/meta.json"))}
+    used = {folder: meta["basis"] for folder, meta in metas.items() if "basis" in meta and meta["chunk"] not in missing}
+    if not path.exists():
+        if used:
+            files.fail(f"{path} is missing", f"{min(used)}, which was dumped with it", "that file", "copy it there, or --fresh with --chunk all")
         return about, False
     _, seen = basis.load(path, "--fresh with --chunk all")
     if differ := differing(seen, about):
         files.fail(f"{path} was fitted to something else", differ, "what this dump is of", "another --out, or --fresh with --chunk all")
+    this = files.sha256(path)
+    for folder, hashed in used.items():
+        if hashed != this:
+            files.fail(f"{folder} was dumped with another basis than {path}", hashed[:12], this[:12],
+                       f"its own {basis.NAME} there, or --chunk {metas[folder]['chunk']} --fresh")
     return about, True
 
 
 @torch.inference_mode()
-def shared_basis(args, dataset, teacher, head, settings):
+def shared_basis(args, dataset, teacher, head, settings, missing):
     """Return the basis of the logits folder and its file's hash: the one that is there, or a new one, fitted to a fixed sample of train rows."""
     path = Path(args.out) / basis.NAME
     holding = files.lock(path.parent, wait=True)  # of several dumps, the first makes it
-    about, there = basis_wanted(args, settings)
+    about, there = basis_wanted(args, settings, missing)
     if not there:
         lengths, started = dataset.train.rows["length"], clock(teacher.device)
         rows = basis.sample_rows(dataset.train.rows["targets"])
@@ -120,9 +133,9 @@ def shared_basis(args, dataset, teacher, head, settings):
         basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
         print(f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {args.tail_bytes} bytes a target, hold {held:.1%} of the "
               f"variance of the tail's logits; fitted to {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s", flush=True)
-    shape, _ = basis.load(path, "--fresh with --chunk all")  # rounded as every later process will see it
+    shape, _ = basis.load(path, "--fresh with --chunk all")
     holding.close()
-    return shape.to(teacher.device), files.sha256(path)
+    return replace(shape, rows=shape.rows[:, :0], mean=shape.mean[:0]).to(teacher.device), files.sha256(path)  # a dump only encodes
 
 
 def teacher_records(teacher, head, batch, k, temperatures, dtype, shape=None):
@@ -253,7 +266,7 @@ def main(argv=None):
     teacher.module.requires_grad_(False)
     vocab = pick_vocab(args, teacher, dataset)
     head = teacher.head(vocab)
-    most = 0 if args.k >= vocab - 1 else head.weight.shape[1]  # a rest of one token has no shape; h has no more dimensions
+    most = 0 if args.k >= vocab - 1 else min(head.weight.shape[1], vocab - 1)  # a rest of one token has no shape; logits move in no more dimensions
     if args.tail_rank > most:
         print(f"dump: --tail-rank {args.tail_rank} is cut to {most}: no more is there to be kept")
         args.tail_rank = most
@@ -290,17 +303,22 @@ def main(argv=None):
     print(f"disk: {files.human(need)} to be written ({size} bytes a target{shared}), {files.human(have)} free at {args.out}")
     if need > have:
         files.fail(f"the disk of {args.out} is too small", f"{files.human(have)} free", files.human(need),
-                   "a smaller --k or --tail-rank, --values u8, fewer --temperatures, or one --chunk at a time")
+                   "smaller --tail-bytes, --tail-rank or --k, --values u8, fewer --temperatures, or one --chunk at a time")
 
-    if args.tail_rank and missing:
-        basis_wanted(args, settings)
+    if args.tail_rank:
+        basis_wanted(args, settings, missing)
     if args.fresh:  # everything that could be wrong was looked at before anything is deleted
+        for chunk in missing:
+            if (held := logits.chunk_folder(args.out, chunk) / ".lock").exists():
+                files.lock(held.parent).close()  # refused while another process writes there
         for chunk in missing:
             files.remove_ours(logits.chunk_folder(args.out, chunk), ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
     shape = None
     if args.tail_rank and missing:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        shape, settings["basis"] = shared_basis(args, dataset, teacher, head, settings)
+        shape, settings["basis"] = shared_basis(args, dataset, teacher, head, settings, missing)
+    elif args.fresh and args.chunk == "all":
+        (Path(args.out) / basis.NAME).unlink(missing_ok=True)
     interrupt = Interrupt()
     for chunk in missing:
         dump(args, chunk, dataset, teacher, head, shape, settings, interrupt)

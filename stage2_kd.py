@@ -66,8 +66,7 @@ def main(argv=None):
                           trust_remote_code=args.trust_remote_code)
     if student.vocab < store.vocab:
         files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
-                   f"python dump_logits.py --data {args.data} --teacher {store.meta['teacher_folder']} --student {args.student} "
-                   f"--out {args.logits} --fresh")
+                   logits.dump_command(store.meta | {"vocab": None}, dataset, args.logits, f"--student {args.student} --fresh"))
     if args.eval_only:
         measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
         Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -61,8 +61,8 @@ def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:
         return None
     bits = torch.full((rank,), 8 * size // rank, dtype=torch.uint8)
     bits[:8 * size - int(bits.sum())] += 1
-    made = torch.randn(s["V"]), torch.randn(rank, s["V"]) / rank**0.5, bits, torch.full((rank,), 0.5), torch.zeros(s["D"]), torch.randn(s["D"], rank)
-    return basis.Basis(*made)
+    rows = (torch.randn(rank, s["V"]) / rank**0.5).half()
+    return basis.Basis(torch.randn(s["V"]), rows, bits, torch.full((rank,), 0.5), torch.zeros(s["D"]), torch.randn(s["D"], rank))
 
 
 def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> np.ndarray:

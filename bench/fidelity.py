@@ -26,7 +26,8 @@ from lib import basis, data, files, logits, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
 
 DUMPED = 3  # temperatures whose tails a record is counted with
-KEPT = [  # k, rank, bytes of coefficients; every second one with --fewer
+FEWER = [(16, 0, 0), (64, 0, 0), (24, 16, 16), (24, 64, 64), (16, 384, 128)]
+KEPT = [  # k, rank, bytes of coefficients
     (16, 0, 0), (32, 0, 0), (64, 0, 0), (24, 8, 8), (24, 16, 16), (24, 32, 32), (24, 64, 64), (24, 128, 64), (24, 128, 128),
     (32, 256, 80), (16, 256, 96), (24, 320, 104), (16, 384, 128), (8, 448, 144)]
 ROUNDS = 50  # of random sampling (RS-KD)
@@ -103,6 +104,11 @@ def kept_of(z: torch.Tensor, hidden: torch.Tensor, k: int, temperatures: list[fl
     records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), dtype, vocab, shape and shape.pack(shape.encode(hidden)))
     size = logits.record_dtype(k, temperatures[:1] * DUMPED, vocab, "u8", packed).itemsize
     return {t: logits.decode(records, vocab, i, shape) for i, t in enumerate(temperatures)}, size
+
+
+def stored(shape: basis.Basis) -> basis.Basis:
+    """Return a basis as it comes back from its file: rows in float16."""
+    return replace(shape, rows=shape.rows.half().float())
 
 
 def dense(kept: dict, shape: basis.Basis):
@@ -247,15 +253,19 @@ def main(argv=None):
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True, action="append", type=student_of, metavar="NAME=CHECKPOINT[:LAYERS]")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--targets", type=int, default=2048)
+    parser.add_argument("--targets", type=int, default=2200)
     parser.add_argument("--temperatures", default="1,1.5,2,3,4")
     parser.add_argument("--tried", action="store_true", help="also what was tried and not taken")
-    parser.add_argument("--fewer", action="store_true", help="every second record only: for a vocabulary three times as large")
+    parser.add_argument("--fewer", action="store_true", help="fewer records: for a vocabulary three times as large")
     parser.add_argument("--quick", action="store_true", help="few targets and two temperatures, to see that it runs")
     args = parser.parse_args(argv)
     out, device = Path(args.out), torch.device("cpu")
+    asked = {name: vars(args)[name] for name in ("student", "targets", "temperatures", "tried", "fewer", "quick")}
+    asked["student"] = [[name, Path(checkpoint).name, layers] for name, checkpoint, layers in args.student]
     if (out / "angles.json").exists():
-        print(f"fidelity: {out}/angles.json is there; nothing to do")
+        if (seen := files.read_json(out / "angles.json")["asked"]) != asked:
+            files.fail(f"{out} holds other measurements", seen, asked, "another --out, or delete it")
+        print(f"fidelity: {out}/angles.json is there; nothing to do (delete it after a change of the code)")
         return
     torch.manual_seed(0)
     dataset = data.Dataset(args.data)
@@ -276,10 +286,10 @@ def main(argv=None):
         print(f"{name}: KL(teacher || student) {kl:.3f} nats at T=1, {len(hidden)} targets, V {head.vocab:,}", flush=True)
         del student
     bench = Bench(z, hidden, students, temperatures)
-    for k, rank, size in KEPT[::4] if args.quick else KEPT[::2] if args.fewer else KEPT:
+    for k, rank, size in KEPT[::4] if args.quick else FEWER if args.fewer else KEPT:
         k, rank = min(k, head.vocab - 2), min(rank, width)
         size = min(size, rank)
-        shape = basis.fit(head, train, k, rank, size)[0] if rank else None
+        shape = stored(basis.fit(head, train, k, rank, size)[0]) if rank else None
         kept, total = kept_of(z, hidden, k, temperatures, shape, size)
         if rank:
             bench.measure(f"top {k}, rank {rank} in {size} bytes", total, dense(kept, shape), k=k, rank=rank)
@@ -291,7 +301,7 @@ def main(argv=None):
     if args.tried:
         tried(bench, head, train, place_train, place, min(16, head.vocab - 2), min(64, width))
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "angles.json", {"about": about, "rows": bench.rows})
+    files.write_json(out / "angles.json", {"asked": asked, "about": about, "rows": bench.rows})
 
 
 if __name__ == "__main__":

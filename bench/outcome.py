@@ -16,6 +16,7 @@ over the whole vocabulary at T=1 and cross-entropy, mean and spread over the see
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from lib import basis, data, files, logits, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
 from lib import optimizer as optim  # noqa: E402
 
+SETTINGS = ("keep_layers", "k", "values", "tail_rank", "tail_bytes", "alpha", "steps", "tokens_per_step", "rows", "val_rows", "lr")
 METHODS = ("ce", "renormalised", "bucket", "rank", "live")
 
 
@@ -47,7 +49,10 @@ class Teacher:
 
     def __init__(self, head: heads.Head, train: torch.Tensor, numbers: np.ndarray, args) -> None:
         self.head, self.train, self.args = head, train, args
-        self.shape, _ = basis.fit(head, train[torch.as_tensor(numbers)], args.k, args.tail_rank, args.tail_bytes)
+        rank = min(args.tail_rank, train.shape[1])
+        self.bytes = min(args.tail_bytes, rank)
+        shape, _ = basis.fit(head, train[torch.as_tensor(numbers)], args.k, rank, self.bytes)
+        self.shape = replace(shape, rows=shape.rows.half().float())  # as its file holds it
         weight = head.weight.detach()[:head.vocab].float()
         assert head.bias is None and head.scale == 1 and not head.softcap, "this bench knows plain heads only"
         # all D dimensions are a basis as well: the exact logits, so that the tail's softmax is the teacher's own
@@ -63,7 +68,7 @@ class Teacher:
         if method == "renormalised":
             return losses.Kept(ids, gaps, torch.full_like(tails[:, 0], losses.FLOOR))
         shape = self.shape if method == "rank" else None
-        dtype = logits.record_dtype(k, [temperature], self.head.vocab, args.values, args.tail_bytes if shape else 0)
+        dtype = logits.record_dtype(k, [temperature], self.head.vocab, args.values, self.bytes if shape else 0)
         records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), dtype, self.head.vocab, shape and shape.pack(shape.encode(hidden)))
         return logits.decode(records, self.head.vocab, 0, shape)
 
@@ -112,7 +117,10 @@ def table(out: Path) -> str:
     names = {path: path.stem.split("-") for path in sorted(out.glob("*-*-*.json"))}
     runs = {(method, float(t), int(seed)): files.read_json(path) for path, (method, t, seed) in names.items()}
     spread = lambda values: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+    start = next(iter(runs.values()), {}).get("start")
     lines = ["| T | trained by | held-out KL to the teacher | ratio to live (least to most) | CE | seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    if start:
+        lines.append(f"| | not yet | {start['kl']:.4f} | | {start['ce']:.4f} | |")
     for t in sorted({t for method, t, _ in runs if method != "ce"}):
         for method in METHODS:
             found = {seed: run for (m, at, seed), run in runs.items() if m == method and (at == t or m == "ce")}
@@ -153,10 +161,12 @@ def main(argv=None):
     todo = [(m, t, s) for s in seeds for t in temperatures for m in args.methods.split(",")]
     todo = list(dict.fromkeys((m, 1.0 if m == "ce" else t, s) for m, t, s in todo))
     name = lambda m, t, s: out / f"{m}-{t:g}-{s}.json"
+    for path in (name(*run) for run in todo if name(*run).exists()):
+        seen = files.read_json(path)["args"]
+        if differ := {key: seen[key] for key in SETTINGS if seen[key] != getattr(args, key)}:
+            files.fail(f"{path} was run with other settings", differ, {key: getattr(args, key) for key in differ}, "another --out, or delete it")
     if any(not name(*run).exists() for run in todo):
         model = models.load(args.teacher, device, dataset=dataset)
-        args.tail_rank = min(args.tail_rank, model.head().weight.shape[1])
-        args.tail_bytes = min(args.tail_bytes, args.tail_rank)
         rows = np.arange(args.rows or len(dataset.train.rows))
         val_rows = np.arange(args.val_rows or len(dataset.val.rows))
         numbers = np.arange(int(dataset.train.rows["targets"][rows].sum()))

@@ -30,10 +30,11 @@ from lib.head import CHUNK_BYTES, Head, matmul
 FORMAT = 1
 NAME = "basis.safetensors"
 SAMPLE = 8192  # targets that the basis is fitted to
+LEAST_SHARE = 1e-9  # of the tail's mass: a row's entry is at most share^-1/2 = 3.2e4 in size, and float16 ends at 6.5e4
 LIGHTEST = -100.0  # log of a tail mass below float32's least number
 WEIGHED = 1024  # of these, how many tell how much of the tail each token holds (whole softmaxes)
 MOST_BITS = 8
-GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)  # by bits, in deviations: Max, IRE Trans. IT-6 (1960), table II
+GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)  # of each number of bits, in deviations; Max, IRE IT-6 (1960)
 WEIGH_AT = 2.0  # temperature of that: T=1 gains 0.1 degrees at T=1 and loses as much at T=4 (docs/fidelity.md)
 
 
@@ -59,6 +60,8 @@ class Basis:
     def logits(self, coef: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the logits (n, V), in `out` if given, that coefficients (n, R) stand for: good for a tail, not for the top k."""
         z = matmul(coef.to(self.rows.dtype), self.rows, out)
+        if out is not None and z is not out:  # half-precision products have no `out`
+            z = out.copy_(z)
         z += self.mean
         return z.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else z
 
@@ -106,11 +109,12 @@ def fit(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis
     """
     weight, device = head.weight.detach()[:head.vocab], hidden.device
     exact = lambda made: made.cpu().double()
-    mass = torch.full((head.vocab,), 1e-9, dtype=torch.float64)  # not 0: a teacher that is sure everywhere has no tail to weigh
+    mass = torch.zeros(head.vocab, dtype=torch.float64)
     for _, z in head.chunks(hidden[torch.linspace(0, len(hidden) - 1, min(WEIGHED, len(hidden)), device=device).long()]):
         ids = z.topk(min(k, head.vocab - 1), 1).indices
         mass += exact((z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0))
-    share = (mass / mass.sum()).float().to(device)
+    share = (mass / mass.sum().clamp_min(1e-30)).clamp_min(LEAST_SHARE)
+    share = (share / share.sum()).float().to(device)
 
     bias = 0.0 if head.bias is None else head.bias.detach()[:head.vocab].float()
     pieces = [slice(start, min(start + 8192, head.vocab)) for start in range(0, head.vocab, 8192)]
@@ -130,7 +134,7 @@ def fit(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis
     components = components * components.gather(0, components.abs().argmax(0, keepdim=True)).sign()  # an eigenvector's sign is free: fix it
     encoder = (root @ components).float().to(device)
     bits, step, error = spend_bits((away[::max(1, len(away) // 2048)] @ encoder).cpu(), 8 * size)
-    held = 1 - float((error.sum() + variance.flip(0)[rank:].sum()) / variance.sum())
+    held = 1 - float((error.sum() + variance.flip(0)[rank:].sum()) / variance.sum().clamp_min(1e-30))
     kept = bits > 0
     bits, step, encoder, components = bits[kept].to(device), step[kept].to(device), encoder[:, kept.to(device)], components[:, kept]
     decoder = (inverse @ components).float().to(device)  # (D, R)
@@ -206,6 +210,7 @@ def save(basis: Basis, path: Path, about: dict) -> None:
     """Write a basis whole or not at all. `about` says what it was fitted to; `load` wants the same."""
     tensors = {f.name: getattr(basis, f.name).contiguous().cpu() for f in fields(Basis) if f.name != "softcap"}
     tensors["rows"] = tensors["rows"].half()
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values()), "a basis that is not finite"
     partial = path.with_name(f".{path.name}.part")
     save_file(tensors, partial, metadata={"about": json.dumps({"format": FORMAT, "softcap": basis.softcap, **about}, sort_keys=True)})
     files.sync(partial)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import basis, data, files, losses
+from lib import basis, data, files, head, losses
 from lib.basis import Basis
 
 FORMAT = 1
@@ -152,7 +152,7 @@ class Store:
                     files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta.get(name),
                                "python dump_logits.py --fresh for one of them, with the other's flags")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
-        self.shape = self._basis(every)
+        self.shape = None if temperature is None else self._basis(every)  # measuring asks for the top k and their rest alone
         self.temperature = temperature
         self.column = self.temperatures.index(temperature) if temperature in self.temperatures else None
         self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
@@ -171,26 +171,27 @@ class Store:
         seen = files.sha256(path)
         for part in parts:
             if part.meta["basis"] != seen:
-                files.fail(f"{path} does not belong to {part.folder}", f"basis {seen[:12]}", part.meta["basis"][:12], mend)
+                files.fail(f"{path} does not belong to {part.folder}", f"basis {seen[:12]}", part.meta["basis"][:12],
+                           f"its own {basis.NAME}, or {dump_command(part.meta, self.dataset, self.folder, '')}--chunk {part.meta['chunk']} --fresh")
         return shape
 
     def _can_guess(self, part: Part) -> tuple[float, float, float]:
         """Measure how well the tail's mass at one dumped temperature follows from the others and the basis; refuse where it cannot be told.
 
-        The temperature left out is the one nearest to what is wanted: a wider gap than the one to be bridged.
+        The temperature left out is the one nearest to what is wanted, which leaves a wider gap than the one to be bridged.
         """
-        wanted, lowest = self.temperature, min(self.temperatures)
-        dumped = f"{self.folder} with {', '.join(f'{t:g}' for t in self.temperatures)}"
-        again = f"--temperature {self.temperatures[0]:g}, or dump_logits.py --temperatures with {wanted:g} among them and --fresh"
-        if self.shape is None or len(self.temperatures) < 2 or wanted < lowest:
-            files.fail(f"temperature {wanted:g} was not dumped", dumped,
-                       "one of these (another tail can be computed above the lowest of two or more, from a dump with a basis)", again)
-        left = min((t for t in self.temperatures if t != lowest), key=lambda t: abs(1 / t - 1 / wanted))
-        others = [i for i, t in enumerate(self.temperatures) if t != left]
+        wanted, dumped = self.temperature, self.temperatures
+        below, above = [t for t in dumped if t < wanted], [t for t in dumped if t > wanted]
+        again = f"--temperature {dumped[0]:g}, or dump_logits.py --temperatures with {wanted:g} among them and --fresh"
+        if self.shape is None or len(dumped) < 3 or not below or above and above[0] > 2 * below[-1]:
+            files.fail(f"temperature {wanted:g} was not dumped", f"{self.folder} with {', '.join(f'{t:g}' for t in dumped)}",
+                       "one of these (with a basis and three of them, also a higher one, or one between two that lie within a factor of 2)", again)
+        left = min(dumped[1:], key=lambda t: abs(1 / t - 1 / wanted))
+        others = [i for i, t in enumerate(dumped) if t != left]
         records = part.records[::max(1, len(part.records) // 512)][:512]
         shape = self.shape.to(torch.device("cpu"))
-        kept = decode(records, self.vocab, self.temperatures.index(left), shape)
-        computed = basis.tail_between(shape, kept.ids, kept.coef, tails_of(records)[:, others], [self.temperatures[i] for i in others], left)
+        kept = decode(records, self.vocab, dumped.index(left), shape)
+        computed = basis.tail_between(shape, kept.ids, kept.coef, tails_of(records)[:, others], [dumped[i] for i in others], left)
         error = (rest_mass(replace(kept, tail=computed), left) - rest_mass(kept, left)).abs()
         mean, worst = error.mean().item(), error.max().item()
         if not mean <= GUESS_LIMIT:  # nor NaN
@@ -217,7 +218,7 @@ class Store:
         if self.shape is None:
             return 0
         piece = losses.PIECE_BYTES.get(device.type, losses.PIECE_BYTES_ELSEWHERE)
-        return self.shape.rows.numel() * (2 if device.type == "cuda" else 4) + 6 * piece
+        return self.shape.rows.numel() * (2 if device.type == "cuda" else 4) + 6 * piece + 2 * head.CHUNK_BYTES
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""
@@ -238,26 +239,25 @@ class Store:
             start = int(numbers[at]) - self.starts[chunk] if count else 0
             out.append(self.parts[chunk].records[start:start + count])
             at += count
-        return self._kept(np.concatenate(out), self.column, batch)
+        if self.shape is not None and (self.shape.mean.device != batch.labels.device or self.shape.rows.dtype == torch.float16):
+            self.shape = self.shape.to(batch.labels.device)
+        return self._kept(np.concatenate(out), self.column, batch, self.shape)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not dumped."""
         if self.val is None or temperature not in self.temperatures:
             return None
-        return self._kept(self.val.records[batch.numbers.numpy()], self.temperatures.index(temperature), batch)
+        return self._kept(self.val.records[batch.numbers.numpy()], self.temperatures.index(temperature), batch, None)
 
-    def _kept(self, records: np.ndarray, column: int | None, batch: data.Batch) -> losses.Kept:
-        """Return decoded records on the device of the batch's labels, where the basis is kept too. `column` None: the tail at
-        self.temperature is computed from those that were dumped."""
-        device = batch.labels.device
-        if self.shape is not None and (self.shape.mean.device != device or self.shape.rows.dtype == torch.float16 and device.type != "cuda"):
-            self.shape = self.shape.to(device)
-        kept = decode(records, self.vocab, column or 0, self.shape)
+    def _kept(self, records: np.ndarray, column: int | None, batch: data.Batch, shape: Basis | None) -> losses.Kept:
+        """Return decoded records on the device of the batch's labels. `column` None: the tail at self.temperature is computed from
+        those that were dumped."""
+        device, kept = batch.labels.device, decode(records, self.vocab, column or 0, shape)
         move = lambda tensor: tensor if tensor is None else tensor.to(device, non_blocking=True)
-        kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), move(kept.coef), kept.basis)
+        kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
         if column is not None:
             return kept
-        return replace(kept, tail=basis.tail_between(self.shape, kept.ids, kept.coef, move(tails_of(records)), self.temperatures, self.temperature))
+        return replace(kept, tail=basis.tail_between(shape, kept.ids, kept.coef, move(tails_of(records)), self.temperatures, self.temperature))
 
 
 def tails_of(records: np.ndarray) -> torch.Tensor:
