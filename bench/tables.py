@@ -58,7 +58,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
             for kind, (color, _) in families.items():
                 points = sorted((row["bytes"], row["angle"]) for row in rows if row.get("kind") == kind)
                 best = [(size, angle) for i, (size, angle) in enumerate(points) if angle <= min(a for _, a in points[:i + 1])]
-                panel.plot(*zip(*points), ".", color=color, markersize=4)
+                panel.plot(*zip(*points), "x" if kind == "sampling" else ".", color=color, markersize=6 if kind == "sampling" else 4)
                 panel.plot(*zip(*best), style, color=color, linewidth=1.6)
         panel.set(title=f"T = {t}", xlabel="bytes a target", yscale="log")
         panel.grid(alpha=0.3, which="both", linewidth=0.5)

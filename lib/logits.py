@@ -153,6 +153,7 @@ class Store:
                                "python dump_logits.py --fresh for one of them, with the other's flags")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
         self.shape = None if temperature is None else self._basis(every)  # measuring asks for the top k and their rest alone
+        self.placed = None  # the device that it has been moved to
         self.temperature = temperature
         self.column = self.temperatures.index(temperature) if temperature in self.temperatures else None
         self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
@@ -239,8 +240,8 @@ class Store:
             start = int(numbers[at]) - self.starts[chunk] if count else 0
             out.append(self.parts[chunk].records[start:start + count])
             at += count
-        if self.shape is not None and (self.shape.mean.device != batch.labels.device or self.shape.rows.dtype == torch.float16):
-            self.shape = self.shape.to(batch.labels.device)
+        if self.shape is not None and self.placed != batch.labels.device:  # once
+            self.shape, self.placed = self.shape.to(batch.labels.device), batch.labels.device
         return self._kept(np.concatenate(out), self.column, batch, self.shape)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
@@ -253,7 +254,7 @@ class Store:
         """Return decoded records on the device of the batch's labels. `column` None: the tail at self.temperature is computed from
         those that were dumped."""
         device, kept = batch.labels.device, decode(records, self.vocab, column or 0, shape)
-        move = lambda tensor: tensor if tensor is None else tensor.to(device, non_blocking=True)
+        move = lambda tensor: tensor.to(device, non_blocking=True)
         kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
         if column is not None:
             return kept
