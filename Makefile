@@ -79,7 +79,7 @@ SMOL_FAR  := 0,1,2,3,5,6,7,8,9,10,12,13,14,15,16,17,19,20,21,22,23,24,26,27,28,2
 SMOL_NEAR := 0,1,2,3,4,5,6,7,8,9,10,11,12,17,18,19,20,21,22,23,24,25,26,27,28,29
 QWEN_NEAR := 0,1,2,4,5,6,7,8,10,11,12,13,15,16,17,18,19,21,22,23
 QWEN_FAR  := 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19
-DEMO_OUTCOME = $(PY) bench/outcome.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --k 4 --tail-rank 32 --tail-bytes 16 --steps 100 --tokens-per-step 2048 --lr 3e-3 --threads 1
+DEMO_OUTCOME = $(PY) bench/outcome.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --k 4 --tail-rank 32 --tail-bytes 16 --steps 60 --val-rows 100 --tokens-per-step 2048 --lr 3e-3 --threads 1
 
 fidelity: .venv/ready ## all measurements of docs/fidelity.md (REAL=real: the models; after `make demo`; about two hours on 2 CPU cores)
 	$(PY) prepare_data.py --source $(REAL)/stdlib.parquet --tokenizer $(REAL)/smollm2 --out $(F)/data-smollm2 --max-len 200 --limit 400 --val 80
