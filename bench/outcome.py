@@ -116,7 +116,7 @@ def table(out: Path) -> str:
     """Return the markdown table of the runs in a folder: mean and spread over seeds, KL as a ratio to the live run of the same seed."""
     names = {path: path.stem.split("-") for path in sorted(out.glob("*-*-*.json"))}
     runs = {(method, float(t), int(seed)): files.read_json(path) for path, (method, t, seed) in names.items()}
-    spread = lambda values: f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
+    spread = lambda values: f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
     start = next(iter(runs.values()), {}).get("start")
     lines = ["| T | trained by | held-out KL to the teacher | ratio to live (least to most) | CE | seeds |", "| --- | --- | --- | --- | --- | --- |"]
     if start:
