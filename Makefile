@@ -85,7 +85,7 @@ fidelity: .venv/ready ## all measurements of docs/fidelity.md (REAL=real: the mo
 	$(PY) prepare_data.py --source $(REAL)/stdlib.parquet --tokenizer $(REAL)/smollm2 --out $(F)/data-smollm2 --max-len 200 --limit 400 --val 80
 	$(PY) prepare_data.py --source $(REAL)/stdlib.parquet --tokenizer $(REAL)/qwen05 --out $(F)/data-qwen05 --max-len 200 --limit 400 --val 80
 	$(PY) bench/fidelity.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student far=$(REAL)/smollm2:$(SMOL_FAR) --student near=$(REAL)/smollm2:$(SMOL_NEAR) --tried --out $(F)/smollm2
-	$(PY) bench/fidelity.py --data $(F)/data-qwen05 --teacher $(REAL)/qwen05 --student far=$(REAL)/qwen05:$(QWEN_FAR) --student near=$(REAL)/qwen05:$(QWEN_NEAR) --temperatures 1,2,4 --fewer --out $(F)/qwen05
+	$(PY) bench/fidelity.py --data $(F)/data-qwen05 --teacher $(REAL)/qwen05 --student far=$(REAL)/qwen05:$(QWEN_FAR) --student near=$(REAL)/qwen05:$(QWEN_NEAR) --fewer --out $(F)/qwen05
 	$(DEMO_OUTCOME) --out $(F)/outcome-demo-near
 	$(DEMO_OUTCOME) --out $(F)/outcome-demo-far --keep-layers 1
 	$(PY) bench/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_FAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-far
