@@ -1,5 +1,6 @@
 """Tests run from anywhere, with one thread (two fight where others use the cores), without network, and each in a folder of its own."""
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,3 +22,9 @@ def one_thread_and_no_signal_handlers_left():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def mine(world, tmp_path):
+    """Return a copy of the module's `world` that a test may damage."""
+    return shutil.copytree(world, tmp_path / "world")

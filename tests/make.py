@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lib import data, files, template
+from lib import data, files, logits, template
 
 V = 61
 
@@ -132,6 +132,11 @@ def stage2(folder: Path, *more, out: str = "stage2", logits: str = "logits") -> 
 
 
 TIMES = {"tok_per_s", "left_s", "time_s"}
+
+
+def store(folder: Path, temperature: float | None = 2.0, name: str = "logits", **options) -> logits.Store:
+    """Open the dump of a world."""
+    return logits.Store(folder / name, data.Dataset(folder / "data"), temperature, **options)
 
 
 def history(folder: Path, event: str | None = None) -> list[dict]:

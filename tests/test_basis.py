@@ -416,16 +416,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def mine(world, tmp_path):
-    """Return a copy of the world that a test may damage."""
-    return shutil.copytree(world, tmp_path / "world")
-
-
-def store(folder, temperature=2.0, name="logits", **options):
-    return logits.Store(folder / name, data.Dataset(folder / "data"), temperature, **options)
-
-
 def some(folder, split="train"):
     return getattr(data.Dataset(folder / "data"), split).batch([[row] for row in ((3, 20, 39, 0, 17, 25) if split == "train" else range(8))])
 
@@ -443,7 +433,7 @@ def kl(p, q):
 @pytest.mark.parametrize("name, share", (("small", 0.9), ("logits", 0.02)))
 def test_the_target_is_nearer_to_the_teacher_than_one_whose_tail_is_spread_evenly(world, t, name, share):
     batch = some(world)
-    p, kept = torch.softmax(teacher_logits(world, batch) / t, 1), wide(store(world, t, name).train(batch))
+    p, kept = torch.softmax(teacher_logits(world, batch) / t, 1), wide(make.store(world, t, name).train(batch))
     even = replace(kept, coef=torch.zeros(len(p), 1, dtype=torch.float64),
                    basis=replace(kept.basis, mean=torch.zeros(make.V, dtype=torch.float64), rows=torch.zeros(1, make.V, dtype=torch.float64)))
     seen, flat = kl(p, dense(kept, t)).mean(), kl(p, dense(even, t)).mean()
@@ -455,7 +445,7 @@ def test_the_target_is_nearer_to_the_teacher_than_one_whose_tail_is_spread_evenl
 def test_the_gradient_of_a_student_far_from_its_teacher_is_nearer_to_full_distillation_than_the_buckets(world, t, name, share):
     batch, student = some(world), models.load(str(world / "student"), torch.device("cpu"))
     hidden, weight = student.hidden(batch).detach().double(), student.head().weight.detach().double()
-    p, kept, method = torch.softmax(teacher_logits(world, batch) / t, 1), wide(store(world, t, name).train(batch)), Method(1.0, t)
+    p, kept, method = torch.softmax(teacher_logits(world, batch) / t, 1), wide(make.store(world, t, name).train(batch)), Method(1.0, t)
     full = gradients(lambda h, w: dense_loss(p, h @ w.t(), batch.labels, method), hidden, weight)
     shape, bucket = (ours(hidden, weight, batch.labels, each, method) for each in (kept, replace(kept, coef=None, basis=None)))
     for place in (1, 2):  # of hidden, of weight
@@ -467,7 +457,7 @@ def test_the_gradient_of_a_student_far_from_its_teacher_is_nearer_to_full_distil
 def test_a_teacher_on_disk_with_all_its_dimensions_gives_the_loss_of_the_teacher_live(world, kind):
     batch, student, method = some(world), models.load(str(world / "student"), torch.device("cpu")), Method(0.9, 2.0, kind, BETAS[kind])
     hidden, weight = student.hidden(batch).detach(), student.head().weight.detach()
-    seen = ours(hidden, weight, batch.labels, store(world).train(batch), method)
+    seen = ours(hidden, weight, batch.labels, make.store(world).train(batch), method)
     p = torch.softmax(teacher_logits(world, batch) / 2, 1)
     wanted = gradients(lambda h, w: dense_loss(p, h @ w.t(), batch.labels, method), hidden.double(), weight.double())
     for a, b in zip(seen, wanted, strict=True):
@@ -476,7 +466,7 @@ def test_a_teacher_on_disk_with_all_its_dimensions_gives_the_loss_of_the_teacher
 
 @pytest.mark.parametrize("name", ("logits", "small"))
 def test_coefficients_on_disk_follow_target_numbers_and_are_the_teachers_own(world, name):
-    whole, batch = store(world, name=name), some(world)
+    whole, batch = make.store(world, name=name), some(world)
     teacher = models.load(str(world / "teacher"), torch.device("cpu"))
     kept = whole.train(batch)
     wanted = whole.shape.encode(teacher.hidden(batch).detach())
@@ -487,7 +477,7 @@ def test_coefficients_on_disk_follow_target_numbers_and_are_the_teachers_own(wor
 
 
 def test_val_and_train_targets_are_shaped_by_the_same_basis(world):
-    whole = store(world)
+    whole = make.store(world)
     kept = logits.decode(whole.val.records[some(world, "val").numbers.numpy()], make.V, 1, whole.shape.to(torch.device("cpu")))
     p = torch.softmax(teacher_logits(world, some(world, "val")) / 2, 1)
     assert kl(p, dense(wide(kept), 2.0)).mean() < 1e-3
@@ -549,7 +539,7 @@ def trains(world, tmp_path, name, *more):
 
 def test_a_dump_without_a_basis_has_none_and_trains(world, tmp_path):
     assert not (world / "none" / "basis.safetensors").exists() and not any("basis" in meta for meta in metas(world / "none"))
-    kept = store(world, name="none").train(some(world))
+    kept = make.store(world, name="none").train(some(world))
     assert kept.coef is None and kept.basis is None
     lines = trains(world, tmp_path, "none", "--temperature", 2)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
@@ -624,7 +614,7 @@ def test_a_tail_of_two_tokens_has_a_basis(world, tmp_path):
 
 def refused(*args, **options):
     with pytest.raises(SystemExit) as end:
-        store(*args, **options)
+        make.store(*args, **options)
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
     return end.value.code
 
@@ -715,7 +705,7 @@ def test_chunks_with_and_without_a_basis_do_not_belong_together(mine):
 def test_older_chunks_and_chunks_made_now_without_a_basis_belong_together(mine):
     path = mine / "none" / "chunk-0001" / "meta.json"
     files.write_json(path, {name: value for name, value in files.read_json(path).items() if not name.startswith("tail_")})
-    assert store(mine, name="none").chunks == [0, 1, 2]
+    assert make.store(mine, name="none").chunks == [0, 1, 2]
 
 
 def test_a_fresh_chunk_keeps_the_basis(mine):
@@ -723,7 +713,7 @@ def test_a_fresh_chunk_keeps_the_basis(mine):
     before, chunk = path.stat().st_mtime_ns, (mine / "logits" / "chunk-0001" / "topk.npy").stat().st_mtime_ns
     make.call(dump_logits.main, *make.dump(mine, "--fresh", "--chunk", 1))
     assert path.stat().st_mtime_ns == before and (mine / "logits" / "chunk-0001" / "topk.npy").stat().st_mtime_ns > chunk
-    store(mine, verify=True)
+    make.store(mine, verify=True)
 
 
 def test_all_made_anew_replaces_the_basis_of_another_teacher(mine, world):
@@ -747,7 +737,7 @@ def mass_outside(world, batch, k, t):
 @pytest.mark.parametrize("name", ("logits", "small"))
 @pytest.mark.parametrize("column", (0, 1, 2))
 def test_the_tail_at_a_dumped_temperature_is_the_one_that_was_dumped(world, name, column):
-    whole, records = store(world, name=name), store(world, name=name).val.records
+    whole, records = make.store(world, name=name), make.store(world, name=name).val.records
     kept = logits.decode(records, make.V, column, whole.shape.to(torch.device("cpu")))
     seen = basis.tail_between(kept.basis, kept.ids, kept.coef, logits.tails_of(records), [1.0, 2.0, 4.0], (1.0, 2.0, 4.0)[column])
     torch.testing.assert_close(seen, kept.tail, rtol=0, atol=1e-5)
@@ -756,7 +746,7 @@ def test_the_tail_at_a_dumped_temperature_is_the_one_that_was_dumped(world, name
 @pytest.mark.parametrize("t", (1.5, 3.0, 8.0))
 @pytest.mark.parametrize("name", ("logits", "small"))
 def test_a_tail_that_is_computed_is_within_the_error_that_was_measured(world, name, t):
-    whole, batch = store(world, t, name), some(world)
+    whole, batch = make.store(world, t, name), some(world)
     _, mean, worst = whole.guess
     seen, truth = logits.rest_mass(whole.train(batch), t), mass_outside(world, batch, 8, t)
     assert (seen - truth).abs().mean() <= mean + 1e-3 and (seen - truth).abs().max() <= worst + 1e-3 and mean < logits.GUESS_LIMIT
@@ -764,16 +754,17 @@ def test_a_tail_that_is_computed_is_within_the_error_that_was_measured(world, na
 
 def test_the_error_that_is_measured_is_that_of_the_temperature_left_out(world):
     """T = 3 asked, T = 4 left out: what T = 1 and 2 tell of T = 4 is compared with what was dumped."""
-    whole, batch = store(world, 3.0, "small"), data.Dataset(world / "data").train.batch([[row] for row in range(16)])
+    whole, batch = make.store(world, 3.0, "small"), data.Dataset(world / "data").train.batch([[row] for row in range(16)])
     left, mean, worst = whole.guess
-    made = basis.tail_between(whole.shape.to(torch.device("cpu")), *(getattr(store(world, 1.0, "small").train(batch), f) for f in ("ids", "coef")),
-                              torch.stack([store(world, t, "small").train(batch).tail for t in (1.0, 2.0)], 1), [1.0, 2.0], 4.0)
-    off = (logits.rest_mass(replace(store(world, 4.0, "small").train(batch), tail=made), 4.0) - mass_outside(world, batch, 8, 4.0)).abs()
+    at = {t: make.store(world, t, "small").train(batch) for t in (1.0, 2.0, 4.0)}
+    tails = torch.stack([at[1.0].tail, at[2.0].tail], 1)
+    made = basis.tail_between(whole.shape.to(torch.device("cpu")), at[1.0].ids, at[1.0].coef, tails, [1.0, 2.0], 4.0)
+    off = (logits.rest_mass(replace(at[4.0], tail=made), 4.0) - mass_outside(world, batch, 8, 4.0)).abs()
     assert left == 4.0 and abs(off.mean() - mean) < 1e-3 * mean + 1e-4 and abs(off.max() - worst) < 1e-3 * worst + 3e-3
 
 
 def test_a_dumped_temperature_needs_no_guess(world):
-    assert store(world, 4.0).guess is None
+    assert make.store(world, 4.0).guess is None
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
@@ -813,7 +804,7 @@ def test_a_measured_error_that_is_no_number_is_refused(world, monkeypatch):
 
 @pytest.mark.parametrize("t", (1.5, 3.0))
 def test_computed_tails_do_not_depend_on_the_chunk_size(world, t, monkeypatch):
-    batch, whole = some(world), store(world, t)
+    batch, whole = some(world), make.store(world, t)
     wanted = whole.train(batch).tail
     monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * make.V * 5)
     torch.testing.assert_close(whole.train(batch).tail, wanted, rtol=1e-6, atol=1e-6)
@@ -912,7 +903,7 @@ def test_a_dump_beside_chunks_whose_basis_is_lost_or_another_is_refused_before_t
     assert not (tmp_path / "logits" / "chunk-0001").exists()
     make.call(dump_logits.main, *make.dump(world, "--chunk", 2, "--fresh", "--out", tmp_path / "logits"))  # what the message says mends it
     make.call(dump_logits.main, *make.dump(world, "--out", tmp_path / "logits"))
-    assert len(store(world).chunks) == 3
+    assert len(make.store(world).chunks) == 3
 
 
 def test_fresh_without_a_basis_takes_the_old_one_away(world, tmp_path):

@@ -26,16 +26,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def mine(world, tmp_path):
-    """Return a copy of the world that a test may damage."""
-    return shutil.copytree(world, tmp_path / "world")
-
-
-def store(folder, temperature=2.0, name="logits", **options):
-    return logits.Store(folder / name, data.Dataset(folder / "data"), temperature, **options)
-
-
 def teacher_logits(folder, batch, name="teacher"):
     """Return the teacher's logits (N, V) in float64 at a batch's targets, by transformers alone, one row at a time."""
     module = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64).eval()
@@ -114,7 +104,7 @@ def test_a_gap_beyond_float16_is_held_at_its_end_and_stays_finite(values, far):
 @pytest.mark.parametrize("rounded, limit", ((True, 1e-6), (False, 1e-4)))
 def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
     """k = V: a live teacher, its gaps rounded to float16 as on disk, gives the same loss and gradient to 1e-6; unrounded, to 1e-4."""
-    full = store(world, name="full")
+    full = make.store(world, name="full")
     batch = full.dataset.train.batch([[row] for row in (3, 20, 39, 0)])
     ids, gaps, tail = plain(teacher_logits(world, batch).float(), make.V, 2.0)
     live = losses.Kept(ids, gaps.half().float() if rounded else gaps, tail)
@@ -131,7 +121,7 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
 
 @pytest.mark.parametrize("t", (1.0, 2.0, 4.0))
 def test_records_hold_the_top_k_and_the_exact_tail_of_the_teachers_own_logits(world, t):
-    top = store(world, t)
+    top = make.store(world, t)
     batch = top.dataset.train.batch([[row] for row in (3, 20, 39, 0)])
     kept, (ids, gaps, tail) = top.train(batch), plain(teacher_logits(world, batch), 8, t)
     assert (kept.ids == ids).all()
@@ -144,7 +134,7 @@ def listed(kept):
 
 
 def test_trap_22_records_follow_target_numbers_whatever_order_and_packing_the_rows_come_in(world):
-    top = store(world)
+    top = make.store(world)
     train = top.dataset.train
     by_number = {}
     for row in range(len(train.rows)):
@@ -222,7 +212,7 @@ def test_a_finished_dump_with_other_settings_is_refused(world):
 
 def refused(*args, **options):
     with pytest.raises(SystemExit) as end:
-        store(*args, **options)
+        make.store(*args, **options)
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
     return end.value.code
 
@@ -253,7 +243,7 @@ def test_a_damaged_record_is_found_by_verify(mine):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    store(mine)
+    make.store(mine)
     assert "chunk-0001/topk.npy is damaged" in refused(mine, verify=True) and "--fresh" in refused(mine, verify=True)
 
 
@@ -271,11 +261,11 @@ def test_chunks_of_two_teachers_are_refused(mine):
 def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_are_left_out(mine):
     for chunk in (0, 2):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
-    some = store(mine)
+    some = make.store(mine)
     assert some.missing == [0, 2] and some.chunks == [1] and some.mend() == "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=2"
     assert some.rows().tolist() == list(range(16, 32))
     batch = some.dataset.train.batch([[31], [16]])
-    assert (some.train(batch).ids == store(mine, name="full").train(batch).ids[:, :8]).all()
+    assert (some.train(batch).ids == make.store(mine, name="full").train(batch).ids[:, :8]).all()
 
 
 def test_a_folder_without_one_finished_chunk_is_refused(mine):
@@ -283,7 +273,7 @@ def test_a_folder_without_one_finished_chunk_is_refused(mine):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     words = refused(mine)
     assert "holds no finished chunk" in words and "make logits NAME=data CHUNK=0" in words
-    assert store(mine, temperature=None).compares
+    assert make.store(mine, temperature=None).compares
 
 
 def test_a_missing_folder_is_refused(world):
