@@ -211,7 +211,7 @@ def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans
 
     The end of turn is the last special token of the span if only blanks follow it there (ChatML's line break). All tokens of an
     emoji or a rare character share one offset pair, and all count. A token with no characters where a span begins (the lone space
-    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`. A token that lies in a `masked` stretch with all its characters is no target.
+    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`. A token all of whose characters are `masked` is no target.
     """
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (L,) each
     answer = np.zeros(len(ids), bool)
