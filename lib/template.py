@@ -258,8 +258,11 @@ def encode(tokenizer, rows: list[list[dict] | str], turns: str = "all", think: s
                 found[number] = f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
                 continue
             if think == "mask":
-                inside = [(start, traces(texts[number][start:stop])) for start, stop in spans[number]]
-                masked[number] = [(start + begin, start + end) for start, blocks in inside for begin, end in blocks]
+                found_in = [traces(texts[number][start:stop]) for start, stop in spans[number]]
+                if None in found_in:  # the template cut the end off
+                    found[number] = "unclosed think"
+                    continue
+                masked[number] = [(start + begin, start + end) for (start, _), blocks in zip(spans[number], found_in) for begin, end in blocks]
     usable = [number for number in texts if found[number] is None]
     if not usable:
         return found

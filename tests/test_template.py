@@ -342,6 +342,11 @@ def test_a_trace_without_end_or_without_answer_is_a_reason(row, reason, think):
     assert not isinstance(encoded(tiny.tiny(), row), str)  # kept as it is by default
 
 
+def test_a_template_that_cuts_the_end_of_a_trace_leaves_an_unclosed_one():
+    cuts = tiny.tiny(tiny.CHATML.replace("m.content", "m.content.replace('</think>', '')"))
+    assert encoded(cuts, chat("Hi", TRACE + "4"), think="mask") == "unclosed think"
+
+
 def test_a_token_that_begins_in_the_blanks_after_a_masked_trace_and_ends_in_the_answer_is_a_target():
     tokenizer = tiny.tiny(merges=[("Ġ", "4")])  # a space and a 4 are one token
     assert learned(tokenizer, chat("Hi", "<think>hm</think> 4!"), think="mask") == [" 4!<|im_end|>"]
