@@ -103,10 +103,10 @@ def _histogram(axis, values, label: str, colour: str, low: int, high: int) -> No
     edges = edges[:np.searchsorted(edges, high, side="right") + 1] - 0.5
     counts, _ = np.histogram(np.maximum(values, 1), edges)
     axis.stairs(counts / np.diff(np.log(edges)), edges, fill=True, color=colour)
-    median, most = (int(np.percentile(values, share, method="inverted_cdf")) for share in (50, 99))
+    median, most = (int(np.percentile(values, share, method="nearest")) for share in (50, 99))
     axis.axvline(median, color="#333333", lw=1)
     axis.axvline(most, color="#333333", lw=1, ls=":")
-    axis.set_title(f"half of the rows up to {median:,} (line), 99 % up to {most:,} (dotted), longest {values.max():,}", fontsize=9, loc="left")
+    axis.set_title(f"median {median:,} (line), 99th percentile {most:,} (dotted), longest {values.max():,}", fontsize=9, loc="left")
     axis.set(xscale="log", xlim=(max(0.8, low / 1.2), max(high, 10 * low) * 1.2), xlabel=label, yticks=[])
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))

@@ -58,10 +58,11 @@ def test_every_row_is_in_both_histograms_and_areas_are_shares(tmp_path, drawn, l
         assert f"longest {longest:,}" in axis.get_title(loc="left")
 
 
-def test_the_median_and_the_99th_percentile_are_those_of_the_rows(tmp_path, drawn):
+def test_the_median_and_the_99th_percentile_are_those_of_meta_json(tmp_path, drawn):
     figure, _, _ = drawn(folder_of(tmp_path, range(1, 1001), [40] * 1000, 0, ["x"], {}))
-    assert figure.axes[1].get_title(loc="left") == "half of the rows up to 500 (line), 99 % up to 990 (dotted), longest 1,000"
-    assert [line.get_xdata()[0] for line in figure.axes[1].lines] == [500, 990]
+    assert figure.axes[1].get_title(loc="left") == "median 501 (line), 99th percentile 990 (dotted), longest 1,000"
+    assert [prepare_data.percentiles(np.arange(1, 1001))[point] for point in ("p50", "p99")] == [501, 990]
+    assert [line.get_xdata()[0] for line in figure.axes[1].lines] == [501, 990]
 
 
 @pytest.mark.parametrize(("rows", "names", "dropped"), [
