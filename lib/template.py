@@ -171,15 +171,16 @@ def coda(tokenizer) -> str:
     return eos if closed.removesuffix(eos).rstrip().endswith(tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)))) else ""
 
 
-def answer_spans(tokenizer, messages: list[dict], turns: str = "all", coda: str = "") -> tuple[str, list[tuple[int, int]]]:
+def answer_spans(tokenizer, messages: list[dict], turns: str = "all", closing: str = "") -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation up to its last answer; return the text and the (start, end) characters of each answer to learn.
 
     Left out: a turn that fails the prefix rule (see the module), a blank one, one with nothing before it, and with turns="last"
-    all but the last. Raises jinja2.TemplateError or TypeError where the template refuses the conversation (a system message in Gemma 2).
+    all but the last. `closing`: the template's `coda`.
+    Raises jinja2.TemplateError or TypeError where the template refuses the conversation (a system message in Gemma 2).
     """
     last = last_answer(messages)
     messages = messages[:last + 1]
-    show = lambda some: render(tokenizer, some).removesuffix(coda)
+    show = lambda some: render(tokenizer, some).removesuffix(closing)
     ask = lambda some: render(tokenizer, some, add_generation_prompt=True)
     whole, spans, prompt = show(messages), [], ask(messages[:last]) if last else ""
     if not whole.startswith(prompt) and messages[last - 1]["role"] == "user":
@@ -200,7 +201,7 @@ def rewrites(tokenizer) -> bool:
     """Return whether the template shows an earlier answer otherwise than it was given (Qwen3), so that only the last can be learnt."""
     talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     try:
-        return len(answer_spans(tokenizer, talk, coda=coda(tokenizer))[1]) == 1
+        return len(answer_spans(tokenizer, talk, closing=coda(tokenizer))[1]) == 1
     except (jinja2.TemplateError, TypeError):
         return False
 
