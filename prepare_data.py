@@ -5,7 +5,8 @@
 
 Reads   --source     parquet, json, jsonl or csv: files, folders or globs; the schema is found from the column names, or --columns says it
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
-Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, and meta.json last
+Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, meta.json last,
+                     and report.png: how long rows are, where they come from, why others were dropped
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
 train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
@@ -26,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import data, files, flags, parallel, sources, split, template
+from lib import data, files, flags, parallel, plots, sources, split, template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
 SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
 BLOCK_TOKENS = 1 << 22                       # tokens copied at once
-SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "val", "limit", "rows_per_chunk", "seed")
+SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
 
 
@@ -46,13 +47,17 @@ def parse_args(argv=None):
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation that has none (default: what the template does)")
     parser.add_argument("--max-len", type=int, default=1024, metavar="N", help="tokens of the longest row kept (default: %(default)s)")
     parser.add_argument("--long", choices=["drop", "truncate"], default="drop", help="what happens to a longer row (default: %(default)s)")
+    parser.add_argument("--turns", choices=["all", "last"], default="all", help="answers of a conversation to learn (default: %(default)s)")
+    parser.add_argument("--think", choices=["keep", "drop", "mask"], default="keep",
+                        help="reasoning traces <think>...</think> of the answers: learnt like the rest, taken out, or in the text but not learnt"
+                             " (default: %(default)s)")
     # --- which rows
     parser.add_argument("--val", type=float, default=0.02, metavar="X", help="validation rows: a share below 1, or a count (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N kept rows; 0 = off (default: %(default)s)")
     parser.add_argument("--rows-per-chunk", type=int, default=20000, metavar="N", help="rows of one dump of teacher logits (default: %(default)s)")
     # --- the run
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core, at most 16 (default: %(default)s)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows with their targets marked (default: %(default)s)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows, targets marked (default: %(default)s)")
     flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
     flags.positive(parser, args, "max_len", "rows_per_chunk")
@@ -82,10 +87,10 @@ def prompt_hash(row, seed):
     return int.from_bytes(hashlib.blake2b(json.dumps(row).encode(), digest_size=8, key=str(seed).encode()).digest(), "little")
 
 
-def encode_batch(rows, folder, trust_remote_code, max_len, long, seed):
+def encode_batch(rows, folder, trust_remote_code, max_len, long, turns, think, seed):
     """Encode a batch of rows in a worker. Return one entry a row: (ids, answer, prompt hash, ids hash), or the reason it is dropped."""
     result = []
-    for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows)):
+    for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows, turns, think)):
         if not isinstance(encoded, str):
             ids, answer = encoded
             if len(ids) > max_len and long == "truncate":
@@ -125,6 +130,7 @@ def stage(partial, numbered, work, args, val_rows, total):
             answers.append(answer)
             records.append(np.array([(len(ids), answer.sum(), number, prompt)], split.STAGED))
             if val_rows.candidate(prompt) and not isinstance(row, str):
+                row = template.without_think(row) if args.think == "drop" else row
                 last = template.last_answer(row)
                 prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
             kept += 1
@@ -142,7 +148,7 @@ def finished(out, args, shaping):
     if args.fresh or not (out / "meta.json").exists():
         return None
     meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
-    before = meta.get("args", {})
+    before = {"turns": "all", "think": "keep"} | meta.get("args", {})  # a folder may be older than these two flags
     differs = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in shaping.items() if before.get(name) != value]
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
@@ -155,17 +161,19 @@ def finished(out, args, shaping):
 
 
 def show(folder, count):
-    """Print training rows with their targets green on a terminal, in brackets elsewhere."""
+    """Print training rows, spread over all of them, with their targets green on a terminal, in brackets elsewhere."""
     rows, tokenizer = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer")
-    grey, green, plain = ("\x1b[90m", "\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("", "[", "")
-    for row in range(min(count, len(rows.rows))):
+    names = [source["name"] for source in files.read_json(folder / "meta.json")["sources"]]
+    grey, green, bold, plain = ("\x1b[90m", "\x1b[32m", "\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "[", "", "")
+    for row in np.linspace(0, len(rows.rows) - 1, min(count, len(rows.rows))).astype(int):
         ids, answer = rows.row(row)
-        print(f"\nrow {row}: {len(ids)} tokens, {answer.sum()} targets")
+        print(f"\n{bold}row {row:,} of {len(rows.rows):,} from {names[rows.rows[row]['source']]}: {len(ids)} tokens, {answer.sum()} targets{plain}")
         cuts = [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
+        text = ""
         for begin, end in itertools.pairwise(cuts):
-            text = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            print(f"{green}{text}{plain or ']'}" if answer[begin] else f"{grey}{text}{plain}", end="")
-        print()
+            part = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text += f"{green}{part}{plain or ']'}" if answer[begin] else f"{grey}{part}{plain}"
+        print(text.rstrip("\n"))
 
 
 def report(folder, meta):
@@ -207,6 +215,8 @@ def main(argv=None):
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     if any(source.schema != "text" for source in inputs) and template.ensure_template(tokenizer):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
+    if args.turns == "all" and any("messages" in source.columns for source in inputs) and template.rewrites(tokenizer):
+        print("prepare warning: the chat template rewrites earlier answers: of each conversation only the last one is learnt", flush=True)
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
 
@@ -217,7 +227,7 @@ def main(argv=None):
     saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     tokenizer = saved_tokenizer(partial / "tokenizer", args.trust_remote_code)  # later stages load this one: so does this run
     work = functools.partial(encode_batch, folder=partial / "tokenizer", trust_remote_code=args.trust_remote_code,
-                             max_len=args.max_len, long=args.long, seed=args.seed)
+                             max_len=args.max_len, long=args.long, turns=args.turns, think=args.think, seed=args.seed)
     numbered = ((number, row) for number, source in enumerate(inputs) for row in sources.rows(source, args.system))
     total = None if any(source.count is None for source in inputs) else sum(source.count for source in inputs)
     val_rows = split.ValRows(args.val)
@@ -254,6 +264,7 @@ def main(argv=None):
         "seed": args.seed,
     }
     files.write_json(partial / "meta.json", meta)
+    plots.prepared(partial)
     lock.close()
     (partial / ".lock").unlink()
     files.publish(partial, out)

@@ -6,6 +6,7 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and trained on
     SPLIT.rows.npy     ROW    (rows,)     one record a row
     tokenizer/         the tokenizer itself, so that no later stage needs a network
+    report.png         how long rows are, where they come from, why others were dropped (lib/plots.py; without matplotlib there is none)
     meta.json          written last: identities, counts, what was dropped and why
 
 The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c is the rows

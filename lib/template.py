@@ -5,7 +5,9 @@ its end-of-turn token; nothing that the generation prompt supplies, nothing afte
 
 How an answer is found, with no help from the template (most have no `{% generation %}`): the conversation up to the turn, rendered
 with its generation prompt, must be a prefix of the whole rendered conversation, and so must the conversation up to and with the
-turn; what lies between the two is the answer. Where a template rewrites earlier turns, that fails, and the turn is context only.
+turn; what lies between the two is the answer. Where a template rewrites earlier turns (Qwen3), that fails, and the turn is context only.
+
+Reasoning traces (`traces`) are targets like the rest, or dropped from the text, or masked: they stay in the text and are no targets.
 
 Worked example (ChatML):
 
@@ -23,6 +25,7 @@ import numpy as np
 from lib import files
 
 ROLES = ("system", "user", "assistant", "tool")
+OPEN, CLOSE = "<think>", "</think>"  # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 
 # For a tokenizer without a template of its own: plain headings, and eos_token as the end of an assistant's turn. Every heading
@@ -99,7 +102,38 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def fault(messages: list[dict]) -> str | None:
+def traces(text: str) -> list[tuple[int, int]] | None:
+    """Return the (start, end) characters of the reasoning traces in an answer, or None if one of them is never closed.
+
+    A trace goes from <think> to </think> and the blanks that follow. Where </think> comes first, the generation prompt had opened the
+    trace (DeepSeek-R1), and it begins with the answer: traces("hm</think>\\n\\nYes") == [(0, 12)].
+    """
+    found, end = [], 0
+    start = text.find(OPEN)
+    if text.find(CLOSE, 0, start if start >= 0 else None) >= 0:
+        start = 0
+    while start >= 0:
+        close = text.find(CLOSE, start)
+        if close < 0:
+            return None
+        begin, end = start if text[end:start].strip() else end, close + len(CLOSE)
+        end += len(text) - end - len(text[end:].lstrip())
+        found.append((begin, end))
+        start = text.find(OPEN, end)
+    return found
+
+
+def without_think(messages: list[dict]) -> list[dict]:
+    """Return the conversation without the reasoning traces of its assistant turns: what --think drop renders."""
+    def drop(text):
+        for start, end in reversed(traces(text)):
+            text = text[:start] + text[end:]
+        return text
+
+    return [{**message, "content": drop(message["content"])} if message["role"] == "assistant" else message for message in messages]
+
+
+def fault(messages: list[dict], think: str = "keep") -> str | None:
     """Return why a conversation cannot be used (the reason it is counted under), or None."""
     if any(message["role"] not in ROLES for message in messages):
         return "unknown role"
@@ -107,6 +141,10 @@ def fault(messages: list[dict]) -> str | None:
         return "not text"
     if any(BROKEN.search(message["content"]) for message in messages):
         return "broken Unicode"
+    if think != "keep":
+        if any(message["role"] == "assistant" and traces(message["content"]) is None for message in messages):
+            return "unclosed think"
+        messages = without_think(messages)
     asked = [message["content"].strip() for message in messages if message["role"] == "user"]
     answered = [message["content"].strip() for message in messages if message["role"] == "assistant"]
     return "empty" if not any(answered) or asked and not any(asked) else None
@@ -117,31 +155,64 @@ def last_answer(messages: list[dict]) -> int:
     return max(place for place, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip())
 
 
-def answer_spans(tokenizer, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+def coda(tokenizer) -> str:
+    """Return eos_token if the template closes every conversation with it, after the end of turn and whoever spoke last (Phi-3).
+
+    It belongs to no turn: `answer_spans` leaves it out, or no earlier answer would be a prefix, and the model would learn to go on
+    after the token that ends its turn.
+    """
+    eos, asked = tokenizer.eos_token, [{"role": "user", "content": "x"}]
+    try:
+        closed, prompt = render(tokenizer, asked), render(tokenizer, asked, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError):
+        return ""
+    if not eos or not closed.endswith(eos) or prompt.startswith(closed):
+        return ""
+    return eos if closed.removesuffix(eos).rstrip().endswith(tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)))) else ""
+
+
+def answer_spans(tokenizer, messages: list[dict], turns: str = "all", closing: str = "") -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation up to its last answer; return the text and the (start, end) characters of each answer to learn.
 
-    Left out: a turn that fails the prefix rule (see the module), a blank one, and one with nothing before it.
-    Raises jinja2.TemplateError or TypeError where the template refuses the conversation (say, a system message in Gemma).
+    Left out: a turn that fails the prefix rule (see the module), a blank one, one with nothing before it, and with turns="last"
+    all but the last. `closing`: the template's `coda`.
+    Raises jinja2.TemplateError or TypeError where the template refuses the conversation (a system message in Gemma 2).
     """
     last = last_answer(messages)
     messages = messages[:last + 1]
-    whole, spans = render(tokenizer, messages), []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant" or turn == 0 or not message["content"].strip():
+    show = lambda some: render(tokenizer, some).removesuffix(closing)
+    ask = lambda some: render(tokenizer, some, add_generation_prompt=True)
+    whole, spans, prompt = show(messages), [], ask(messages[:last]) if last else ""
+    if not whole.startswith(prompt) and messages[last - 1]["role"] == "user":
+        # Mistral writes the system message into the last question, and nowhere once that is answered: take the prompt that chat
+        # would send, and behind it the answer as the template writes it after its question alone
+        question, both = ask(messages[last - 1:last]), show(messages[last - 1:])
+        whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
+    for turn in [last] if turns == "last" else range(1, last + 1):
+        if messages[turn]["role"] != "assistant" or turn == 0 or not messages[turn]["content"].strip():
             continue
-        prompt = render(tokenizer, messages[:turn], add_generation_prompt=True)
-        end = whole if turn == last else render(tokenizer, messages[:turn + 1])
-        if whole.startswith(prompt) and whole.startswith(end) and len(prompt) < len(end):
-            spans.append((len(prompt), len(end)))
+        before, end = (prompt, whole) if turn == last else (ask(messages[:turn]), show(messages[:turn + 1]))
+        if whole.startswith(before) and whole.startswith(end) and len(before) < len(end):
+            spans.append((len(before), len(end)))
     return whole, spans
 
 
-def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans: list[tuple[int, int]], special: set[int]) -> np.ndarray:
+def rewrites(tokenizer) -> bool:
+    """Return whether the template shows an earlier answer otherwise than it was given (Qwen3), so that only the last can be learnt."""
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    try:
+        return len(answer_spans(tokenizer, talk, closing=coda(tokenizer))[1]) == 1
+    except (jinja2.TemplateError, TypeError):
+        return False
+
+
+def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans: list[tuple[int, int]], special: set[int],
+                masked: list[tuple[int, int]] = ()) -> np.ndarray:
     """Return which tokens are targets, (L,) bool: those that start inside a span, up to the span's end-of-turn token.
 
     The end of turn is the last special token of the span if only blanks follow it there (ChatML's line break). All tokens of an
     emoji or a rare character share one offset pair, and all count. A token with no characters where a span begins (the lone space
-    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`.
+    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`. A token all of whose characters are `masked` is no target.
     """
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (L,) each
     answer = np.zeros(len(ids), bool)
@@ -151,32 +222,48 @@ def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans
         if closers and not text[ends[closers[-1]]:stop].strip():
             inside = inside[inside <= closers[-1]]
         answer[inside] = True
+    for first, stop in masked:
+        answer[(begins >= first) & (ends <= stop)] = False
     answer[:1] = False  # nothing predicts the first token
     return answer
 
 
-def encode(tokenizer, rows: list[list[dict] | str]) -> list[tuple[np.ndarray, np.ndarray] | str]:
+def encode(tokenizer, rows: list[list[dict] | str], turns: str = "all", think: str = "keep") -> list[tuple[np.ndarray, np.ndarray] | str]:
     """Turn conversations (or plain texts) into (ids (L,) uint32, answer (L,) bool); a row that cannot be used into the reason why.
 
     A conversation is tokenized once, as a whole and with add_special_tokens=False: the template wrote its BOS, if there is one.
     A plain text gets BOS where the tokenizer adds it, and eos where there is one; every token but the first is a target.
+
+    turns  "all": every answer of a conversation is learnt, "last": the last one only.
+    think  "keep": traces are learnt like the rest; "drop": they are taken out before the template sees the answer; "mask": they stay
+           in the text, and everything from <think> to </think> and the blanks that follow is no target. The tags too: a student that
+           learnt </think> alone would be taught to end a thought that it was never taught to begin. An empty block that the template
+           itself puts before an answer (Qwen3) is a trace like any other, and no part of what "drop" takes out.
     """
     if not tokenizer.is_fast:
         files.fail(f"the tokenizer {tokenizer.name_or_path} gives no character offsets", seen="a slow tokenizer", wanted="one with tokenizer.json")
     found: list = [None] * len(rows)
-    texts, spans = {}, {}
+    texts, spans, masked = {}, {}, {}
+    closing = coda(tokenizer) if any(not isinstance(row, str) for row in rows) else ""
     for number, row in enumerate(rows):
         if isinstance(row, str):
             texts[number] = row
             found[number] = "empty" if not row.strip() else "broken Unicode" if BROKEN.search(row) else None
-        elif (reason := fault(row)) is not None:
+        elif (reason := fault(row, think)) is not None:
             found[number] = reason
         else:
             try:
-                texts[number], spans[number] = answer_spans(tokenizer, row)
-                found[number] = None if spans[number] else "no target"
+                texts[number], spans[number] = answer_spans(tokenizer, without_think(row) if think == "drop" else row, turns, closing)
+                found[number] = None if spans[number] else "rewritten by the chat template" if last_answer(row) else "no target"
             except (jinja2.TemplateError, TypeError) as refused:
                 found[number] = f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
+                continue
+            if think == "mask":
+                found_in = [traces(texts[number][start:stop]) for start, stop in spans[number]]
+                if None in found_in:  # the template cut the end off
+                    found[number] = "unclosed think"
+                    continue
+                masked[number] = [(start + begin, start + end) for (start, _), blocks in zip(spans[number], found_in) for begin, end in blocks]
     usable = [number for number in texts if found[number] is None]
     if not usable:
         return found
@@ -185,7 +272,7 @@ def encode(tokenizer, rows: list[list[dict] | str]) -> list[tuple[np.ndarray, np
     for number, encoding in zip(usable, encodings):
         ids = encoding.ids
         if number in spans:
-            answer = answer_mask(ids, encoding.offsets, texts[number], spans[number], special)
+            answer = answer_mask(ids, encoding.offsets, texts[number], spans[number], special, masked.get(number, ()))
         else:
             ids = ([bos] if bos is not None and ids[:1] != [bos] else []) + ids + ([eos] if eos is not None and ids[-1:] != [eos] else [])
             answer = np.arange(len(ids)) > 0

@@ -10,7 +10,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
-from lib import data, files, parallel, sources, split, template
+from lib import data, files, parallel, plots, sources, split, template
 
 PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
 
@@ -23,8 +23,10 @@ def tokenizer_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def prepare(tmp_path, tokenizer_dir):
+def prepare(tmp_path, tokenizer_dir, monkeypatch):
     """Return a function that runs the script on rows (written as rows.jsonl) or on --source flags, and opens what it wrote."""
+    monkeypatch.setattr(plots, "prepared", lambda folder: None)  # half a second each; see test_plots.py
+
     def run(rows=None, *more, out="out", tokenizer=tokenizer_dir):
         if rows is not None:
             more = ("--source", str(write(tmp_path / "rows.jsonl", rows)), *more)
@@ -367,7 +369,75 @@ def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
 def test_show_marks_the_targets(prepare, capsys):
     prepare(PAIRS, "--val", "0", "--show", "2")
     shown = capsys.readouterr().out
-    assert "<|im_start|>assistant\n[reply 1<|im_end|>]\n" in shown and "\x1b" not in shown and "row 2" not in shown
+    assert "row 0 of 30 from" in shown and " tokens, 8 targets\n" in shown and "row 29 of 30 from" in shown
+    assert shown.count("<|im_start|>assistant\n[reply ") == 2 and "[reply 29<|im_end|>]\n\n" in shown and "\x1b" not in shown
+
+
+def test_show_leaves_a_masked_trace_outside_the_brackets(prepare, capsys):
+    talk = tiny.chat("one", "<think>hm</think>\n\ntwo", "three", "<think>so</think>\n\nfour")
+    prepare([{"messages": talk}], "--val", "0", "--show", "1", "--think", "mask")
+    shown = capsys.readouterr().out
+    assert "<think>hm</think>\n\n[two<|im_end|>]\n" in shown and "<think>so</think>\n\n[four<|im_end|>]\n" in shown
+
+
+# --- turns and reasoning traces
+
+TRACED = [{"messages": tiny.chat(f"ask {i}", f"<think>a {i}</think>\n\nyes {i}", "more", f"<think>b {i}</think>\n\nno {i}")} for i in range(8)]
+
+
+def test_turns_and_think_decide_what_is_learnt_and_nothing_is_lost_by_default(prepare):
+    targets = lambda *flags: texts(prepare(TRACED, "--val", "0", *flags, "--fresh"))[3][1]
+    one, two, end = "<think>a 3</think>\n\nyes 3", "<think>b 3</think>\n\nno 3", "<|im_end|>"
+    assert targets() == f"{one}{end}{two}{end}" and targets("--turns", "last") == f"{two}{end}"
+    assert targets("--think", "drop") == targets("--think", "mask") == f"yes 3{end}no 3{end}"
+    assert targets("--think", "mask", "--turns", "last") == f"no 3{end}"
+
+
+def test_a_masked_trace_stays_in_the_text_and_a_dropped_one_does_not(prepare):
+    shown = {think: texts(prepare(TRACED, "--val", "0", "--think", think, out=think))[3][0] for think in ("keep", "drop", "mask")}
+    assert shown["keep"] == shown["mask"] and "<think>b 3</think>" in shown["mask"] and "think" not in shown["drop"]
+
+
+@pytest.mark.parametrize("think", ["keep", "drop", "mask"])
+def test_val_prompts_and_references_lose_their_traces_where_the_rows_do(prepare, think):
+    made = prepare(TRACED, "--val", "4", "--think", think)
+    lines = list(map(json.loads, (made.folder / "val.prompts.jsonl").read_text(encoding="utf-8").splitlines()))
+    assert len(lines) == len(made.val.rows) == 4
+    for line, (whole, _) in zip(lines, texts(made, "val")):
+        assert template.render(made.tokenizer(), [*line["messages"], {"role": "assistant", "content": line["reference"]}]) == whole
+        assert ("<think>" in line["reference"]) == ("<think>" in line["messages"][1]["content"]) == (think != "drop")
+
+
+def test_the_side_of_a_row_does_not_depend_on_turns_or_think(prepare):
+    asked = lambda made: {whole.split("ask ")[1][0] for whole, _ in texts(made, "val")}
+    settings = [], ["--turns", "last"], ["--think", "drop"]
+    made = [prepare(TRACED, "--val", "0.4", *flags, out=f"out{number}") for number, flags in enumerate(settings)]
+    assert 0 < len(asked(made[0])) < 8 and asked(made[0]) == asked(made[1]) == asked(made[2])
+
+
+def test_traces_without_end_are_counted_and_rows_that_differ_in_their_traces_alone_are_duplicates_once_those_are_dropped(prepare):
+    rows = [{"prompt": "a", "answer": "<think>x"}, {"prompt": "a", "answer": "<think>x</think>"}, {"prompt": "a", "answer": "<think>x</think>b"},
+            {"prompt": "a", "answer": "<think>y</think>b"}]
+    dropped = lambda think: prepare(rows, "--val", "0", "--think", think, out=think).meta["dropped"]
+    assert dropped("drop") == {"unclosed think": 1, "empty": 1, "duplicate": 1} and dropped("mask") == {"unclosed think": 1, "empty": 1}
+    assert dropped("keep") == {}
+
+
+def test_other_turns_or_traces_are_another_data_set_and_a_folder_older_than_the_flags_has_the_defaults(prepare):
+    made = prepare(TRACED, "--val", "0")
+    meta = files.read_json(made.folder / "meta.json")
+    assert (meta["args"].pop("turns"), meta["args"].pop("think")) == ("all", "keep")
+    files.write_json(made.folder / "meta.json", meta)
+    prepare(TRACED, "--val", "0")
+    with pytest.raises(SystemExit, match=r"turns 'all' -> 'last', think 'keep' -> 'mask'.*--fresh"):
+        prepare(TRACED, "--val", "0", "--turns", "last", "--think", "mask")
+
+
+def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_some(tmp_path, prepare, capsys):
+    tiny.model("qwen3").save_pretrained(tmp_path / "qwen3")
+    for warned, rows, *flags in ((True, TRACED), (False, PAIRS), (False, TRACED, "--turns", "last")):
+        prepare(rows, "--val", "0", *flags, "--fresh", tokenizer=tmp_path / "qwen3")
+        assert ("only the last one is learnt" in capsys.readouterr().out) == warned
 
 
 def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys):
@@ -436,6 +506,14 @@ BAD_FILES = {
     "numbers as answers in parquet": (rows_of("a.parquet", [{"prompt": "p", "answer": 5}]), ["a.parquet", "answer", "int64", "text"]),
     "text as messages": (rows_of("a.parquet", [{"messages": "hello"}]), ["a.parquet", "row 1", "messages", "role, content"]),
     "numbers as messages": (rows_of("a.parquet", [{"messages": [1, 2]}]), ["a.parquet", "messages", "role, content"]),
+    "lists as prompts in parquet": (rows_of("a.parquet", [{"prompt": ["p"], "answer": "a"}]), ["a.parquet", "prompt", "list<", "text"]),
+    "objects as prompts in json": (rows_of("a.jsonl", [{"prompt": {"p": 1}, "answer": "a"}]), ["a.jsonl", "row 1", "prompt", "dict"]),
+    "one message as messages": (rows_of("a.jsonl", [{"messages": {"role": "user", "content": "x"}}]), ["row 1", "messages", "a list of"]),
+    "no assistant's turn": (rows_of("a.jsonl", [{"messages": tiny.chat("x")}] * 2), ["no row is left", "empty 2"]),
+    "no user's turn": (rows_of("a.jsonl", [{"messages": tiny.chat("x", "y")[1:]}]), ["no row is left", "no target 1"]),
+    "no role": (rows_of("a.jsonl", [{"messages": [{"content": "x"}]}]), ["no row is left", "unknown role 1"]),
+    "a column of nulls": (rows_of("a.parquet", [{"prompt": None, "answer": "a"}]), ["no row is left", "empty 1"]),
+    "only unclosed traces": (rows_of("a.jsonl", [{"prompt": "p", "answer": "<think>a"}]), ["no row is left", "unclosed think 1"], "--think", "mask"),
     "nothing left": (rows_of("a.jsonl", [{"prompt": "p", "answer": ""}] * 3), ["no row is left", "empty 3"]),
     "all in val": (rows_of("a.jsonl", [{"prompt": "p", "answer": "a"}]), ["to train on", "smaller --val"], "--val", "1"),
     "no such column": (rows_of("a.jsonl", PAIRS), ["no column nope", "prompt, answer"], "--columns", "prompt=prompt,answer=nope"),
@@ -458,7 +536,8 @@ def test_a_bad_file_is_one_line_that_names_what_is_needed(tmp_path, monkeypatch,
     (["--columns", "prompt=a"], "prompt=COL,answer=COL"), (["--columns", "text=a,input=b"], "text=COL"), (["--columns", "nonsense"], "text=COL"),
     (["--val", "-1"], "--val"), (["--val", "2.5"], "--val"), (["--val", "nan"], "--val"), (["--val", "inf"], "--val"),
     (["--max-len", "0"], "--max-len"), (["--rows-per-chunk", "0"], "--rows-per-chunk"), (["--workers", "-1"], "--workers"),
-    (["--limit", "-5"], "--limit"), (["--long", "wrap"], "truncate"), (["--max", "5"], "--max"),
+    (["--limit", "-5"], "--limit"), (["--long", "wrap"], "truncate"),
+    (["--turns", "first"], "last"), (["--think", "hide"], "mask"), (["--max", "5"], "--max"),
 ])
 def test_a_bad_argument_exits_with_2_and_names_it(capsys, flags, word):
     with pytest.raises(SystemExit) as end:

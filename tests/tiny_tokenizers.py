@@ -1,4 +1,6 @@
 """Byte-level tokenizers without merges (every byte is a token, so an emoji is four), and chat templates of the common kinds."""
+from pathlib import Path
+
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -28,11 +30,35 @@ REWRITES = ("{% for m in messages %}{{ m.role + ':' + m.content + '<|eot|>' }}{%
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<|pad|>"]
 
 
-def tiny(chat_template=CHATML, eos="<|im_end|>", pad="<|pad|>", bos="<s>", adds_bos=False, trim_offsets=False, merges=()) -> PreTrainedTokenizerFast:
+# the templates of published models, in tests/templates in this project's words: the tokens that are special to them, and the one that ends a turn
+MODELS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "qwen2.5": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "qwen3": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "smollm2": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma3": ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    "mistral": ("<s>", "[INST]", "[/INST]", "</s>"),
+    "phi3": ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+}
+
+
+def model(name: str, **more) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer with the chat template, the special tokens, and bos and eos of a published model."""
+    special = MODELS[name]
+    bos = special[0] if name in ("llama3", "gemma3", "mistral", "phi3") else None
+    eos = {"gemma3": "<eos>", "phi3": "<|endoftext|>"}.get(name, special[-1])
+    words = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return tiny(words, eos=eos, pad=eos, bos=bos, special=special, rstrip=name == "phi3", **more)
+
+
+def tiny(chat_template=CHATML, eos="<|im_end|>", pad="<|pad|>", bos="<s>", adds_bos=False, trim_offsets=False, merges=(), special=SPECIAL,
+         rstrip=False) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [first + second for first, second in merges]
     inner = Tokenizer(BPE({piece: number for number, piece in enumerate(alphabet)}, list(merges)))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=rstrip) for token in special])
+    inner.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>") if special is not SPECIAL])
     inner.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     if adds_bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
@@ -43,5 +69,5 @@ def tiny(chat_template=CHATML, eos="<|im_end|>", pad="<|pad|>", bos="<s>", adds_
 
 def chat(*contents: str, system: str | None = None) -> list[dict]:
     """A conversation of alternating turns, the user's first."""
-    opening = [{"role": "system", "content": system}] if system else []
+    opening = [{"role": "system", "content": system}] if system is not None else []
     return opening + [{"role": ("user", "assistant")[turn % 2], "content": content} for turn, content in enumerate(contents)]
