@@ -70,7 +70,7 @@ def test_a_mix_is_read(text, wanted):
 
 
 @pytest.mark.parametrize("text, words", (
-    ("", "no source is named"), ("general", "'general' is neither"), (":1", "':1' is neither"), ("a:", "'a:' is neither"), ("a: 1", "'a:' is neither"),
+    ("", "no source is named"), ("general", "'general' is neither"), (":1", "':1' is neither"), ("a: 1", "'a:' is neither"),
     ("a:x", "'a:x' is neither"), ("a:1->", "'a:1->' is neither"), ("a:0.5->x b:0.5", "'a:0.5->x' is neither"), ("a:0.5,b:0.5", "sum to 0.5"),
     ("a:0.5 a:0.5", "a is there twice"), ("a:-0.5 b:1.5", "'a:-0.5' has a share"), ("a:nan", "'a:nan' has a share"), ("a:inf b:0", "'a:inf' has"),
     ("a:0.5 b:0.4", "at the first step sum to 0.9, not to 1"), ("a:0.5->0.4 b:0.5", "at the last step sum to 0.9, not to 1"),
