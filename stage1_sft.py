@@ -82,7 +82,7 @@ def main(argv=None):
     for step in range(run.step, steps + 1):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
-            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp)
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, sources=dataset.sources)
             run.log("eval", step, **measures)
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)

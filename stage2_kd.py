@@ -70,7 +70,7 @@ def main(argv=None):
         files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
                    logits.dump_command(store.meta | {"vocab": None}, dataset, args.logits, f"--student {args.student} --fresh"))
     if args.eval_only:
-        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
+        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         about = {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits}
         files.write_json(Path(args.out) / "eval.json", about | measures)
@@ -123,7 +123,7 @@ def main(argv=None):
     for step in range(run.step, steps + 1):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
-            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store)
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
             run.log("eval", step, **measures)
             if step == 0:
                 preflight.teacher_can_teach(store, measures)

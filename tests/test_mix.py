@@ -180,6 +180,8 @@ def test_a_run_says_and_logs_the_shares_it_has(world, tmp_path, capsys, name):
     for line, steps in zip(lines, (run[:1], run[1:5], run[5:9]), strict=True):
         assert (line["share_general"], line["share_finance"]) == pytest.approx((general(steps), 1 - general(steps)), rel=1e-6)
         assert line["targets"] == rows["targets"][steps[-1]].sum()
+    evaluated = make.history(tmp_path / "run", "eval")[-1]
+    assert evaluated["ce_general"] != evaluated["ce_finance"] and ("kl_finance" in evaluated) == (name == "stage2_kd")
     config, said = files.read_json(tmp_path / "run" / "config.json"), capsys.readouterr().out
     assert config["shares"] == pytest.approx({"share_general": general(run), "share_finance": 1 - general(run)})
     assert f"realised shares of the run's tokens: share_general {general(run):.4f}" in said
@@ -287,3 +289,4 @@ def test_a_chunk_that_is_missing_does_not_matter_where_nothing_is_trained(world,
     folder = sourced(make.world(tmp_path, rows=40, rows_per_chunk=20), mix="finance:1")
     make.call(dump_logits.main, *make.dump(folder, "--chunk", "val"))
     make.call(stage2_kd.main, *make.stage2(folder, "--eval-only"))
+    assert {"ce_general", "kl_finance"} <= set(files.read_json(folder / "stage2" / "eval.json"))
