@@ -106,7 +106,7 @@ def tokens_of(parts: Sequence[Part], dataset: data.Dataset, steps_of_rows: Seque
 
 
 def realised(parts: Sequence[Part], dataset: data.Dataset, steps_of_rows: Sequence[np.ndarray]) -> dict[str, float]:
-    """Return each part's share of the tokens of some steps: what a log line calls share_NAME; {} without a mix."""
+    """Return each part's share of the tokens of some steps, as share_NAME (log lines: of the steps since the one before); {} without a mix."""
     if not parts:
         return {}
     tokens = tokens_of(parts, dataset, steps_of_rows)
