@@ -5,6 +5,7 @@ NAME    = mydata
 SOURCE  = $(NAME).parquet
 TEACHER = Qwen/Qwen2.5-7B-Instruct
 STUDENT = Qwen/Qwen2.5-0.5B
+TOKENIZER = $(STUDENT)
 CHUNK   = all
 K       = 16
 T       = 2
@@ -44,7 +45,7 @@ setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-in
 	touch $@
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
-	$(PY) prepare_data.py --source $(SOURCE) --tokenizer $(STUDENT) --out $(DATA) $(DATA_ARGS) $(ARGS)
+	$(PY) prepare_data.py --source $(SOURCE) --tokenizer $(TOKENIZER) --out $(DATA) $(DATA_ARGS) $(ARGS)
 
 stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
 	$(PY) stage1_sft.py --data $(DATA) --student $(STUDENT) --out $(RUNS)/stage1 $(STAGE1_ARGS) $(ARGS)

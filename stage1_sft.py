@@ -9,9 +9,10 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
 """
 import argparse
 
+import numpy as np
 import torch
 
-from lib import evaluate, flags, losses, models, plan, preflight, samples
+from lib import evaluate, flags, losses, mix, models, plan, preflight, samples
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -41,9 +42,11 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
+    args.mix = mix.chosen(args.mix, dataset)
+    rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
-    run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)}, args.best)
+    run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
                           from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
@@ -52,9 +55,9 @@ def main(argv=None):
     head = student.head()
 
     lengths = dataset.train.rows["length"]
-    plan.check(lengths, args.tokens_per_microbatch)
-    steps_of_rows = plan.whole_run(range(len(lengths)), lengths, args.seed, args.tokens_per_step, args.epochs, args.steps)
-    line = plan.line_length(lengths, args.tokens_per_microbatch, args.attn)
+    plan.check(lengths[rows_there], args.tokens_per_microbatch)
+    steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts)
+    line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
     steps = len(steps_of_rows)
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -62,6 +65,7 @@ def main(argv=None):
     print(f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens, on {device}, {amp or 'float32'}")
     print(f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
+    mix.say(parts, dataset, steps_of_rows)
     if preflight.checkpointing_needed(student, args, amp):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student)
@@ -78,7 +82,7 @@ def main(argv=None):
     for step in range(run.step, steps + 1):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
-            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp)
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, sources=dataset.sources)
             run.log("eval", step, **measures)
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
@@ -113,9 +117,10 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets, **run.pace(steps - step - 1))
+            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets,
+                    **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
-    run.finish(steps, measures)
+    run.finish(steps, measures, mix.realised(parts, dataset, steps_of_rows))
     print(f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it: python chat.py --ckpt {run.out}")
 
 

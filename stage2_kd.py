@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, logits, losses, models, plan, preflight, samples
+from lib import evaluate, files, flags, logits, losses, mix, models, plan, preflight, samples
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -56,10 +56,12 @@ def main(argv=None):
     store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
     method = losses.Method(args.alpha, args.temperature, args.divergence, args.beta)
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
+    args.mix = mix.chosen(args.mix, dataset)
+    rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
     inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks,
-                                   "records": store.records}
+                                   "records": store.records} | mix.identity(parts)
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
@@ -68,7 +70,7 @@ def main(argv=None):
         files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
                    logits.dump_command(store.meta | {"vocab": None}, dataset, args.logits, f"--student {args.student} --fresh"))
     if args.eval_only:
-        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store)
+        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         about = {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits}
         files.write_json(Path(args.out) / "eval.json", about | measures)
@@ -80,9 +82,9 @@ def main(argv=None):
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head(store.vocab)
 
-    lengths, rows_there = dataset.train.rows["length"], store.rows()
+    lengths = dataset.train.rows["length"]
     plan.check(lengths[rows_there], args.tokens_per_microbatch)
-    steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps)
+    steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts)
     line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
     steps = len(steps_of_rows)
     eval_every = args.eval_every or max(1, steps // 10)
@@ -92,6 +94,7 @@ def main(argv=None):
     targets_there = int(dataset.train.rows["targets"][rows_there].sum())
     print(f"data: {len(rows_there):,} rows, {targets_there:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
+    mix.say(parts, dataset, steps_of_rows)
     inside = "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items())
     print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}, which hold {inside}")
     if store.shape is not None:
@@ -120,7 +123,7 @@ def main(argv=None):
     for step in range(run.step, steps + 1):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
-            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store)
+            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
             run.log("eval", step, **measures)
             if step == 0:
                 preflight.teacher_can_teach(store, measures)
@@ -157,9 +160,10 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets, **run.pace(steps - step - 1))
+            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets,
+                    **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
-    run.finish(steps, measures)
+    run.finish(steps, measures, mix.realised(parts, dataset, steps_of_rows))
     print(f"stage2: wrote {run.out}/best and final. Talk to it: python chat.py --ckpt {run.out}")
 
 

@@ -125,6 +125,11 @@ class Dataset:
         return self.meta["identities"]
 
     @property
+    def sources(self) -> list[str]:
+        """The names of the sources; a row's `source` is a place in this list."""
+        return [source["name"] for source in self.meta.get("sources", [])]
+
+    @property
     def chunks(self) -> int:
         return -(-len(self.train.rows) // self.meta["rows_per_chunk"])
 

@@ -3,6 +3,7 @@
 Sums and counts over all targets, never a mean of means: batch size, padding and row order change nothing.
 """
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from lib import data, files, logits, losses, plan
 from lib.models import Model
 
 BINS = 15  # of confidence, for the calibration error
+MANY = 16  # sources above which none is measured by itself: log lines are to be read, and older data counts each file as a source
 
 GLOSSARY = {
     "ce": "cross-entropy of the reference token, nats a target",
@@ -20,13 +22,15 @@ GLOSSARY = {
     "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
     "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others, nats a target",
     "agree": "share of targets where student and teacher have the same likeliest token",
+    "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise",
 }
 
 
 @torch.no_grad()
 def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
-             store: logits.Store | None = None) -> dict:
-    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store` has a val dump with T=1."""
+             store: logits.Store | None = None, sources: Sequence[str] = ()) -> dict:
+    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store` has a val dump with T=1; ce_NAME and
+    kl_NAME where its rows come from several of the `sources`."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
@@ -34,6 +38,8 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
     head, device = model.head(vocab), model.device
     sums = torch.zeros(5, dtype=torch.float64)  # ce, acc1, acc5, kl, agree
     bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, confidence, accuracy
+    source_of = torch.from_numpy(np.repeat(split.rows["source"], split.rows["targets"]).astype(np.int64))  # (targets of the split,)
+    by_source = torch.zeros(3, max(int(source_of.max()) + 1, len(sources)), dtype=torch.float64)  # count, ce, kl
     lengths = split.rows["length"]
     compared = store is not None and store.compares
     longest = int(lengths.max())
@@ -51,12 +57,13 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
             right = top == label[:, 0]
             if kept is not None:
                 logq, z, _, total = losses.student_logq(z, kept.ids[part], 1.0)
-                sums[3] += losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl").sum().cpu().double()
+                kl = losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl")
+                sums[3] += kl.sum().cpu().double()
                 sums[4] += (top == kept.ids[part, 0]).sum().cpu()
             else:
                 total = z.exp_().sum(1)
-            confidence = 1 / total
-            sums[0] += (total.log() - at_label[:, 0]).sum().cpu().double()
+            confidence, ce = 1 / total, total.log() - at_label[:, 0]
+            sums[0] += ce.sum().cpu().double()
             sums[1] += right.sum().cpu()
             sums[2] += (rank < 5).sum().cpu()
             if not torch.isfinite(sums).all():
@@ -64,10 +71,16 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
             bin_of = (confidence * BINS).long().clamp_max(BINS - 1).cpu()
             for i, values in enumerate((torch.ones_like(confidence), confidence, right)):
                 bins[i].index_add_(0, bin_of, values.cpu().double())
+            for i, values in enumerate((torch.ones_like(ce), ce, kl) if compared else (torch.ones_like(ce), ce)):
+                by_source[i].index_add_(0, source_of[batch.numbers[part]], values.cpu().double())
     model.module.train(training)
     n = split.targets
     ce, acc1, acc5, kl, agree = (sums / n).tolist()
     result = {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "acc5": acc5, "ece": ((bins[1] - bins[2]).abs().sum() / n).item()}
     if compared:
         result |= {"kl": kl, "agree": agree}
+    there = [(number, name) for number, name in enumerate(sources) if by_source[0, number]]
+    if 1 < len(there) <= MANY:
+        for i, measure in enumerate(("ce", "kl") if compared else ("ce",), 1):
+            result |= {f"{measure}_{name}": (by_source[i, number] / by_source[0, number]).item() for number, name in there}
     return result | {"targets": n}

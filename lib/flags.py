@@ -1,6 +1,8 @@
 """Flags that several scripts share: one name, one default, one text each, so that they cannot drift apart."""
 import argparse
 
+from lib import mix
+
 SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
     "--out": dict(required=True, metavar="DIR", help="where to write; running the same command again continues there"),
@@ -8,6 +10,8 @@ SHARED = {
     "--lr": dict(type=float, default=2e-5, help="peak learning rate (default: %(default)s)"),
     "--epochs": dict(type=float, default=3.0, help="passes over the data (default: %(default)s)"),
     "--steps": dict(type=int, default=0, metavar="N", help="exactly this many optimizer steps instead of --epochs; 0 = off (default: %(default)s)"),
+    "--mix": dict(default=None, metavar="TEXT", help="shares of the sources in a step's tokens: 'a:0.7 b:0.3', or 'a:0.7->0.3 b:0.3->0.7' from first "
+                  "step to last; off = every row once an epoch (default: what prepare_data.py stored, else off)"),
     "--tokens-per-step": dict(type=int, default=16384, metavar="N", help="tokens of one optimizer step, about (default: %(default)s)"),
     "--warmup": dict(type=float, default=0.1, help="share of the steps over which the rate rises; then a cosine to 0 (default: %(default)s)"),
     "--weight-decay": dict(type=float, default=0.05, help="AdamW's decay, on matrices only (default: %(default)s)"),
@@ -42,7 +46,7 @@ def add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str) 
 
 
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
-    "the optimizer step": ("--lr", "--epochs", "--steps", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay",
+    "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay",
                            "--beta2", "--clip"),
     "the run": ("--eval-every", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
@@ -65,6 +69,10 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 0 or more")
     if not 0 <= args.beta2 < 1:
         parser.error(f"--beta2 is {args.beta2}, wanted a share below 1")
+    try:
+        args.mix in (None, "off") or mix.parse(args.mix)
+    except ValueError as wrong:
+        parser.error(f"--mix: {wrong}")
 
 
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

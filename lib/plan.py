@@ -2,10 +2,17 @@
 
 An epoch is a list of optimizer steps; a step is a list of micro-batches; a micro-batch is a list of lines; a line holds rows end
 to end. Rows on one line never see each other (position ids restart), so packing changes speed, not results.
+
+With a mix (lib/mix.py) there are no epochs: each source is an endless stream of its rows, and a step takes from it what its share
+asks for: a pure function of (lengths, the sources' rows and shares, seed, number of steps).
 """
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from lib import files
+from lib.mix import Part
 
 
 def steps(rows: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int) -> list[np.ndarray]:
@@ -67,8 +74,44 @@ def microbatches(rows: np.ndarray, lengths: np.ndarray, tokens_per_microbatch: i
     return batches
 
 
-def whole_run(rows: np.ndarray, lengths: np.ndarray, seed: int, tokens_per_step: int, epochs: float, count: int = 0) -> list[np.ndarray]:
-    """Return the rows of every optimizer step of a run: of `epochs` passes over `rows`, or of exactly `count` steps where it is above 0."""
+def stream(rows: np.ndarray, lengths: np.ndarray, seed: int, source: int, tokens: float) -> np.ndarray:
+    """Return a source's rows pass after pass, each pass in an order of its own, until they hold at least `tokens` tokens."""
+    passes = max(1, math.ceil(tokens / int(lengths[rows].sum(dtype=np.int64))))
+    return np.concatenate([np.random.default_rng([seed, number, source]).permutation(rows) for number in range(passes)])
+
+
+def mixed_run(parts: Sequence[Part], lengths: np.ndarray, seed: int, tokens_per_step: int, count: int) -> list[np.ndarray]:
+    """Return the rows of every one of `count` optimizer steps, with the parts' shares of the tokens.
+
+    A row belongs to the step that asks for its middle token: after every step, each source is off by half a row at most from what
+    was asked of it until then. Worked example: rows of 10 tokens, half of steps of 16 tokens: asked 8, 16, 24, 32; taken 10, 20, 20, 30.
+    """
+    rows, step_of = [], []
+    for part in parts:
+        asked = tokens_per_step * np.cumsum(np.linspace(part.first, part.last, count))  # tokens until the end of each step
+        order = stream(part.rows, lengths, seed, part.number, asked[-1])
+        size = lengths[order].astype(np.int64)
+        step = np.searchsorted(asked, np.cumsum(size) - size / 2, side="right")
+        rows.append(order[step < count])
+        step_of.append(step[step < count])
+    rows, step_of = np.concatenate(rows), np.concatenate(step_of)
+    order = np.argsort(step_of, kind="stable")
+    run = np.split(rows[order], np.searchsorted(step_of[order], np.arange(1, count)))
+    if empty := sum(not len(step) for step in run):
+        files.fail("the steps are too small to be mixed", f"--tokens-per-step {tokens_per_step}: {empty:,} of {count:,} steps hold no row",
+                   mend=f"--tokens-per-step {sum(int(lengths[part.rows].max()) for part in parts)}, or more")
+    return run
+
+
+def whole_run(rows: np.ndarray, lengths: np.ndarray, seed: int, tokens_per_step: int, epochs: float, count: int = 0,
+              parts: Sequence[Part] = ()) -> list[np.ndarray]:
+    """Return the rows of every optimizer step of a run: of `epochs` passes over `rows`, or of exactly `count` steps where it is above 0.
+
+    With the parts of a mix, `epochs` is as many tokens as so many passes over all of their rows hold.
+    """
+    if parts:
+        tokens = sum(int(lengths[part.rows].sum(dtype=np.int64)) for part in parts)
+        return mixed_run(parts, lengths, seed, tokens_per_step, count or max(1, round(epochs * tokens / tokens_per_step)))
     run, epoch = [], 0
     while count and len(run) < count or not count and epoch < epochs:
         part = steps(rows, lengths, seed, epoch, tokens_per_step)

@@ -182,18 +182,20 @@ class Run:
             f"| on held-out targets | |\n| --- | --- |\n{rows}\n", encoding="utf-8")
         files.publish(partial, self.out / name)
 
-    def finish(self, steps: int, measures: dict) -> None:
-        """Write config.json, which says that the run is complete, and drop the resume state."""
+    def finish(self, steps: int, measures: dict, shares: dict) -> None:
+        """Write config.json, which says that the run is complete, and drop the resume state. `shares`: of the sources, where they were mixed."""
         from lib import plots
 
         files.write_json(self.out / "config.json", {
             "settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best, "best_by": self.best_by,
-            "trained_s": self.trained_s, "final": measures, "versions": versions(), "git": git_commit()})
+            "trained_s": self.trained_s, "final": measures, **({"shares": shares} if shares else {}), "versions": versions(), "git": git_commit()})
         plots.curves(self.history, self.out / "curves.png", self.stage)
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
             self.bar.close()
             self.bar = None
+        if shares:
+            print(f"{self.stage}: realised shares of the run's tokens: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
 
 
 def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

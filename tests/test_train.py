@@ -1,4 +1,5 @@
 """The two training loops, the measures, and what a run leaves behind; whole scripts, run in-process on tiny models."""
+import copy
 import functools
 import json
 import os
@@ -252,6 +253,26 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
     assert seen.pop("targets") == len(ce) == dataset.val.targets
     assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
     assert abs(seen["ce"] - own_loss(world / "student", dataset.val, range(12))) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", (1, 4096))
+def test_measures_by_source_are_those_of_its_own_targets_alone(world, dataset, store, student, tokens):
+    split = copy.copy(dataset.val)
+    split.rows = split.rows.copy()
+    split.rows["source"] = np.where(np.arange(12) < 5, 2, 0)
+    seen = evaluate.evaluate(student, split, make.V, tokens, store=store, sources=("a", "b", "c", "d"))
+    for name, rows in (("a", range(5, 12)), ("c", range(5))):
+        kl = []
+        for row in rows:
+            (_, answer, s), z = own_logits(world / "student", split, row), own_logits(world / "teacher", split, row)[2]
+            logq, p = (torch.log_softmax(x[answer.nonzero()[:, 0] - 1], 1) for x in (s, z))
+            top = p.topk(8).indices
+            p, q = (torch.cat([inside := x.exp().gather(1, top), 1 - inside.sum(1, keepdim=True)], 1) for x in (p, logq))
+            kl += (p * (p / q).log()).sum(1).tolist()
+        assert seen[f"ce_{name}"] == pytest.approx(own_loss(world / "student", split, rows), abs=1e-5)
+        assert seen[f"kl_{name}"] == pytest.approx(np.mean(kl), abs=3e-4)  # the dump rounds its logits
+    assert abs(seen["ce_a"] - seen["ce_c"]) > 0.01 and {name for name in seen if "_" in name} == {"ce_a", "ce_c", "kl_a", "kl_c"}
+    assert "ce_a" not in evaluate.evaluate(student, dataset.val, make.V, tokens, store=store, sources=("a", "b")), "val holds one source alone"
 
 
 def test_a_teacher_has_no_distance_to_its_own_dump(world, dataset, store):
