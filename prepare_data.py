@@ -219,7 +219,7 @@ def report(folder, meta):
 def deliver(folder, args):
     """Write the rows kept where --export and --push-to-hub say."""
     if args.export or args.push_to_hub:
-        export.deliver(folder / "rows", args.export, args.push_to_hub)
+        export.deliver(folder / "rows", args.export, args.push_to_hub, args.public)
 
 
 def percentiles(values):

@@ -80,7 +80,7 @@ def check(where: str) -> None:
             files.fail(f"{places.redact(target)} is in the way", seen="a file that prepare_data.py did not make", mend="another --export")
 
 
-def deliver(folder: Path, where: str | None, repo: str | None) -> None:
+def deliver(folder: Path, where: str | None, repo: str | None, public: bool) -> None:
     """Write the rows of a finished data set (data/NAME/rows) to a folder or URI, and push them to the hub."""
     parts = [folder / f"{split}.parquet" for split in SPLITS if (folder / f"{split}.parquet").exists()]
     if not parts:
@@ -91,4 +91,5 @@ def deliver(folder: Path, where: str | None, repo: str | None) -> None:
             rows = places.write_table(groups, file.schema_arrow, places.join(where, part.name))
         print(f"prepare export={places.redact(places.join(where, part.name))} rows={rows}", flush=True)
     if repo:
+        hub.create(repo, public)
         print(f"prepare pushed={hub.push(folder, repo)}", flush=True)
