@@ -3,10 +3,13 @@
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/mine
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/small --limit 500 --val 50 --show 3    # seconds
 
-Reads   --source     parquet, json, jsonl or csv: files, folders or globs; the schema is found from the column names, or --columns says it
+Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a hub id org/name[:split][@revision];
+                     a URI (s3://, gs://, hdfs://). Parquet, json, jsonl or csv (also .gz .bz2 .zst .xz); the schema is found from the
+                     column names, or --columns says it
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, meta.json last,
                      and report.png: how long rows are, where they come from, why others were dropped
+        --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split)
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
 train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
@@ -27,21 +30,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import data, files, flags, parallel, plots, sources, split, template
+from lib import data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
 SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
 BLOCK_TOKENS = 1 << 22                       # tokens copied at once
-SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "seed")
+SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # --- read and write
-    parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="PATH", help="files, folders or globs (may be given again)")
+    parser.add_argument("--source", nargs="+", action="extend", required=True, metavar="[NAME=]WHERE",
+                        help="a file, folder or glob, a hub id org/name[:split][@revision], or a URI (may be given again)")
     parser.add_argument("--tokenizer", required=True, metavar="DIR|ID", help="tokenizer of the teacher and the student: a folder or a hub id")
     flags.add(parser, "--out")
+    parser.add_argument("--export", metavar="DIR|URI", help="also write the rows kept, as train.parquet and validation.parquet in this folder")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also push the rows kept to this data set of the hub (private)")
+    parser.add_argument("--public", action="store_true", help="make the data set of --push-to-hub for all to see, if it is new")
     # --- what a row is
     parser.add_argument("--columns", metavar="MAP", help=f"{sources.COLUMNS_HELP} (default: found from the column names)")
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation that has none (default: what the template does)")
@@ -55,6 +62,7 @@ def parse_args(argv=None):
     parser.add_argument("--val", type=float, default=0.02, metavar="X", help="validation rows: a share below 1, or a count (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N kept rows; 0 = off (default: %(default)s)")
     parser.add_argument("--rows-per-chunk", type=int, default=20000, metavar="N", help="rows of one dump of teacher logits (default: %(default)s)")
+    parser.add_argument("--mix", metavar="WEIGHTS", help='weights of the sources, the trainers\' default: "NAME:0.7 NAME:0.3" (default: as they are)')
     # --- the run
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core, at most 16 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows, targets marked (default: %(default)s)")
@@ -66,10 +74,27 @@ def parse_args(argv=None):
             parser.error(f"--{name} is {getattr(args, name)}, wanted 0 or more")
     if not args.val >= 0 or args.val >= 1 and args.val % 1:
         parser.error(f"--val is {args.val}, wanted a share below 1 or a whole number of rows")
+    if args.public and not args.push_to_hub:
+        parser.error("--public is about --push-to-hub REPO, which is not given")
+    if args.push_to_hub and not hub.REPO.fullmatch(args.push_to_hub):
+        parser.error(f"--push-to-hub is {args.push_to_hub}, wanted org/name")
+    if args.export and args.export.partition("?")[0].endswith(".parquet"):
+        parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
     try:
         args.named = sources.parse_columns(args.columns) if args.columns else None
     except ValueError as wrong:
         parser.error(f"--columns: {wrong}")
+    args.wanted = [sources.named(text) for text in args.source]
+    names = [name for name, _ in args.wanted]
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            parser.error(f"--source: the name {name} is given {count} times, wanted a name of its own for each: --source NAME=WHERE")
+    try:
+        if args.mix and set(mix.parse(args.mix)) != set(names):
+            parser.error(f"--mix: saw the names {', '.join(mix.parse(args.mix))}, wanted those of the sources: {', '.join(names)}")
+    except ValueError as wrong:
+        parser.error(f"--mix: {wrong}")
+    args.source = [places.redact(text) for text in args.source]  # what is stored
     return args
 
 
@@ -106,8 +131,11 @@ def encode_batch(rows, folder, trust_remote_code, max_len, long, turns, think, s
     return result
 
 
-def stage(partial, numbered, work, args, val_rows, total):
-    """Encode all rows into temporary files in source order; return the staged records, rows read by source, and drops by reason."""
+def stage(partial, numbered, work, args, val_rows, total, texts=None, names=()):
+    """Encode all rows, numbered (source, file), into temporary files in their order, and the kept ones as text into `texts`, if given.
+
+    Return the staged records, the rows read by (source, file), and those dropped by (source, reason).
+    """
     seen, dropped, read, kept, begun = split.Seen(), collections.Counter(), collections.Counter(), 0, time.time()
     workers = args.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     tokens, answers, records = (files.NpyWriter(partial / f"staged.{part}.npy", dtype)
@@ -123,20 +151,22 @@ def stage(partial, numbered, work, args, val_rows, total):
             if not isinstance(result, str) and not seen.add(result[3]):
                 result = "duplicate"
             if isinstance(result, str):
-                dropped[result] += 1
+                dropped[number[0], result] += 1
                 continue
             ids, answer, prompt, _ = result
             tokens.append(ids)
             answers.append(answer)
-            records.append(np.array([(len(ids), answer.sum(), number, prompt)], split.STAGED))
+            records.append(np.array([(len(ids), answer.sum(), number[0], prompt)], split.STAGED))
             if val_rows.candidate(prompt) and not isinstance(row, str):
                 row = template.without_think(row) if args.think == "drop" else row
                 last = template.last_answer(row)
                 prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
+            if texts:
+                texts.append(row, names[number[0]])
             kept += 1
             if kept == args.limit:
                 break
-    for writer in (tokens, answers, records):
+    for writer in (tokens, answers, records, *([texts] if texts else [])):
         writer.close()
     return np.load(partial / "staged.rows.npy"), read, dropped
 
@@ -152,9 +182,10 @@ def finished(out, args, shaping):
     differs = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in shaping.items() if before.get(name) != value]
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
-    # sources that were deleted since are no reason to refuse; ones that changed are
-    differs += [f"{source['name']} has changed" for source in meta.get("sources", [])
-                if Path(source["name"]).exists() and files.sha256(Path(source["name"])) != source["sha256"]]
+    if not differs:
+        for source in meta.get("sources", []):
+            where = dict(args.wanted).get(source["name"], "")
+            differs += [f"{name} has changed" for name in places.changed(where, source.get("files", [source]))]  # older folders: an entry a file
     if differs:
         files.fail(f"{out} was prepared from something else", seen=f"{', '.join(differs)}", mend="another --out, or --fresh to prepare it anew")
     return meta
@@ -184,10 +215,19 @@ def report(folder, meta):
         print(f"{name:<10}train {values['train']:,}   val {values['val']:,}")
     drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
+    for source in meta["sources"] if len(meta["sources"]) > 1 and "files" in meta["sources"][0] else ():
+        rows, drops = source["rows"], sum(source["dropped"].values())
+        print(f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}   dropped {drops:,}   of {source['read']:,} read")
     for name, key in (("row", "rows"), ("answer", "targets")):
         print(f"{name:<10}tokens:{''.join(f'   {point} {value:,}' for point, value in lengths[key].items())}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
     print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def deliver(folder, args):
+    """Write the rows kept where --export and --push-to-hub say."""
+    if args.export or args.push_to_hub:
+        export.deliver(folder / "rows", args.export, args.push_to_hub, args.public)
 
 
 def percentiles(values):
@@ -204,18 +244,29 @@ def main(argv=None):
     if (meta := finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
         show(out, args.show)
-        return report(out, meta)
+        report(out, meta)
+        return deliver(out, args)
 
     # --- look at everything that can be wrong before anything is written
-    inputs = [sources.look(path, args.named) for path in sources.find(args.source)]
-    if len(inputs) > np.iinfo(split.STAGED["source"]).max:
-        files.fail("there are too many source files", seen=len(inputs), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
+    if len(args.wanted) > np.iinfo(split.STAGED["source"]).max:
+        files.fail("there are too many sources", seen=len(args.wanted), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
+    inputs = sources.open_all(args.wanted, args.named)
     for source in inputs:
-        print(f"prepare source={source.path} schema={source.described}", flush=True)
+        commit = f" commit={source.files[0].place.revision}" if source.files[0].place.revision else ""
+        print(f"prepare source={source.name} where={source.where}{commit} files={len(source.files)} schema={source.described}", flush=True)
+    every = [file for source in inputs for file in source.files]
+    plain = {"text" in file.columns for file in every}  # {True}, {False} or both
+    if args.export:
+        export.check(args.export)
+    if args.push_to_hub:
+        hub.create(args.push_to_hub, args.public)
+    if (args.export or args.push_to_hub) and len(plain) > 1:
+        files.fail("one table cannot hold these sources", seen="conversations and plain texts", wanted="one kind",
+                   mend="no --export and no --push-to-hub")
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    if any(source.schema != "text" for source in inputs) and template.ensure_template(tokenizer):
+    if False in plain and template.ensure_template(tokenizer):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
-    if args.turns == "all" and any("messages" in source.columns for source in inputs) and template.rewrites(tokenizer):
+    if args.turns == "all" and any("messages" in file.columns for file in every) and template.rewrites(tokenizer):
         print("prepare warning: the chat template rewrites earlier answers: of each conversation only the last one is learnt", flush=True)
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
@@ -228,10 +279,14 @@ def main(argv=None):
     tokenizer = saved_tokenizer(partial / "tokenizer", args.trust_remote_code)  # later stages load this one: so does this run
     work = functools.partial(encode_batch, folder=partial / "tokenizer", trust_remote_code=args.trust_remote_code,
                              max_len=args.max_len, long=args.long, turns=args.turns, think=args.think, seed=args.seed)
-    numbered = ((number, row) for number, source in enumerate(inputs) for row in sources.rows(source, args.system))
-    total = None if any(source.count is None for source in inputs) else sum(source.count for source in inputs)
+    numbered = (((s, f), row) for s, source in enumerate(inputs) for f, file in enumerate(source.files) for row in sources.rows(file, args.system))
+    total = None if any(file.count is None for file in every) else sum(file.count for file in every)
     val_rows = split.ValRows(args.val)
-    staged, read, dropped = stage(partial, numbered, work, args, val_rows, total)
+    texts = export.RowWriter(partial / "staged.texts.parquet", True in plain) if args.export or args.push_to_hub else None
+    staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
+    dropped = collections.Counter()
+    for (_, reason), count in lost.items():
+        dropped[reason] += count
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing dropped"
     if not len(staged):
         shutil.rmtree(partial)
@@ -242,6 +297,8 @@ def main(argv=None):
         files.fail("no row is left to train on", seen=f"{len(staged)} rows, all of them in val", wanted="more rows, or a smaller --val")
     if not is_val.any():
         print("prepare warning: val is empty: nothing can be evaluated; give more rows or a larger --val", flush=True)
+    if texts:
+        export.divide(partial / "staged.texts.parquet", partial / "rows", is_val)
     split.divide(partial, staged, is_val)
 
     # --- the folder's own description
@@ -251,8 +308,17 @@ def main(argv=None):
         "format": data.FORMAT,
         "identities": {**template.identities(tokenizer), "data": files.sha256(*(partial / part for part in PARTS))},
         "tokenizer": args.tokenizer,
-        "sources": [{"name": str(source.path), "sha256": files.sha256(source.path), "rows": read[number]} for number, source in enumerate(inputs)],
-        "schema": "; ".join(dict.fromkeys(source.described for source in inputs)),
+        "sources": [{
+            "name": source.name,
+            "where": source.where,
+            "rows": count(staged["source"] == number),
+            "read": sum(read[number, f] for f in range(len(source.files))),
+            "dropped": {reason: lost[number, reason] for reason in dropped if lost[number, reason]},
+            "files": [{"name": str(file.place), **places.stamp(file.place), "rows": read[number, f]} for f, file in enumerate(source.files)],
+            **({"commit": source.files[0].place.revision} if source.files[0].place.revision else {}),
+        } for number, source in enumerate(inputs)],
+        "mix": args.mix,
+        "schema": "; ".join(dict.fromkeys(file.described for file in every)),
         "args": shaping,
         "rows": rows,
         "targets": count(staged["targets"]),
@@ -274,6 +340,7 @@ def main(argv=None):
         print("prepare warning: no special token ends nine answers in ten: the student will not learn where to stop", flush=True)
     show(out, args.show)
     report(out, meta)
+    deliver(out, args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Rows from data files: parquet, json, jsonl and csv, read as streams, with the schema found from the names of the columns.
 
-Contract: `find` names the files, `look` says how one of them is to be read, `rows` yields a conversation (a list of
-{"role", "content"}) or a plain text for every row of the file, in order, holding a few megabytes at a time. A file that cannot be
-read, or a column of the wrong type, ends the program with one line; a row that is merely useless (blank, an unknown role) is
-yielded all the same, for the caller to count.
+Contract: `named` tells a source's name from where it lies, `look` says how one of its files is to be read, `rows` yields a
+conversation (a list of {"role", "content"}) or a plain text for every row of the file, in order, holding a few megabytes at a time,
+wherever the file is (lib/places.py). A file that cannot be read, or a column of the wrong type, ends the program with one line; a
+row that is merely useless (blank, an unknown role) is yielded all the same, for the caller to count.
 """
 import glob
 import json
@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from lib import files
+from lib import files, hub, places
+from lib.places import Place
 
-SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 JSON = (".json", ".jsonl")
 BLOCK = 1 << 20        # characters of JSON read at once
 CSV_BLOCK = 4 << 20    # bytes of csv read at once; no row may be longer
@@ -42,38 +42,59 @@ ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt"
 
 
 @dataclass(frozen=True)
-class Source:
+class File:
     """One file: the schema it follows, in words too, which column plays which part (prompt, ...), and its rows if the file says."""
 
-    path: Path
+    place: Place
     schema: str
     described: str
     columns: dict[str, str]
     count: int | None
 
 
-def find(patterns: Iterable[str]) -> list[Path]:
-    """Return the data files that the patterns (files, folders, globs) name, in order, each once."""
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith("."))
-            if not inside:
-                files.fail(f"the folder {path} holds no data file", wanted=f"one that ends in {', '.join(SUFFIXES)}")
-        elif path.exists():
-            inside = [path]
-        else:
-            inside = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
-            if not inside:
-                files.fail(f"{pattern} is missing", seen="no such file, folder or match", wanted="data: a file, a folder or a glob")
-        for file in inside:
-            if file.suffix not in SUFFIXES:
-                files.fail(f"{file} is of a kind that is not read", seen=file.suffix or "no suffix", wanted=", ".join(SUFFIXES))
-            if not file.stat().st_size:
-                files.fail(f"{file} is empty", seen="0 bytes", wanted="a file with rows")
-            found[file] = None
-    return list(found)
+@dataclass(frozen=True)
+class Source:
+    """What one --source names: its name, where it lies (without secrets), and its files in order."""
+
+    name: str
+    where: str
+    files: list[File]
+
+    @property
+    def described(self) -> str:
+        return "; ".join(dict.fromkeys(file.described for file in self.files))
+
+
+def named(text: str) -> tuple[str, str]:
+    """Tell NAME from WHERE in a --source: named("fin=a/b.jsonl.gz") == ("fin", "a/b.jsonl.gz").
+
+    Without NAME= it is the last part of WHERE that says something, suffixes and globs left out: "b", and "a" for a/*.parquet. What exists as
+    it stands is a WHERE, though it has a "=" in it.
+    """
+    found = re.fullmatch(r"([\w.+-]+)=(.+)", text, re.DOTALL)
+    if found and not Path(text).exists() and not glob.glob(text, recursive=True):
+        return found[1], found[2]
+    if (found := hub.ID.fullmatch(text)) and places.is_hub_id(text):
+        return found["repo"].split("/")[1], text
+    path = text.partition("?")[0].partition("://")[2] if places.is_uri(text) else str(Path(text).absolute())
+    for part in reversed(path.split("/")):
+        part = re.sub(r"(\.(gz|bz2|zst|xz))?$", "", part)
+        part = part.removesuffix(hub.suffix(part)) if hub.suffix(part) in places.SUFFIXES else part
+        if name := re.sub(r"[^\w.+-]+", "-", part.split("@")[-1]).strip("-."):
+            return name, text
+    return "data", text
+
+
+def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, str] | None = None) -> list[Source]:
+    """Find and look at the files of every (name, where); one line where two sources share a file."""
+    result, owners = [], {}
+    for name, where in wanted:
+        found = places.find(where)
+        for place in found:
+            if (other := owners.setdefault(place.key, name)) != name:
+                files.fail(f"{place} is reached by two sources", seen=f"{other} and {name}", wanted="every file in one source")
+        result.append(Source(name, places.redact(where), [look(place, columns) for place in found]))
+    return result
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -86,20 +107,20 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def look(path: Path, columns: dict[str, str] | None = None) -> Source:
+def look(path: Place, columns: dict[str, str] | None = None) -> File:
     """Open a file far enough to know its columns and find its schema, or check the `columns` that the user named."""
     kind, count = {}, None
     try:
         if path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(places.seek(path)) as file:
                 kind, count = {field.name: field.type for field in file.schema_arrow}, file.metadata.num_rows
         elif path.suffix == ".csv":
             with _open_csv(path) as file:
                 kind = {name: pa.string() for name in file.schema.names}
         else:
             kind = dict.fromkeys(next(_json_records(path), {}))
-    except (pa.ArrowException, OSError) as broken:
-        files.fail(f"{path} cannot be read", seen=broken, wanted=f"a whole {path.suffix[1:]} file")
+    except places.BROKEN as broken:
+        files.fail(f"{path} cannot be read", seen=places.redact(broken)[:300], wanted=f"a whole {path.suffix[1:]} file")
     if not kind or count == 0:
         files.fail(f"{path} holds no row", wanted="a file with rows")
     schema, columns = ("--columns", columns) if columns else _guess(path, kind)
@@ -109,10 +130,10 @@ def look(path: Path, columns: dict[str, str] | None = None) -> Source:
             files.fail(f"{path} has no column {column}", seen=", ".join(kind), mend=f"--columns {COLUMNS_HELP}")
         _check_type(path, part, column, kind.get(column))
     described = f"{schema} ({', '.join(f'{part}={column}' for part, column in columns.items() if column in kind)})"
-    return Source(path, schema, described, columns, count)
+    return File(path, schema, described, columns, count)
 
 
-def _guess(path: Path, kind: dict) -> tuple[str, dict[str, str]]:
+def _guess(path: Place, kind: dict) -> tuple[str, dict[str, str]]:
     for schema, parts in SCHEMAS.items():
         columns = {part: next((name for name in names if name in kind), None) for part, names in parts.items()}
         if None in columns.values():
@@ -123,7 +144,7 @@ def _guess(path: Path, kind: dict) -> tuple[str, dict[str, str]]:
     files.fail(f"{path} follows no schema known here", seen=f"columns {', '.join(kind)}", wanted=f"one of: {KNOWN}", mend=f"--columns {COLUMNS_HELP}")
 
 
-def _check_type(path: Path, part: str, column: str, kind) -> None:
+def _check_type(path: Place, part: str, column: str, kind) -> None:
     """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is checked row by row."""
     if kind is None or pa.types.is_null(kind):
         return
@@ -135,25 +156,26 @@ def _check_type(path: Path, part: str, column: str, kind) -> None:
         files.fail(f"{path}: column {column} cannot be the {part}", seen=f"type {kind}", wanted=wanted, mend=f"--columns {COLUMNS_HELP}")
 
 
-def rows(source: Source, system: str | None = None) -> Iterator[list[dict] | str]:
+def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str]:
     """Yield every row of a source as a conversation or a plain text; `system` opens the conversations that have no system message."""
     wanted = list(dict.fromkeys(source.columns.values()))
-    read = {".parquet": _parquet_records, ".csv": _csv_records}.get(source.path.suffix, lambda path, columns: _json_records(path))
+    read = {".parquet": _parquet_records, ".csv": _csv_records}.get(source.place.suffix, lambda path, columns: _json_records(path))
     number = 0
     try:
-        for number, record in enumerate(read(source.path, wanted), 1):
+        for number, record in enumerate(read(source.place, wanted), 1):
             yield _row(source, {part: record.get(column) for part, column in source.columns.items()}, number, system)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as broken:
-        files.fail(f"{source.path} cannot be read past row {number}", seen=broken, wanted=f"a whole {source.path.suffix[1:]} file")
+    except (*places.BROKEN, UnicodeDecodeError) as broken:
+        files.fail(f"{source.place} cannot be read past row {number}", seen=places.redact(broken)[:300],
+                   wanted=f"a whole {source.place.suffix[1:]} file")
     if not number:
-        files.fail(f"{source.path} holds no row", wanted="a file with rows")
+        files.fail(f"{source.place} holds no row", wanted="a file with rows")
 
 
-def _row(source: Source, parts: dict, number: int, system: str | None) -> list[dict] | str:
+def _row(source: File, parts: dict, number: int, system: str | None) -> list[dict] | str:
     def text(part):
         value = parts.get(part)
         if value is not None and not isinstance(value, str):
-            files.fail(f"{source.path}, row {number}: column {source.columns[part]} is not text", seen=type(value).__name__, wanted="a string",
+            files.fail(f"{source.place}, row {number}: column {source.columns[part]} is not text", seen=type(value).__name__, wanted="a string",
                        mend=f"--columns {COLUMNS_HELP}")
         return value or ""
 
@@ -170,7 +192,7 @@ def _row(source: Source, parts: dict, number: int, system: str | None) -> list[d
     return messages
 
 
-def _messages(source: Source, value: object, number: int) -> list[dict]:
+def _messages(source: File, value: object, number: int) -> list[dict]:
     """Bring OpenAI's (role, content) and ShareGPT's (from, value) to one form; content that is not text becomes None."""
     if isinstance(value, str) and value.strip():
         try:
@@ -178,7 +200,7 @@ def _messages(source: Source, value: object, number: int) -> list[dict]:
         except ValueError:
             pass
     if not isinstance(value, list | None) or not all(isinstance(item, dict) for item in value or []):
-        files.fail(f"{source.path}, row {number}: column {source.columns['messages']} is not a conversation", seen=repr(value)[:60],
+        files.fail(f"{source.place}, row {number}: column {source.columns['messages']} is not a conversation", seen=repr(value)[:60],
                    wanted="a list of {role, content} or {from, value}", mend=f"--columns {COLUMNS_HELP}")
     messages = []
     for item in value or []:
@@ -190,9 +212,9 @@ def _messages(source: Source, value: object, number: int) -> list[dict]:
     return messages
 
 
-def _parquet_records(path: Path, columns: list[str]) -> Iterator[dict]:
+def _parquet_records(path: Place, columns: list[str]) -> Iterator[dict]:
     # pre_buffer would hold whole row groups, and many files are one row group; buffer_size makes it a stream of pages
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with pq.ParquetFile(places.seek(path), pre_buffer=False, buffer_size=places.BUFFER) as file:
         meta = file.metadata
         columns = [name for name in columns if name in file.schema_arrow.names]
         groups = (meta.row_group(g) for g in range(meta.num_row_groups))
@@ -203,18 +225,18 @@ def _parquet_records(path: Path, columns: list[str]) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def _open_csv(path: Path, columns: list[str] | None = None) -> pa.csv.CSVStreamingReader:
+def _open_csv(path: Place, columns: list[str] | None = None) -> pa.csv.CSVStreamingReader:
     convert = pa.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns or [], pa.string()), strings_can_be_null=False)
-    return pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=CSV_BLOCK), pa.csv.ParseOptions(newlines_in_values=True), convert)
+    return pa.csv.open_csv(places.read(path), pa.csv.ReadOptions(block_size=CSV_BLOCK), pa.csv.ParseOptions(newlines_in_values=True), convert)
 
 
-def _csv_records(path: Path, columns: list[str]) -> Iterator[dict]:
+def _csv_records(path: Place, columns: list[str]) -> Iterator[dict]:
     with _open_csv(path, columns) as file:
         for batch in file:
             yield from batch.to_pylist()
 
 
-def _json_records(path: Path) -> Iterator[dict]:
+def _json_records(path: Place) -> Iterator[dict]:
     read = _json_lines if path.suffix == ".jsonl" else _json_objects
     try:
         for number, value in enumerate(read(path), 1):
@@ -225,8 +247,8 @@ def _json_records(path: Path) -> Iterator[dict]:
         files.fail(f"{path} is not UTF-8 text", seen=broken)
 
 
-def _json_lines(path: Path) -> Iterator[object]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+def _json_lines(path: Place) -> Iterator[object]:
+    with places.text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -236,10 +258,10 @@ def _json_lines(path: Path) -> Iterator[object]:
                 files.fail(f"{path}, line {number} is broken JSON", seen=broken, wanted="one object a line")
 
 
-def _json_objects(path: Path) -> Iterator[object]:
+def _json_objects(path: Place) -> Iterator[object]:
     """Yield the items of one list, or objects one after the other, from a buffer that slides over the file."""
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with open(path, encoding="utf-8-sig") as file:
+    with places.text(path) as file:
         buffer, at, line, listed = "", 0, 1, None
         while True:
             start = between.match(buffer, at).end()

@@ -10,7 +10,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
-from lib import data, files, parallel, plots, sources, split, template
+from lib import data, files, parallel, places, plots, sources, split, template
 
 PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
 
@@ -76,7 +76,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_schema_is_found_in_every_format(tmp_path, schema, suffix):
     path = write(tmp_path / f"data{suffix}", [{"id": "7", **SCHEMAS[schema]}] * 2)
-    rows = list(sources.rows(sources.look(path)))
+    rows = list(sources.rows(sources.look(places.local(path))))
     prompt = "Ask\n\nthis" if "input" in SCHEMAS[schema] else "Ask"
     assert rows == 2 * [[{"role": "user", "content": prompt}, {"role": "assistant", "content": "Say"}]]
 
@@ -103,7 +103,9 @@ def test_the_folder_holds_what_the_format_says(prepare):
     parts = [made.folder / f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
     assert made.identities == template.identities(made.tokenizer()) | {"data": files.sha256(*parts)}
     (source,) = made.meta["sources"]
-    assert source["rows"] == 30 and source["sha256"] == files.sha256(made.folder.parent / "rows.jsonl")
+    path = made.folder.parent / "rows.jsonl"
+    assert source == {"name": "rows", "where": str(path), "rows": {"train": 24, "val": 6}, "read": 30, "dropped": {},
+                      "files": [{"name": str(path), "sha256": files.sha256(path), "rows": 30}]}
     assert not list(made.folder.glob("staged*")) and not list(made.folder.parent.glob("*.part*"))
 
 
@@ -152,7 +154,7 @@ def test_csv_values_may_hold_line_breaks_quotes_and_commas(tmp_path, prepare):
 def test_csv_rows_with_line_breaks_are_read_alike_through_a_small_window(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CSV_BLOCK", 100)
     rows = [{"text": f"{i}\n\n" * (i % 9 + 1)} for i in range(200)]
-    assert list(sources.rows(sources.look(write(tmp_path / "data.csv", rows)))) == [row["text"] for row in rows]
+    assert list(sources.rows(sources.look(places.local(write(tmp_path / "data.csv", rows))))) == [row["text"] for row in rows]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
@@ -164,22 +166,27 @@ def test_json_is_read_alike_through_any_window(tmp_path, monkeypatch, block, lay
             "one after the other": "\n".join(json.dumps(row, indent=1) for row in rows)}[layout]
     path = tmp_path / "data.json"
     path.write_text(text, encoding="utf-8")
-    assert list(sources._json_records(path)) == rows
+    assert list(sources._json_records(places.local(path))) == rows
 
 
-def test_files_folders_and_globs_are_read_in_order_and_once(tmp_path, prepare):
+def test_files_folders_and_globs_are_read_in_order(tmp_path, prepare):
     (tmp_path / "in").mkdir()
     for name in ("b.jsonl", "a.csv", "c.parquet"):
         write(tmp_path / "in" / name, [{"prompt": name, "answer": name}])
     write(tmp_path / "z.json", [{"prompt": "z", "answer": "z"}])
-    made = prepare(None, "--source", str(tmp_path / "z.json"), str(tmp_path / "in"), "--source", str(tmp_path / "in" / "*.csv"), "--val", "0")
-    assert [targets.removesuffix("<|im_end|>") for _, targets in texts(made)] == ["z", "a.csv", "b.jsonl", "c.parquet"]
-    assert made.train.rows["source"].tolist() == [0, 1, 2, 3] and [s["rows"] for s in made.meta["sources"]] == [1, 1, 1, 1]
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more" / "d.csv", [{"prompt": "d", "answer": "d"}])
+    made = prepare(None, "--source", str(tmp_path / "z.json"), str(tmp_path / "in"), "--source", str(tmp_path / "more" / "*.csv"), "--val", "0")
+    assert [targets.removesuffix("<|im_end|>") for _, targets in texts(made)] == ["z", "a.csv", "b.jsonl", "c.parquet", "d"]
+    assert made.train.rows["source"].tolist() == [0, 1, 1, 1, 2]
+    assert [(source["name"], source["rows"]["train"], len(source["files"])) for source in made.meta["sources"]] == [
+        ("z", 1, 1), ("in", 3, 3), ("more", 1, 1)]
 
 
 def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path):
     path = write(tmp_path / "data.parquet", [{"prompt": "p", "answer": "a", "embedding": [0.5] * 9}])
-    assert list(sources._parquet_records(path, list(sources.look(path).columns.values()))) == [{"prompt": "p", "answer": "a"}]
+    place = places.local(path)
+    assert list(sources._parquet_records(place, list(sources.look(place).columns.values()))) == [{"prompt": "p", "answer": "a"}]
 
 
 def test_rows_are_dropped_by_reason_and_counted(prepare):
@@ -264,7 +271,7 @@ def test_a_limit_keeps_the_first_rows_that_are_good(prepare):
     rows = [{"prompt": "", "answer": "x"}, *PAIRS]
     made = prepare(rows, "--val", "0", "--limit", "4")
     assert [targets for _, targets in texts(made)] == [f"reply {i}<|im_end|>" for i in range(4)]
-    assert made.meta["sources"][0]["rows"] == 5 and made.meta["dropped"] == {"empty": 1}
+    assert made.meta["sources"][0]["read"] == 5 and made.meta["sources"][0]["dropped"] == {"empty": 1} and made.meta["dropped"] == {"empty": 1}
 
 
 def test_seen_knows_every_hash_it_was_given(monkeypatch):
