@@ -2,10 +2,14 @@
 
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/mine
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/small --limit 500 --val 50 --show 3    # seconds
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher DIR    # or a server of any kind:
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
 
 Reads   --source     parquet, json, jsonl or csv: files, folders or globs; the schema is found from the column names, or --columns says it
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
+        --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that answers the prompts anew
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, and meta.json last
+                     answers/: the teacher's, as parquet (see lib/answers.py); a run continues there, and --fresh keeps them
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
 train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
@@ -26,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import data, files, flags, parallel, sources, split, template
+from lib import answers, data, files, flags, parallel, sources, split, template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
 SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
@@ -54,7 +58,9 @@ def parse_args(argv=None):
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core, at most 16 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows with their targets marked (default: %(default)s)")
     flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    answers.add_flags(parser)
     args = parser.parse_args(argv)
+    answers.check_flags(parser, args)
     flags.positive(parser, args, "max_len", "rows_per_chunk")
     for name in ("limit", "workers", "show", "seed"):
         if getattr(args, name) < 0:
@@ -62,7 +68,7 @@ def parse_args(argv=None):
     if not args.val >= 0 or args.val >= 1 and args.val % 1:
         parser.error(f"--val is {args.val}, wanted a share below 1 or a whole number of rows")
     try:
-        args.named = sources.parse_columns(args.columns) if args.columns else None
+        args.named = sources.parse_columns(args.columns, args.answers == "given") if args.columns else None
     except ValueError as wrong:
         parser.error(f"--columns: {wrong}")
     return args
@@ -88,6 +94,8 @@ def encode_batch(rows, folder, trust_remote_code, max_len, long, seed):
     for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows)):
         if not isinstance(encoded, str):
             ids, answer = encoded
+            if not isinstance(row, str) and row[-1].get("cut") and len(last := np.flatnonzero(answer)):
+                answer[last[-1]] = False  # the end of turn that the template wrote is not where the teacher ended
             if len(ids) > max_len and long == "truncate":
                 ids, answer = ids[:max_len], answer[:max_len]
             if len(ids) > max_len:
@@ -137,7 +145,7 @@ def stage(partial, numbered, work, args, val_rows, total):
 
 def finished(out, args, shaping):
     """Return the meta.json of a folder that this very command finished, or None; refuse a folder that another one made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "train.rows.npy").exists()):
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {files.KEPT} and not (out / "train.rows.npy").exists()):
         files.fail(f"--out {out} is in the way", seen="something that prepare_data.py did not make", wanted="a new folder", mend="another --out")
     if args.fresh or not (out / "meta.json").exists():
         return None
@@ -190,6 +198,8 @@ def percentiles(values):
 def main(argv=None):
     args = parse_args(argv)
     out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
+    settings = answers.settings(args)
+    shaping |= answers.shaping(args, settings)
     if (partial := files.beside(out, "part")).exists():
         files.lock(partial).close()  # refused while another process fills it; a killed one left it behind
     files.recover(out)
@@ -199,7 +209,7 @@ def main(argv=None):
         return report(out, meta)
 
     # --- look at everything that can be wrong before anything is written
-    inputs = [sources.look(path, args.named) for path in sources.find(args.source)]
+    inputs = [sources.look(path, args.named, args.answers == "given") for path in sources.find(args.source)]
     if len(inputs) > np.iinfo(split.STAGED["source"]).max:
         files.fail("there are too many source files", seen=len(inputs), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
     for source in inputs:
@@ -207,8 +217,10 @@ def main(argv=None):
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     if any(source.schema != "text" for source in inputs) and template.ensure_template(tokenizer):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
+    store = answers.Store(out / files.KEPT, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
+    written = answers.write(store, inputs, args, tokenizer) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
     partial = files.partial_folder(out)
@@ -220,8 +232,12 @@ def main(argv=None):
                              max_len=args.max_len, long=args.long, seed=args.seed)
     numbered = ((number, row) for number, source in enumerate(inputs) for row in sources.rows(source, args.system))
     total = None if any(source.count is None for source in inputs) else sum(source.count for source in inputs)
+    if written:
+        numbered, total = written.rows, written.count
     val_rows = split.ValRows(args.val)
     staged, read, dropped = stage(partial, numbered, work, args, val_rows, total)
+    if written:
+        read, dropped = written.read, dropped + written.dropped
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing dropped"
     if not len(staged):
         shutil.rmtree(partial)
@@ -244,6 +260,7 @@ def main(argv=None):
         "sources": [{"name": str(source.path), "sha256": files.sha256(source.path), "rows": read[number]} for number, source in enumerate(inputs)],
         "schema": "; ".join(dict.fromkeys(source.described for source in inputs)),
         "args": shaping,
+        **({"teacher": written.meta} if written else {}),
         "rows": rows,
         "targets": count(staged["targets"]),
         "tokens": count(staged["length"]),

@@ -65,9 +65,8 @@ class Answer:
     finish: str
 
 
-def sampling_of(module, tokenizer, temperature: float | None = None, top_p: float | None = None) -> Sampling:
-    """Return the model's own way to sample (its generation_config), with what is given in its place."""
-    how = module.generation_config
+def sampling_of(how, tokenizer, temperature: float | None = None, top_p: float | None = None) -> Sampling:
+    """Return a model's own way to sample (its generation_config `how`), with what is given in its place."""
     own = lambda name, default: default if getattr(how, name, None) is None else getattr(how, name)
     for name in UNKNOWN:
         if own(name, None) not in (None, 0, 0.0, 1.0, [], {}):
@@ -254,7 +253,7 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
                 layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
                 layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
             del cache
-            for place, request, pad in zip(free, new, pads):
+            for place, request in zip(free, new):
                 limit = min(request.max_new_tokens, context - len(request.ids))
                 uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
                 rows[place] = Row(request, hi - len(request.ids), limit, uniform)
@@ -284,7 +283,8 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
         mask = torch.arange(lo, hi + 1, device=device) >= starts[:, None]  # (slots, columns shown)
         cache = DynamicCache()
         cache.layers = layers
-        logits = module(input_ids=last[:, None], attention_mask=mask.long(), position_ids=lengths.clamp_max(context - 1)[:, None], past_key_values=cache, use_cache=True,
+        places = lengths.clamp_max(context - 1)[:, None]  # rows that are done count on, past the last place where there is one
+        logits = module(input_ids=last[:, None], attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True,
                         logits_to_keep=1).logits[:, -1]
         span[1] += 1
         lengths += 1
