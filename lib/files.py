@@ -124,10 +124,11 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
         fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
     if (folder / ".lock").exists():
         lock(folder).close()  # refused while another process writes there
-    for path in inside:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if not (folder / KEPT).exists():
-        folder.rmdir()
+        return shutil.rmtree(folder)
+    os.replace(folder, old := beside(folder, "old"))  # a kill in between is undone by `recover`
+    folder.mkdir()
+    _drop(old, folder)
 
 
 def lock(folder: Path, wait: bool = False):
