@@ -150,7 +150,8 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
         values, ids = logits.topk(count)  # sorted, the largest first
         total = values.logsumexp(-1, True) if how.top_k else logits.logsumexp(-1, True)
         p = (values - total).exp()
-        if not how.top_k and bool((p.sum(-1) < how.top_p).any() | (how.min_p and (p[:, -1] >= how.min_p * p[:, 0]).any())):
+        enough = (p.sum(-1) >= how.top_p) | (p[:, -1] < how.min_p * p[:, 0])  # no token beyond these could be drawn
+        if not how.top_k and not bool(enough.all()):
             values, ids = logits.sort(descending=True)
             p = (values - total).exp()
         p = p * ((p.cumsum(-1) - p < how.top_p) & (p >= how.min_p * p[:, :1]))
