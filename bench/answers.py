@@ -43,8 +43,9 @@ def main():
     parser.add_argument("--concurrency", type=int, default=8)
     args = parser.parse_args()
     out, total = Path(args.out), args.prompts * args.generations
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", args.source, "--tokenizer", args.model, "--out", str(out), "--limit", str(total),
-               "--answers", "teacher", "--generations", str(args.generations), "--max-new-tokens", str(args.max_new_tokens), "--keep-truncated",
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", args.source, "--tokenizer", args.model, "--out", str(out),
+               "--limit", str(total), "--answers", "teacher", "--generations", str(args.generations),
+               "--max-new-tokens", str(args.max_new_tokens), "--keep-truncated",
                "--teacher-temperature", "0.8", "--workers", "1"]
     if args.server:
         command += ["--teacher-url", args.url, "--teacher-model", args.model, "--concurrency", str(args.concurrency)]

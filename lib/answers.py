@@ -192,7 +192,8 @@ class Store:
             self.parts.append(path := self.folder / f"part-{len(self.parts):05d}.parquet")
             if path.exists():  # parts that were moved away leave gaps
                 path = self.parts[-1] = self.folder / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
-            same = {"teacher": self.made["teacher"], "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
+            told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
+            same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
             pq.write_table(pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA), partial, compression="zstd")
             files.sync(partial)
@@ -279,12 +280,24 @@ def local(args, made: dict, missing: Iterator[tuple[Question, int]], tokenizer) 
     how = generate.Sampling(**made["sampling"] | {"stops": tuple(made["sampling"]["stops"])})
     requests = (generate.Request((question, number), question.ids, args.max_new_tokens, seed_of(args.seed, question.key, number))
                 for question, number in missing)
-    for answer in generate.generate(module, generate.by_length(requests), how, args.teacher_batch):
+    written = generate.generate(module, generate.by_length(requests), how, args.teacher_batch)
+    while (answer := within_memory(written)) is not None:
         text = tokenizer.decode(answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if answer.finish == "length":
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the limit cut in two
         question, number = answer.request.key
         yield row_of(question, number, text, answer.finish, len(question.ids), len(answer.ids))
+
+
+def within_memory(written: Iterator):
+    """Return the next answer, or None after the last one."""
+    import torch
+
+    try:
+        return next(written, None)
+    except torch.OutOfMemoryError as full:
+        files.fail("the GPU has too little memory", str(full).splitlines()[0], "room for the weights and the cache of --teacher-batch answers",
+                   "the same command with a smaller --teacher-batch: it continues")
 
 
 def remote(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:

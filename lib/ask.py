@@ -3,7 +3,7 @@
 Contract: `ask` yields one answer for each request, in the order in which they come. A request is one POST to URL/chat/completions (n = 1).
 429 (its Retry-After is honoured), 5xx, a hung or closed connection and an unreadable reply are tried again, with a pause that doubles,
 up to `LONGEST` seconds, and is drawn at random. The program ends with one line where no request at all succeeded for `patience` seconds,
-and at once where trying again cannot help: no or a wrong key, an unknown model, a URL that is no such endpoint.
+and at once where trying again cannot help: no or a wrong key, an unknown model, a URL that is no such endpoint, errors and nothing else.
 
 The key comes from the environment, goes into the header of a request and nowhere else: a server that quotes it is quoted without it.
 """
@@ -46,7 +46,7 @@ class Answer:
 
 
 class Down(Exception):
-    """This try failed; another may succeed. after: seconds the server asked for. busy: 429 or 503. down: no server was reached."""
+    """This try failed; another may succeed. after: seconds the server asked for. down: no server was reached. busy: it will pass (429, 502-504)."""
 
     def __init__(self, said: str, after: float = 0.0, busy: bool = False, down: bool = False) -> None:
         super().__init__(said)
@@ -116,7 +116,7 @@ class Client:
         if status != 200:
             said = self.clean(reply.text) or reply.reason_phrase
             if status in (408, 409, 425, 429) or status >= 500:
-                raise Down(f"{status}: {said}", retry_after(reply.headers.get("retry-after")), busy=status in (429, 503))
+                raise Down(f"{status}: {said}", retry_after(reply.headers.get("retry-after")), busy=status in (429, 502, 503, 504))
             if status == 400 and "max_completion_tokens" in said and not self.renamed:
                 self.renamed = True
                 return self.once(request)
@@ -165,7 +165,10 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
             except Down as failed:
                 now = time.monotonic()
                 waited = now - max(begun, state["success"])
-                tries = 0 if failed.down else tries + (not failed.busy and state["success"] > begun)
+                counts = not failed.busy and (state["success"] > begun or not state["any"])  # in an outage all fail, and that is waited out
+                tries = 0 if failed.down else tries + counts
+                if tries >= TRIES and not state["any"]:
+                    files.fail(f"{client.url} fails whatever is asked", failed, "a server that answers", f"its log; {client.models()}")
                 if tries >= TRIES:
                     return Answer(request, "", "failed", said=str(failed))
                 if waited > patience:

@@ -296,7 +296,7 @@ def test_every_prompt_is_answered_and_becomes_a_row(folder, tokenizer_dir, serve
     assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 20  # the two answers of a prompt lie on one side
     assert all(f"The reply to {text.split('user')[1].split('<')[0].strip()} is" in text for text in texts[0] + texts[1])
     row = next(row for row in rows if row["prompt"][0]["content"] == "question 7")
-    assert row["reference"] == "SECRET reference 7" and row["prompt_tokens"] == 5 and row["answer_tokens"] == 7 and row["teacher"] == "big"
+    assert row["reference"] == "SECRET reference 7" and row["prompt_tokens"] == 5 and row["answer_tokens"] == 7 and row["teacher"] == "big@127.0.0.1"
     before = len(one.bodies)
     make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url, "--generations", 2, "--max-new-tokens", 77, "--teacher-temperature", 0.5))
     assert "finished already" in capsys.readouterr().out and len(one.bodies) == before
