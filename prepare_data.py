@@ -2,13 +2,17 @@
 
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/mine
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/small --limit 500 --val 50 --show 3    # seconds
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher DIR    # or a server of any kind:
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a hub id org/name[:split][@revision];
                      a URI (s3://, gs://, hdfs://). Parquet, json, jsonl or csv (also .gz .bz2 .zst .xz); the schema is found from the
                      column names, or --columns says it
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
+        --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that answers the prompts anew
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, meta.json last,
                      and report.png: how long rows are, where they come from, why others were dropped
+                     answers/: the teacher's, as parquet (see lib/answers.py); a run continues there, and --fresh keeps them
         --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split)
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
@@ -30,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
+from lib import answers, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
 SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
@@ -67,7 +71,9 @@ def parse_args(argv=None):
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core, at most 16 (default: %(default)s)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training rows, targets marked (default: %(default)s)")
     flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    answers.add_flags(parser)
     args = parser.parse_args(argv)
+    answers.check_flags(parser, args)
     flags.positive(parser, args, "max_len", "rows_per_chunk")
     for name in ("limit", "workers", "show", "seed"):
         if getattr(args, name) < 0:
@@ -81,7 +87,7 @@ def parse_args(argv=None):
     if args.export and args.export.partition("?")[0].endswith(".parquet"):
         parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
     try:
-        args.named = sources.parse_columns(args.columns) if args.columns else None
+        args.named = sources.parse_columns(args.columns, args.answers == "given") if args.columns else None
     except ValueError as wrong:
         parser.error(f"--columns: {wrong}")
     args.wanted = [sources.named(text) for text in args.source]
@@ -118,6 +124,8 @@ def encode_batch(rows, folder, trust_remote_code, max_len, long, turns, think, s
     for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows, turns, think)):
         if not isinstance(encoded, str):
             ids, answer = encoded
+            if not isinstance(row, str) and row[-1].get("cut") and len(last := np.flatnonzero(answer)):
+                answer[last[-1]] = False  # the end of turn that the template wrote is not where the teacher ended
             if len(ids) > max_len and long == "truncate":
                 ids, answer = ids[:max_len], answer[:max_len]
             if len(ids) > max_len:
@@ -173,7 +181,7 @@ def stage(partial, numbered, work, args, val_rows, total, texts=None, names=()):
 
 def finished(out, args, shaping):
     """Return the meta.json of a folder that this very command finished, or None; refuse a folder that another one made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / "train.rows.npy").exists()):
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {files.KEPT} and not (out / "train.rows.npy").exists()):
         files.fail(f"--out {out} is in the way", seen="something that prepare_data.py did not make", wanted="a new folder", mend="another --out")
     if args.fresh or not (out / "meta.json").exists():
         return None
@@ -238,6 +246,8 @@ def percentiles(values):
 def main(argv=None):
     args = parse_args(argv)
     out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
+    settings = answers.settings(args)
+    shaping |= answers.shaping(args, settings)
     if (partial := files.beside(out, "part")).exists():
         files.lock(partial).close()  # refused while another process fills it; a killed one left it behind
     files.recover(out)
@@ -250,7 +260,7 @@ def main(argv=None):
     # --- look at everything that can be wrong before anything is written
     if len(args.wanted) > np.iinfo(split.STAGED["source"]).max:
         files.fail("there are too many sources", seen=len(args.wanted), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
-    inputs = sources.open_all(args.wanted, args.named)
+    inputs = sources.open_all(args.wanted, args.named, args.answers == "given")
     for source in inputs:
         commit = f" commit={source.files[0].place.revision}" if source.files[0].place.revision else ""
         print(f"prepare source={source.name} where={source.where}{commit} files={len(source.files)} schema={source.described}", flush=True)
@@ -268,8 +278,10 @@ def main(argv=None):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
     if args.turns == "all" and any("messages" in file.columns for file in every) and template.rewrites(tokenizer):
         print("prepare warning: the chat template rewrites earlier answers: of each conversation only the last one is learnt", flush=True)
+    store = answers.Store(out / files.KEPT, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
+    written = answers.write(store, inputs, args, tokenizer) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
     partial = files.partial_folder(out)
@@ -281,9 +293,13 @@ def main(argv=None):
                              max_len=args.max_len, long=args.long, turns=args.turns, think=args.think, seed=args.seed)
     numbered = (((s, f), row) for s, source in enumerate(inputs) for f, file in enumerate(source.files) for row in sources.rows(file, args.system))
     total = None if any(file.count is None for file in every) else sum(file.count for file in every)
+    if written:
+        numbered, total = written.rows, written.count
     val_rows = split.ValRows(args.val)
     texts = export.RowWriter(partial / "staged.texts.parquet", True in plain) if args.export or args.push_to_hub else None
     staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
+    if written:
+        read, lost = written.read, lost + written.lost
     dropped = collections.Counter()
     for (_, reason), count in lost.items():
         dropped[reason] += count
@@ -320,6 +336,7 @@ def main(argv=None):
         "mix": args.mix,
         "schema": "; ".join(dict.fromkeys(file.described for file in every)),
         "args": shaping,
+        **({"teacher": written.meta} if written else {}),
         "rows": rows,
         "targets": count(staged["targets"]),
         "tokens": count(staged["length"]),

@@ -74,18 +74,28 @@ def beside(folder: Path, what: str) -> Path:
     return folder.with_name(f".{folder.name}.{what}")
 
 
+KEPT = "answers"  # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's answers cost money
+
+
+def _drop(old: Path, folder: Path) -> None:
+    """Delete the replaced self of `folder`, once what is kept of it has moved on."""
+    if (old / KEPT).exists():
+        os.replace(old / KEPT, folder / KEPT)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the two renames."""
+    """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the renames."""
     for path in partial.rglob("*"):
         if path.is_file():
             sync(path)
     old = beside(folder, "old")
-    shutil.rmtree(old, ignore_errors=True)
+    _drop(old, folder)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _drop(old, folder)
 
 
 def recover(folder: Path) -> None:
@@ -93,7 +103,7 @@ def recover(folder: Path) -> None:
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _drop(old, folder)
     shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
@@ -106,14 +116,19 @@ def partial_folder(folder: Path) -> Path:
 
 
 def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
-    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing); refuse any other one."""
+    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing), all but what is `KEPT`; refuse any other one."""
     if not folder.exists():
         return
-    if any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+    inside = [path for path in folder.iterdir() if path.name != KEPT]
+    if inside and not any((folder / mark).exists() for mark in marks):
         fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
     if (folder / ".lock").exists():
         lock(folder).close()  # refused while another process writes there
-    shutil.rmtree(folder)
+    if not (folder / KEPT).exists():
+        return shutil.rmtree(folder)
+    os.replace(folder, old := beside(folder, "old"))  # a kill in between is undone by `recover`
+    folder.mkdir()
+    _drop(old, folder)
 
 
 def lock(folder: Path, wait: bool = False):

@@ -85,7 +85,7 @@ def named(text: str) -> tuple[str, str]:
     return "data", text
 
 
-def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, str] | None = None) -> list[Source]:
+def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, str] | None = None, need_answer: bool = True) -> list[Source]:
     """Find and look at the files of every (name, where); one line where two sources share a file."""
     result, owners = [], {}
     for name, where in wanted:
@@ -93,22 +93,28 @@ def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, str] | None =
         for place in found:
             if (other := owners.setdefault(place.key, name)) != name:
                 files.fail(f"{place} is reached by two sources", seen=f"{other} and {name}", wanted="every file in one source")
-        result.append(Source(name, places.redact(where), [look(place, columns) for place in found]))
+        result.append(Source(name, places.redact(where), [look(place, columns, need_answer) for place in found]))
     return result
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """Read --columns: parse_columns("prompt=q,answer=a") == {"prompt": "q", "answer": "a"}. Raises ValueError, one line."""
+def parse_columns(text: str, need_answer: bool = True) -> dict[str, str]:
+    """Read --columns: parse_columns("prompt=q,answer=a") == {"prompt": "q", "answer": "a"}. Raises ValueError, one line.
+
+    Where no answer is needed (a teacher will write it), prompt=COL alone will do.
+    """
     pairs = [part.partition("=")[::2] for part in text.split(",")]
     columns = {part.strip(): column.strip() for part, column in pairs}
-    allowed = ({"prompt", "answer"}, {"input", "system"}), ({"messages"}, {"system"}), ({"text"}, set())
+    allowed = ({"prompt", "answer"} if need_answer else {"prompt"}, {"input", "system", "answer"}), ({"messages"}, {"system"}), ({"text"}, set())
     if len(columns) != len(pairs) or not all(columns.values()) or not any(need <= set(columns) <= need | may for need, may in allowed):
         raise ValueError(f"saw {text!r}, wanted {COLUMNS_HELP}")
     return columns
 
 
-def look(path: Place, columns: dict[str, str] | None = None) -> File:
-    """Open a file far enough to know its columns and find its schema, or check the `columns` that the user named."""
+def look(path: Place, columns: dict[str, str] | None = None, need_answer: bool = True) -> File:
+    """Open a file far enough to know its columns and find its schema, or check the `columns` that the user named.
+
+    Without need_answer, prompts alone will do: their conversations end in a blank answer.
+    """
     kind, count = {}, None
     try:
         if path.suffix == ".parquet":
@@ -123,7 +129,7 @@ def look(path: Place, columns: dict[str, str] | None = None) -> File:
         files.fail(f"{path} cannot be read", seen=places.redact(broken)[:300], wanted=f"a whole {path.suffix[1:]} file")
     if not kind or count == 0:
         files.fail(f"{path} holds no row", wanted="a file with rows")
-    schema, columns = ("--columns", columns) if columns else _guess(path, kind)
+    schema, columns = ("--columns", columns) if columns else _guess(path, kind, need_answer)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
         if column not in kind and not (part in OPTIONAL and path.suffix in JSON):
@@ -133,8 +139,9 @@ def look(path: Place, columns: dict[str, str] | None = None) -> File:
     return File(path, schema, described, columns, count)
 
 
-def _guess(path: Place, kind: dict) -> tuple[str, dict[str, str]]:
-    for schema, parts in SCHEMAS.items():
+def _guess(path: Place, kind: dict, need_answer: bool = True) -> tuple[str, dict[str, str]]:
+    prompts = {} if need_answer else {f"{parts['prompt'][0]} only": {"prompt": parts["prompt"]} for parts in SCHEMAS.values() if "prompt" in parts}
+    for schema, parts in sorted((SCHEMAS | prompts).items(), key=lambda item: item[0] == "text"):
         columns = {part: next((name for name in names if name in kind), None) for part, names in parts.items()}
         if None in columns.values():
             continue

@@ -1,0 +1,309 @@
+"""Answers of a local model, many at once: a row that is finished leaves, and a waiting prompt takes its place at once.
+
+Contract: `generate` takes an iterable of requests and yields an answer for each as it is finished. What a request is answered does not
+depend on its company (up to the rounding of sums whose order a kernel chooses by shape): greedy is the argmax, and sampling reads one
+uniform number a token from the request's own seed.
+
+How the cache is laid out: every row has a slot in one buffer a layer, (slots, heads, columns, D), and all rows end at the same column `hi`,
+so that one forward pass appends one column. A row's tokens are the columns from its `start`; what lies before is masked. The model is
+shown columns lo..hi, lo = the smallest start of a living row: what is padding for all costs nothing. Nothing is copied from step to
+step; a new prompt is run alone and written into the free slot, so that it ends at `hi` too:
+
+    slot 0   . . . . p p p a a |        p prompt, a answer, . masked
+    slot 1   p p p p p a a a a |        finished: slot 1 is given to a prompt of six tokens,
+    slot 1   . . . p p p p p p |        and lo becomes 3
+                               hi
+
+transformers' own continuous batching (5.23, `generate_batch`) has one seed for all requests: a sampled answer depends on its company.
+"""
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lib import files
+
+ROOM = 256          # columns added when the buffer is full
+NUCLEUS = 1024      # likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
+# settings of a generation_config that would change an answer and that `Sampling` does not know
+UNKNOWN = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+           "sequence_bias", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "encoder_repetition_penalty", "penalty_alpha")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. stops: tokens that end."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stops: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers."""
+
+    key: Hashable
+    ids: list[int]
+    max_new_tokens: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """ids: the tokens written, the one that ended it left out. finish: stop, or length (cut at max_new_tokens or at the model's context)."""
+
+    request: Request
+    ids: list[int]
+    finish: str
+
+
+def sampling_of(how, tokenizer, temperature: float | None = None, top_p: float | None = None) -> Sampling:
+    """Return a model's own way to sample (its generation_config `how`), with what is given in its place."""
+    own = lambda name, default: default if getattr(how, name, None) is None else getattr(how, name)
+    for name in UNKNOWN:
+        if own(name, None) not in (None, 0, 0.0, 1.0, [], {}):
+            files.fail(f"the model's generation_config.json sets {name}", seen=getattr(how, name), wanted="temperature, top_k, top_p, min_p or "
+                       "repetition_penalty", mend="another generation_config.json, or a server (--teacher-url)")
+    sampled = bool(own("do_sample", False)) or top_p is not None
+    if temperature is None:
+        temperature = own("temperature", 1.0) if sampled else 0.0
+    stops = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
+    stops = tuple(dict.fromkeys(stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None))
+    penalty = own("repetition_penalty", 1.0)
+    if not temperature:
+        return Sampling(0.0, repetition_penalty=penalty, stops=stops)
+    return Sampling(temperature, own("top_k", 50), own("top_p", 1.0) if top_p is None else top_p, own("min_p", 0.0), penalty, stops)
+
+
+def refuse_unknown_cache(module) -> None:
+    """End with one line where a model's memory is more than keys and values of every token (Mamba, linear or chunked attention)."""
+    config = module.config.get_text_config()
+    strange = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    strange |= {kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")}
+    if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
+        files.fail(f"{type(module).__name__} cannot be answered with here", seen=", ".join(sorted(strange)) or "a state that is no cache",
+                   wanted="a decoder whose cache is keys and values", mend="an OpenAI-compatible server for it, and --teacher-url")
+
+
+class Slots(DynamicLayer):
+    """One layer's keys and values, (slots, heads, columns, D). `span` is shared by all layers: [lo, hi]."""
+
+    def __init__(self, span: list[int], keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.span, self.keys, self.values, self.is_initialized = span, keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, keys: Tensor, values: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+        lo, hi = self.span
+        end = hi + keys.shape[-2]
+        self.keys[:, :, hi:end], self.values[:, :, hi:end] = keys, values
+        return self.keys[:, :, lo:end], self.values[:, :, lo:end]
+
+    def get_seq_length(self) -> int:
+        return self.span[1] - self.span[0]
+
+    def move(self, slots: Tensor | None, shape: tuple[int, int], lo: int, hi: int, to: int) -> None:
+        """Bring the columns lo..hi of some slots (None: none) to a new buffer of (slots, columns), ending at column `to`."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros((shape[0], old.shape[1], shape[1], old.shape[3]))
+            if slots is not None:
+                new[:len(slots), :, to - (hi - lo):to] = old[slots, :, lo:hi]
+            setattr(self, name, new)
+
+
+@dataclass
+class Row:
+    """A slot's tenant. start: its first column."""
+
+    request: Request
+    start: int
+    limit: int
+    uniform: np.ndarray | None
+    ids: list[int] = field(default_factory=list)
+
+
+def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) -> Tensor:
+    """Return the next token of each row, (B,). logits (B, V); uniform (B,) in [0, 1); seen (B, V): tokens of the prompt and the answer so far.
+
+    The filters come in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p.
+    """
+    logits = logits.float()
+    if seen is not None:
+        logits = torch.where(seen, torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty), logits)
+    if not how.temperature:
+        return logits.argmax(-1)
+    logits = logits / how.temperature
+    if not how.top_k and how.top_p >= 1 and not how.min_p:
+        p, ids = logits.softmax(-1), None
+    else:
+        whole = logits.shape[-1]
+        count = min(how.top_k, whole) if how.top_k else min(NUCLEUS, whole)
+        values, ids = logits.topk(count)  # sorted, the largest first
+        total = values.logsumexp(-1, True) if how.top_k else logits.logsumexp(-1, True)
+        p = (values - total).exp()
+        enough = (p.sum(-1) >= how.top_p) | (p[:, -1] < how.min_p * p[:, 0])  # no token beyond these could be drawn
+        if not how.top_k and not bool(enough.all()):
+            values, ids = logits.sort(descending=True)
+            p = (values - total).exp()
+        p = p * ((p.cumsum(-1) - p < how.top_p) & (p >= how.min_p * p[:, :1]))
+    mass = p.double().cumsum(-1)
+    place = torch.searchsorted(mass, (uniform.double() * mass[:, -1])[:, None], right=True).clamp_max(mass.shape[-1] - 1)
+    return (place if ids is None else ids.gather(-1, place))[:, 0]
+
+
+@torch.inference_mode()
+def generate(module, requests: Iterable[Request | None], how: Sampling, slots: int = 32, token: Callable[[Request, int], bool | None] | None = None,
+             ) -> Iterator[Answer]:
+    """Yield the answers to requests in the order in which they are finished; at most `slots` are in work.
+
+    requests are read only as places fall free, neighbours best of like length (see `by_length`). One that is None says "none for now" (a
+    server's queue): it is asked again after the next token; an iterable that has none while nothing is in work had better block.
+    token(request, id), if given, hears of every token as it is written; where it returns True, that answer ends there (finish: stop).
+    """
+    refuse_unknown_cache(module)
+    device, config = module.device, module.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    waiting, more = iter(requests), True
+    rows: list[Row | None] = []
+    span, layers, columns = [0, 0], [], 0  # [lo, hi]
+    last = lengths = starts = seen = None  # (slots,) each: the newest token, tokens in the cache, first column; (slots, V)
+
+    def accept(slot: int, next_id: int) -> Answer | None:
+        row = rows[slot]
+        finish = "stop" if next_id in how.stops else None
+        if finish is None:
+            row.ids.append(next_id)
+            heard = token(row.request, next_id) if token else None
+            finish = "stop" if heard else "length" if len(row.ids) >= row.limit else None
+        if finish:
+            rows[slot] = None
+            return Answer(row.request, row.ids, finish)
+        return None
+
+    def uniforms(places: list[int]) -> Tensor:
+        if not how.temperature:
+            return starts[:0]
+        drawn = [0.0 if (row := rows[place]) is None or row.uniform is None else row.uniform[len(row.ids)] for place in places]
+        return torch.tensor(drawn, device=device)
+
+    def arrange(keep: list[int], count: int, hi: int, need: int) -> None:
+        """Rebuild the buffers: the slots `keep` first, of `count`, ending at column `hi`, with at least `need` columns."""
+        nonlocal rows, columns, last, lengths, starts, seen
+        at = torch.tensor(keep, device=device, dtype=torch.long)
+        columns = -(-need // ROOM) * ROOM
+        for layer in layers:
+            layer.move(at, (count, columns), *span, hi)
+        fresh = count - len(keep)
+        grow = lambda old, value: torch.cat([old[at], old.new_full((fresh, *old.shape[1:]), value)])
+        shift = hi - span[1]
+        last, lengths, starts = grow(last, 0), grow(lengths, 1), grow(starts + shift, hi)
+        seen = None if seen is None else grow(seen, False)
+        rows = [rows[place] for place in keep] + [None] * fresh
+        for row in rows:
+            if row:
+                row.start += shift
+        span[:] = [span[0] + shift, hi]
+
+    while True:
+        # --- waiting prompts take the free places; a few together, for a pass costs as much for one row as for several
+        alive = [place for place, row in enumerate(rows) if row]
+        new: list[Request] = []
+        if more and (not alive or slots - len(alive) >= max(1, slots // 16)):
+            while len(alive) + len(new) < slots:
+                try:
+                    request = next(waiting)
+                except StopIteration:
+                    more = False
+                    break
+                if request is None:
+                    break
+                assert request.ids and len(request.ids) < context, (len(request.ids), context)
+                new.append(request)
+        if not alive and not new:
+            if more:
+                continue
+            return
+        if new:
+            width = max(len(request.ids) for request in new)
+            pads = [width - len(request.ids) for request in new]
+            tokens = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, new)], device=device)  # (N, width)
+            mask = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]
+            cache = DynamicCache()
+            logits = module(input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache,
+                            use_cache=True, logits_to_keep=1).logits[:, -1]
+            if not layers:
+                layers = [Slots(span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
+                last, lengths, starts = (torch.zeros(0, dtype=torch.long, device=device) for _ in range(3))
+                seen = torch.zeros((0, logits.shape[-1]), dtype=torch.bool, device=device) if how.repetition_penalty != 1 else None
+            if len(alive) + len(new) > len(rows) or width > span[1]:
+                hi = max(width, span[1] - span[0])
+                arrange(alive, max(len(alive) + len(new), min(slots, len(rows))), hi, hi + 1)
+            free = [place for place, row in enumerate(rows) if row is None][:len(new)]
+            at, hi = torch.tensor(free, device=device), span[1]
+            for layer, fresh in zip(layers, cache.layers):
+                # zeros where nothing is: a masked column still takes part with weight 0, and 0 times infinity would be NaN
+                layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
+                layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
+            del cache
+            for place, request in zip(free, new):
+                limit = min(request.max_new_tokens, context - len(request.ids))
+                uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
+                rows[place] = Row(request, hi - len(request.ids), limit, uniform)
+                lengths[place], starts[place] = len(request.ids), hi - len(request.ids)
+                if seen is not None:
+                    seen[place] = False
+                    seen[place, torch.tensor(request.ids, device=device)] = True
+            chosen = choose(logits, how, uniforms(free), None if seen is None else seen[at])
+            last[at] = chosen
+            if seen is not None:
+                seen[at, chosen] = True
+            for place, next_id in zip(free, chosen.tolist()):
+                if answer := accept(place, next_id):
+                    yield answer
+            continue  # one may be finished already, and its place free
+
+        # --- rows that left for good are carried along until they are an eighth; then, and where the buffer is full, it is built anew
+        span[0] = min(rows[place].start for place in alive)
+        crowded = len(rows) - len(alive) > len(rows) // 8
+        if crowded or span[1] == columns:
+            arrange(alive if crowded else list(range(len(rows))), len(alive) if crowded else len(rows), span[1] - span[0], span[1] - span[0] + 1)
+            span[0] = 0
+            alive = [place for place, row in enumerate(rows) if row]
+
+        # --- one token for every row
+        lo, hi = span
+        mask = torch.arange(lo, hi + 1, device=device) >= starts[:, None]  # (slots, columns shown)
+        cache = DynamicCache()
+        cache.layers = layers
+        places = lengths.clamp_max(context - 1)[:, None]  # rows that are done count on, past the last place where there is one
+        logits = module(input_ids=last[:, None], attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True,
+                        logits_to_keep=1).logits[:, -1]
+        span[1] += 1
+        lengths += 1
+        last = choose(logits, how, uniforms(list(range(len(rows)))), seen)
+        if seen is not None:
+            seen[torch.arange(len(rows), device=device), last] = True
+        chosen = last.tolist()
+        for place in alive:
+            if answer := accept(place, chosen[place]):
+                yield answer
+
+
+def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Request]:
+    """Reorder requests so that neighbours are of like length, the longest first (what does not fit into memory shows at once), a window at a time."""
+    pool: list[Request] = []
+    for request in requests:
+        pool.append(request)
+        if len(pool) == window:
+            yield from sorted(pool, key=lambda request: -len(request.ids))
+            pool = []
+    yield from sorted(pool, key=lambda request: -len(request.ids))
