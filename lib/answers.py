@@ -232,7 +232,8 @@ class Question:
     ids: list[int]
 
 
-def questions(inputs: list[sources.Source], args, tokenizer, longest: int, lost: collections.Counter, read: collections.Counter) -> Iterator[Question]:
+def questions(inputs: list[sources.Source], args, tokenizer, longest: int, lost: collections.Counter,
+              read: collections.Counter) -> Iterator[Question]:
     """Yield every different prompt of at most `longest` tokens once, for --limit answers at most; others are counted by (source, reason)."""
     seen, count = split.Seen(), 0
     for number, source in enumerate(inputs):

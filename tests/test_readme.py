@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+SHOWN = TEXT + (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+BLOCKS = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", SHOWN, re.S) for line in block.splitlines()]
 DOCSTRINGS = {path: path.read_text(encoding="utf-8").split('"""')[1] for path in ROOT.glob("*.py")}
 COMMANDS = [line for line in BLOCKS if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]
 COMMANDS += [line.split("   #")[0].strip() for text in DOCSTRINGS.values() for line in text.splitlines() if line.strip().startswith("python ")]
-TARGETS = sorted({target for line in BLOCKS if line.startswith("make") for target in re.findall(r"(?<= )[a-z][a-z0-9-]*(?= |$)", line.split("#")[0])})
+TARGETS = sorted({word for line in BLOCKS if line.startswith("make") for word in shlex.split(line, comments=True)[1:] if "=" not in word})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
