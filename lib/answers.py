@@ -5,7 +5,7 @@ Contract: the teacher sees a conversation up to the turn to answer and never its
 deletes none.
 
 On disk, OUT/answers/HASH/ (HASH of the settings, all that an answer depends on):
-- settings.json   the teacher, its weights' hash or its server's host, the sampling settings, the seed
+- settings.json   the teacher, its weights' hash or (of the first run) its server's host, the sampling settings, the seed
 - part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set: `tables` reads it
 - journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn by a kill, and is then ignored
 """
@@ -119,8 +119,8 @@ def shaping(args, made: dict | None) -> dict:
 
 
 def short(made: dict) -> str:
-    """Return the name of the settings' folder. Where the teacher's folder lies does not matter: its weights do."""
-    told = {name: value for name, value in made.items() if name != "teacher" or "weights" not in made}
+    """Return the name of the settings' folder. Where the teacher lies or is served does not matter: its weights, or its name there, do."""
+    told = {name: value for name, value in made.items() if name != ("teacher" if "weights" in made else "host")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

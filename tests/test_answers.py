@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import prepare_data
-from lib import answers, ask, data, files, generate, quality, sources
+from lib import answers, ask, data, files, generate, places, quality, sources
 
 STOPS = tuple(range(3, 20))
 SMALL = dict(vocab_size=make.V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -288,7 +288,7 @@ def test_every_prompt_is_answered_and_becomes_a_row(folder, tokenizer_dir, serve
     assert names(rows) == everything(20, 2) and len(one.bodies) == 40
     assert {(body["model"], body["max_tokens"], body["temperature"], len(body["messages"])) for body in one.bodies} == {("big", 77, 0.5, 1)}
     assert len({body["seed"] for body in one.bodies}) == 40
-    assert made.meta["rows"]["train"] + made.meta["rows"]["val"] == 40 and made.meta["sources"][0]["rows"] == 20
+    assert made.meta["rows"]["train"] + made.meta["rows"]["val"] == 40 and made.meta["sources"][0]["read"] == 20
     told = {"teacher": "big", "host": "127.0.0.1", "max_new_tokens": 77, "seed": 0, "generations": 2, "prompts": 20, "answers": 40}
     assert made.meta["teacher"].items() >= told.items() and made.meta["teacher"]["sampling"] == {"temperature": 0.5, "top_p": None}
     texts = [[made.tokenizer().decode(part.row(row)[0]) for row in range(len(part.rows))] for part in (made.train, made.val)]
@@ -541,6 +541,8 @@ def test_other_settings_have_another_folder_and_more_generations_do_not(folder, 
     assert "those of other settings stay in" in said and data.Dataset(folder / "out").meta["rows"]["train"] <= 20
     make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url, "--fresh"))
     assert len(one.bodies) == 60  # the first settings again: their answers were there all the time
+    make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url.replace("127.0.0.1", "localhost"), "--fresh"))
+    assert len(one.bodies) == 60  # the server has moved; the teacher is the same
 
 
 def test_two_processes_cannot_write_one_folder(folder, tokenizer_dir, server):
@@ -572,7 +574,7 @@ def test_tables_are_an_ordinary_data_set(folder, tokenizer_dir, server, monkeypa
     schema, parts = answers.tables(kept)
     parts = list(parts)
     assert [len(table) for table in parts] == [6, 6, 6, 2] and all(table.schema == schema for table in parts)
-    looked = sources.look(next(kept.glob("*.parquet")), {"messages": "prompt"})
+    looked = sources.look(places.local(next(kept.glob("*.parquet"))), {"messages": "prompt"})
     assert looked.count == 6  # prompts as messages: any reader of ours, and others', takes them
 
 
