@@ -36,9 +36,6 @@ from tqdm import tqdm
 
 from lib import answers, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
 
-BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19  # one piece of work for a worker ends at whichever comes first
-SMALL = 8                                    # batches: with fewer, starting worker processes costs more than they save
-BLOCK_TOKENS = 1 << 22                       # tokens copied at once
 SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
 

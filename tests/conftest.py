@@ -28,3 +28,21 @@ def one_thread_and_no_signal_handlers_left():
 def mine(world, tmp_path):
     """Return a copy of the module's `world` that a test may damage."""
     return shutil.copytree(world, tmp_path / "world")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    """Return the folder of a tiny ChatML tokenizer."""
+    import tiny_tokenizers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizers.tiny().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Prepare data without report.png, which takes half a second; test_plots.py draws it."""
+    from lib import plots
+
+    monkeypatch.setattr(plots, "prepared", lambda folder: None)

@@ -23,6 +23,7 @@ import transformers
 import prepare_data
 from lib import answers, ask, data, files, generate, places, quality, sources
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 STOPS = tuple(range(3, 20))
 SMALL = dict(vocab_size=make.V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=256, eos_token_id=3, pad_token_id=3)
@@ -244,12 +245,6 @@ def server():
     for one in made:
         one.shutdown()
         one.server_close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    tiny.tiny().save_pretrained(folder := tmp_path_factory.mktemp("tokenizer"))
-    return folder
 
 
 @pytest.fixture

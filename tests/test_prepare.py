@@ -10,23 +10,14 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
-from lib import data, files, parallel, places, plots, sources, split, template
+from lib import data, files, parallel, places, sources, split, template
 
 PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.tiny().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def prepare(tmp_path, tokenizer_dir, monkeypatch):
+def prepare(tmp_path, tokenizer_dir, no_picture):
     """Return a function that runs the script on rows (written as rows.jsonl) or on --source flags, and opens what it wrote."""
-    monkeypatch.setattr(plots, "prepared", lambda folder: None)  # half a second each; see test_plots.py
-
     def run(rows=None, *more, out="out", tokenizer=tokenizer_dir):
         if rows is not None:
             more = ("--source", str(write(tmp_path / "rows.jsonl", rows)), *more)

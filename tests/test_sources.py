@@ -11,7 +11,6 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny_tokenizers as tiny
 from fake_hub import Hub
 from huggingface_hub import constants
 from pyarrow import fs
@@ -19,15 +18,9 @@ from pyarrow import fs
 import prepare_data
 from lib import data, export, files, hub, mix, places, sources
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 KEY, SECRET = "AKIDKEY", "vErY/sEcReT+9"
 PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.tiny().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
