@@ -13,7 +13,7 @@ Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file,
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, meta.json last,
                      and report.png: how long rows are, where they come from, why others were dropped
                      answers/: the teacher's, as parquet (see lib/answers.py); a run continues there, and --fresh keeps them
-        --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split)
+        --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split, teacher)
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
 train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
@@ -121,7 +121,7 @@ def encode_batch(rows, folder, trust_remote_code, max_len, long, turns, think, s
     for row, encoded in zip(rows, template.encode(saved_tokenizer(folder, trust_remote_code), rows, turns, think)):
         if not isinstance(encoded, str):
             ids, answer = encoded
-            if not isinstance(row, str) and row[-1].get("cut") and len(last := np.flatnonzero(answer)):
+            if not isinstance(row, str) and row[-1].get("written", {}).get("finish_reason") == "length" and len(last := np.flatnonzero(answer)):
                 answer[last[-1]] = False  # the end of turn that the template wrote is not where the teacher ended
             if len(ids) > max_len and long == "truncate":
                 ids, answer = ids[:max_len], answer[:max_len]
@@ -163,9 +163,9 @@ def stage(partial, numbered, work, args, val_rows, total, texts=None, names=()):
             answers.append(answer)
             records.append(np.array([(len(ids), answer.sum(), number[0], prompt)], split.STAGED))
             if val_rows.candidate(prompt) and not isinstance(row, str):
-                row = template.without_think(row) if args.think == "drop" else row
-                last = template.last_answer(row)
-                prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
+                shown = template.without_think(row) if args.think == "drop" else row
+                last = template.last_answer(shown)
+                prompts.write(json.dumps([kept, {"messages": shown[:last], "reference": shown[last]["content"]}], ensure_ascii=False) + "\n")
             if texts:
                 texts.append(row, names[number[0]])
             kept += 1
@@ -293,7 +293,7 @@ def main(argv=None):
     if written:
         numbered, total = written.rows, written.count
     val_rows = split.ValRows(args.val)
-    texts = export.RowWriter(partial / "staged.texts.parquet", True in plain) if args.export or args.push_to_hub else None
+    texts = export.RowWriter(partial / "staged.texts.parquet", True in plain, bool(written)) if args.export or args.push_to_hub else None
     staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
     if written:
         read, lost = written.read, lost + written.lost

@@ -32,9 +32,9 @@ from lib import ask, files, flags, quality, sources, split, template
 PART_ROWS = 1000
 SAY_EVERY_S = 30.0
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
-SCHEMA = pa.schema([("source", pa.string()), ("prompt", pa.list_(MESSAGE)), ("answer", pa.string()), ("reference", pa.string()),
-                    ("generation", pa.int32()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int32()), ("answer_tokens", pa.int32()),
-                    ("teacher", pa.string()), ("sampling", pa.string()), ("key", pa.string())])
+ABOUT = pa.schema([("reference", pa.string()), ("generation", pa.int32()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int32()),
+                   ("answer_tokens", pa.int32()), ("teacher", pa.string()), ("sampling", pa.string())])  # an answer, for those it is passed on to
+SCHEMA = pa.schema([("source", pa.string()), ("prompt", pa.list_(MESSAGE)), ("answer", pa.string()), *ABOUT, ("key", pa.string())])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -325,7 +325,10 @@ def row_of(question: Question, generation: int, answer: str, finish: str, prompt
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """rows: (place, conversation) of every good answer, `count` of them. read: rows by place. lost: prompts and answers by (source, reason)."""
+    """rows: (place, conversation) of every good answer, `count` of them; the last message says in "written" what ABOUT names.
+
+    read: rows of the sources by place. lost: prompts and answers that are not among them, by (source, reason).
+    """
 
     rows: Iterator[tuple[tuple[int, int], list[dict]]]
     count: int
@@ -384,8 +387,8 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
         verdicts = iter(reasons)
         for row in (row for row, is_here in zip(store.rows(), here) if is_here):
             if next(verdicts) is None:
-                cut = {"cut": True} if row["finish_reason"] == "length" else {}
-                yield wanted[row["key"]], [*row["prompt"], {"role": "assistant", "content": row["answer"], **cut}]
+                written = {field.name: row[field.name] for field in ABOUT}
+                yield wanted[row["key"]], [*row["prompt"], {"role": "assistant", "content": row["answer"], "written": written}]
 
     meta = store.made | {"generations": args.generations, "prompts": len(wanted), "answers": total, "folder": f"{files.KEPT}/{store.folder.name}"}
     return Written(rows(), reasons.count(None), read, lost, meta)

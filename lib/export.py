@@ -5,6 +5,8 @@ On disk, in data/NAME/rows/ when --export or --push-to-hub asked for it: train.p
     messages  list<struct<role, content>>   or, of plain texts: text
     source    the name of the row's source
     split     train or validation, like the file
+
+and where a teacher wrote the last message those of answers.ABOUT: reference, generation, finish_reason, token counts, teacher, sampling.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import files, hub, places
+from lib import answers, files, hub, places
 
 SPLITS = ("train", "validation")
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
@@ -21,21 +23,22 @@ MARK = {b"made by": b"prepare_data.py"}
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
-def schema(plain_text: bool) -> pa.Schema:
-    """Return the columns of conversations, or of plain texts."""
+def schema(plain_text: bool, written: bool) -> pa.Schema:
+    """Return the columns of conversations, or of plain texts; of answers `written` by a teacher."""
     first = ("text", pa.string()) if plain_text else ("messages", MESSAGES)
-    return pa.schema([first, ("source", pa.string()), ("split", pa.string())], metadata=MARK)
+    return pa.schema([first, ("source", pa.string()), ("split", pa.string()), *(answers.ABOUT if written else ())], metadata=MARK)
 
 
 class RowWriter:
     """A parquet file of rows as they come, before they have a side (`split` is empty)."""
 
-    def __init__(self, path: Path, plain_text: bool) -> None:
-        self.schema, self.rows, self.size = schema(plain_text), [], 0
+    def __init__(self, path: Path, plain_text: bool, written: bool = False) -> None:
+        self.schema, self.rows, self.size = schema(plain_text, written), [], 0
         self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
 
     def append(self, row: list[dict] | str, source: str) -> None:
-        self.rows.append({self.schema.names[0]: row, "source": source})
+        about = {} if isinstance(row, str) else row[-1].get("written", {})
+        self.rows.append({self.schema.names[0]: row, "source": source, **about})
         self.size += len(row) if isinstance(row, str) else sum(len(message["content"]) for message in row)
         if len(self.rows) == BATCH_ROWS or self.size > BATCH_CHARACTERS:
             self.flush()

@@ -573,6 +573,18 @@ def test_tables_are_an_ordinary_data_set(folder, tokenizer_dir, server, monkeypa
     assert looked.count == 6  # prompts as messages: any reader of ours, and others', takes them
 
 
+def test_an_export_says_of_every_answer_who_wrote_it_and_how(folder, tokenizer_dir, server):
+    make.call(prepare_data.main, *remotely(folder, tokenizer_dir, server().url, "--generations", 2, "--export", folder / "shared", "--val", 0))
+    rows = pq.read_table(folder / "shared" / "train.parquet").to_pylist()
+    stored_ones = {(row["prompt"][0]["content"], row["generation"]): row for row in stored(folder / "out")}
+    assert len(rows) == 40
+    for row in rows:
+        kept = stored_ones[row["messages"][0]["content"], row["generation"]]
+        assert row["messages"][-1] == {"role": "assistant", "content": kept["answer"]} and row["source"] == "rows"
+        assert all(row[name] == kept[name] for name in ("reference", "finish_reason", "prompt_tokens", "answer_tokens", "teacher", "sampling"))
+    assert row["teacher"] == "big@127.0.0.1" and json.loads(row["sampling"]) == {"temperature": None, "top_p": None}
+
+
 # --- what is kept
 
 
