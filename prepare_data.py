@@ -162,10 +162,11 @@ def stage(partial, numbered, work, args, val_rows, total, texts=None, names=()):
             tokens.append(ids)
             answers.append(answer)
             records.append(np.array([(len(ids), answer.sum(), number[0], prompt)], split.STAGED))
+            if args.think == "drop" and not isinstance(row, str):
+                row = template.without_think(row)
             if val_rows.candidate(prompt) and not isinstance(row, str):
-                shown = template.without_think(row) if args.think == "drop" else row
-                last = template.last_answer(shown)
-                prompts.write(json.dumps([kept, {"messages": shown[:last], "reference": shown[last]["content"]}], ensure_ascii=False) + "\n")
+                last = template.last_answer(row)
+                prompts.write(json.dumps([kept, {"messages": row[:last], "reference": row[last]["content"]}], ensure_ascii=False) + "\n")
             if texts:
                 texts.append(row, names[number[0]])
             kept += 1
@@ -220,9 +221,10 @@ def report(folder, meta):
         print(f"{name:<10}train {values['train']:,}   val {values['val']:,}")
     drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
+    what = f"prompts, answered {meta['teacher']['generations']} times" if meta.get("teacher") else "read"
     for source in meta["sources"] if len(meta["sources"]) > 1 and "files" in meta["sources"][0] else ():
         rows, drops = source["rows"], sum(source["dropped"].values())
-        print(f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}   dropped {drops:,}   of {source['read']:,} read")
+        print(f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}   dropped {drops:,}   of {source['read']:,} {what}")
     for name, key in (("row", "rows"), ("answer", "targets")):
         print(f"{name:<10}tokens:{''.join(f'   {point} {value:,}' for point, value in lengths[key].items())}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
@@ -243,6 +245,8 @@ def percentiles(values):
 def main(argv=None):
     args = parse_args(argv)
     out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
+    if out.is_symlink():  # to another disk, perhaps: renames must stay on one
+        out = out.resolve()
     settings = answers.settings(args)
     shaping |= answers.shaping(args, settings)
     if (partial := files.beside(out, "part")).exists():

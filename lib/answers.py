@@ -179,10 +179,11 @@ class Store:
         """Keep an answer: once this returns, no kill loses it."""
         name = row["key"], row["generation"]
         assert name not in self.have, name
-        self.file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")  # half a surrogate pair becomes "?"
+        self.file.write(line + b"\n")
         self.file.flush()
         self.have.add(name)
-        self.fresh.append(row)
+        self.fresh.append(json.loads(line))
         if len(self.fresh) >= PART_ROWS:
             self.compact()
 

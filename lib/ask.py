@@ -74,6 +74,7 @@ class Client:
         self.http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
                                   limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency))
         self.renamed = False  # newer models of OpenAI's want max_completion_tokens
+        self.answered = False  # once it has answered, what it refuses is the prompt
 
     def clean(self, text: object) -> str:
         """Return a server's words as one short line without the key."""
@@ -109,7 +110,7 @@ class Client:
             reply = self.http.post(f"{self.url}/chat/completions", json=body)
         except (self.errors.UnsupportedProtocol, self.errors.InvalidURL, self.errors.LocalProtocolError) as wrong:
             files.fail(f"--teacher-url {self.url} is no URL to ask", self.clean(wrong), "http://HOST:PORT/v1")
-        except self.errors.TransportError as broken:
+        except self.errors.RequestError as broken:
             down = isinstance(broken, self.errors.ConnectError | self.errors.ConnectTimeout)
             raise Down(self.clean(f"{type(broken).__name__}: {broken}"), down=down) from None
         status = reply.status_code
@@ -117,21 +118,27 @@ class Client:
             said = self.clean(reply.text) or reply.reason_phrase
             if status in (408, 409, 425, 429) or status >= 500:
                 raise Down(f"{status}: {said}", retry_after(reply.headers.get("retry-after")), busy=status in (429, 502, 503, 504))
-            if status == 400 and "max_completion_tokens" in said and not self.renamed:
+            if status == 400 and "max_completion_tokens" in said and "max_tokens" in body:
                 self.renamed = True
                 return self.once(request)
-            self.stop(status, said)
+            if not (self.answered and status in (400, 403)):
+                self.stop(status, said)
             return Answer(request, "", "refused", said=f"{status}: {said}")
         try:
             value = reply.json()
             choice, usage = value["choices"][0], value.get("usage") or {}
             message = choice["message"]
             text = message.get("content") or ""
+            if isinstance(text, list):  # of parts
+                text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
             if thought := message.get("reasoning_content") or message.get("reasoning"):
                 text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"  # as the teacher wrote it, before the server took it apart
-            return Answer(request, text, choice.get("finish_reason") or "stop", usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            finish, *counts = choice.get("finish_reason") or "stop", usage.get("prompt_tokens"), usage.get("completion_tokens")
+            if not isinstance(text, str) or not isinstance(finish, str):
+                raise TypeError(f"content {type(text).__name__}, finish_reason {type(finish).__name__}")
+            return Answer(request, text, finish, *(count if type(count) is int else None for count in counts))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as garbage:
-            raise Down(self.clean(f"a reply that is no chat completion ({type(garbage).__name__}): {reply.text[:80]!r}")) from None
+            raise Down(f"a reply that is no chat completion ({type(garbage).__name__}): {self.clean(reply.text)[:80]!r}") from None
 
 
 def retry_after(value: str | None) -> float:
@@ -158,6 +165,7 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
                 answer = client.once(request)
                 if answer.finish != "refused":
                     state.update(success=time.monotonic(), any=True)
+                    client.answered = True
                 if state["down"]:
                     state["down"] = False
                     say("answers: the server is back")
@@ -171,9 +179,10 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
                     files.fail(f"{client.url} fails whatever is asked", failed, "a server that answers", f"its log; {client.models()}")
                 if tries >= TRIES:
                     return Answer(request, "", "failed", said=str(failed))
-                if waited > patience:
-                    files.fail(f"{client.url} has not answered for {waited:.0f} s", seen=failed, wanted="a server that is up",
-                               mend="the same command when it is: it continues (--patience waits longer)")
+                if waited > patience or failed.after > max(patience, LONGEST):
+                    wait = f"asks to wait {failed.after:.3g} s" if failed.after > patience else f"has not answered for {waited:.0f} s"
+                    files.fail(f"{client.url} {wait}", seen=failed, wanted="a server that answers",
+                               mend="the same command when it does: it continues (--patience waits longer)")
                 if failed.down and not state["down"]:
                     state["down"] = True
                     say(f"answers: the server is not reached ({failed}); trying for {patience:.0f} s")

@@ -7,7 +7,8 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.rows.npy     ROW    (rows,)     one record a row
     tokenizer/         the tokenizer itself, so that no later stage needs a network
     report.png         how long rows are, where they come from, why others were dropped (lib/plots.py; without matplotlib there is none)
-    meta.json          written last: identities, counts, what was dropped and why
+    answers/ rows/     a teacher's answers (lib/answers.py), and the kept rows as text (lib/export.py), where they were asked for
+    meta.json          written last: identities, counts, sources, what was dropped and why
 
 The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c is the rows
 [c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.

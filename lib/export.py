@@ -88,6 +88,10 @@ def deliver(folder: Path, where: str | None, repo: str | None, public: bool) -> 
     parts = [folder / f"{split}.parquet" for split in SPLITS if (folder / f"{split}.parquet").exists()]
     if not parts:
         files.fail(f"{folder} is missing", seen="a data set that was prepared without --export", mend="the same command with --fresh")
+    if where:
+        for split in SPLITS:  # a split that this data set does not have: rows of an earlier one must not stay beside the new ones
+            if not (folder / f"{split}.parquet").exists():
+                places.remove(places.join(where, f"{split}.parquet"))
     for part in parts if where else ():
         with pq.ParquetFile(part, pre_buffer=False, buffer_size=places.BUFFER) as file:
             groups = (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))

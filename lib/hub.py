@@ -128,6 +128,7 @@ def push(folder: Path, repo: str) -> str:
     """Upload the parquet files of a folder as the repository's data/, in one commit; return its address."""
     try:
         return huggingface_hub.HfApi().upload_folder(repo_id=repo, repo_type="dataset", folder_path=folder, path_in_repo="data",
-                                                     allow_patterns="*.parquet", commit_message="prepare_data.py")
+                                                     allow_patterns="*.parquet", commit_message="prepare_data.py",
+                                                     delete_patterns=["train.parquet", "validation.parquet"])
     except FAILURES as problem:
         _refuse(repo, problem, "written")

@@ -259,3 +259,13 @@ def write_table(batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema,
     except (pa.ArrowException, OSError) as problem:
         _refuse(where, problem, "written")
     return rows
+
+
+def remove(where: str) -> None:
+    """Delete the file at a path or URI, if there is one."""
+    system, path = _target(where)
+    try:
+        if system.get_file_info(path).is_file:
+            system.delete_file(path)
+    except (pa.ArrowException, OSError) as problem:
+        _refuse(where, problem, "removed")

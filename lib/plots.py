@@ -67,8 +67,9 @@ def prepared(folder: Path) -> None:
         _histogram(figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at)[place]), values, label, colour, low, high)
     axes = [figure.add_subplot(figure.add_gridspec(1, 2, **bars_at)[place]) for place in (0, 1)]
     _bars(axes[0], sources, "rows by source", {"train": BLUE, "val": AMBER}, places)
-    read = len(rows) + sum(meta["dropped"].values())
-    _bars(axes[1], drops, f"{read - len(rows):,} of {read:,} rows read were dropped", {"dropped": RED}, places)
+    lost = sum(meta["dropped"].values())
+    of = "prompts and answers" if meta.get("teacher") else f"of {len(rows) + lost:,} rows read"
+    _bars(axes[1], drops, f"{lost:,} {of} were dropped", {"dropped": RED}, places)
     figure.suptitle(f"{len(train):,} rows to train on, {len(val):,} held out; {targets.sum():,} of {lengths.sum():,} tokens are learnt",
                     y=1 - 0.2 / height)
     with warnings.catch_warnings():

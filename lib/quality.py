@@ -1,6 +1,6 @@
 """What is wrong with a written answer: refusals, loops, and near duplicates.
 
-Contract: `fault` judges an answer by itself. `Duplicates` takes all rows, at 300 to 600 bytes each (200,000 rows: 60 to 120 MB, and as much again for
+Contract: `fault` judges an answer by itself. `Duplicates` takes all rows, at 600 bytes each (200,000 rows: 120 MB, and as much again for
 the second or two in which they are compared), and then says which ones repeat an earlier one.
 
 Near duplicates are found by MinHash (Broder 1997): words hashed in threes, the smallest of each of 64 random orders kept; two texts of Jaccard
@@ -94,14 +94,19 @@ MULTIPLY, ADD = RANDOM.integers(0, 2**63, (2, 1, ORDERS), np.uint64) * np.uint64
 
 
 class Duplicates:
-    """Near duplicates of whole rows (prompt and answer), and of answers to one prompt where it has `several`."""
+    """Near duplicates of whole rows, and of answers to one prompt where it has `several`.
+
+    Of rows the answers must be alike by themselves too, or a long context that prompts share would make duplicates of all of them; and
+    where an answer is short ("yes"), the prompt must be the same.
+    """
 
     def __init__(self, several: bool) -> None:
         self.several, self.signatures, self.salts = several, [[], []], [[], []]
 
     def add(self, prompt: str, answer: str, key: int) -> None:
         """Note the next row. key: of its prompt."""
-        for which, (text, salt) in enumerate(((f"{prompt}\n{answer}", 0), (answer, key & 0xFFFFFFFF))[:1 + self.several]):
+        short = len(WORD.findall(answer)) < LONG
+        for which, (text, salt) in enumerate(((f"{prompt}\n{answer}", key * short), (answer, key))):
             made, numbers = signature(text, salt)
             self.signatures[which].append(made.tobytes())
             self.salts[which].append(numbers)
@@ -109,16 +114,15 @@ class Duplicates:
     def found(self) -> np.ndarray:
         """Return which rows, (N,) bool, are near duplicates of an earlier row."""
         duplicate = np.zeros(len(self.salts[0]), bool)
-        for made, numbers in zip(self.signatures, self.salts):
-            if not made:
-                continue
-            values = np.frombuffer(b"".join(made), np.uint32).reshape(-1, ORDERS)  # (N, ORDERS)
+        rows, answers = (np.frombuffer(b"".join(made), np.uint32).reshape(-1, ORDERS) for made in self.signatures)  # (N, ORDERS) each
+        for values, numbers in ((rows, self.salts[0]), (answers, self.salts[1]))[:1 + self.several]:
             salts = np.array(numbers, np.uint32)[:, None]
             for band in range(0, ORDERS, BAND):
                 _, first, group = np.unique(np.ascontiguousarray(np.hstack([salts, values[:, band:band + BAND]])).view(f"V{4 * BAND + 4}")[:, 0],
                                             return_index=True, return_inverse=True)
                 earlier = first[group]  # the first row of the same band: unique sorts stably
                 later = np.flatnonzero(earlier < np.arange(len(values)))
-                later = later[(values[later] == values[earlier[later]]).mean(1) >= SIMILAR]
+                for kind in (values, answers):
+                    later = later[(kind[later] == kind[earlier[later]]).mean(1) >= SIMILAR]
                 duplicate[later] = True
         return duplicate

@@ -103,6 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             hub.created.append(asked)
+            hub.repos.setdefault((f"{asked.get('organization')}/{asked['name']}", "main"), {})
             return self.reply({"url": f"{hub.url}/datasets/{asked.get('organization')}/{asked['name']}"})
         if "/preupload/" in path:
             paths = [file["path"] for file in json.loads(body)["files"]]
@@ -112,5 +113,8 @@ class Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     hub.pushed[repo, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    hub.repos[repo, "main"][line["value"]["path"]] = b"pushed"
+                elif line["key"] == "deletedFile":
+                    del hub.pushed[repo, line["value"]["path"]], hub.repos[repo, "main"][line["value"]["path"]]
             return self.reply({"commitUrl": f"{hub.url}/datasets/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40, "hookOutput": ""})
         return self.reply({"error": "not found"}, 404)

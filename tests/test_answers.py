@@ -213,6 +213,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif isinstance(deed, int):
             words = f"no: {body['model']} {self.headers['Authorization']}"
             self.reply(deed, {"error": {"message": words}}, [("Retry-After", "0.05")] * (deed == 429))
+        elif deed == "new name" and "max_tokens" in body:
+            time.sleep(0.05)
+            self.reply(400, {"error": {"message": "max_tokens is not known: use max_completion_tokens"}})
+        elif deed == "new name":
+            self.reply(200, good)
+        elif deed == "no gzip":
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"abc")
+        elif deed == "tomorrow":
+            self.reply(429, {"error": "quota"}, [("Retry-After", "99999999999")])
         elif deed == "hang":
             time.sleep(1.5)
         elif deed == "garbage":
@@ -677,6 +690,46 @@ def test_a_short_answer_may_be_given_to_many_prompts_but_not_twice_to_one():
     for prompt, key in (("Is water wet?", 1), ("Is the sun hot?", 2), ("Is water wet?", 1)):
         found.add(prompt, "Yes.", key)
     assert found.found().tolist() == [False, False, True]
+
+
+def test_a_long_context_that_prompts_share_makes_no_duplicates_of_their_answers():
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), 6)) for _ in range(900)]
+    context, found = " ".join(words[:600]), quality.Duplicates(several=False)
+    for i in range(40):
+        question, answer = " ".join(rng.choice(words, 10)), "yes" if i % 2 else " ".join(rng.choice(words, 15))
+        found.add(f"{context}\n{question}", answer, i)
+    assert not found.found().any()
+
+
+def test_requests_in_flight_when_the_limits_new_name_is_learnt_are_sent_again(folder, tokenizer_dir, server):
+    one = server(lambda number, body: "new name")
+    make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url, "--concurrency", 8))
+    rows = stored(folder / "out")
+    assert names(rows) == everything() and {row["finish_reason"] for row in rows} == {"stop"}
+
+
+def test_odd_replies_are_read_or_asked_for_again_and_never_spoil_the_store(folder, tokenizer_dir, server):
+    odd = {"question 1": {"message": {"content": [{"type": "text", "text": "The first "}, {"type": "text", "text": "of two parts."}]}},
+           "question 2": {"message": {"content": "half a pair \ud83d here"}}}
+    again = {"question 3": "no gzip", "question 4": {"finish_reason": 7}, "question 5": {"message": {"content": 5}}}
+    one = server(lambda number, body: odd.get(asked := body["messages"][0]["content"]) or (again.get(asked, "ok") if number == 1 else "ok"))
+    make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url))
+    rows = {row["prompt"][0]["content"]: row["answer"] for row in stored(folder / "out")}
+    assert len(rows) == 20 and rows["question 1"] == "The first of two parts." and rows["question 2"] == "half a pair ? here"
+    assert all(rows[name].startswith(f"The reply to {name}") for name in again)
+
+
+def test_a_server_that_asks_to_wait_longer_than_our_patience_is_one_line(folder, tokenizer_dir, server):
+    code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, server(lambda number, body: "tomorrow").url))
+    assert code == 1 and "asks to wait 1e+11 s" in said and "the same command" in said
+
+
+@pytest.mark.parametrize("status", (400, 403))
+def test_a_prompt_that_the_server_refuses_after_it_has_answered_others_is_one_prompt_lost(folder, tokenizer_dir, server, status):
+    one = server(lambda number, body: status if body["messages"][0]["content"] == "question 19" else "ok")
+    make.call(prepare_data.main, *remotely(folder, tokenizer_dir, one.url, "--concurrency", 1))
+    assert data.Dataset(folder / "out").meta["dropped"] == {"refused by the server": 1}
 
 
 def test_a_folder_of_the_users_is_still_in_the_way(folder, tokenizer_dir):

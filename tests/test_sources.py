@@ -323,6 +323,29 @@ def test_exported_rows_are_those_kept_with_source_and_split(tmp_path, prepare):
     assert seen == {"train": 13, "val": 7} and sorted(os.listdir(tmp_path / "shared")) == ["train.parquet", "validation.parquet"]
 
 
+def test_an_export_without_held_out_rows_takes_those_of_an_earlier_one_away(tmp_path, prepare):
+    put(tmp_path / "a.csv", some("a"))
+    for val, names in ((3, ["train.parquet", "validation.parquet"]), (0, ["train.parquet"])):
+        prepare("--source", tmp_path / "a.csv", "--export", tmp_path / "shared", "--val", val, "--fresh")
+        assert sorted(os.listdir(tmp_path / "shared")) == names  # else rows of train would be held out as well
+
+
+def test_a_dropped_trace_is_not_exported(tmp_path, prepare):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}", "answer": f"<think>hm {i}</think>reply {i}"}) + "\n"
+                                              for i in range(20)))
+    prepare("--source", tmp_path / "a.jsonl", "--export", tmp_path / "shared", "--val", 3, "--think", "drop")
+    for name in ("train", "validation"):
+        assert {row["messages"][-1]["content"][:5] for row in pq.read_table(tmp_path / "shared" / f"{name}.parquet").to_pylist()} == {"reply"}
+
+
+def test_an_out_that_is_a_link_stays_one(tmp_path, prepare):
+    put(tmp_path / "a.csv", some("a"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "disk" / "x")
+    made = prepare("--source", tmp_path / "a.csv", "--val", 3, out="linked")
+    assert (tmp_path / "linked").is_symlink() and (tmp_path / "disk" / "x" / "meta.json").exists() and len(made.val.rows) == 3
+
+
 def test_plain_texts_are_exported_as_such_and_row_groups_do_not_show(tmp_path, prepare, monkeypatch):
     monkeypatch.setattr(export, "BATCH_ROWS", 7)
     put(tmp_path / "a.jsonl", [{"text": f"line {i}"} for i in range(30)])
@@ -476,6 +499,8 @@ def test_the_rows_kept_are_pushed_private_unless_public(tmp_path, fake_hub, prep
     assert sorted(name for repo, name in fake_hub.pushed if repo == "me/mine") == ["data/train.parquet", "data/validation.parquet"]
     train = pq.read_table(io.BytesIO(fake_hub.pushed["me/mine", "data/train.parquet"])).to_pylist()
     assert [row["messages"][-1]["content"] for row in train] == targets(made)
+    prepare("--source", path, "--push-to-hub", "me/mine", "--val", "0", "--fresh")  # the rows that were held out are train's now
+    assert [name for repo, name in fake_hub.pushed if repo == "me/mine"] == ["data/train.parquet"]
 
 
 # --- wrong rows, wherever they lie
