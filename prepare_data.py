@@ -35,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import answers, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
+from lib.store import Store
 
 SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
@@ -242,6 +243,43 @@ def percentiles(values):
     return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points)))
 
 
+def by_reason(lost):
+    """Return how many rows were dropped for each reason, the commonest first; lost counts them by (source, reason)."""
+    dropped = collections.Counter()
+    for (_, reason), count in lost.items():
+        dropped[reason] += count
+    return dict(dropped.most_common())
+
+
+def describe(inputs, staged, is_val, read, lost, args, shaping):
+    """Return what meta.json says of the sources and rows."""
+    count = lambda values: {"train": int(values[~is_val].sum()), "val": int(values[is_val].sum())}
+    dropped, rows = by_reason(lost), count(np.ones(len(staged), np.int64))
+    return {
+        "format": data.FORMAT,
+        "sources": [{
+            "name": source.name,
+            "where": source.where,
+            "rows": count(staged["source"] == number),
+            "read": sum(read[number, f] for f in range(len(source.files))),
+            "dropped": {reason: lost[number, reason] for reason in dropped if lost[number, reason]},
+            "files": [{"name": str(file.place), **places.stamp(file.place), "rows": read[number, f]} for f, file in enumerate(source.files)],
+            **({"commit": source.files[0].place.revision} if source.files[0].place.revision else {}),
+        } for number, source in enumerate(inputs)],
+        "mix": args.mix,
+        "schema": "; ".join(dict.fromkeys(file.described for source in inputs for file in source.files)),
+        "args": shaping,
+        "rows": rows,
+        "targets": count(staged["targets"]),
+        "tokens": count(staged["length"]),
+        "dropped": dropped,
+        "lengths": {"rows": percentiles(staged["length"]), "targets": percentiles(staged["targets"])},
+        "rows_per_chunk": args.rows_per_chunk,
+        "chunks": -(-rows["train"] // args.rows_per_chunk),
+        "seed": args.seed,
+    }
+
+
 def main(argv=None):
     args = parse_args(argv)
     out, shaping = Path(args.out), {name: getattr(args, name) for name in SHAPING}
@@ -279,7 +317,7 @@ def main(argv=None):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
     if args.turns == "all" and any("messages" in file.columns for file in every) and template.rewrites(tokenizer):
         print("prepare warning: the chat template rewrites earlier answers: of each conversation only the last one is learnt", flush=True)
-    store = answers.Store(out / files.KEPT, settings) if settings else None
+    store = Store(out / files.KEPT, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
     written = answers.write(store, inputs, args, tokenizer) if store else None
@@ -301,12 +339,9 @@ def main(argv=None):
     staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
     if written:
         read, lost = written.read, lost + written.lost
-    dropped = collections.Counter()
-    for (_, reason), count in lost.items():
-        dropped[reason] += count
-    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common()) or "nothing dropped"
     if not len(staged):
         shutil.rmtree(partial)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in by_reason(lost).items()) or "nothing dropped"
         files.fail("no row is left", seen=f"{read.total()} rows, dropped: {reasons}", wanted="rows with a prompt and an answer, within --max-len")
     is_val = val_rows.chosen(staged["prompt"])
     if is_val.all():
@@ -318,35 +353,10 @@ def main(argv=None):
         export.divide(partial / "staged.texts.parquet", partial / "rows", is_val)
     split.divide(partial, staged, is_val)
 
-    # --- the folder's own description
-    count = lambda values: {"train": int(values[~is_val].sum()), "val": int(values[is_val].sum())}
-    rows = count(np.ones(len(staged), np.int64))
-    meta = {
-        "format": data.FORMAT,
-        "identities": {**template.identities(tokenizer), "data": files.sha256(*(partial / part for part in PARTS))},
-        "tokenizer": args.tokenizer,
-        "sources": [{
-            "name": source.name,
-            "where": source.where,
-            "rows": count(staged["source"] == number),
-            "read": sum(read[number, f] for f in range(len(source.files))),
-            "dropped": {reason: lost[number, reason] for reason in dropped if lost[number, reason]},
-            "files": [{"name": str(file.place), **places.stamp(file.place), "rows": read[number, f]} for f, file in enumerate(source.files)],
-            **({"commit": source.files[0].place.revision} if source.files[0].place.revision else {}),
-        } for number, source in enumerate(inputs)],
-        "mix": args.mix,
-        "schema": "; ".join(dict.fromkeys(file.described for file in every)),
-        "args": shaping,
-        **({"teacher": written.meta} if written else {}),
-        "rows": rows,
-        "targets": count(staged["targets"]),
-        "tokens": count(staged["length"]),
-        "dropped": dict(dropped.most_common()),
-        "lengths": {"rows": percentiles(staged["length"]), "targets": percentiles(staged["targets"])},
-        "rows_per_chunk": args.rows_per_chunk,
-        "chunks": -(-rows["train"] // args.rows_per_chunk),
-        "seed": args.seed,
-    }
+    meta = describe(inputs, staged, is_val, read, lost, args, shaping) | {"tokenizer": args.tokenizer}
+    meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*(partial / part for part in PARTS))}
+    if written:
+        meta["teacher"] = written.meta
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
     lock.close()

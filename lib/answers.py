@@ -1,40 +1,26 @@
-"""Answers written by a teacher, for prepare_data.py: asked for once, kept for good, checked, and handed on as rows.
+"""Answers written by a teacher, for prepare_data.py: asked for once, kept for good (lib/store.py), checked, and handed on as rows.
 
-Contract: the teacher sees a conversation up to the turn to answer and never its reference answer. `Store` holds each answer, named by
-(prompt key, generation), exactly once, whatever is killed when. Answers made with other settings lie in another folder, and --fresh
-deletes none.
-
-On disk, OUT/answers/HASH/ (HASH of the settings, all that an answer depends on):
-- settings.json   the teacher, its weights' hash or (of the first run) its server's host, the sampling settings, the seed
-- part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set: `tables` reads it
-- journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn by a kill, and is then ignored
+Contract: the teacher sees a conversation up to the turn to answer and never its reference answer. Every (prompt, generation) is asked for
+until the store has its answer, and never again.
 """
 import argparse
 import collections
 import dataclasses
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
-from pathlib import Path
 
 import jinja2
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from lib import ask, files, flags, quality, sources, split, template
+from lib.store import ABOUT, Store, name_of
 
-PART_ROWS = 1000
 SAY_EVERY_S = 30.0
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
-ABOUT = pa.schema([("reference", pa.string()), ("generation", pa.int32()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int32()),
-                   ("answer_tokens", pa.int32()), ("teacher", pa.string()), ("sampling", pa.string())])  # an answer, for those it is passed on to
-SCHEMA = pa.schema([("source", pa.string()), ("prompt", pa.list_(MESSAGE)), ("answer", pa.string()), *ABOUT, ("key", pa.string())])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,108 +101,13 @@ def settings(args) -> dict | None:
 def shaping(args, made: dict | None) -> dict:
     """Return what the data depends on beside the sources and prepare_data.py's own flags; all None with the answers given."""
     names = ("teacher_model", "generations", "max_new_tokens", "max_prompt", "teacher_temperature", "teacher_top_p", "keep_truncated")
-    return {"answers": made and short(made)} | {name: made and getattr(args, name) for name in names}
-
-
-def short(made: dict) -> str:
-    """Return the name of the settings' folder. Where the teacher lies or is served does not matter: its weights, or its name there, do."""
-    told = {name: value for name, value in made.items() if name != ("teacher" if "weights" in made else "host")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    return {"answers": made and name_of(made)} | {name: made and getattr(args, name) for name in names}
 
 
 def key_of(prompt: list[dict]) -> str:
     """Return 64 bits of a prompt, in hex."""
     text = json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-# --- the store
-
-
-class Store:
-    """The answers made with one set of settings; held by one process (files.lock)."""
-
-    def __init__(self, folder: Path, made: dict) -> None:
-        self.folder, self.made = folder / short(made), made
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = files.lock(folder)
-        others = [path.parent.name for path in sorted(folder.glob("*/settings.json")) if path.parent != self.folder]
-        new = not (self.folder / "settings.json").exists()
-        if new:
-            files.write_json(self.folder / "settings.json", made)
-        for path in self.folder.glob("*.part"):
-            path.unlink()
-        self.journal = self.folder / "journal.jsonl"
-        self.have: set[tuple[str, int]] = set()
-        self.parts = sorted(self.folder.glob("part-*.parquet"))
-        for path in self.parts:
-            try:
-                table = pq.read_table(path, columns=["key", "generation"])
-            except (pa.ArrowException, OSError, KeyError) as broken:
-                files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", f"move it away; its {PART_ROWS} are asked again")
-            self.have.update(zip(table["key"].to_pylist(), table["generation"].to_pylist()))
-        self.fresh: list[dict] = []  # what is in the journal and in no part
-        whole = 0
-        if self.journal.exists():
-            for line in self.journal.read_bytes().splitlines(keepends=True):
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    row = None
-                if row is None:
-                    break  # torn, or what a power cut left of the end
-                whole += len(line)
-                if (name := (row["key"], row["generation"])) not in self.have:  # it is in both where the kill came between part and journal
-                    self.have.add(name)
-                    self.fresh.append(row)
-            os.truncate(self.journal, whole)
-        self.file = open(self.journal, "ab")
-        if new and others:
-            print(f"answers: those of other settings stay in {', '.join(f'{folder}/{name}' for name in others)}; "
-                  f"these settings begin {self.folder}", flush=True)
-
-    def add(self, row: dict) -> None:
-        """Keep an answer: once this returns, no kill loses it."""
-        name = row["key"], row["generation"]
-        assert name not in self.have, name
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")  # half a surrogate pair becomes "?"
-        self.file.write(line + b"\n")
-        self.file.flush()
-        self.have.add(name)
-        self.fresh.append(json.loads(line))
-        if len(self.fresh) >= PART_ROWS:
-            self.compact()
-
-    def compact(self) -> None:
-        """Turn the journal into a part."""
-        if self.fresh:
-            self.parts.append(path := self.folder / f"part-{len(self.parts):05d}.parquet")
-            if path.exists():  # parts that were moved away leave gaps
-                path = self.parts[-1] = self.folder / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
-            told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
-            same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
-            partial = path.with_name(path.name + ".part")
-            pq.write_table(pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA), partial, compression="zstd")
-            files.sync(partial)
-            os.replace(partial, path)
-            files.sync(self.folder)
-        self.fresh = []
-        os.ftruncate(self.file.fileno(), 0)
-
-    def close(self) -> None:
-        self.compact()
-        self.file.close()
-        self.journal.unlink()
-
-    def rows(self) -> Iterator[dict]:
-        """Yield all answers, a part at a time."""
-        for table in tables(self.folder)[1]:
-            yield from table.to_pylist()
-
-
-def tables(folder: Path) -> tuple[pa.Schema, Iterator[pa.Table]]:
-    """Return the schema of a folder of answers (OUT/answers/HASH) and its tables, a thousand rows each: what an export needs."""
-    return SCHEMA, (pq.read_table(path) for path in sorted(Path(folder).glob("part-*.parquet")))
 
 
 # --- what is asked
@@ -372,9 +263,9 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
         collect(store, local(args, store.made, missing, tokenizer) if args.teacher else remote(args, missing), name, done, total)
     store.close()
 
-    here = [row["key"] in wanted and row["generation"] < args.generations for row in store_names(store)]
+    here = [row["key"] in wanted and row["generation"] < args.generations for row in store.names()]
     reasons: list[str | None] = []
-    owners = [wanted[row["key"]][0] for row, is_here in zip(store_names(store), here) if is_here]
+    owners = [wanted[row["key"]][0] for row, is_here in zip(store.names(), here) if is_here]
     duplicates = quality.Duplicates(several=args.generations > 1)
     for row in (row for row, is_here in zip(store.rows(), here) if is_here):
         reasons.append(quality.fault(row["answer"], row["finish_reason"], args.keep_truncated))
@@ -393,12 +284,6 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
 
     meta = store.made | {"generations": args.generations, "prompts": len(wanted), "answers": total, "folder": f"{files.KEPT}/{store.folder.name}"}
     return Written(rows(), reasons.count(None), read, lost, meta)
-
-
-def store_names(store: Store) -> Iterator[dict]:
-    """Yield the key and generation of every answer, in the order of `Store.rows`."""
-    for path in sorted(store.folder.glob("part-*.parquet")):
-        yield from pq.read_table(path, columns=["key", "generation"]).to_pylist()
 
 
 def collect(store: Store, answers: Iterator[dict], name, done: int, total: int) -> None:

@@ -6,7 +6,7 @@ On disk, in data/NAME/rows/ when --export or --push-to-hub asked for it: train.p
     source    the name of the row's source
     split     train or validation, like the file
 
-and where a teacher wrote the last message those of answers.ABOUT: reference, generation, finish_reason, token counts, teacher, sampling.
+and where a teacher wrote the last message those of store.ABOUT: reference, generation, finish_reason, token counts, teacher, sampling.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import answers, files, hub, places
+from lib import files, hub, places, store
 
 SPLITS = ("train", "validation")
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
@@ -26,7 +26,7 @@ MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])
 def schema(plain_text: bool, written: bool) -> pa.Schema:
     """Return the columns of conversations, or of plain texts; of answers `written` by a teacher."""
     first = ("text", pa.string()) if plain_text else ("messages", MESSAGES)
-    return pa.schema([first, ("source", pa.string()), ("split", pa.string()), *(answers.ABOUT if written else ())], metadata=MARK)
+    return pa.schema([first, ("source", pa.string()), ("split", pa.string()), *(store.ABOUT if written else ())], metadata=MARK)
 
 
 class RowWriter:

@@ -160,6 +160,104 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
+class Batch:
+    """The rows in work. Beside `rows`, a tenant or None for each slot, (slots,) tensors: last (the newest token), lengths (tokens in the cache),
+    starts (first column); seen (slots, V): tokens of prompt and answer, where a repetition penalty asks for them."""
+
+    def __init__(self, module, how: Sampling, slots: int) -> None:
+        self.module, self.how, self.slots, self.device = module, how, slots, module.device
+        self.context = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.rows: list[Row | None] = []
+        self.span, self.layers, self.columns = [0, 0], [], 0  # [lo, hi] of the columns in use; their number in the buffers
+        self.last, self.lengths, self.starts = (torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(3))
+        self.seen: Tensor | None = None
+
+    def alive(self) -> list[int]:
+        return [place for place, row in enumerate(self.rows) if row]
+
+    def choose(self, logits: Tensor, places: list[int], seen: Tensor | None) -> Tensor:
+        """Return the next token of the rows in these places, (B,)."""
+        drawn = [0.0 if (row := self.rows[place]) is None or row.uniform is None else row.uniform[len(row.ids)] for place in places]
+        return choose(logits, self.how, torch.tensor(drawn, device=self.device), seen)
+
+    def arrange(self, keep: list[int], count: int, hi: int) -> None:
+        """Build the buffers anew: the slots `keep` first, of `count`, ending at column `hi`, with room for more columns."""
+        at = torch.tensor(keep, device=self.device, dtype=torch.long)
+        self.columns = -(-(hi + 1) // ROOM) * ROOM
+        for layer in self.layers:
+            layer.move(at, (count, self.columns), *self.span, hi)
+        fresh, shift = count - len(keep), hi - self.span[1]
+        grow = lambda old, value: torch.cat([old[at], old.new_full((fresh, *old.shape[1:]), value)])
+        self.last, self.lengths, self.starts = grow(self.last, 0), grow(self.lengths, 1), grow(self.starts + shift, hi)
+        self.seen = None if self.seen is None else grow(self.seen, False)
+        self.rows = [self.rows[place] for place in keep] + [None] * fresh
+        for row in filter(None, self.rows):
+            row.start += shift
+        self.span[:] = [self.span[0] + shift, hi]
+
+    def admit(self, new: list[Request]) -> list[tuple[int, int]]:
+        """Run the prompts `new` and give them places. Return the first token of each: (place, id)."""
+        width = max(len(request.ids) for request in new)
+        pads = [width - len(request.ids) for request in new]
+        tokens = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, new)], device=self.device)  # (N, width)
+        mask = torch.arange(width, device=self.device) >= torch.tensor(pads, device=self.device)[:, None]
+        cache = DynamicCache()
+        logits = self.module(input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache,
+                             use_cache=True, logits_to_keep=1).logits[:, -1]
+        if not self.layers:
+            self.layers = [Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
+            if self.how.repetition_penalty != 1:
+                self.seen = torch.zeros((0, logits.shape[-1]), dtype=torch.bool, device=self.device)
+        alive = self.alive()
+        if len(alive) + len(new) > len(self.rows) or width > self.span[1]:
+            self.arrange(alive, max(len(alive) + len(new), min(self.slots, len(self.rows))), max(width, self.span[1] - self.span[0]))
+        free = [place for place, row in enumerate(self.rows) if row is None][:len(new)]
+        at, hi = torch.tensor(free, device=self.device), self.span[1]
+        for layer, fresh in zip(self.layers, cache.layers):
+            # zeros where nothing is: a masked column still takes part with weight 0, and 0 times infinity would be NaN
+            layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
+            layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
+        for place, request in zip(free, new):
+            start, limit = hi - len(request.ids), min(request.max_new_tokens, self.context - len(request.ids))
+            uniform = np.random.default_rng(request.seed).random(limit) if self.how.temperature else None
+            self.rows[place] = Row(request, start, limit, uniform)
+            self.lengths[place], self.starts[place] = len(request.ids), start
+            if self.seen is not None:
+                self.seen[place] = False
+                self.seen[place, torch.tensor(request.ids, device=self.device)] = True
+        chosen = self.choose(logits, free, None if self.seen is None else self.seen[at])
+        self.last[at] = chosen
+        if self.seen is not None:
+            self.seen[at, chosen] = True
+        return list(zip(free, chosen.tolist()))
+
+    def step(self) -> list[tuple[int, int]]:
+        """Write one token of every row in work. Return them: (place, id)."""
+        # rows that left for good are carried along until they are an eighth; then, and where the buffer is full, it is built anew
+        alive = self.alive()
+        self.span[0] = min(self.rows[place].start for place in alive)
+        crowded = len(self.rows) - len(alive) > len(self.rows) // 8
+        if crowded or self.span[1] == self.columns:
+            keep = alive if crowded else list(range(len(self.rows)))
+            self.arrange(keep, len(keep), self.span[1] - self.span[0])
+            self.span[0] = 0
+            alive = self.alive()
+        lo, hi = self.span
+        mask = torch.arange(lo, hi + 1, device=self.device) >= self.starts[:, None]  # (slots, columns shown)
+        cache = DynamicCache()
+        cache.layers = self.layers
+        places = self.lengths.clamp_max(self.context - 1)[:, None]  # rows that are done count on, past the last place where there is one
+        logits = self.module(input_ids=self.last[:, None], attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True,
+                             logits_to_keep=1).logits[:, -1]
+        self.span[1] += 1
+        self.lengths += 1
+        self.last = self.choose(logits, list(range(len(self.rows))), self.seen)
+        if self.seen is not None:
+            self.seen[torch.arange(len(self.rows), device=self.device), self.last] = True
+        chosen = self.last.tolist()
+        return [(place, chosen[place]) for place in alive]
+
+
 @torch.inference_mode()
 def generate(module, requests: Iterable[Request | None], how: Sampling, slots: int = 32, token: Callable[[Request, int], bool | None] | None = None,
              ) -> Iterator[Answer]:
@@ -170,132 +268,36 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
     token(request, id), if given, hears of every token as it is written; where it returns True, that answer ends there (finish: stop).
     """
     refuse_unknown_cache(module)
-    device, config = module.device, module.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or 1 << 30
-    waiting, more = iter(requests), True
-    rows: list[Row | None] = []
-    span, layers, columns = [0, 0], [], 0  # [lo, hi]
-    last = lengths = starts = seen = None  # (slots,) each: the newest token, tokens in the cache, first column; (slots, V)
-
-    def accept(slot: int, next_id: int) -> Answer | None:
-        row = rows[slot]
-        finish = "stop" if next_id in how.stops else None
-        if finish is None:
-            row.ids.append(next_id)
-            heard = token(row.request, next_id) if token else None
-            finish = "stop" if heard else "length" if len(row.ids) >= row.limit else None
-        if finish:
-            rows[slot] = None
-            return Answer(row.request, row.ids, finish)
-        return None
-
-    def uniforms(places: list[int]) -> Tensor:
-        if not how.temperature:
-            return starts[:0]
-        drawn = [0.0 if (row := rows[place]) is None or row.uniform is None else row.uniform[len(row.ids)] for place in places]
-        return torch.tensor(drawn, device=device)
-
-    def arrange(keep: list[int], count: int, hi: int, need: int) -> None:
-        """Rebuild the buffers: the slots `keep` first, of `count`, ending at column `hi`, with at least `need` columns."""
-        nonlocal rows, columns, last, lengths, starts, seen
-        at = torch.tensor(keep, device=device, dtype=torch.long)
-        columns = -(-need // ROOM) * ROOM
-        for layer in layers:
-            layer.move(at, (count, columns), *span, hi)
-        fresh = count - len(keep)
-        grow = lambda old, value: torch.cat([old[at], old.new_full((fresh, *old.shape[1:]), value)])
-        shift = hi - span[1]
-        last, lengths, starts = grow(last, 0), grow(lengths, 1), grow(starts + shift, hi)
-        seen = None if seen is None else grow(seen, False)
-        rows = [rows[place] for place in keep] + [None] * fresh
-        for row in rows:
-            if row:
-                row.start += shift
-        span[:] = [span[0] + shift, hi]
-
+    batch, waiting, more = Batch(module, how, slots), iter(requests), True
     while True:
-        # --- waiting prompts take the free places; a few together, for a pass costs as much for one row as for several
-        alive = [place for place, row in enumerate(rows) if row]
-        new: list[Request] = []
-        if more and (not alive or slots - len(alive) >= max(1, slots // 16)):
-            while len(alive) + len(new) < slots:
-                try:
-                    request = next(waiting)
-                except StopIteration:
-                    more = False
-                    break
-                if request is None:
-                    break
-                assert request.ids and len(request.ids) < context, (len(request.ids), context)
-                new.append(request)
-        if not alive and not new:
+        # --- waiting prompts take the free places, a few together: a pass costs as much for one row as for several
+        busy, new = len(batch.alive()), []
+        while more and len(new) < slots - busy and (new or not busy or slots - busy >= max(1, slots // 16)):
+            try:
+                request = next(waiting)
+            except StopIteration:
+                more = False
+                break
+            if request is None:
+                break
+            assert request.ids and len(request.ids) < batch.context, (len(request.ids), batch.context)
+            new.append(request)
+        if not busy and not new:
             if more:
                 continue
             return
-        if new:
-            width = max(len(request.ids) for request in new)
-            pads = [width - len(request.ids) for request in new]
-            tokens = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, new)], device=device)  # (N, width)
-            mask = torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]
-            cache = DynamicCache()
-            logits = module(input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache,
-                            use_cache=True, logits_to_keep=1).logits[:, -1]
-            if not layers:
-                layers = [Slots(span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
-                last, lengths, starts = (torch.zeros(0, dtype=torch.long, device=device) for _ in range(3))
-                seen = torch.zeros((0, logits.shape[-1]), dtype=torch.bool, device=device) if how.repetition_penalty != 1 else None
-            if len(alive) + len(new) > len(rows) or width > span[1]:
-                hi = max(width, span[1] - span[0])
-                arrange(alive, max(len(alive) + len(new), min(slots, len(rows))), hi, hi + 1)
-            free = [place for place, row in enumerate(rows) if row is None][:len(new)]
-            at, hi = torch.tensor(free, device=device), span[1]
-            for layer, fresh in zip(layers, cache.layers):
-                # zeros where nothing is: a masked column still takes part with weight 0, and 0 times infinity would be NaN
-                layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
-                layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
-            del cache
-            for place, request in zip(free, new):
-                limit = min(request.max_new_tokens, context - len(request.ids))
-                uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
-                rows[place] = Row(request, hi - len(request.ids), limit, uniform)
-                lengths[place], starts[place] = len(request.ids), hi - len(request.ids)
-                if seen is not None:
-                    seen[place] = False
-                    seen[place, torch.tensor(request.ids, device=device)] = True
-            chosen = choose(logits, how, uniforms(free), None if seen is None else seen[at])
-            last[at] = chosen
-            if seen is not None:
-                seen[at, chosen] = True
-            for place, next_id in zip(free, chosen.tolist()):
-                if answer := accept(place, next_id):
-                    yield answer
-            continue  # one may be finished already, and its place free
 
-        # --- rows that left for good are carried along until they are an eighth; then, and where the buffer is full, it is built anew
-        span[0] = min(rows[place].start for place in alive)
-        crowded = len(rows) - len(alive) > len(rows) // 8
-        if crowded or span[1] == columns:
-            arrange(alive if crowded else list(range(len(rows))), len(alive) if crowded else len(rows), span[1] - span[0], span[1] - span[0] + 1)
-            span[0] = 0
-            alive = [place for place, row in enumerate(rows) if row]
-
-        # --- one token for every row
-        lo, hi = span
-        mask = torch.arange(lo, hi + 1, device=device) >= starts[:, None]  # (slots, columns shown)
-        cache = DynamicCache()
-        cache.layers = layers
-        places = lengths.clamp_max(context - 1)[:, None]  # rows that are done count on, past the last place where there is one
-        logits = module(input_ids=last[:, None], attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True,
-                        logits_to_keep=1).logits[:, -1]
-        span[1] += 1
-        lengths += 1
-        last = choose(logits, how, uniforms(list(range(len(rows)))), seen)
-        if seen is not None:
-            seen[torch.arange(len(rows), device=device), last] = True
-        chosen = last.tolist()
-        for place in alive:
-            if answer := accept(place, chosen[place]):
-                yield answer
+        # --- one token for every row that has come, or for all
+        for place, next_id in batch.admit(new) if new else batch.step():
+            row = batch.rows[place]
+            finish = "stop" if next_id in how.stops else None
+            if finish is None:
+                row.ids.append(next_id)
+                heard = token(row.request, next_id) if token else None
+                finish = "stop" if heard else "length" if len(row.ids) >= row.limit else None
+            if finish:
+                batch.rows[place] = None
+                yield Answer(row.request, row.ids, finish)
 
 
 def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Request]:

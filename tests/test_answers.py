@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import prepare_data
-from lib import answers, ask, data, files, generate, places, quality, sources
+from lib import answers, ask, data, files, generate, places, quality, sources, store
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 STOPS = tuple(range(3, 20))
@@ -555,7 +555,7 @@ def test_other_settings_have_another_folder_and_more_generations_do_not(folder, 
 
 def test_two_processes_cannot_write_one_folder(folder, tokenizer_dir, server):
     one = server()
-    held = answers.Store(folder / "out" / "answers", {"teacher": "x", "sampling": {}})
+    held = store.Store(folder / "out" / "answers", {"teacher": "x", "sampling": {}})
     code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, one.url))
     assert code == 1 and "is being written by another process" in said and not one.bodies
     del held
@@ -576,12 +576,11 @@ def test_a_signal_says_that_the_same_command_continues(folder, tokenizer_dir, se
 
 
 def test_tables_are_an_ordinary_data_set(folder, tokenizer_dir, server, monkeypatch):
-    monkeypatch.setattr(answers, "PART_ROWS", 6)
+    monkeypatch.setattr(store, "PART_ROWS", 6)
     make.call(prepare_data.main, *remotely(folder, tokenizer_dir, server().url))
     (kept,) = (path.parent for path in folder.glob("out/answers/*/settings.json"))
-    schema, parts = answers.tables(kept)
-    parts = list(parts)
-    assert [len(table) for table in parts] == [6, 6, 6, 2] and all(table.schema == schema for table in parts)
+    parts = [pq.read_table(path) for path in sorted(kept.glob("part-*.parquet"))]
+    assert [len(table) for table in parts] == [6, 6, 6, 2] and all(table.schema == store.SCHEMA for table in parts)
     looked = sources.look(places.local(next(kept.glob("*.parquet"))), {"messages": "prompt"})
     assert looked.count == 6  # prompts as messages: any reader of ours, and others', takes them
 

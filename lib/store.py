@@ -1,0 +1,116 @@
+"""The answers that a teacher wrote: each kept exactly once, named by (prompt key, generation), whatever is killed when.
+
+Answers made with other settings lie in another folder, and --fresh of prepare_data.py deletes none. OUT/answers/HASH/ (HASH of the
+settings, all that an answer depends on) holds
+- settings.json   the teacher, its weights' hash or (of the first run) its server's host, the sampling settings, the seed
+- part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set
+- journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn by a kill, and is then ignored
+"""
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import files
+
+PART_ROWS = 1000
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+ABOUT = pa.schema([("reference", pa.string()), ("generation", pa.int32()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int32()),
+                   ("answer_tokens", pa.int32()), ("teacher", pa.string()), ("sampling", pa.string())])  # an answer, for those it is passed on to
+SCHEMA = pa.schema([("source", pa.string()), ("prompt", pa.list_(MESSAGE)), ("answer", pa.string()), *ABOUT, ("key", pa.string())])
+
+
+def name_of(made: dict) -> str:
+    """Return the name of the settings' folder. Where the teacher lies or is served does not matter: its weights, or its name there, do."""
+    told = {name: value for name, value in made.items() if name != ("teacher" if "weights" in made else "host")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Store:
+    """The answers made with one set of settings; held by one process (files.lock)."""
+
+    def __init__(self, folder: Path, made: dict) -> None:
+        self.folder, self.made = folder / name_of(made), made
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = files.lock(folder)
+        others = [path.parent.name for path in sorted(folder.glob("*/settings.json")) if path.parent != self.folder]
+        new = not (self.folder / "settings.json").exists()
+        if new:
+            files.write_json(self.folder / "settings.json", made)
+        for path in self.folder.glob("*.part"):
+            path.unlink()
+        self.journal = self.folder / "journal.jsonl"
+        self.have: set[tuple[str, int]] = set()
+        self.parts = sorted(self.folder.glob("part-*.parquet"))
+        for path in self.parts:
+            try:
+                table = pq.read_table(path, columns=["key", "generation"])
+            except (pa.ArrowException, OSError, KeyError) as broken:
+                files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", f"move it away; its {PART_ROWS} are asked again")
+            self.have.update(zip(table["key"].to_pylist(), table["generation"].to_pylist()))
+        self.fresh: list[dict] = []  # what is in the journal and in no part
+        whole = 0
+        if self.journal.exists():
+            for line in self.journal.read_bytes().splitlines(keepends=True):
+                try:
+                    row = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    row = None
+                if row is None:
+                    break  # torn, or what a power cut left of the end
+                whole += len(line)
+                if (name := (row["key"], row["generation"])) not in self.have:  # it is in both where the kill came between part and journal
+                    self.have.add(name)
+                    self.fresh.append(row)
+            os.truncate(self.journal, whole)
+        self.file = open(self.journal, "ab")
+        if new and others:
+            print(f"answers: those of other settings stay in {', '.join(f'{folder}/{name}' for name in others)}; "
+                  f"these settings begin {self.folder}", flush=True)
+
+    def add(self, row: dict) -> None:
+        """Keep an answer: once this returns, no kill loses it."""
+        name = row["key"], row["generation"]
+        assert name not in self.have, name
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")  # half a surrogate pair becomes "?"
+        self.file.write(line + b"\n")
+        self.file.flush()
+        self.have.add(name)
+        self.fresh.append(json.loads(line))
+        if len(self.fresh) >= PART_ROWS:
+            self.compact()
+
+    def compact(self) -> None:
+        """Turn the journal into a part."""
+        if self.fresh:
+            self.parts.append(path := self.folder / f"part-{len(self.parts):05d}.parquet")
+            if path.exists():  # parts that were moved away leave gaps
+                path = self.parts[-1] = self.folder / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
+            told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
+            same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
+            partial = path.with_name(path.name + ".part")
+            pq.write_table(pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA), partial, compression="zstd")
+            files.sync(partial)
+            os.replace(partial, path)
+            files.sync(self.folder)
+        self.fresh = []
+        os.ftruncate(self.file.fileno(), 0)
+
+    def close(self) -> None:
+        self.compact()
+        self.file.close()
+        self.journal.unlink()
+
+    def rows(self) -> Iterator[dict]:
+        """Yield all answers, a part at a time. (The newest are among them once the store is closed.)"""
+        for path in self.parts:
+            yield from pq.read_table(path).to_pylist()
+
+    def names(self) -> Iterator[dict]:
+        """Yield the key and generation of every answer, in the order of `rows`."""
+        for path in self.parts:
+            yield from pq.read_table(path, columns=["key", "generation"]).to_pylist()
