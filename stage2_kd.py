@@ -29,8 +29,10 @@ def parse_args(argv=None):
     group.add_argument("--verify", action="store_true", help="check the logits' checksums first (default: their sizes and identities alone)")
     group.add_argument("--eval-only", action="store_true", help="measure --student on val, write eval.json to --out, and stop")
     group = parser.add_argument_group("the method")
-    group.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher; the rest is cross-entropy (default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=2.0, help="T of the divergence; best one that was dumped (default: %(default)s)")
+    group.add_argument("--alpha", type=flags.moving, default=0.9,
+                       help="weight of the teacher; the rest is cross-entropy; 0.9->0.5: moving over the run (default: %(default)s)")
+    group.add_argument("--temperature", type=flags.moving, default=2.0,
+                       help="T of the divergence; best one that was dumped; 4->2: moving over the run (default: %(default)s)")
     group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl",
                        help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
     group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
@@ -38,7 +40,7 @@ def parse_args(argv=None):
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
-    if not 0 <= args.alpha <= 1:
+    if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
     if args.beta is None:
         args.beta = 0.1 if args.divergence == "skl" else 0.5
@@ -54,7 +56,6 @@ def main(argv=None):
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
     store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
-    method = losses.Method(args.alpha, args.temperature, args.divergence, args.beta)
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
@@ -101,8 +102,8 @@ def main(argv=None):
         print(f"the rest: its exact mass, in a shape of {len(store.shape.bits)} dimensions ({store.meta['tail_bytes']} bytes a target)")
     if store.guess:
         t, mean, worst = store.guess
-        print(f"the rest: T={args.temperature:g} was not dumped, and its mass is computed; T={t:g}, computed from the others in the same way, "
-              f"is off by {mean:.4f} on average, {worst:.4f} at most (shares of 1)")
+        print(f"the rest: not every T of {args.temperature} was dumped, and its mass is computed; T={t:g}, computed from the others in the same "
+              f"way, is off by {mean:.4f} on average, {worst:.4f} at most (shares of 1)")
     if store.missing:
         print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
     if not store.compares:
@@ -141,13 +142,15 @@ def main(argv=None):
         started = clock(device)
         rows = steps_of_rows[step]
         targets = int(dataset.train.rows["targets"][rows].sum())
+        alpha, temperature = flags.at(args.alpha, step, steps), flags.at(args.temperature, step, steps)
+        method = losses.Method(alpha, temperature, args.divergence, args.beta)
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
         sums = torch.zeros(3, device=device)
         for lines in plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack):
             batch = dataset.train.batch(lines).to(device)
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 hidden = student.hidden(batch)  # (N, D)
-            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, store.train(batch), method, amp)
+            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, store.train(batch, temperature), method, amp)
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         loss, ce, kd = (sums / targets).tolist()
@@ -160,7 +163,9 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, kd=kd, ce=ce, lr=lr, grad_norm=norm, targets=targets,
+            moving = {"alpha": alpha} if isinstance(args.alpha, tuple) else {}
+            moving |= {"temperature": temperature} if isinstance(args.temperature, tuple) else {}
+            run.log("train", step, loss=loss, kd=kd, ce=ce, **moving, lr=lr, grad_norm=norm, targets=targets,
                     **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
     run.finish(steps, measures, mix.realised(parts, dataset, steps_of_rows))

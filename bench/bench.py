@@ -52,7 +52,8 @@ def batch(s: dict, device: torch.device) -> data.Batch:
     tokens = torch.randint(0, s["V"], (s["rows"], s["length"]))
     where = (torch.arange(s["rows"])[:, None] * s["length"] + torch.arange(s["length"] // 2 - 1, s["length"] - 1)).flatten()
     positions = torch.arange(s["length"]).expand(s["rows"], -1).contiguous()
-    return data.Batch(tokens, positions, where, tokens.flatten()[where + 1], torch.arange(len(where)), list(range(s["rows"]))).to(device)
+    return data.Batch(tokens, positions, where, tokens.flatten()[where + 1], torch.arange(len(where)), list(range(s["rows"])),
+                      torch.arange(s["rows"])[:, None].expand_as(tokens)).to(device)
 
 
 def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:

@@ -41,6 +41,7 @@ class Batch:
     labels     (N,)   int64   the target tokens
     numbers    (N,)   int64   each target's number in its split: its record in a logits file
     rows       the row numbers, in order
+    row_of     (B, L) int64   the place in `rows` of the row that a token belongs to; -1 is padding
     """
 
     tokens: torch.Tensor
@@ -49,10 +50,11 @@ class Batch:
     labels: torch.Tensor
     numbers: torch.Tensor
     rows: list[int]
+    row_of: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         move = lambda tensor: tensor.to(device, non_blocking=True)
-        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows)
+        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows, move(self.row_of))
 
 
 class Split:
@@ -84,28 +86,32 @@ class Split:
 
     def batch(self, lines: list[list[int]], pad_to: int = 1) -> Batch:
         """Lay rows out as lines (see Batch). Worked example: rows A (3 tokens, the last 2 are targets) and B (2 tokens,
-        the last is a target) on one line give tokens A0 A1 A2 B0 B1, positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1.
+        the last is a target) on one line give tokens A0 A1 A2 B0 B1, positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1, row_of 0 0 0 1 1.
         """
         lengths = self.rows["length"]
         width = max(sum(int(lengths[row]) for row in line) for line in lines)
         width = -(-width // pad_to) * pad_to
         tokens, positions = np.zeros((len(lines), width), np.int64), np.zeros((len(lines), width), np.int64)
-        where, labels, numbers = [], [], []
+        row_of = np.full((len(lines), width), -1, np.int64)
+        where, labels, numbers, count = [], [], [], 0
         for b, line in enumerate(lines):
             at = 0
             for row in line:
                 ids, answer = self.row(row)
                 tokens[b, at:at + len(ids)] = ids
                 positions[b, at:at + len(ids)] = np.arange(len(ids))
+                row_of[b, at:at + len(ids)] = count
                 targets = np.flatnonzero(answer)
                 where.append(b * width + at + targets - 1)
                 labels.append(ids[targets])
                 numbers.append(int(self.rows[row]["first_target"]) + np.arange(len(targets)))
                 at += len(ids)
+                count += 1
             positions[b, at:] = np.arange(width - at)
         join = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
         rows = [row for line in lines for row in line]
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), rows)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), rows,
+                     torch.from_numpy(row_of))
 
 
 class Dataset:

@@ -75,8 +75,25 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--mix: {wrong}")
 
 
+def moving(text: str) -> float | tuple[float, float]:
+    """Read a number, or FIRST->LAST: one that moves in a straight line from the first step to the last."""
+    first, arrow, last = text.partition("->")
+    return (float(first), float(last)) if arrow else float(first)
+
+
+def ends(value: float | tuple[float, float]) -> tuple[float, float]:
+    """Return what a number of `moving` is at the first step and at the last."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def at(value: float | tuple[float, float], step: int, steps: int) -> float:
+    """Return what a number of `moving` is at step `step` of `steps`."""
+    first, last = ends(value)
+    return first + (last - first) * min(1.0, step / max(1, steps - 1)) if first != last else first
+
+
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
     """Refuse (exit code 2) a value that is not above zero, for each attribute in `names`."""
     for name in names:
-        if getattr(args, name) <= 0:
+        if not all(end > 0 for end in ends(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted a number above 0")

@@ -15,13 +15,15 @@ Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 
 and 104 bytes of coefficients 48 + 6 + 24 + 2 + 104 + 12 = 196.
 """
 import hashlib
+import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import basis, data, files, head, losses
+from lib import basis, data, files, flags, head, losses
 from lib.basis import Basis
 
 FORMAT = 1
@@ -127,13 +129,13 @@ class Part:
 
 
 class Store:
-    """The finished chunks of a logits folder, read by target number at one temperature.
+    """The finished chunks of a logits folder, read by target number at one temperature, or at those from `temperature`'s first to its second.
 
     `temperature=None` is for measuring alone: val is enough then. `chunks` are the numbers of the train chunks that are there,
     `missing` those that are not; `val` is a Part or None.
     """
 
-    def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | None, verify: bool = False) -> None:
+    def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | tuple[float, float] | None, verify: bool = False) -> None:
         self.folder, self.dataset = Path(folder), dataset
         if not self.folder.is_dir():
             files.fail(f"{folder} is missing", mend=f"make logits NAME={dataset.folder.name} (python dump_logits.py --help)")
@@ -155,10 +157,13 @@ class Store:
         self.shape = None if temperature is None else self._basis(every)  # measuring asks for the top k and their rest alone
         self.placed = None  # the device that it has been moved to
         self.temperature = temperature
-        self.column = self.temperatures.index(temperature) if temperature in self.temperatures else None
         self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
-        if temperature is not None and self.column is None:
-            self.guess = self._can_guess(every[0])
+        if temperature is not None:
+            first, last = flags.ends(temperature)
+            inside = [t for t in self.temperatures if min(first, last) < t < max(first, last)]
+            between = [math.sqrt(a * b) for a, b in itertools.pairwise(sorted({first, *inside, last}))]
+            guesses = [self._can_guess(every[0], t) for t in sorted({first, last, *between}) if t not in self.temperatures]
+            self.guess = max(guesses, key=lambda guess: guess[1], default=None)
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
 
@@ -176,12 +181,12 @@ class Store:
                            f"its own {basis.NAME}, or {dump_command(part.meta, self.dataset, self.folder, '')}--chunk {part.meta['chunk']} --fresh")
         return shape
 
-    def _can_guess(self, part: Part) -> tuple[float, float, float]:
+    def _can_guess(self, part: Part, wanted: float) -> tuple[float, float, float]:
         """Measure how well the tail's mass at one dumped temperature follows from the others and the basis; refuse where it cannot be told.
 
         The temperature left out is the one nearest to what is wanted, which leaves a wider gap than the one to be bridged.
         """
-        wanted, dumped = self.temperature, self.temperatures
+        dumped = self.temperatures
         below, above = [t for t in dumped if t < wanted], [t for t in dumped if t > wanted]
         again = f"--temperature {dumped[0]:g}, or dump_logits.py --temperatures with {wanted:g} among them and --fresh"
         if self.shape is None or len(dumped) < 3 or not below or above and above[0] > 2 * below[-1]:
@@ -231,8 +236,8 @@ class Store:
         """Return the numbers of all train rows whose chunk is there."""
         return np.concatenate([np.asarray(self.dataset.chunk_rows(c)) for c in self.chunks])
 
-    def train(self, batch: data.Batch) -> losses.Kept:
-        """Return the teacher at a train batch's targets, on the device of its labels."""
+    def train(self, batch: data.Batch, temperature: float | None = None) -> losses.Kept:
+        """Return the teacher at a train batch's targets, on the device of its labels; at the store's own temperature, or at this one."""
         size, numbers = self.dataset.meta["rows_per_chunk"], batch.numbers.numpy()
         out, at = [], 0
         for row in batch.rows:  # a row is one slice of one chunk
@@ -242,23 +247,23 @@ class Store:
             at += count
         if self.shape is not None and self.placed != batch.labels.device:  # once
             self.shape, self.placed = self.shape.to(batch.labels.device), batch.labels.device
-        return self._kept(np.concatenate(out), self.column, batch, self.shape)
+        return self._kept(np.concatenate(out), self.temperature if temperature is None else temperature, batch, self.shape)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not dumped."""
         if self.val is None or temperature not in self.temperatures:
             return None
-        return self._kept(self.val.records[batch.numbers.numpy()], self.temperatures.index(temperature), batch, None)
+        return self._kept(self.val.records[batch.numbers.numpy()], temperature, batch, None)
 
-    def _kept(self, records: np.ndarray, column: int | None, batch: data.Batch, shape: Basis | None) -> losses.Kept:
-        """Return decoded records on the device of the batch's labels. `column` None: the tail at self.temperature is computed from
-        those that were dumped."""
-        device, kept = batch.labels.device, decode(records, self.vocab, column or 0, shape)
+    def _kept(self, records: np.ndarray, temperature: float, batch: data.Batch, shape: Basis | None) -> losses.Kept:
+        """Return decoded records on the device of the batch's labels. The tail at a temperature that was not dumped is computed from the others."""
+        dumped = temperature in self.temperatures
+        device, kept = batch.labels.device, decode(records, self.vocab, self.temperatures.index(temperature) if dumped else 0, shape)
         move = lambda tensor: tensor.to(device, non_blocking=True)
         kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
-        if column is not None:
+        if dumped:
             return kept
-        return replace(kept, tail=basis.tail_between(shape, kept.ids, kept.coef, move(tails_of(records)), self.temperatures, self.temperature))
+        return replace(kept, tail=basis.tail_between(shape, kept.ids, kept.coef, move(tails_of(records)), self.temperatures, temperature))
 
 
 def tails_of(records: np.ndarray) -> torch.Tensor:

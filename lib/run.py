@@ -33,7 +33,8 @@ FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # ar
 
 
 class Run:
-    """Open (or continue) the run in args.out. Attributes: step (where to start), updates (optimizer steps taken), best."""
+    """Open (or continue) the run in args.out. Attributes: step (where to start), updates (optimizer steps taken), best; more: what else a
+    method needs to continue, as JSON."""
 
     def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
         self.out, self.args, self.stage, self.identities, self.best_by = Path(args.out), args, stage, identities, best_by
@@ -52,14 +53,14 @@ class Run:
             raise SystemExit(0)
         if not args.fresh:
             self._open()
-        self.step, self.updates, self.best, self.resumed, self.trained_s, self.measures = 0, 0, None, None, 0.0, {}
+        self.step, self.updates, self.best, self.resumed, self.trained_s, self.measures, self.more = 0, 0, None, None, 0.0, {}, {}
         self.history = self.out / "history.jsonl"
         state = self.out / "last" / "state.json"
         self.state = files.read_json(state) if state.exists() and not args.fresh else None
         if self.state:
             self._same(self.state["settings"], "was started")
-            for name in ("step", "updates", "best", "trained_s", "measures"):
-                setattr(self, name, self.state[name])
+            for name in ("step", "updates", "best", "trained_s", "measures", "more"):
+                setattr(self, name, self.state.get(name, {}))
             self.resumed = self.step
             print(f"{stage}: continues {self.out} at step {self.step}")
         self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
@@ -114,7 +115,7 @@ class Run:
         save_file(flat, partial / "optimizer.safetensors")
         sizes = {name: (self.out / name).stat().st_size for name in ("history.jsonl", "samples.md") if (self.out / name).exists()}
         files.write_json(partial / "state.json", {
-            "step": step, "updates": self.updates, "best": self.best, "trained_s": self.trained_s, "measures": measures,
+            "step": step, "updates": self.updates, "best": self.best, "trained_s": self.trained_s, "measures": measures, "more": self.more,
             "sizes": sizes, "scaler": scaler.state_dict(), "settings": self.settings})
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
