@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import torch
 
-from lib import evaluate, flags, losses, mix, models, plan, preflight, samples
+from lib import evaluate, flags, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -44,6 +44,8 @@ def main(argv=None):
     dataset = Dataset(args.data, args.trust_remote_code)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
+    if args.eval_sampling and not parts:
+        parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
     run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
@@ -59,6 +61,10 @@ def main(argv=None):
     steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts)
     line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
     steps = len(steps_of_rows)
+    sampler = None
+    if args.eval_sampling:
+        sampler = sampling.Sampler(parts, dataset, args.seed, args.tokens_per_step, steps, run.more.setdefault("sampling", {}))
+        steps_of_rows = sampler.steps_of_rows()
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
 
@@ -83,7 +89,8 @@ def main(argv=None):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
             measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, sources=dataset.sources)
-            run.log("eval", step, **measures)
+            run.log("eval", step, **measures, **(sampler.hear(step, measures) if sampler else {}))
+            steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
             if run.is_better(measures):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, logits, losses, mix, models, plan, preflight, samples
+from lib import evaluate, files, flags, logits, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -59,6 +59,8 @@ def main(argv=None):
     best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
+    if args.eval_sampling and not parts and not args.eval_only:
+        parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
     inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks,
@@ -88,6 +90,10 @@ def main(argv=None):
     steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts)
     line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
     steps = len(steps_of_rows)
+    sampler = None
+    if args.eval_sampling:
+        sampler = sampling.Sampler(parts, dataset, args.seed, args.tokens_per_step, steps, run.more.setdefault("sampling", {}))
+        steps_of_rows = sampler.steps_of_rows()
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
 
@@ -125,7 +131,8 @@ def main(argv=None):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
             measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
-            run.log("eval", step, **measures)
+            run.log("eval", step, **measures, **(sampler.hear(step, measures) if sampler else {}))
+            steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
             if step == 0:
                 preflight.teacher_can_teach(store, measures)
             if args.samples:

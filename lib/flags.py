@@ -12,6 +12,8 @@ SHARED = {
     "--steps": dict(type=int, default=0, metavar="N", help="exactly this many optimizer steps instead of --epochs; 0 = off (default: %(default)s)"),
     "--mix": dict(default=None, metavar="TEXT", help="shares of the sources in a step's tokens: 'a:0.7 b:0.3', or 'a:0.7->0.3 b:0.3->0.7' from first "
                   "step to last; off = every row once an epoch (default: what prepare_data.py stored, else off)"),
+    "--eval-sampling": dict(action="store_true", help="at every evaluation, give more weight to the sources whose val loss fell least since the "
+                            "one before (lib/sampling.py says the rule)"),
     "--tokens-per-step": dict(type=int, default=16384, metavar="N", help="tokens of one optimizer step, about (default: %(default)s)"),
     "--warmup": dict(type=float, default=0.1, help="share of the steps over which the rate rises; then a cosine to 0 (default: %(default)s)"),
     "--weight-decay": dict(type=float, default=0.05, help="AdamW's decay, on matrices only (default: %(default)s)"),
@@ -46,8 +48,8 @@ def add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str) 
 
 
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
-    "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--tokens-per-step", "--tokens-per-microbatch", "--warmup", "--weight-decay",
-                           "--beta2", "--clip"),
+    "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--eval-sampling", "--tokens-per-step", "--tokens-per-microbatch", "--warmup",
+                           "--weight-decay", "--beta2", "--clip"),
     "the run": ("--eval-every", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
 }

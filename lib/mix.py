@@ -61,6 +61,14 @@ def chosen(text: str | None, dataset: data.Dataset) -> str | None:
     return None if text in (None, "off") else text
 
 
+def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
+    """Return every source with its part of all tokens for a share."""
+    rows = dataset.train.rows[rows_there]
+    tokens = np.bincount(rows["source"], rows["length"])
+    shares = (tokens / tokens.sum()).tolist()
+    return [Part(number, dataset.sources[number], rows_there[rows["source"] == number], share, share) for number, share in enumerate(shares) if share]
+
+
 def divide(text: str | None, dataset: data.Dataset, rows_there: np.ndarray) -> tuple[np.ndarray, list[Part]]:
     """Return those of `rows_there` that are trained on, and the sources that have a share, each with its own; all of them and [] without a mix.
 

@@ -80,18 +80,25 @@ def stream(rows: np.ndarray, lengths: np.ndarray, seed: int, source: int, tokens
     return np.concatenate([np.random.default_rng([seed, number, source]).permutation(rows) for number in range(passes)])
 
 
-def mixed_run(parts: Sequence[Part], lengths: np.ndarray, seed: int, tokens_per_step: int, count: int) -> list[np.ndarray]:
-    """Return the rows of every one of `count` optimizer steps, with the parts' shares of the tokens.
+def asked(parts: Sequence[Part], count: int) -> np.ndarray:
+    """Return the shares (count, parts) that a mix asks for at every step."""
+    return np.stack([np.linspace(part.first, part.last, count) for part in parts], 1)
+
+
+def mixed_run(parts: Sequence[Part], lengths: np.ndarray, seed: int, tokens_per_step: int, shares: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of every optimizer step, with the parts' `shares` (steps, parts) of the tokens.
 
     A row belongs to the step that asks for its middle token: after every step, each source is off by half a row at most from what
     was asked of it until then. Worked example: rows of 10 tokens, half of steps of 16 tokens: asked 8, 16, 24, 32; taken 10, 20, 20, 30.
+    Shares of later steps do not change what earlier steps take.
     """
+    count = len(shares)
     rows, step_of = [], []
-    for part in parts:
-        asked = tokens_per_step * np.cumsum(np.linspace(part.first, part.last, count))  # tokens until the end of each step
-        order = stream(part.rows, lengths, seed, part.number, asked[-1])
+    for part, share in zip(parts, shares.T):
+        until = tokens_per_step * np.cumsum(share)  # tokens until the end of each step
+        order = stream(part.rows, lengths, seed, part.number, until[-1])
         size = lengths[order].astype(np.int64)
-        step = np.searchsorted(asked, np.cumsum(size) - size / 2, side="right")
+        step = np.searchsorted(until, np.cumsum(size) - size / 2, side="right")
         rows.append(order[step < count])
         step_of.append(step[step < count])
     rows, step_of = np.concatenate(rows), np.concatenate(step_of)
@@ -111,7 +118,7 @@ def whole_run(rows: np.ndarray, lengths: np.ndarray, seed: int, tokens_per_step:
     """
     if parts:
         tokens = sum(int(lengths[part.rows].sum(dtype=np.int64)) for part in parts)
-        return mixed_run(parts, lengths, seed, tokens_per_step, count or max(1, round(epochs * tokens / tokens_per_step)))
+        return mixed_run(parts, lengths, seed, tokens_per_step, asked(parts, count or max(1, round(epochs * tokens / tokens_per_step))))
     run, epoch = [], 0
     while count and len(run) < count or not count and epoch < epochs:
         part = steps(rows, lengths, seed, epoch, tokens_per_step)

@@ -116,6 +116,18 @@ def world(folder: Path, **options) -> Path:
     return folder
 
 
+def sourced(folder: Path, bounds=(0, 30), names=("general", "finance"), **more) -> Path:
+    """Make the rows of a `world` those of named sources: source j begins at row bounds[j] of train; val rows take turns."""
+    for name in ("train", "val"):
+        rows = np.load(folder / "data" / f"{name}.rows.npy")
+        count = np.arange(len(rows))
+        rows["source"] = np.searchsorted(bounds, count, side="right") - 1 if name == "train" else count % len(names)
+        np.save(folder / "data" / f"{name}.rows.npy", rows)
+    meta = files.read_json(folder / "data" / "meta.json")
+    files.write_json(folder / "data" / "meta.json", meta | {"sources": [{"name": name} for name in names]} | more)
+    return folder
+
+
 def stage1(folder: Path, *more, out: str = "stage1") -> list:
     """Return stage1_sft.py's arguments for a `world`."""
     return ["--data", folder / "data", "--student", folder / "student", "--out", folder / out, *QUICK, *more]

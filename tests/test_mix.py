@@ -26,6 +26,10 @@ def parts(*shares):
     return [mix.Part(number, "abc"[number], np.flatnonzero(SOURCE == number), *ends) for number, ends in enumerate(shares) if ends]
 
 
+def mixed_run(groups, lengths, seed, tokens_per_step, count):
+    return plan.mixed_run(groups, lengths, seed, tokens_per_step, plan.asked(groups, count))
+
+
 def taken(run):
     """Return the tokens (steps, sources) that each step takes of each source, counted row by row."""
     tokens = np.zeros((len(run), 3))
@@ -35,22 +39,10 @@ def taken(run):
     return tokens
 
 
-def sourced(folder, bounds=(0, 30), names=("general", "finance"), **more):
-    """Make the rows of a `world` those of named sources: source j begins at row bounds[j] of train; val rows take turns."""
-    for name in ("train", "val"):
-        rows = np.load(folder / "data" / f"{name}.rows.npy")
-        count = np.arange(len(rows))
-        rows["source"] = np.searchsorted(bounds, count, side="right") - 1 if name == "train" else count % len(names)
-        np.save(folder / "data" / f"{name}.rows.npy", rows)
-    meta = files.read_json(folder / "data" / "meta.json")
-    files.write_json(folder / "data" / "meta.json", meta | {"sources": [{"name": name} for name in names]} | more)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Return a world of 40 rows: 30 general (chunks 0 and 1), 10 finance (chunk 1), with logits for all."""
-    folder = sourced(make.world(tmp_path_factory.mktemp("world"), rows=40, rows_per_chunk=20))
+    folder = make.sourced(make.world(tmp_path_factory.mktemp("world"), rows=40, rows_per_chunk=20))
     make.call(dump_logits.main, *make.dump(folder))
     return folder
 
@@ -89,7 +81,7 @@ CONSTANT, SCHEDULED = ((0.5, 0.5), (0.3, 0.3), (0.2, 0.2)), ((0.7, 0.1), (0.3, 0
 
 @pytest.mark.parametrize("shares", (CONSTANT, SCHEDULED, ((1.0, 0.0), (0.0, 1.0), None)))
 def test_realised_shares_are_within_1_percent_of_asked_over_1000_steps_and_windows_of_50_follow_the_line(shares):
-    tokens = taken(plan.mixed_run(parts(*shares), LENGTHS, 0, 2000, 1000))
+    tokens = taken(mixed_run(parts(*shares), LENGTHS, 0, 2000, 1000))
     line = np.array([[a + (b - a) * step / 999 for a, b in (ends or (0, 0) for ends in shares)] for step in range(1000)])
     assert abs(tokens.sum(0) / tokens.sum() - line.mean(0)).max() < 0.0001
     for start in range(0, 1000, 50):
@@ -99,7 +91,7 @@ def test_realised_shares_are_within_1_percent_of_asked_over_1000_steps_and_windo
 
 
 def test_after_every_step_each_source_is_off_by_half_a_row_at_most():
-    tokens = taken(plan.mixed_run(parts(*SCHEDULED), LENGTHS, 0, 700, 500)).cumsum(0)
+    tokens = taken(mixed_run(parts(*SCHEDULED), LENGTHS, 0, 700, 500)).cumsum(0)
     for number, (first, last) in enumerate(SCHEDULED):
         asked = np.cumsum([700 * (first + (last - first) * step / 499) for step in range(500)])
         assert abs(tokens[:, number] - asked).max() <= LENGTHS[SOURCE == number].max() / 2 + 1e-6
@@ -107,13 +99,13 @@ def test_after_every_step_each_source_is_off_by_half_a_row_at_most():
 
 def test_the_worked_example_of_the_plan():
     lengths = np.r_[np.full(9, 10), np.ones(90, int)]
-    run = plan.mixed_run([mix.Part(0, "a", np.arange(9), 0.5, 0.5), mix.Part(1, "b", np.arange(9, 99), 0.5, 0.5)], lengths, 0, 16, 4)
+    run = mixed_run([mix.Part(0, "a", np.arange(9), 0.5, 0.5), mix.Part(1, "b", np.arange(9, 99), 0.5, 0.5)], lengths, 0, 16, 4)
     assert np.cumsum([10 * int((step < 9).sum()) for step in run]).tolist() == [10, 20, 20, 30]
     assert np.cumsum([int((step >= 9).sum()) for step in run]).tolist() == [8, 16, 24, 32]
 
 
 def test_every_pass_over_a_source_takes_each_row_once_before_any_twice_and_in_an_order_of_its_own():
-    rows = np.concatenate(plan.mixed_run(parts(*SCHEDULED), LENGTHS, 0, 2000, 300))
+    rows = np.concatenate(mixed_run(parts(*SCHEDULED), LENGTHS, 0, 2000, 300))
     for number in range(3):
         own, size = rows[SOURCE[rows] == number], int((SOURCE == number).sum())
         passes = [own[start:start + size].tolist() for start in range(0, len(own), size)]
@@ -122,17 +114,17 @@ def test_every_pass_over_a_source_takes_each_row_once_before_any_twice_and_in_an
 
 
 def test_the_mixed_plan_is_a_pure_function_and_seeds_have_orders_of_their_own():
-    plans = [[step.tolist() for step in plan.mixed_run(parts(*SCHEDULED), LENGTHS.copy(), seed, 2000, 50)] for seed in (3, 3, 4)]
+    plans = [[step.tolist() for step in mixed_run(parts(*SCHEDULED), LENGTHS.copy(), seed, 2000, 50)] for seed in (3, 3, 4)]
     assert plans[0] == plans[1] != plans[2]
 
 
 def test_a_longer_run_of_constant_shares_begins_with_the_shorter_one():
-    short, long = ([step.tolist() for step in plan.mixed_run(parts(*CONSTANT), LENGTHS, 0, 2000, count)] for count in (40, 90))
+    short, long = ([step.tolist() for step in mixed_run(parts(*CONSTANT), LENGTHS, 0, 2000, count)] for count in (40, 90))
     assert short == long[:40]
 
 
 def test_a_source_of_one_row_is_repeated_as_often_as_its_share_asks_also_within_a_step():
-    run = plan.mixed_run([mix.Part(0, "a", np.arange(100), 0.5, 0.5), mix.Part(1, "b", np.array([100]), 0.5, 0.5)], np.full(101, 10), 0, 100, 20)
+    run = mixed_run([mix.Part(0, "a", np.arange(100), 0.5, 0.5), mix.Part(1, "b", np.array([100]), 0.5, 0.5)], np.full(101, 10), 0, 100, 20)
     assert [int((step == 100).sum()) for step in run] == [5] * 20 and [int((step < 100).sum()) for step in run] == [5] * 20
 
 
@@ -153,10 +145,10 @@ def test_without_a_mix_the_plan_is_the_one_it_was():
 def test_steps_without_a_row_are_refused_with_a_size_that_works():
     few = parts(*CONSTANT)
     with pytest.raises(SystemExit) as refused:
-        plan.mixed_run(few, LENGTHS, 0, 30, 200)
+        mixed_run(few, LENGTHS, 0, 30, 200)
     words = refused.value.code
     assert "the steps are too small to be mixed; saw --tokens-per-step 30: " in words and "\n" not in words
-    assert all(len(step) for step in plan.mixed_run(few, LENGTHS, 0, int(words.split("--tokens-per-step ")[-1].split(",")[0]), 2000))
+    assert all(len(step) for step in mixed_run(few, LENGTHS, 0, int(words.split("--tokens-per-step ")[-1].split(",")[0]), 2000))
 
 
 # --- the trainers
@@ -169,7 +161,7 @@ def test_a_run_says_and_logs_the_shares_it_has(world, tmp_path, capsys, name):
     make.call(SCRIPTS[name].main, *STAGES[name](world, *SCHEDULE, "--log-every", 4, "--out", tmp_path / "run"))
     rows = data.Dataset(world / "data").train.rows
     groups = [mix.Part(0, "", np.arange(30), 0.8, 0.2), mix.Part(1, "", np.arange(30, 40), 0.2, 0.8)]
-    run = plan.mixed_run(groups, rows["length"], 0, 128, 12)
+    run = mixed_run(groups, rows["length"], 0, 128, 12)
 
     def general(steps):
         took = [int(rows["length"][row]) * (row < 30) for step in steps for row in step]
@@ -208,7 +200,7 @@ def test_a_mixed_run_that_was_killed_goes_on_with_the_same_rows_to_the_same_weig
 def test_the_mix_of_the_data_folder_is_the_default_and_off_is_as_if_there_were_none(tmp_path):
     folder = make.world(tmp_path)
     make.call(stage1_sft.main, *make.stage1(folder, "--steps", 3, out="plain"))
-    sourced(folder, mix="general:0.2 finance:0.8")
+    make.sourced(folder, mix="general:0.2 finance:0.8")
     for out, more in (("stored", ()), ("off", ("--mix", "off")), ("given", ("--mix", "general:0.2 finance:0.8"))):
         make.call(stage1_sft.main, *make.stage1(folder, "--steps", 3, *more, out=out))
     plain, stored, off, given = ((folder / out / "final" / "model.safetensors").read_bytes() for out in ("plain", "stored", "off", "given"))
@@ -219,7 +211,7 @@ def test_the_mix_of_the_data_folder_is_the_default_and_off_is_as_if_there_were_n
 
 
 def test_many_passes_and_unnamed_sources_are_said_and_their_rows_left_alone(tmp_path, capsys):
-    folder = sourced(make.world(tmp_path, longest=20), (0, 1, 20), ("tiny", "code", "long"))
+    folder = make.sourced(make.world(tmp_path, longest=20), (0, 1, 20), ("tiny", "code", "long"))
     rows = np.load(folder / "data" / "train.rows.npy")
     lengths = rows["length"]
     lengths[25] = 70  # does not fit in a micro-batch, and need not
@@ -231,10 +223,10 @@ def test_many_passes_and_unnamed_sources_are_said_and_their_rows_left_alone(tmp_
 
 
 def test_a_run_is_not_continued_with_another_mix_or_other_sources(tmp_path):
-    folder = sourced(make.world(tmp_path))
+    folder = make.sourced(make.world(tmp_path))
     make.call(stage1_sft.main, *make.stage1(folder, *SCHEDULE))
     assert "mix 'general:0.8->0.2" in refused("stage1_sft", folder, "--steps", 12, "--mix", "general:0.5 finance:0.5")
-    sourced(folder, (0, 25))
+    make.sourced(folder, (0, 25))
     assert "sources identity" in refused("stage1_sft", folder, *SCHEDULE)
 
 
@@ -267,11 +259,11 @@ def test_data_whose_sources_have_no_names(tmp_path):
 
 
 def test_a_stored_mix_that_cannot_be_read(tmp_path):
-    assert "cannot be read; saw 'general' is neither" in refused("stage1_sft", sourced(make.world(tmp_path), mix="general"))
+    assert "cannot be read; saw 'general' is neither" in refused("stage1_sft", make.sourced(make.world(tmp_path), mix="general"))
 
 
 def test_a_source_with_a_share_and_no_row(tmp_path):
-    folder = sourced(make.world(tmp_path), (0, 30, 99), ("general", "finance", "legal"))
+    folder = make.sourced(make.world(tmp_path), (0, 30, 99), ("general", "finance", "legal"))
     words = refused("stage1_sft", folder, "--mix", "general:0.5 legal:0.5")
     assert "legal has a share in the mix and no row to train on; saw no row of it in train" in words and "prepare_data.py" in words
     make.call(stage1_sft.main, *make.stage1(folder, "--mix", "general:1 legal:0", "--steps", 1, out="without"))
@@ -286,7 +278,7 @@ def test_stage_2_names_the_chunk_that_a_source_is_missing(world, tmp_path):
 
 
 def test_a_chunk_that_is_missing_does_not_matter_where_nothing_is_trained(world, tmp_path):
-    folder = sourced(make.world(tmp_path, rows=40, rows_per_chunk=20), mix="finance:1")
+    folder = make.sourced(make.world(tmp_path, rows=40, rows_per_chunk=20), mix="finance:1")
     make.call(dump_logits.main, *make.dump(folder, "--chunk", "val"))
     make.call(stage2_kd.main, *make.stage2(folder, "--eval-only"))
     assert {"ce_general", "kl_finance"} <= set(files.read_json(folder / "stage2" / "eval.json"))
