@@ -52,7 +52,8 @@ def parse_args(argv=None):
     parser.add_argument("--push-to-hub", metavar="REPO", help="also push the rows kept to this data set of the hub (private)")
     parser.add_argument("--public", action="store_true", help="make the data set of --push-to-hub for all to see, if it is new")
     # --- what a row is
-    parser.add_argument("--columns", metavar="MAP", help=f"{sources.COLUMNS_HELP} (default: found from the column names)")
+    parser.add_argument("--columns", action="append", metavar="MAP",
+                        help=f"{sources.COLUMNS_HELP}; may be given again for another SOURCE (default: found from the column names)")
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation that has none (default: what the template does)")
     parser.add_argument("--max-len", type=int, default=1024, metavar="N", help="tokens of the longest row kept (default: %(default)s)")
     parser.add_argument("--long", choices=["drop", "truncate"], default="drop", help="what happens to a longer row (default: %(default)s)")
@@ -85,7 +86,7 @@ def parse_args(argv=None):
     if args.export and args.export.partition("?")[0].endswith(".parquet"):
         parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
     try:
-        args.named = sources.parse_columns(args.columns, args.answers == "given") if args.columns else None
+        maps = [sources.parse_columns(text, args.answers == "given") for text in args.columns or ()]
     except ValueError as wrong:
         parser.error(f"--columns: {wrong}")
     args.wanted = [sources.named(text) for text in args.source]
@@ -93,6 +94,12 @@ def parse_args(argv=None):
     for name, count in collections.Counter(names).items():
         if count > 1:
             parser.error(f"--source: the name {name} is given {count} times, wanted a name of its own for each: --source NAME=WHERE")
+    args.named = dict(maps)
+    if len(args.named) < len(maps) or not set(args.named) <= {"", *names}:
+        told = ", ".join(name or "all sources" for name, _ in maps)
+        parser.error(f"--columns: saw maps for {told}, wanted at most one for each of {', '.join(names)}, and one for all others")
+    if args.columns and len(args.columns) == 1:
+        args.columns = args.columns[0]
     try:
         if args.mix and set(mix.parse(args.mix)) != set(names):
             parser.error(f"--mix: saw the names {', '.join(mix.parse(args.mix))}, wanted those of the sources: {', '.join(names)}")

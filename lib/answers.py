@@ -90,7 +90,10 @@ def settings(args) -> dict | None:
     tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
     template.ensure_template(tokenizer)
     if (folder / "generation_config.json").exists():
-        own = GenerationConfig.from_pretrained(folder)
+        try:
+            own = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as broken:
+            files.fail(f"{folder}/generation_config.json cannot be read", " ".join(str(broken).split())[:200], "JSON", "a whole one, or none")
     else:
         own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code))
     how = dataclasses.asdict(generate.sampling_of(own, tokenizer, args.teacher_temperature, args.teacher_top_p))

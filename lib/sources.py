@@ -35,7 +35,7 @@ SCHEMAS = {
 }
 OPTIONAL = {"input": "prompt", "system": None}  # `input` is read beside a prompt only, `system` in every conversation
 KNOWN = "messages; conversations; instruction[+input]+output; prompt+completion|response|answer; question+answer; text"
-COLUMNS_HELP = "prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or text=COL"
+COLUMNS_HELP = "[SOURCE:]prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or text=COL"
 
 ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
               "function": "tool", "observation": "tool", "developer": "system"}
@@ -85,29 +85,31 @@ def named(text: str) -> tuple[str, str]:
     return "data", text
 
 
-def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, str] | None = None, need_answer: bool = True) -> list[Source]:
-    """Find and look at the files of every (name, where); one line where two sources share a file."""
+def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, dict[str, str]], need_answer: bool = True) -> list[Source]:
+    """Find and look at the files of every (name, where); one line where two sources share a file. columns: by source name, "" for the others."""
     result, owners = [], {}
     for name, where in wanted:
         found = places.find(where)
         for place in found:
             if (other := owners.setdefault(place.key, name)) != name:
                 files.fail(f"{place} is reached by two sources", seen=f"{other} and {name}", wanted="every file in one source")
-        result.append(Source(name, places.redact(where), [look(place, columns, need_answer) for place in found]))
+        result.append(Source(name, places.redact(where), [look(place, columns.get(name, columns.get("")), need_answer) for place in found]))
     return result
 
 
-def parse_columns(text: str, need_answer: bool = True) -> dict[str, str]:
-    """Read --columns: parse_columns("prompt=q,answer=a") == {"prompt": "q", "answer": "a"}. Raises ValueError, one line.
+def parse_columns(text: str, need_answer: bool = True) -> tuple[str, dict[str, str]]:
+    """Read one --columns: parse_columns("fin:prompt=q,answer=a") == ("fin", {"prompt": "q", "answer": "a"}); "" where no source is named.
 
-    Where no answer is needed (a teacher will write it), prompt=COL alone will do.
+    Raises ValueError, one line. Where no answer is needed (a teacher will write it), prompt=COL alone will do.
     """
-    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    owner, colon, rest = text.partition(":")
+    owner, rest = (owner.strip(), rest) if colon and "=" not in owner else ("", text)
+    pairs = [part.partition("=")[::2] for part in rest.split(",")]
     columns = {part.strip(): column.strip() for part, column in pairs}
     allowed = ({"prompt", "answer"} if need_answer else {"prompt"}, {"input", "system", "answer"}), ({"messages"}, {"system"}), ({"text"}, set())
     if len(columns) != len(pairs) or not all(columns.values()) or not any(need <= set(columns) <= need | may for need, may in allowed):
         raise ValueError(f"saw {text!r}, wanted {COLUMNS_HELP}")
-    return columns
+    return owner, columns
 
 
 def look(path: Place, columns: dict[str, str] | None = None, need_answer: bool = True) -> File:

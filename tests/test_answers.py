@@ -553,6 +553,13 @@ def test_other_settings_have_another_folder_and_more_generations_do_not(folder, 
     assert len(one.bodies) == 60  # the server has moved; the teacher is the same
 
 
+def test_a_broken_generation_config_is_said_in_one_line(folder, tokenizer_dir, tmp_path):
+    made = make.model(tmp_path / "broken", with_tokenizer=tiny.tiny(), vocab=len(tiny.tiny()))
+    (made / "generation_config.json").write_text("{")
+    code, said = make.ends(prepare_data.main, *flags_of(folder, tokenizer_dir, "--teacher", made))
+    assert code == 1 and "generation_config.json cannot be read" in said and "\n" not in said.strip()
+
+
 def test_two_processes_cannot_write_one_folder(folder, tokenizer_dir, server):
     one = server()
     held = store.Store(folder / "out" / "answers", {"teacher": "x", "sampling": {}})

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 
+import make
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -172,6 +173,20 @@ def test_files_folders_and_globs_are_read_in_order(tmp_path, prepare):
     assert made.train.rows["source"].tolist() == [0, 1, 1, 1, 2]
     assert [(source["name"], source["rows"]["train"], len(source["files"])) for source in made.meta["sources"]] == [
         ("z", 1, 1), ("in", 3, 3), ("more", 1, 1)]
+
+
+def test_columns_of_one_source_leave_the_others_alone(tmp_path, tokenizer_dir, no_picture):
+    write(tmp_path / "a.jsonl", [{"q": f"question {i}", "r": f"one {i}", "prompt": "not this", "answer": "nor this"} for i in range(3)])
+    write(tmp_path / "b.jsonl", [{"prompt": f"question {i}", "answer": f"two {i}"} for i in range(3)])
+    argv = ["--source", f"a={tmp_path / 'a.jsonl'}", f"b={tmp_path / 'b.jsonl'}", "--columns", "a:prompt=q,answer=r", "--tokenizer", tokenizer_dir,
+            "--val", 0, "--workers", 1, "--export", tmp_path / "rows", "--out", tmp_path / "out"]
+    make.call(prepare_data.main, *argv)
+    rows = pq.read_table(tmp_path / "rows" / "train.parquet").to_pylist()
+    assert sorted(row["messages"][1]["content"] for row in rows) == ["one 0", "one 1", "one 2", "two 0", "two 1", "two 2"]
+    code, _ = make.ends(prepare_data.main, *argv, "--columns", "c:prompt=q,answer=r")
+    assert code == 2
+    code, _ = make.ends(prepare_data.main, *argv, "--columns", "a:prompt=r,answer=q")
+    assert code == 2
 
 
 def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path):
