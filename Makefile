@@ -14,6 +14,14 @@ ALPHA   = 0.9
 CKPT    = $(RUNS)/stage2
 ARGS    =
 SEED    = 0
+# make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
+START_STAGE = 1
+END_STAGE   = 3
+DOMAIN_STUDENT = $(STUDENT)
+DOMAIN1 = --mix "general:1" --temperature 4 --alpha 0.9 --lr 5e-5
+DOMAIN2 = --mix "general:0.7->0.3 domain:0.3->0.7" --temperature 2 --alpha 0.7 --lr 3e-5 $(BESIDE)
+DOMAIN3 = --mix "domain:1" --temperature 1 --alpha 0.3 --lr 1e-5
+BESIDE  = --feature-weight 1 --attention-weight 1 --contrastive-weight 1 --balance gradnorm
 
 ifdef RECIPE
 include recipes/$(RECIPE).mk
@@ -30,7 +38,7 @@ PIP     ?=
 # threads that wait asleep: a machine shared with other work loses a factor of ten otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup data stage1 logits stage2 eval chat demo demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 domain eval chat demo demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -55,6 +63,14 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
+
+domain: .venv/ready ## into a domain in three stages, TEACHER beside STUDENT (START_STAGE=2 END_STAGE=3) -> runs/NAME/domain1 to domain3
+	$(foreach s,$(wordlist $(START_STAGE),$(END_STAGE),1 2 3),$(call domain_stage,$(s),$(word $(s),0 1 2)))
+
+define domain_stage
+$(PY) stage2_kd.py --data $(DATA) --teacher $(TEACHER) --student $(if $(filter 1,$(1)),$(DOMAIN_STUDENT),$(RUNS)/domain$(2)) --out $(RUNS)/domain$(1) $(DOMAIN$(1)) $(DOMAIN_ARGS) $(ARGS)
+
+endef
 
 eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --eval-only $(ARGS)
