@@ -59,9 +59,10 @@ def base_of(folder: Path) -> Path:
     config = folder / lora.CONFIG
     name = str(files.read_json(config).get("base_model_name_or_path") or "")
     mend = f"the right folder or hub id as base_model_name_or_path in {config}"
-    if not Path(name).is_dir() and name.count("/") != 1:
+    here = bool(name) and Path(name).is_dir()
+    if not here and (name.startswith("/") or name.count("/") != 1):
         files.fail(f"the base of the adapter {folder} is missing", name, "the folder of the model that it was trained on", mend)
-    base = Path(name) if Path(name).is_dir() else local_folder(name)
+    base = Path(name) if here else local_folder(name)
     if not (base / "config.json").exists():
         files.fail(f"the base of the adapter {folder} is no model", base, "config.json and *.safetensors", mend)
     return base
