@@ -73,7 +73,7 @@ def load(args):
     """Return the model and its tokenizer."""
     device = models.pick_device(args.device, args.threads)
     folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
-    tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
+    tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
     template.ensure_template(tokenizer)
     dtype = models.pick_dtype(args.dtype, device, folder)
     return models.load(str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code), tokenizer

@@ -67,7 +67,7 @@ def pick_vocab(args, teacher, dataset):
     """Return V, the tokens both models know: the smaller output layer, cut before softmax and top-k on both sides."""
     vocab = args.vocab or teacher.vocab
     if args.student and not args.vocab:
-        config = files.read_json(models.local_folder(args.student, args.trust_remote_code) / "config.json")
+        config = files.read_json(models.base_of(models.local_folder(args.student, args.trust_remote_code)) / "config.json")
         vocab = min(vocab, config.get("text_config", config)["vocab_size"])
     known = len(dataset.tokenizer())
     if not known <= vocab <= teacher.vocab:

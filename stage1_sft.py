@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import torch
 
-from lib import evaluate, flags, losses, mix, models, plan, preflight, samples, sampling
+from lib import evaluate, flags, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -26,7 +26,8 @@ def parse_args(argv=None):
     flags.add(group, "--data", "--student", "--out")
     group = parser.add_argument_group("the method")
     group.add_argument("--keep-layers", default="", metavar="0,5,10", help="start from these layers of --student alone (default: all)")
-    group.add_argument("--best", choices=["ce", "acc1"], default="ce", help="the measure that best/ follows (default: %(default)s)")
+    group.add_argument("--best", type=flags.measure("ce", "acc1"), default="ce", metavar="MEASURE",
+                       help="what best/ follows: ce, acc1, or ce_NAME of one source (default: %(default)s)")
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
@@ -34,6 +35,8 @@ def parse_args(argv=None):
         args.keep_layers = [int(number) for number in args.keep_layers.split(",") if number]
     except ValueError:
         parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
+    if args.keep_layers and args.lora_rank:
+        parser.error("--keep-layers and --lora-rank exclude each other: an adapter's base must lie on the disk")
     return args
 
 
@@ -42,12 +45,14 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
+    evaluate.check_best(args.best, dataset)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
     if args.eval_sampling and not parts:
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
+    lora.check_start(args, source, models.has_weights(source))
     run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
@@ -72,9 +77,11 @@ def main(argv=None):
     print(f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
     mix.say(parts, dataset, steps_of_rows)
+    if args.lora_rank:
+        lora.attach(student.module, args, source)
     if preflight.checkpointing_needed(student, args, amp):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
-    preflight.disk(args.out, student)
+    preflight.disk(args.out, student, whole=args.merge or not args.lora_rank)
 
     run.begin()
     student.module.train()
@@ -95,6 +102,7 @@ def main(argv=None):
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
+        last = last or run.gives_up
         if last or run.stopping or step and step % save_every == 0:
             run.save(step, student.module, optimizer, scaler, measures)
         if last:
@@ -127,7 +135,7 @@ def main(argv=None):
             run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets,
                     **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
-    run.finish(steps, measures, mix.realised(parts, dataset, steps_of_rows))
+    run.finish(steps, step, measures, mix.realised(parts, dataset, steps_of_rows[:step]))
     print(f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it: python chat.py --ckpt {run.out}")
 
 

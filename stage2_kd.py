@@ -10,11 +10,12 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed 
         tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/basis.py).
 """
 import argparse
+import re
 from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, logits, losses, mix, models, plan, preflight, samples, sampling
+from lib import evaluate, files, flags, logits, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -36,7 +37,8 @@ def parse_args(argv=None):
     group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl",
                        help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
     group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
-    group.add_argument("--best", choices=["kl", "ce", "acc1", "agree"], default="kl", help="the measure that best/ follows (default: %(default)s)")
+    group.add_argument("--best", type=flags.measure("kl", "ce", "acc1", "agree"), default="kl", metavar="MEASURE",
+                       help="what best/ follows: kl, ce, acc1, agree, or kl_NAME, ce_NAME of one source (default: %(default)s)")
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
@@ -55,14 +57,16 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
+    evaluate.check_best(args.best, dataset)
     store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
-    best_by = args.best if args.best not in ("kl", "agree") or store.compares else "ce"
+    best_by = args.best if store.compares else re.sub("^(kl|agree)", "ce", args.best)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
     if args.eval_sampling and not parts and not args.eval_only:
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
+    lora.check_start(args, source, models.has_weights(source))
     inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks,
                                    "records": store.records} | mix.identity(parts)
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
@@ -114,9 +118,11 @@ def main(argv=None):
         print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
     if not store.compares:
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
+    if args.lora_rank:
+        lora.attach(student.module, args, source)
     if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device)):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
-    preflight.disk(args.out, student)
+    preflight.disk(args.out, student, whole=args.merge or not args.lora_rank)
 
     run.begin()
     student.module.train()
@@ -139,6 +145,7 @@ def main(argv=None):
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
+        last = last or run.gives_up
         if last or run.stopping or step and step % save_every == 0:
             run.save(step, student.module, optimizer, scaler, measures)
         if last:
@@ -175,7 +182,7 @@ def main(argv=None):
             run.log("train", step, loss=loss, kd=kd, ce=ce, **moving, lr=lr, grad_norm=norm, targets=targets,
                     **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
-    run.finish(steps, measures, mix.realised(parts, dataset, steps_of_rows))
+    run.finish(steps, step, measures, mix.realised(parts, dataset, steps_of_rows[:step]))
     print(f"stage2: wrote {run.out}/best and final. Talk to it: python chat.py --ckpt {run.out}")
 
 

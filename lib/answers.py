@@ -87,7 +87,7 @@ def settings(args) -> dict | None:
     from lib import generate, models
 
     folder = models.local_folder(args.teacher, args.trust_remote_code)
-    tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
+    tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
     template.ensure_template(tokenizer)
     if (folder / "generation_config.json").exists():
         try:
@@ -95,7 +95,7 @@ def settings(args) -> dict | None:
         except (OSError, ValueError) as broken:
             files.fail(f"{folder}/generation_config.json cannot be read", " ".join(str(broken).split())[:200], "JSON", "a whole one, or none")
     else:
-        own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code))
+        own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(models.base_of(folder), trust_remote_code=args.trust_remote_code))
     how = dataclasses.asdict(generate.sampling_of(own, tokenizer, args.teacher_temperature, args.teacher_top_p))
     return {"teacher": args.teacher, "weights": models.identity(folder), "tokenizer": template.identities(tokenizer)["tokenizer"],
             "sampling": how | {"stops": list(how["stops"])}} | common
@@ -248,9 +248,9 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
         from lib import models
 
         folder = models.local_folder(args.teacher, args.trust_remote_code)
-        tokenizer = template.load_tokenizer(folder, args.trust_remote_code)
+        tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
         template.ensure_template(tokenizer)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code).get_text_config()
+        config = AutoConfig.from_pretrained(models.base_of(folder), trust_remote_code=args.trust_remote_code).get_text_config()
         longest = min(longest, (getattr(config, "max_position_embeddings", None) or longest + 1) - 1)
     lost, read, wanted = collections.Counter(), collections.Counter(), {}
     for question in questions(inputs, args, tokenizer, longest, lost, read):

@@ -79,8 +79,21 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
     result = {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "acc5": acc5, "ece": ((bins[1] - bins[2]).abs().sum() / n).item()}
     if compared:
         result |= {"kl": kl, "agree": agree}
-    there = [(number, name) for number, name in enumerate(sources) if by_source[0, number]]
-    if 1 < len(there) <= MANY:
-        for i, measure in enumerate(("ce", "kl") if compared else ("ce",), 1):
-            result |= {f"{measure}_{name}": (by_source[i, number] / by_source[0, number]).item() for number, name in there}
+    for i, measure in enumerate(("ce", "kl") if compared else ("ce",), 1):
+        result |= {f"{measure}_{name}": (by_source[i, number] / by_source[0, number]).item() for number, name in apart(split, sources)}
     return result | {"targets": n}
+
+
+def apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:
+    """Return the number and name of the sources that are measured by themselves."""
+    there = [(number, sources[number]) for number in np.unique(split.rows["source"]).tolist() if number < len(sources)]
+    return there if 1 < len(there) <= MANY else []
+
+
+def check_best(best: str, dataset: data.Dataset) -> None:
+    """Refuse a --best by a source that is not measured by itself."""
+    measure, _, source = best.partition("_")
+    names = [name for _, name in apart(dataset.val, dataset.sources)]
+    if source and source not in names:
+        files.fail(f"--best {best} names no source of the val rows of {dataset.folder}", source,
+                   ", ".join(f"{measure}_{name}" for name in names) or f"{measure}: val does not hold 2 to {MANY} named sources")

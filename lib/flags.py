@@ -16,12 +16,21 @@ SHARED = {
                             "one before (lib/sampling.py says the rule)"),
     "--tokens-per-step": dict(type=int, default=16384, metavar="N", help="tokens of one optimizer step, about (default: %(default)s)"),
     "--warmup": dict(type=float, default=0.1, help="share of the steps over which the rate rises; then a cosine to 0 (default: %(default)s)"),
+    "--lora-rank": dict(type=int, default=0, metavar="R", help="train a LoRA adapter of this rank, the weights frozen; 0 = off, train all weights "
+                        "(default: %(default)s)"),
+    "--lora-alpha": dict(type=float, default=32.0, help="the adapter's output is multiplied by alpha / rank (default: %(default)s)"),
+    "--lora-dropout": dict(type=float, default=0.0, help="dropout on the adapter's input (default: %(default)s)"),
+    "--lora-targets": dict(default="all-linear", metavar="NAMES", help="layers that get one: all-linear, or names like q_proj,v_proj "
+                           "(default: %(default)s)"),
+    "--merge": dict(action="store_true", help="best/ and final/: whole weights with the adapter merged, it itself in adapter/ (default: it alone)"),
     "--weight-decay": dict(type=float, default=0.05, help="AdamW's decay, on matrices only (default: %(default)s)"),
     "--beta2": dict(type=float, default=0.95, help="AdamW's second beta (default: %(default)s)"),
     "--clip": dict(type=float, default=1.0, help="largest norm of the gradient; 0 = off (default: %(default)s)"),
     "--checkpointing": dict(action="store_true", help="gradient checkpointing: less memory, a third more time (on by itself when memory is short)"),
     "--no-pack": dict(action="store_true", help="one row a line instead of several (for models whose packed rows would see each other)"),
     "--eval-every": dict(type=int, default=0, metavar="N", help="steps between evaluations; 0 = ten over the run (default: %(default)s)"),
+    "--patience": dict(type=int, default=0, metavar="N", help="stop after this many evaluations in a row without a better --best; 0 = off "
+                       "(default: %(default)s)"),
     "--save-every": dict(type=int, default=0, metavar="N", help="steps between resume states; 0 = at every evaluation (default: %(default)s)"),
     "--log-every": dict(type=int, default=10, metavar="N", help="steps between log lines (default: %(default)s)"),
     "--samples": dict(type=int, default=3, metavar="N", help="val prompts answered at each evaluation (samples.md); 0 = off (default: %(default)s)"),
@@ -50,7 +59,8 @@ def add(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str) 
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--eval-sampling", "--tokens-per-step", "--tokens-per-microbatch", "--warmup",
                            "--weight-decay", "--beta2", "--clip"),
-    "the run": ("--eval-every", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
+    "LoRA (needs peft)": ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--merge"),
+    "the run": ("--eval-every", "--patience", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
 }
 
@@ -63,18 +73,33 @@ def add_trainer(parser: argparse.ArgumentParser) -> None:
 
 def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) trainer values that cannot work."""
-    positive(parser, args, "lr", "epochs", "tokens_per_step", "tokens_per_microbatch", "log_every")
+    positive(parser, args, "lr", "epochs", "tokens_per_step", "tokens_per_microbatch", "log_every", "lora_alpha")
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup is {args.warmup}, wanted a share from 0 to 1")
-    for name in ("steps", "clip", "weight_decay", "eval_every", "save_every", "samples", "sample_tokens", "seed"):
+    for name in ("steps", "clip", "weight_decay", "eval_every", "save_every", "samples", "sample_tokens", "seed", "lora_rank", "patience"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 0 or more")
-    if not 0 <= args.beta2 < 1:
-        parser.error(f"--beta2 is {args.beta2}, wanted a share below 1")
+    for name in ("beta2", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted a share below 1")
+    if not all(args.lora_targets.split(",")):
+        parser.error(f"--lora-targets is {args.lora_targets!r}, wanted all-linear, or names like q_proj,v_proj")
+    if args.merge and not args.lora_rank:
+        parser.error("--merge needs --lora-rank: without an adapter best/ holds whole weights already")
     try:
         args.mix in (None, "off") or mix.parse(args.mix)
     except ValueError as wrong:
         parser.error(f"--mix: {wrong}")
+
+
+def measure(*names: str):
+    """Return the reader of --best: one of `names`, or that of a source (those that are there are known once the data is open)."""
+    def read(text: str) -> str:
+        if text not in names and not text.startswith(tuple(f"{name}_" for name in names if name in ("ce", "kl"))):
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or ce_NAME of a source)")
+        return text
+
+    return read
 
 
 def moving(text: str) -> float | tuple[float, float]:

@@ -2,7 +2,7 @@
 
 Contract: `load` accepts a local folder or a hub id, safetensors only; it refuses weights that are not finite, a vocabulary that is not
 the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our head would not reproduce or whose
-packed rows would see each other.
+packed rows would see each other. A folder with an adapter (lib/lora.py) is its base with the adapter merged in memory.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib import data, files, template
+from lib import data, files, lora, template
 from lib.head import Head
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
@@ -24,13 +25,14 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
     path = Path(name)
     if path.is_dir():
         run = (path / "history.jsonl").exists()
-        best = next((path / stage for stage in ("best", "final") if (path / stage / "config.json").exists()), None)
+        holds_model = lambda folder: (folder / "config.json").exists() or lora.is_adapter(folder)
+        best = next((path / stage for stage in ("best", "final") if holds_model(path / stage)), None)
         if run and not unfinished and not (path / "config.json").exists():
             files.fail(f"{name} is not finished", "a run without its config.json", "a finished stage",
                        "its own command again" + (f", or {best} by name" if best else ""))
         if best and (run or not (path / "config.json").exists()):
             return best
-        if not (path / "config.json").exists():
+        if not holds_model(path):
             files.fail(f"{name} is no model", "a folder without config.json", "a Hugging Face checkpoint, or a stage folder with best/")
         return path
     if path.exists() or str(name).startswith((".", "/")) or str(name).count("/") != 1:
@@ -50,9 +52,31 @@ def has_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
 
+def base_of(folder: Path) -> Path:
+    """Return the folder of the weights below an adapter, whose config.json tells of the model; a whole checkpoint is its own."""
+    if not lora.is_adapter(folder):
+        return folder
+    config = folder / lora.CONFIG
+    name = str(files.read_json(config).get("base_model_name_or_path") or "")
+    mend = f"the right folder or hub id as base_model_name_or_path in {config}"
+    here = bool(name) and Path(name).is_dir()
+    if not here and (name.startswith("/") or name.count("/") != 1):
+        files.fail(f"the base of the adapter {folder} is missing", name, "the folder of the model that it was trained on", mend)
+    base = Path(name) if here else local_folder(name)
+    if not (base / "config.json").exists():
+        files.fail(f"the base of the adapter {folder} is no model", base, "config.json and *.safetensors", mend)
+    return base
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Return the folder that holds a checkpoint's tokenizer: an adapter of others may leave it to its base."""
+    return folder if any((folder / name).exists() for name in TOKENIZERS) else base_of(folder)
+
+
 def identity(folder: Path) -> str:
-    """Return the hash of a checkpoint's configuration and weights."""
-    return files.sha256(folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    """Return the hash of a checkpoint's configuration and weights; an adapter's is of its base's as well."""
+    there = [folder / lora.CONFIG, folder / lora.WEIGHTS] if lora.is_adapter(folder) else []
+    return files.sha256(*filter(Path.exists, there), (base := base_of(folder)) / "config.json", *sorted(base.glob("*.safetensors")))
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,11 @@ class Model:
     @property
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def trained(self) -> int:
+        """Parameters that get gradients: with LoRA those of the adapter alone."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
     @property
     def vocab(self) -> int:
@@ -97,18 +126,19 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
 
     logging.disable_progress_bar()
     folder = local_folder(name, trust_remote_code)
-    if dataset is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        check_vocabulary(folder, dataset, trust_remote_code)
+    base, words = base_of(folder), with_tokenizer(folder)
+    if dataset is not None and any((words / name).exists() for name in TOKENIZERS):
+        check_vocabulary(words, dataset, trust_remote_code)
     options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
     if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
         files.fail("flash_attention_2 computes in half precision only", "float32", "half precision", "--amp fp16 or bf16 (dump_logits.py: --dtype)")
-    weights = has_weights(folder)
+    weights = has_weights(base)
     if not weights and not from_scratch:
         files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it",
                    "make stage1 (stage1_sft.py makes a new model from a config.json)")
     try:
         if weights:
-            module, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            module, loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         else:
             print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
             torch.manual_seed(seed)
@@ -117,10 +147,16 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     except Exception as broken:  # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says what it saw
         text = str(broken)
         mend = "--trust-remote-code, if you trust that folder's Python" if "trust_remote_code" in text or "custom code" in text else None
-        files.fail(f"{folder} cannot be loaded as a causal LM", f"{type(broken).__name__}: {text[:300]}",
+        files.fail(f"{base} cannot be loaded as a causal LM", f"{type(broken).__name__}: {text[:300]}",
                    "config.json and *.safetensors that belong together", mend)
     if loaded["missing_keys"]:  # transformers would fill them with random numbers
-        files.fail(f"{folder} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
+        files.fail(f"{base} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
+    if base != folder:
+        known = files.read_json(folder / lora.BASE)["identity"] if (folder / lora.BASE).exists() else None  # others write none
+        if known not in (None, seen := identity(base)):
+            files.fail(f"the base of the adapter {folder} has changed", f"{base} with weights {seen[:12]}", known[:12],
+                       f"the weights it was trained on, named as base_model_name_or_path in {folder / lora.CONFIG}")
+        module = lora.merge(module, folder)
     if keep_layers:
         keep_only_layers(module, keep_layers)
     broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
@@ -137,8 +173,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
 
 
 def check_apart(out: str, source: Path) -> None:
-    """Refuse to write over the model that is read."""
-    if Path(out).resolve() in (source.resolve(), source.resolve().parent):
+    """Refuse to write over the model that is read, be it in a stage folder, the adapter beside merged weights, or the base of an adapter."""
+    held = [folder for model in (source, base_of(source)) for folder in (model.resolve(), *model.resolve().parents[:1 + (model.name == "adapter")])]
+    if Path(out).resolve() in held:
         files.fail(f"--out {out} holds the student that is read", source, "another folder", "another --out")
 
 
@@ -228,7 +265,7 @@ def pick_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    config = files.read_json(folder / "config.json")
+    config = files.read_json(base_of(folder) / "config.json")
     own = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return torch.float16 if own == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else own
 

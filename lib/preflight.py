@@ -27,7 +27,7 @@ def training_bytes(model: models.Model, tokens: int, amp: torch.dtype | None, ch
     layers = config.num_hidden_layers + (ACTIVATION_WIDTHS if checkpointing else 0)  # the layer being recomputed is whole
     activations = tokens * config.hidden_size * widths * half * layers
     layer = model.module.get_output_embeddings().weight
-    return 12 * model.parameters + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 + half * bool(amp))
+    return 12 * model.trained + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 * layer.requires_grad + half * bool(amp))
 
 
 def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, more: int = 0) -> bool:
@@ -44,10 +44,12 @@ def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, mor
     return use
 
 
-def disk(out, model: models.Model, saved_bytes: int = 4) -> None:
-    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a weight, best/ and final/ at 4."""
+def disk(out, model: models.Model, saved_bytes: int = 4, whole: bool = True) -> None:
+    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a trained weight, best/ and final/ at 4 a
+    weight; of these the trained ones alone, unless the `whole` model is saved."""
     there = [path for name in ("last", "best", "final") for path in (Path(out) / name).rglob("*") if path.is_file()]
-    need, have = model.parameters * (2 * 12 + 3 * saved_bytes), files.free_bytes(out) + sum(path.stat().st_size for path in there)
+    saved = model.parameters if whole else model.trained
+    need, have = 2 * 12 * model.trained + 3 * saved_bytes * saved, files.free_bytes(out) + sum(path.stat().st_size for path in there)
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     if need > have:
         files.fail(f"the disk of {out} is too small", files.human(have) + " free", files.human(need), "another --out, or delete old runs")

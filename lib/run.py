@@ -3,6 +3,7 @@
     runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"), times in seconds of training
                     last/           resume state: float32 weights, optimizer, counters; removed when the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
+                                    (LoRA: last/ holds the adapter's alone, best/ and final/ are adapter folders, lib/lora.py)
                     samples.md      the same few prompts answered at each evaluation
                     curves.png      the history as a picture
                     config.json     written last: arguments, versions, identities, git commit, final figures
@@ -24,12 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import files, models
+from lib import files, lora, models
 from lib.interrupt import Interrupt
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
 FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
         "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens"}  # these change results by float32 rounding at most
+ADDED = {"lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0}
+# arguments that older runs do not name, with what these runs did
 
 
 class Run:
@@ -83,6 +86,7 @@ class Run:
 
     def _same(self, settings: dict, how: str) -> None:
         short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)  # hashes
+        settings = ADDED | settings
         differing = [f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
                      for k in sorted({*settings, *self.settings} - FREE) if settings.get(k) != self.settings.get(k)]
         if differing:
@@ -167,29 +171,46 @@ class Run:
         if value is None:  # no val rows: the last one is the best one can say
             return True
         higher = self.best_by in ("acc1", "acc5", "agree")
-        if self.best is None or (value > self.best if higher else value < self.best):
-            self.best = value
-            return True
-        return False
+        better = self.best is None or (value > self.best if higher else value < self.best)
+        self.best = value if better else self.best
+        self.more["evaluations_without_better"] = 0 if better else self.more.get("evaluations_without_better", 0) + 1
+        return better
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether --patience is at its end: so many evaluations in a row brought nothing better."""
+        return 0 < self.args.patience <= self.more.get("evaluations_without_better", 0)
 
     def export(self, name: str, model: models.Model, tokenizer, step: int, measures: dict) -> None:
-        """Write best/ or final/ as an ordinary Hugging Face checkpoint with tokenizer and model card."""
+        """Write best/ or final/ as an ordinary Hugging Face checkpoint with tokenizer and model card; of an adapter, its folder."""
         partial = files.partial_folder(self.out / name)
-        export(model, tokenizer, partial, getattr(torch, self.args.save_dtype))
+        dtype, adapter, base = getattr(torch, self.args.save_dtype), lora.config_of(model.module), model.folder
+        if adapter:
+            base, inside = adapter.base_model_name_or_path, partial / "adapter" if self.args.merge else partial
+            lora.save(model.module, tokenizer, inside, dtype, self.identities["student"])
+        if not adapter or self.args.merge:
+            export(model, tokenizer, partial, dtype)
+        library = "peft" if adapter and not self.args.merge else "transformers"
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in measures.items() if isinstance(v, float))
         (partial / "README.md").write_text(
-            f"---\nbase_model: {model.folder}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation]\n---\n"
+            f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [distillation]\n---\n"
             f"# {self.out.name}, {name} (step {step})\n\nMade by `{' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}`.\n\n"
             f"| on held-out targets | |\n| --- | --- |\n{rows}\n", encoding="utf-8")
         files.publish(partial, self.out / name)
 
-    def finish(self, steps: int, measures: dict, shares: dict) -> None:
-        """Write config.json, which says that the run is complete, and drop the resume state. `shares`: of the sources, where they were mixed."""
+    def finish(self, steps: int, step: int, measures: dict, shares: dict) -> None:
+        """Write config.json, which says that the run is complete, and drop the resume state. step: of `steps`, the one it ended at;
+        shares: of the sources, where they were mixed."""
         from lib import plots
 
+        early = {}
+        if step < steps:
+            early = {"stopped_early": step, "stopped_because": f"{self.args.patience} evaluations in a row without a better {self.best_by}"}
+            self.say(f"{self.stage}: stopped at step {step} of {steps}: {early['stopped_because']}")
         files.write_json(self.out / "config.json", {
-            "settings": self.settings, "command": sys.argv, "steps": steps, "updates": self.updates, "best": self.best, "best_by": self.best_by,
-            "trained_s": self.trained_s, "final": measures, **({"shares": shares} if shares else {}), "versions": versions(), "git": git_commit()})
+            "settings": self.settings, "command": sys.argv, "steps": steps, **early, "updates": self.updates, "best": self.best,
+            "best_by": self.best_by, "trained_s": self.trained_s, "final": measures, **({"shares": shares} if shares else {}),
+            "versions": versions(), "git": git_commit()})
         plots.curves(self.history, self.out / "curves.png", self.stage)
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
@@ -200,14 +221,18 @@ class Run:
 
 
 def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's parameters and persistent buffers, each once (tied weights have one name), for saving or filling."""
+    """Return a model's parameters and persistent buffers, each once (tied weights have one name), for saving or filling; with LoRA the
+    adapter's alone, for the rest is the student's own."""
+    if lora.config_of(module):
+        return {n: p.data for n, p in module.named_parameters() if p.requires_grad}
     keep = set(module.state_dict())
     return {n: p.data for n, p in module.named_parameters()} | {n: b for n, b in module.named_buffers() if n in keep}
 
 
 def export(model: models.Model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save a model and its tokenizer so that plain `from_pretrained` reads them."""
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.module.state_dict().items()}
+    state = lora.merged(model.module) if lora.config_of(model.module) else model.module.state_dict()
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     kept = model.module.config.dtype
     model.module.save_pretrained(folder, state_dict=state)
     model.module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory

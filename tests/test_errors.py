@@ -306,7 +306,8 @@ SCRIPTS_PARSERS = parsers()
 
 ACTIONS = [(name, flag, action) for name, parser in SCRIPTS_PARSERS.items() for action in parser._actions for flag in action.option_strings]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
-OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}  # not the model to train; not a folder; stored, not used
+OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix"), ("prepare", "--patience")}
+# not the model to train; not a folder; stored, not used; seconds
 
 
 @pytest.mark.parametrize("flag", flags.SHARED)
@@ -321,7 +322,7 @@ def test_a_shared_flag_has_one_default_and_one_text_in_all_scripts(flag):
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags_of_one_name_have_one_default_and_one_type(flag):
-    if flag not in ("--temperature", "--best", "--out", "--student", "--tokenizer", "--system", "--max-new-tokens"):  # what these mean differs
+    if flag not in ("--temperature", "--best", "--out", "--student", "--tokenizer", "--system", "--max-new-tokens", "--patience"):  # mean two things
         assert len({(action.default, action.type, str(action.choices)) for _, other, action in ACTIONS if other == flag}) == 1
 
 

@@ -104,6 +104,23 @@ def test_a_run_killed_at_the_worst_places_goes_on_from_its_last_save_and_ends_as
     assert_same_run(tmp_path / "run", world / "stage1")
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_killed_run_loses_its_patience_where_one_left_alone_does(world, run, tmp_path, name):
+    more = ["--steps", 20, "--eval-every", 1, "--save-every", 2, "--lr", 0.3, "--warmup", 0, "--patience", 4]
+    assert run(name, ARGUMENTS[name](world, *more, "--out", tmp_path / "straight"))[0] == 0
+    end = files.read_json(tmp_path / "straight/config.json")["stopped_early"]
+    assert 4 <= end < 20
+    argv = ARGUMENTS[name](world, *more, "--out", tmp_path / "run")
+    for where, number, step in (("lib.optimizer.update", end, None), ("os.replace", 1, (end - 1) // 2 * 2)):
+        hook = dict(where=where, number=number, signal=KILL) | ({"source": ".final.part"} if where == "os.replace" else {})
+        code, said = run(name, argv, hook)
+        assert code == -KILL and (step is None or f"at step {step}\n" in said), said
+    code, said = run(name, argv)  # the state of the last step is saved, and final/ is not there
+    assert code == 0 and f"at step {end}\n" in said and f"stopped at step {end} of 20" in said, said
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert files.read_json(tmp_path / "run/config.json")["stopped_early"] == end
+
+
 def test_a_run_killed_while_its_resume_state_is_removed_is_finished(world, run, tmp_path):
     argv = make.stage1(world, *RUN, "--out", tmp_path / "run")
     assert run("stage1_sft", argv, dict(where="shutil.rmtree", source="last", number=1, signal=KILL))[0] == -KILL

@@ -18,6 +18,7 @@ import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, logits, losses, models, plan, plots
 from lib.losses import Method
+from lib.run import Run
 
 CPU = torch.device("cpu")
 KD = Method(0.7, 2.0)
@@ -403,6 +404,80 @@ def test_fresh_starts_a_finished_run_anew(world, tmp_path):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--out", tmp_path / "run"))
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 2, "--fresh", "--out", tmp_path / "run"))
     assert files.read_json(tmp_path / "run" / "config.json")["steps"] == 2 and len(make.history(tmp_path / "run", "train")) == 2
+
+
+# --- the end of a run
+
+@pytest.fixture(scope="module")
+def two_sources(world, tmp_path_factory):
+    """Return a world whose val rows come from the sources a and b by turns."""
+    folder = tmp_path_factory.mktemp("sources") / "world"
+    shutil.copytree(world, folder)
+    rows = np.load(folder / "data/val.rows.npy")
+    rows["source"] = np.arange(len(rows)) % 2
+    np.save(folder / "data/val.rows.npy", rows)
+    files.write_json(folder / "data/meta.json", files.read_json(folder / "data/meta.json") | {"sources": [{"name": "a"}, {"name": "b"}]})
+    return folder
+
+
+TOO_FAST = ("--lr", 0.3, "--warmup", 0, "--steps", 12, "--eval-every", 1)  # nothing gets better for long
+
+
+@pytest.mark.parametrize("script, arguments, measure", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kl")))
+def test_patience_stops_after_so_many_evaluations_without_a_better_one_and_leaves_that_state(world, tmp_path, capsys, script, arguments, measure):
+    for name, more in (("whole", ()), ("stopped", ("--patience", 2))):
+        make.call(script.main, *arguments(world, *TOO_FAST, *more, "--out", tmp_path / name))
+    whole, stopped = (make.history(tmp_path / name, "eval") for name in ("whole", "stopped"))
+    values = [line[measure] for line in whole]
+    at = next(step for step in range(2, 13) if min(values[:step - 1]) <= min(values[step - 1:step + 1]))
+    assert at < 11 and stopped == whole[:at + 1] and len(make.history(tmp_path / "stopped", "train")) == at
+    said = files.read_json(tmp_path / "stopped/config.json")
+    assert said["stopped_early"] == at == said["updates"] and said["steps"] == 12 and said["best"] == pytest.approx(min(values[:at + 1]))
+    assert said["stopped_because"] == f"2 evaluations in a row without a better {measure}" and said["final"]["ce"] == pytest.approx(whole[at]["ce"])
+    assert f"stopped at step {at} of 12: 2 evaluations in a row" in capsys.readouterr().out
+    assert "stopped_early" not in files.read_json(tmp_path / "whole/config.json")
+    assert own_loss(tmp_path / "stopped/final", data.Dataset(world / "data").val, range(12)) == pytest.approx(whole[at]["ce"], rel=1e-4)
+    assert not (tmp_path / "stopped/last").exists() and make.ends(script.main, *arguments(world, *TOO_FAST, "--patience", 2, "--out",
+                                                                                        tmp_path / "stopped")) == (0, "")
+
+
+def test_patience_counts_only_evaluations_in_a_row():
+    run = Run.__new__(Run)
+    run.best, run.best_by, run.more, run.args = None, "ce", {}, types.SimpleNamespace(patience=2)
+    seen = []
+    for value in (3.0, 3.5, 2.0, 2.5, 2.0):  # an equal one is no better one
+        run.is_better({"ce": value})
+        seen.append(run.gives_up)
+    assert seen == [False, False, False, False, True]
+    run.args.patience = 0
+    assert not run.gives_up
+
+
+@pytest.mark.parametrize("script, arguments, best", (
+    (stage1_sft, make.stage1, "ce_b"), (stage2_kd, make.stage2, "ce_a"), (stage2_kd, make.stage2, "kl_b")))
+def test_best_follows_the_measure_of_one_source(two_sources, tmp_path, script, arguments, best):
+    make.call(script.main, *arguments(two_sources, "--lr", 0.1, "--steps", 6, "--eval-every", 1, "--best", best, "--out", tmp_path / "run"))
+    lines, said = make.history(tmp_path / "run", "eval"), files.read_json(tmp_path / "run/config.json")
+    assert said["best_by"] == best and said["best"] == pytest.approx(min(line[best] for line in lines), rel=1e-6)
+    step = min(lines, key=lambda line: line[best])["step"]
+    assert f"best (step {step})" in (tmp_path / "run/best/README.md").read_text()
+
+
+def test_best_by_a_source_that_is_not_measured_is_refused_before_anything_is_loaded(world, two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "local_folder", lambda *_: pytest.fail("a model was looked for"))
+    for script, arguments, folder, best, words in (
+            (stage1_sft, make.stage1, two_sources, "ce_c", "saw c; wanted ce_a, ce_b"),
+            (stage2_kd, make.stage2, two_sources, "kl_x", "wanted kl_a, kl_b"),
+            (stage1_sft, make.stage1, world, "ce_a", "val does not hold 2 to 16 named sources")):
+        code, said = make.ends(script.main, *arguments(folder, "--best", best, "--out", tmp_path / "run"))
+        assert code == 1 and words in said, said
+
+
+def test_best_by_a_kl_that_no_dump_gives_follows_the_cross_entropy_of_that_source(two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(logits.Store, "compares", property(lambda self: False))
+    for best, followed in (("kl_b", "ce_b"), ("agree", "ce"), ("acc1", "acc1")):
+        make.call(stage2_kd.main, *make.stage2(two_sources, "--steps", 1, "--best", best, "--out", tmp_path / best))
+        assert files.read_json(tmp_path / best / "config.json")["best_by"] == followed
 
 
 # --- what a run leaves
