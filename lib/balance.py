@@ -61,7 +61,7 @@ class Balance:
             found = torch.autograd.grad(tensor, self.shared, gradient, retain_graph=True, allow_unused=True)
             found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.shared, found)]
             known = self.sums.get(name)
-            self.sums[name] = found if known is None else [a.add_(b) for a, b in zip(known, found)]
+            self.sums[name] = found if known is None else [a + b for a, b in zip(known, found)]
 
     def move(self) -> dict[str, float]:
         """Move the weights by what the whole step showed. Returns for the log share_NAME, each term's share of the (weighted) gradient
