@@ -214,11 +214,10 @@ class Beside(nn.Module):
         return [lines[name] for name in self.weights]
 
     def _teacher(self, tensor: Tensor, real: Tensor | None = None) -> Tensor:
-        """Return what was captured of the teacher (at real tokens), on the student's device, float32 or wider, fit for autograd."""
+        """Return what was captured of the teacher (at real tokens), on the student's device, float32 or wider."""
         if real is not None:
             tensor = tensor[real.to(tensor.device)]
-        tensor = tensor.detach().to(self.device, wide(tensor.dtype))
-        return tensor.clone() if tensor.is_inference() else tensor
+        return tensor.detach().to(self.device, wide(tensor.dtype))
 
     def pool(self, batch: data.Batch) -> Tensor:
         """Return the teacher's last hidden states as means (rows, D') over the rows of the batch that was just watched."""

@@ -267,6 +267,20 @@ def test_half_precision_passes_give_float32_losses_near_those_of_float32(train):
     assert {name: term.item() for name, term in found.items()} == pytest.approx(wanted[0], rel=0.1, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", beside.FEATURES)
+def test_a_float16_teacher_with_massive_activations_gives_a_finite_exact_loss(train, kind):
+    """300 squared is infinite in float16."""
+    student, teacher, batch = net(0, dtype=torch.float32), net(1, dtype=torch.float16), train.batch([[0, 1]])
+    both = Beside(student, teacher, feature=1.0, feature_kind=kind)
+    passes(both, student, teacher, batch)
+    massive = both.sides["teacher"].hidden[1].float()
+    massive[..., 5] = 3000.0
+    both.sides["teacher"].hidden[1] = massive.half()
+    own, other = (side.hidden[1].detach().double().flatten(0, 1) for side in both.sides.values())
+    wanted = both.measure(own, other).sum().item() / tokens_in(batch)
+    assert both.terms(batch, tokens_in(batch), 2)["feature"].item() == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("options", EACH.values(), ids=EACH)
 def test_the_loss_decreases_and_projections_are_learned(train, options):
     student, teacher = net(0, dtype=torch.float32), net(1, dtype=torch.float32, hidden_size=24, num_attention_heads=2, head_dim=12)
