@@ -73,6 +73,6 @@ class Balance:
         log = {f"share_{name}": norm / whole for name, norm in pull.items()} if 0 < whole < math.inf else {}
         if 0 < pull["logits"] < math.inf:
             for name, norm in pull.items():
-                if name != "logits" and 0 < norm < math.inf:
+                if 0 < norm < math.inf:
                     self.weights[name] = min(MOST, max(LEAST, self.weights[name] * (pull["logits"] / norm) ** SPEED))
         return log | {f"weight_{name}": weight for name, weight in self.weights.items() if name != "logits"}

@@ -173,8 +173,6 @@ def test_the_gradient_at_the_weights_is_that_of_finite_differences(train, option
     assert list(terms) == list(both.weights) and abs(sum(terms.values())) > 1e-3
     weights = dict(student.module.named_parameters()) | dict(both.named_parameters())
     for name in ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight", *dict(both.named_parameters())]:
-        if name not in grads:  # the map of layer 0 does not depend on its own feed-forward part
-            continue
         weight, toward = weights[name], torch.randn_like(weights[name])
         ends = []
         with torch.no_grad():
@@ -258,6 +256,8 @@ def test_half_precision_passes_give_float32_losses_near_those_of_float32(train):
     both = Beside(student, teacher, **ALL)
     wanted = gradients(both, student, teacher, [batch])
     with torch.autocast("cpu", torch.bfloat16):
+        passes(both, student, teacher, batch)
+        assert both.sides["student"].ear.maps[1].dtype == torch.float32
         found = whole(both, student, teacher, [batch])
     assert {term.dtype for term in found.values()} == {torch.float32}
     assert {name: term.item() for name, term in found.items()} == pytest.approx(wanted[0], rel=0.1, abs=0.02)
@@ -265,6 +265,16 @@ def test_half_precision_passes_give_float32_losses_near_those_of_float32(train):
     half = net(1, dtype=torch.bfloat16)  # a teacher that is kept in half precision
     found = whole(Beside(student, half, **ALL), student, half, [batch])
     assert {name: term.item() for name, term in found.items()} == pytest.approx(wanted[0], rel=0.1, abs=0.02)
+
+
+def test_terms_are_float32_even_under_autocast(train):
+    student, teacher = net(0, dtype=torch.float32), net(1, dtype=torch.float32, hidden_size=24, num_attention_heads=2, head_dim=12)
+    both, batch, seen = Beside(student, teacher, **ALL), train.batch([[0, 1], [2]]), []
+    for half in (False, True):
+        passes(both, student, teacher, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            seen.append(both.terms(batch, tokens_in(batch), 3, both.pool(batch)))
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("kind", beside.FEATURES)
@@ -458,7 +468,7 @@ def test_the_shared_layer_is_the_highest_that_every_term_reaches():
 def test_a_loss_scaled_by_1000_is_back_at_an_equal_share_in_50_steps(train, louder):
     student, teacher = net(0, dtype=torch.float32), net(1, dtype=torch.float32)
     both = Beside(student, teacher, **ALL)
-    balance, batches = Balance(both.weights, 5, both.shared()), [train.batch([[0, 1], [2]]), train.batch([[3, 4]])]
+    balance, batches = Balance(both.weights, 5, both.shared()), [train.batch([[0, 1], [2, 3]])]
     optimizer, logs = torch.optim.AdamW(student.module.parameters(), lr=1e-4), []
     for step in range(51):
         log = balanced_step(balance, both, student, teacher, batches, step, louder={louder: 1000.0})
@@ -492,6 +502,18 @@ def test_a_restored_balance_continues_exactly(train):
     assert restored.weights == straight.weights != Balance(both.weights, 2, both.shared()).weights
     assert [balanced_step(straight, both, student, teacher, batches, step) for step in (2, 3, 4)] == [
         balanced_step(restored, both, student, teacher, batches, step) for step in (2, 3, 4)]
+
+
+def test_weights_go_half_of_the_way_in_logs_at_each_measurement():
+    shared = [torch.nn.Parameter(torch.ones(2))]
+    balance, seen = Balance({"feature": 1.0}, 5, shared), []
+    assert [step for step in range(12) if balance.due(step)] == [0, 5, 10]
+    for _ in range(3):
+        balance.measure({"logits": (shared[0].sum(), None), "feature": (16 * shared[0].sum(), None)})
+        seen.append(balance.move())
+    assert [log["weight_feature"] for log in seen] == pytest.approx([16 ** -0.5, 16 ** -0.75, 16 ** -0.875])
+    assert [log["share_feature"] for log in seen] == pytest.approx([16 / 17, 4 / 5, 2 / 3])
+    assert balance.weights["logits"] == 1
 
 
 def test_weights_are_bounded_and_a_term_without_a_finite_gradient_keeps_its_weight():
