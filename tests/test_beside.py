@@ -263,7 +263,10 @@ def test_half_precision_passes_give_float32_losses_near_those_of_float32(train):
     assert {name: term.item() for name, term in found.items()} == pytest.approx(wanted[0], rel=0.1, abs=0.02)
     sum(found.values()).backward()
     half = net(1, dtype=torch.bfloat16)  # a teacher that is kept in half precision
-    found = whole(Beside(student, half, **ALL), student, half, [batch])
+    both = Beside(student, half, **ALL)
+    passes(both, student, half, batch)
+    assert both.sides["teacher"].ear.maps[1].dtype == torch.float32
+    found = whole(both, student, half, [batch])
     assert {name: term.item() for name, term in found.items()} == pytest.approx(wanted[0], rel=0.1, abs=0.02)
 
 
