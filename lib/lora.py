@@ -31,7 +31,7 @@ def library():
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+    return (folder / CONFIG).exists()
 
 
 def check_start(args, source: Path, weights: bool) -> None:
@@ -41,6 +41,8 @@ def check_start(args, source: Path, weights: bool) -> None:
                    "--merge in the run that made it, or train without --lora-rank")
     if args.lora_rank and not weights:
         files.fail(f"--lora-rank cannot start from {source}", "config.json alone", "weights to freeze", "the same command without --lora-rank")
+    if args.lora_rank:
+        library()
 
 
 def attach(module: nn.Module, args, source: Path) -> None:

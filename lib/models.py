@@ -33,7 +33,7 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
         if best and (run or not (path / "config.json").exists()):
             return best
         if not holds_model(path):
-            files.fail(f"{name} is no model", "a folder without config.json", "a Hugging Face checkpoint, or a stage folder with best/")
+            files.fail(f"{name} is no model", "a folder without config.json", "a Hugging Face checkpoint, an adapter, or a stage folder with best/")
         return path
     if path.exists() or str(name).startswith((".", "/")) or str(name).count("/") != 1:
         files.fail(f"the model {name} is missing", wanted="a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct")
@@ -63,7 +63,7 @@ def base_of(folder: Path) -> Path:
     if not here and (name.startswith("/") or name.count("/") != 1):
         files.fail(f"the base of the adapter {folder} is missing", name, "the folder of the model that it was trained on", mend)
     base = Path(name) if here else local_folder(name)
-    if not (base / "config.json").exists():
+    if lora.is_adapter(base) or not (base / "config.json").exists():
         files.fail(f"the base of the adapter {folder} is no model", base, "config.json and *.safetensors", mend)
     return base
 

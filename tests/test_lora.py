@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 TOKENS = torch.arange(4, 24)[None]
 STAGES = ((stage1_sft, make.stage1), (stage2_kd, make.stage2))
 LORA = ("--lora-rank", 4, "--steps", 6)
+FAST = (*LORA, "--lr", 0.05)  # so fast that the last answers are no longer the student's
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def world(tmp_path_factory):
     make.call(dump_logits.main, *make.dump(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "curves", lambda *_: None)
-        make.call(stage1_sft.main, *make.stage1(folder, *LORA, out="adapter"))
-        make.call(stage1_sft.main, *make.stage1(folder, *LORA, "--merge", out="merged"))
+        make.call(stage1_sft.main, *make.stage1(folder, *FAST, out="adapter"))
+        make.call(stage1_sft.main, *make.stage1(folder, *FAST, "--merge", out="merged"))
     return folder
 
 
@@ -114,7 +115,7 @@ def test_the_seed_makes_the_adapter(world, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing_with_an_adapter(world, tmp_path):
-    make.call(stage1_sft.main, *make.stage1(world, *LORA, "--checkpointing", "--out", tmp_path / "run"))
+    make.call(stage1_sft.main, *make.stage1(world, *FAST, "--checkpointing", "--out", tmp_path / "run"))
     plain, saved = (load_file(folder / "final" / lora.WEIGHTS) for folder in (world / "adapter", tmp_path / "run"))
     assert all(torch.allclose(plain[name], saved[name], atol=1e-5) for name in plain)
 
@@ -204,18 +205,18 @@ def test_save_dtype_is_that_of_adapter_and_merged_weights(world, tmp_path, more)
 def test_chat_answers_alike_from_an_adapter_and_from_merged_weights(world, capsys, monkeypatch):
     monkeypatch.setattr(chat.template, "ensure_template", lambda tokenizer: None)
     said = []
-    for folder in ("adapter", "adapter/best", "merged", "merged/best/adapter", "student"):
+    for folder in ("adapter/final", "merged/final", "merged/final/adapter", "student", "adapter", "merged"):
         chat.main(["--ckpt", str(world / folder), "--greedy", "--max-new-tokens", "12", "--prompt", "w5 w7 w9", *make.CPU])
         said.append(capsys.readouterr().out)
-    assert said[0] and said[0] == said[1] == said[2] == said[3], said
+    assert said[0] == said[1] == said[2] != said[3] and said[4] == said[5], said
 
 
-def test_chat_answers_a_file_from_an_adapter_and_knows_when_the_base_is_another(world, mine, tmp_path, capsys):
+def test_chat_answers_a_file_from_an_adapter_as_from_merged_weights(world, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5 w7 w9"}\n')
     argv = ["--greedy", "--max-new-tokens", "4", "--prompts", tmp_path / "prompts.jsonl", *make.CPU]
-    for name in ("adapter", "merged"):
-        make.call(chat.main, "--ckpt", world / name, "--out", tmp_path / name, *argv)
-    assert (tmp_path / "adapter").read_text() == (tmp_path / "merged").read_text()
+    for name in ("adapter/final", "merged/final", "student"):
+        make.call(chat.main, "--ckpt", world / name, "--out", tmp_path / name.replace("/", "-"), *argv)
+    assert (tmp_path / "adapter-final").read_text() == (tmp_path / "merged-final").read_text() != (tmp_path / "student").read_text()
 
 
 def test_the_tokens_that_end_answers_go_with_the_adapter(world, tmp_path):
