@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lib.basis import Basis
-from lib.head import Head, compute_dtype, matmul, wide
+from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
 
 FLOOR = -70.0  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
@@ -161,6 +161,11 @@ def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor]:
         total[piece] = z[piece].exp().sum(1)
         kl[piece] = divergence(kept.logp_all(other[piece], 1.0), z[piece].sub_(total[piece].log()[:, None]), "fkl")
     return kl, top, total
+
+
+def dense_bytes(device: torch.device) -> int:
+    """Return the memory that a divergence over all tokens takes beside the student's logits: a second buffer, and a piece's temporaries."""
+    return 6 * PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE) + 2 * CHUNK_BYTES
 
 
 def divergence_over_all(z: Tensor, kept: Kept | Whole, method: Method, out: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Models: a Hugging Face causal LM as a body (tokens -> hidden states at targets) and a head (hidden states -> logits).
 
-Contract: `load` accepts a local folder or a hub id, safetensors only; it refuses weights that are not finite, a vocabulary that is not
-the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our head would not reproduce or whose
-packed rows would see each other.
+Contract: `load` accepts a local folder or a hub id, safetensors only, or a GGUF file (with the gguf package); it refuses weights that
+are not finite, a vocabulary that is not the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our
+head would not reproduce or whose packed rows would see each other.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,14 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
-    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id.
+    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A GGUF file is its own folder.
 
     A stage folder gives its best/; one whose run is not finished is refused, unless `unfinished` allows a look at it.
     """
     path = Path(name)
+    if is_gguf(path):
+        files.need("gguf", f"the GGUF file {name}")
+        return path
     if path.is_dir():
         run = (path / "history.jsonl").exists()
         best = next((path / stage for stage in ("best", "final") if (path / stage / "config.json").exists()), None)
@@ -46,12 +50,18 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
                    mend=f"hf download {name}")
 
 
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+    return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
 
 def identity(folder: Path) -> str:
     """Return the hash of a checkpoint's configuration and weights."""
+    if is_gguf(folder):
+        return files.sha256(folder)
     return files.sha256(folder / "config.json", *sorted(folder.glob("*.safetensors")))
 
 
@@ -90,16 +100,17 @@ class Model:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset | None = None, attn: str = "sdpa",
          compiled: bool = False, from_scratch: bool = False, keep_layers: list[int] | None = None, pack: bool = True, seed: int = 0,
-         amp: torch.dtype | None = None, trust_remote_code: bool = False) -> Model:
-    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights."""
+         amp: torch.dtype | None = None, trust_remote_code: bool = False, placing: dict | None = None) -> Model:
+    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights. `placing`: options
+    of from_pretrained (quantization_config, device_map) that put it where it belongs by themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = local_folder(name, trust_remote_code)
-    if dataset is not None and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if dataset is not None:
         check_vocabulary(folder, dataset, trust_remote_code)
-    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
+    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code) | (placing or {})
     if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
         files.fail("flash_attention_2 computes in half precision only", "float32", "half precision", "--amp fp16 or bf16 (dump_logits.py: --dtype)")
     weights = has_weights(folder)
@@ -108,7 +119,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
                    "make stage1 (stage1_sft.py makes a new model from a config.json)")
     try:
         if weights:
-            module, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            where, options = (folder.parent, options | {"gguf_file": folder.name}) if is_gguf(folder) else (folder, options)
+            module, loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         else:
             print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
             torch.manual_seed(seed)
@@ -123,10 +135,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
         files.fail(f"{folder} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
     if keep_layers:
         keep_only_layers(module, keep_layers)
-    broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
+    broken = next((n for n, p in (stored(folder) if placing else module.named_parameters()) if not torch.isfinite(p).all()), None)
     if broken:
         files.fail(f"{folder} holds weights that are not finite", f"NaN or infinity in {broken}", "a whole checkpoint")
-    module.to(device).eval()
+    (module if placing else module.to(device)).eval()
     model = Model(module, module.base_model, folder)
     if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
         files.fail(f"{folder} is too small for the data's tokenizer", f"{model.vocab} rows of its output layer", f"at least {tokens}")
@@ -136,14 +148,55 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     return model
 
 
-def check_apart(out: str, source: Path) -> None:
+def shards(folder: Path) -> Iterator:
+    """Yield a checkpoint's safetensors files, each opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as broken:
+            files.fail(f"{path} cannot be read", broken, "config.json and *.safetensors that belong together")
+
+
+def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's tensors with their names as they are on the disk, one after the other."""
+    return ((name, file.get_tensor(name)) for file in shards(folder) for name in file.keys())
+
+
+def shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, read from the files' heads alone."""
+    if is_gguf(folder):
+        from gguf import GGUFReader
+
+        return [tuple(map(int, tensor.shape)) for tensor in GGUFReader(folder).tensors]
+    return [tuple(file.get_slice(name).get_shape()) for file in shards(folder) for name in file.keys()]
+
+
+def check_apart(out: str, source: Path, what: str = "student") -> None:
     """Refuse to write over the model that is read."""
     if Path(out).resolve() in (source.resolve(), source.resolve().parent):
-        files.fail(f"--out {out} holds the student that is read", source, "another folder", "another --out")
+        files.fail(f"--out {out} holds the {what} that is read", source, "another folder", "another --out")
 
 
 def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
-    """Refuse a model whose tokenizer gives other ids to tokens than the data's: equal sizes prove nothing."""
+    """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's: equal sizes prove nothing."""
+    if is_gguf(folder):
+        from gguf import GGUFReader
+
+        field = GGUFReader(folder).get_field("tokenizer.ggml.tokens")
+        tokens = field.contents() if field else None
+        if tokens is not None:  # padded with invented tokens, often: what counts is that it has the data's
+            for token, number in sorted(dataset.tokenizer().get_vocab().items(), key=lambda item: item[1]):
+                if number >= len(tokens) or tokens[number] != token:
+                    files.fail(f"{folder} has another tokenizer than {dataset.folder}",
+                               f"{tokens[number]!r} as token {number}" if number < len(tokens) else f"{len(tokens)} tokens", repr(token),
+                               "a GGUF file of a model that shares the data's vocabulary")
+            return
+        folder = folder.parent
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return
     seen, wanted = template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"], dataset.identities["vocabulary"]
     if seen != wanted:
         files.fail(f"{folder} has another tokenizer than {dataset.folder}", f"vocabulary {seen[:12]}", wanted[:12],
@@ -228,7 +281,7 @@ def pick_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    config = files.read_json(folder / "config.json")
+    config = {} if is_gguf(folder) else files.read_json(folder / "config.json")
     own = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return torch.float16 if own == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else own
 

@@ -29,7 +29,8 @@ from lib.interrupt import Interrupt
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
 FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
-        "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens"}  # these change results by float32 rounding at most
+        "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
+        "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
 
 
 class Run:
