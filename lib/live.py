@@ -5,8 +5,12 @@ that training and evaluation do not ask which of the two they have. Any temperat
 its body runs once a micro-batch; its output layer lies on the student's device, wherever its body is, and makes logits chunk by chunk.
 """
 import argparse
+import atexit
+import logging
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,6 +107,7 @@ class Teacher:
         if self.args.teacher_quant:
             from transformers import BitsAndBytesConfig
 
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would say at every product that 8 bits are multiplied in float16
             bits = dict(load_in_8bit=True) if self.args.teacher_quant == "8bit" else dict(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
             return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": self.device}}
@@ -112,7 +117,10 @@ class Teacher:
         where = spread(self.folder, self.dtype, rooms, self.args.trust_remote_code)
         counts = {place: sum(p == place for name, p in where.items() if name.rpartition(".")[2].isdigit()) for place in where.values()}
         print("teacher: layers on " + ", ".join(f"{place} {count}" for place, count in counts.items()))
-        return {"device_map": where, "offload_folder": f"{self.args.out}/offload"}
+        disk = files.beside(Path(self.args.out), "offload")  # what cannot be read from the checkpoint as it is; --fresh empties --out itself
+        shutil.rmtree(disk, ignore_errors=True)
+        atexit.register(shutil.rmtree, disk, ignore_errors=True)
+        return {"device_map": where, "offload_folder": str(disk)}
 
     def weight_bytes(self) -> int:
         """Return about how many bytes its weights will take, read from the heads of its files."""
@@ -149,8 +157,12 @@ class Teacher:
             return losses.Kept(ids, gap, tails[:, 0])
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
-        """Return the same at a val batch's targets."""
-        return self.train(batch, temperature)
+        """Return the same at a val batch's targets. Checked there, at each evaluation: to look at every batch would make the GPU wait."""
+        kept = self.train(batch, temperature)
+        if not torch.isfinite(kept.hidden if isinstance(kept, losses.Whole) else kept.gap).all():
+            files.fail("the teacher's hidden states are not finite", f"NaN or infinity on val rows {batch.rows[:8]}", "numbers",
+                       "--teacher-dtype float32 (some models overflow float16)")
+        return kept
 
     def val_ce(self) -> float:
         """Return its own cross-entropy on val, nats a target: one pass over val."""

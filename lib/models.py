@@ -54,6 +54,16 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def gguf_reader(path: Path):
+    """Return a GGUF file, opened: its fields, and the heads of its tensors."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, OSError) as broken:
+        files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
+
+
 def has_weights(folder: Path) -> bool:
     return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
@@ -168,9 +178,7 @@ def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def shapes(folder: Path) -> list[tuple[int, ...]]:
     """Return the shapes of a checkpoint's tensors, read from the files' heads alone."""
     if is_gguf(folder):
-        from gguf import GGUFReader
-
-        return [tuple(map(int, tensor.shape)) for tensor in GGUFReader(folder).tensors]
+        return [tuple(map(int, tensor.shape)) for tensor in gguf_reader(folder).tensors]
     return [tuple(file.get_slice(name).get_shape()) for file in shards(folder) for name in file.keys()]
 
 
@@ -183,9 +191,7 @@ def check_apart(out: str, source: Path, what: str = "student") -> None:
 def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
     """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's: equal sizes prove nothing."""
     if is_gguf(folder):
-        from gguf import GGUFReader
-
-        field = GGUFReader(folder).get_field("tokenizer.ggml.tokens")
+        field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
         tokens = field.contents() if field else None
         if tokens is not None:  # padded with invented tokens, often: what counts is that it has the data's
             for token, number in sorted(dataset.tokenizer().get_vocab().items(), key=lambda item: item[1]):
