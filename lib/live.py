@@ -65,7 +65,7 @@ class Teacher:
         self.folder = models.local_folder(args.teacher, args.trust_remote_code)
         self.shapes = models.shapes(self.folder)
         models.check_apart(args.out, self.folder, "teacher")
-        self.device = models.pick_device(args.teacher_device or args.device)
+        self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
     def identity(self) -> dict:
@@ -88,7 +88,7 @@ class Teacher:
             print(f"memory: WARNING, {files.human(weights + more)} do not fit into {files.human(have)} on {self.device}: --teacher-quant 8bit or "
                   "4bit, --teacher-offload, another --teacher-device, or --logits (dump_logits.py), for which the teacher runs alone")
         try:
-            self.model = models.load(args.teacher, self.device, self.dtype, dataset=self.dataset, attn=args.attn, compiled=args.compile,
+            self.model = models.load(str(self.folder), self.device, self.dtype, dataset=self.dataset, attn=args.attn, compiled=args.compile,
                                      pack=not args.no_pack, trust_remote_code=args.trust_remote_code, placing=self.placing(have - more))
         except torch.OutOfMemoryError:
             files.fail(f"{self.folder} does not fit on {self.device}", f"{files.human(have)} free", f"about {files.human(weights)}",
@@ -138,7 +138,7 @@ class Teacher:
 
     def memory_bytes(self, device: torch.device) -> int:
         """Return what it takes on the student's device while it trains, its weights apart: these are there already."""
-        return (self.activation_bytes() if self.device == device else 0) + losses.dense_bytes(device)
+        return (self.activation_bytes() if self.device == numbered(device) else 0) + losses.dense_bytes(device)
 
     def say(self) -> None:
         """Print what the teacher is and how much of it is compared."""
@@ -148,8 +148,12 @@ class Teacher:
 
     def train(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
         """Return the teacher at a batch's targets and a temperature, on the device of its labels: one pass of its body."""
+        if (device := batch.labels.device) != self.device:
+            batch = batch.to(self.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # `to` does not wait, and what is read on the CPU must have arrived
         with torch.no_grad():  # no inference mode: what else is taken from this pass may be saved for a student's backward pass
-            hidden = self.model.hidden(batch.to(self.device)).to(self.head.weight.device, self.head.weight.dtype)  # (N, D')
+            hidden = self.model.hidden(batch).to(self.head.weight.device, self.head.weight.dtype)  # (N, D')
             if not self.k or not len(hidden):
                 return losses.Whole(hidden, self.head)
             chunks = [topk_and_tails(z, self.k, [temperature]) for _, z in self.head.chunks(hidden)]
@@ -167,6 +171,11 @@ class Teacher:
     def val_ce(self) -> float:
         """Return its own cross-entropy on val, nats a target: one pass over val."""
         return evaluate.evaluate(self.model, self.dataset.val, self.vocab, self.args.tokens_per_microbatch)["ce"]
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return a device with its number: cuda is cuda:0, and equal to it."""
+    return torch.empty(0, device=device).device
 
 
 def spread(folder, dtype: torch.dtype, rooms: dict[str, int], trust_remote_code: bool = False) -> dict[str, str]:

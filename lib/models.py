@@ -122,7 +122,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
         check_vocabulary(folder, dataset, trust_remote_code)
     options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code) | (placing or {})
     if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
-        files.fail("flash_attention_2 computes in half precision only", "float32", "half precision", "--amp fp16 or bf16 (dump_logits.py: --dtype)")
+        files.fail("flash_attention_2 computes in half precision only", "float32", "half precision",
+                   "--amp fp16 or bf16 (a model that is only run: --dtype, --teacher-dtype)")
     weights = has_weights(folder)
     if not weights and not from_scratch:
         files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it",
@@ -241,7 +242,7 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
 def probe(model: Model, pack: bool, amp: torch.dtype | None = None) -> None:
     """Run eight tokens through the model both ways; refuse it where our head or packed rows would not give its own logits."""
     tokens = torch.arange(1, 9, device=model.device)[None] % model.vocab  # (1, 8)
-    exact = amp is None and next(model.module.parameters()).dtype == torch.float32
+    exact = amp is None and next(model.module.parameters()).dtype == torch.float32 and not getattr(model.module, "is_quantized", False)
     limit = 1e-3 if exact else 0.1  # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
     far = lambda a, b: ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
 
