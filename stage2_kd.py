@@ -2,12 +2,15 @@
 
     python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/distilqwen/stage1 --out runs/distilqwen/stage2
     python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --steps 20    # CPU, after `make demo`
+    python stage2_kd.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --out runs/live --steps 20    # nothing is stored
 
-Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) and a causal LM: stage 1's folder, or any other.
+Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) or the teacher itself (lib/live.py), and a
+        causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
 Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets, divided once by the targets of the
         whole optimizer step. The divergence is over the teacher's top k as stored, and the exact mass of the rest spread over all other
-        tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/basis.py).
+        tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/basis.py). With --teacher
+        it is over all tokens, each exact; with --k, over the top k and one bucket.
 """
 import argparse
 import re
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, logits, lora, losses, mix, models, plan, preflight, samples, sampling
+from lib import evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -25,7 +28,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("read and write")
     flags.add(group, "--data")
-    group.add_argument("--logits", required=True, metavar="DIR", help="the folder dump_logits.py wrote")
+    teacher = group.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--logits", metavar="DIR", help="the folder dump_logits.py wrote")
+    teacher.add_argument("--teacher", metavar="DIR|ID", help="a model to run beside the student instead: a folder, a hub id or a GGUF file")
     flags.add(group, "--student", "--out")
     group.add_argument("--verify", action="store_true", help="check the logits' checksums first (default: their sizes and identities alone)")
     group.add_argument("--eval-only", action="store_true", help="measure --student on val, write eval.json to --out, and stop")
@@ -39,9 +44,11 @@ def parse_args(argv=None):
     group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
     group.add_argument("--best", type=flags.measure("kl", "ce", "acc1", "agree"), default="kl", metavar="MEASURE",
                        help="what best/ follows: kl, ce, acc1, agree, or kl_NAME, ce_NAME of one source (default: %(default)s)")
+    live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
+    live.check_flags(parser, args)
     if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
     if args.beta is None:
@@ -58,7 +65,8 @@ def main(argv=None):
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
     evaluate.check_best(args.best, dataset)
-    store = logits.Store(args.logits, dataset, None if args.eval_only else args.temperature, args.verify)
+    measured = None if args.eval_only else args.temperature
+    store = logits.Store(args.logits, dataset, measured, args.verify) if args.logits else live.Teacher(args, dataset)
     best_by = args.best if store.compares else re.sub("^(kl|agree)", "ce", args.best)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
@@ -67,19 +75,17 @@ def main(argv=None):
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
     lora.check_start(args, source, models.has_weights(source))
-    inputs = dataset.identities | {"student": models.identity(source), "teacher": store.meta["teacher"], "chunks": store.chunks,
-                                   "records": store.records} | mix.identity(parts)
+    inputs = dataset.identities | {"student": models.identity(source)} | store.identity() | mix.identity(parts)
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
                           trust_remote_code=args.trust_remote_code)
-    if student.vocab < store.vocab:
-        files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {store.vocab:,}",
-                   logits.dump_command(store.meta | {"vocab": None}, dataset, args.logits, f"--student {args.student} --fresh"))
+    store.join(student, args, amp)
     if args.eval_only:
         measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        about = {"student": str(student.folder), "parameters": student.parameters, "logits": args.logits}
+        about = {"student": str(student.folder), "parameters": student.parameters}
+        about |= {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
         files.write_json(Path(args.out) / "eval.json", about | measures)
         if not store.compares:
             print("eval: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with 1 in TEMPERATURES")
@@ -106,16 +112,7 @@ def main(argv=None):
     print(f"data: {len(rows_there):,} rows, {targets_there:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
     print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
     mix.say(parts, dataset, steps_of_rows)
-    inside = "  ".join(f"T={t} {share:.1%}" for t, share in store.meta["coverage"].items())
-    print(f"teacher: {store.meta['teacher_folder']}, top {store.meta['k']} of {store.vocab:,}, which hold {inside}")
-    if store.shape is not None:
-        print(f"the rest: its exact mass, in a shape of {len(store.shape.bits)} dimensions ({store.meta['tail_bytes']} bytes a target)")
-    if store.guess:
-        t, mean, worst = store.guess
-        print(f"the rest: not every T of {args.temperature} was dumped, and its mass is computed; T={t:g}, computed from the others in the same "
-              f"way, is off by {mean:.4f} on average, {worst:.4f} at most (shares of 1)")
-    if store.missing:
-        print(f"logits: chunks {', '.join(map(str, store.missing))} are missing and will not be trained on; {store.mend()}")
+    store.say()
     if not store.compares:
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
     if args.lora_rank:

@@ -4,7 +4,7 @@
     python bench/fidelity.py --data data/demo --teacher runs/demo/teacher --student near=runs/demo/stage1 --out out/try --quick  # after `make demo`
 
 A teacher and one or more students (a name, a checkpoint, and the layers of it to keep). Measured on val's targets, the basis fitted to
-train's, every figure through the records' own bytes and the function that trains (losses.teacher_logp_all):
+train's, every figure through the records' own bytes and the function that trains (losses.Kept.logp_all):
 
     angle, ratio   between the output layer's gradient with the target P' kept, T (q - P')' h summed over targets, and with the
                    teacher's whole distribution P: degrees, and norm over norm. Sums over its entries in float64.
@@ -113,7 +113,7 @@ def stored(shape: basis.Basis) -> basis.Basis:
 
 def dense(kept: dict, shape: basis.Basis):
     """Return the target of a top k and a basis, as the loss makes it."""
-    return lambda part, t, s: losses.teacher_logp_all(kept[t][part], shape.logits(kept[t].coef[part]), t).exp_()
+    return lambda part, t, s: kept[t][part].logp_all(shape.logits(kept[t].coef[part]), t).exp_()
 
 
 def bucket(kept: dict):
@@ -149,7 +149,7 @@ def with_student(kept: dict, shape: basis.Basis, dual: torch.Tensor, share: floa
     def target(part, t, s):
         away = s - shape.mean
         z = shape.logits(kept[t].coef[part] - share * (away @ dual)).add_(away, alpha=share)
-        return losses.teacher_logp_all(kept[t][part], z, t).exp_()
+        return kept[t][part].logp_all(z, t).exp_()
     return target
 
 
@@ -190,7 +190,7 @@ def with_top_k(kept: dict, shape: basis.Basis, z: torch.Tensor, more: basis.Basi
         cov = (at * variance[rank:]) @ at.transpose(1, 2) + 0.1 * torch.eye(ids.shape[1]) + 100.0  # an unknown constant is in all of them
         weights = torch.linalg.solve(cov, (z[part] - base).gather(1, ids)[..., None])
         base += ((at.transpose(1, 2) @ weights)[..., 0] * variance[rank:]) @ rest
-        return losses.teacher_logp_all(kept[t][part], base, t).exp_()
+        return kept[t][part].logp_all(base, t).exp_()
     return target
 
 
@@ -229,7 +229,7 @@ def tried(bench: Bench, head: heads.Head, train: torch.Tensor, place_train: torc
     means = torch.stack([train[bins(place_train) == b].mean(0) for b in range(4)]) - shape.center  # (4, D)
     moved = means @ head.weight.detach()[:head.vocab].float().t()
     coef = shape.encode(hidden - means[bins(place)])
-    by_place = lambda part, t, s: losses.teacher_logp_all(kept[t][part], shape.logits(coef[part]) + moved[bins(place[part])], t).exp_()
+    by_place = lambda part, t, s: kept[t][part].logp_all(shape.logits(coef[part]) + moved[bins(place[part])], t).exp_()
     bench.measure("a mean for each of four places in the answer", 0, by_place, tried=True)
 
 

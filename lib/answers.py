@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher-batch", type=int, default=32, metavar="N", help="answers in work at once with --teacher (default: %(default)s)")
     group.add_argument("--concurrency", type=int, default=64, metavar="N", help="requests in flight with --teacher-url (default: %(default)s)")
     group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a server may take for an answer (default: %(default)s)")
-    group.add_argument("--patience", type=float, default=600.0, metavar="S",
+    group.add_argument("--retry-for", type=float, default=600.0, metavar="S",
                        help="seconds for which a server that is down or busy is tried again (default: %(default)s)")
     flags.add(group, "--device", "--dtype", "--threads")
 
@@ -57,7 +57,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--answers teacher wants exactly one of --teacher DIR and --teacher-url URL")
     if (args.teacher_url is None) != (args.teacher_model is None):
         parser.error("--teacher-url URL and --teacher-model NAME belong together")
-    flags.positive(parser, args, "generations", "max_new_tokens", "max_prompt", "teacher_batch", "concurrency", "timeout", "patience")
+    flags.positive(parser, args, "generations", "max_new_tokens", "max_prompt", "teacher_batch", "concurrency", "timeout", "retry_for")
     if args.teacher_temperature is not None and not args.teacher_temperature >= 0:
         parser.error(f"--teacher-temperature is {args.teacher_temperature}, wanted 0 or more")
     if args.teacher_top_p is not None and not 0 < args.teacher_top_p <= 1:
@@ -202,7 +202,7 @@ def remote(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
     client = ask.Client(args.teacher_url, args.teacher_model, how, args.concurrency, args.timeout)
     requests = (ask.Request((question, number), question.prompt, seed_of(args.seed, question.key, number)) for question, number in missing)
     failed = 0
-    for answer in ask.ask(client, requests, args.concurrency, args.patience, lambda line: print(line, flush=True)):
+    for answer in ask.ask(client, requests, args.concurrency, args.retry_for, lambda line: print(line, flush=True)):
         question, number = answer.request.key
         if answer.finish == "failed":
             failed += 1

@@ -182,7 +182,7 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
                 if waited > patience or failed.after > max(patience, LONGEST):
                     wait = f"asks to wait {failed.after:.3g} s" if failed.after > patience else f"has not answered for {waited:.0f} s"
                     files.fail(f"{client.url} {wait}", seen=failed, wanted="a server that answers",
-                               mend="the same command when it does: it continues (--patience waits longer)")
+                               mend="the same command when it does: it continues (--retry-for waits longer)")
                 if failed.down and not state["down"]:
                     state["down"] = True
                     say(f"answers: the server is not reached ({failed}); trying for {patience:.0f} s")

@@ -1,4 +1,4 @@
-"""Measures on the val targets: cross-entropy, accuracy, calibration, and with a val dump the distance to the teacher.
+"""Measures on the val targets: cross-entropy, accuracy, calibration, and where the teacher is known the distance to it.
 
 Sums and counts over all targets, never a mean of means: batch size, padding and row order change nothing.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lib import data, files, logits, losses, plan
+from lib import data, files, losses, plan
 from lib.models import Model
 
 BINS = 15  # of confidence, for the calibration error
@@ -20,7 +20,7 @@ GLOSSARY = {
     "acc1": "share of targets where the likeliest token is the reference token",
     "acc5": "share of targets whose reference token is among the five likeliest",
     "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
-    "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others, nats a target",
+    "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live with --k 0: over all tokens), nats a target",
     "agree": "share of targets where student and teacher have the same likeliest token",
     "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise",
 }
@@ -28,9 +28,9 @@ GLOSSARY = {
 
 @torch.no_grad()
 def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
-             store: logits.Store | None = None, sources: Sequence[str] = ()) -> dict:
-    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store` has a val dump with T=1; ce_NAME and
-    kl_NAME where its rows come from several of the `sources`."""
+             store=None, sources: Sequence[str] = ()) -> dict:
+    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store`, a logits.Store or a live.Teacher, knows the
+    teacher there at T=1; ce_NAME and kl_NAME where its rows come from several of the `sources`."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
@@ -56,10 +56,9 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
             top = z.argmax(1)
             right = top == label[:, 0]
             if kept is not None:
-                logq, z, _, total = losses.student_logq(z, kept.ids[part], 1.0)
-                kl = losses.divergence(losses.teacher_logp(kept[part], 1.0), logq, "fkl")
+                kl, teachers, total = losses.distance(z, kept[part])
                 sums[3] += kl.sum().cpu().double()
-                sums[4] += (top == kept.ids[part, 0]).sum().cpu()
+                sums[4] += (top == teachers).sum().cpu()
             else:
                 total = z.exp_().sum(1)
             confidence, ce = 1 / total, total.log() - at_label[:, 0]

@@ -5,6 +5,7 @@ never a half. A folder is complete when its `meta.json` / `config.json`, written
 """
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,12 @@ def fail(wrong: str, seen: object = None, wanted: object = None, mend: str | Non
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def need(package: str, what: str) -> None:
+    """Refuse `what` where the package that it needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
 
 
 def sync(path: Path) -> None:

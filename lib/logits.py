@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import basis, data, files, flags, head, losses
+from lib import basis, data, files, flags, losses, models
 from lib.basis import Basis
 
 FORMAT = 1
@@ -223,8 +223,34 @@ class Store:
         """Return what the basis takes on a device, with the temporaries of a divergence over all tokens."""
         if self.shape is None:
             return 0
-        piece = losses.PIECE_BYTES.get(device.type, losses.PIECE_BYTES_ELSEWHERE)
-        return self.shape.rows.numel() * (2 if device.type == "cuda" else 4) + 6 * piece + 2 * head.CHUNK_BYTES
+        return self.shape.rows.numel() * (2 if device.type == "cuda" else 4) + losses.dense_bytes(device)
+
+    def identity(self) -> dict:
+        """Return what a run that is continued must find again: the teacher, and the train records that are there."""
+        return {"teacher": self.meta["teacher"], "chunks": self.chunks, "records": self.records}
+
+    def join(self, student: models.Model, args, amp: torch.dtype | None) -> None:
+        """Refuse a student that lacks tokens of the records."""
+        if student.vocab < self.vocab:
+            files.fail(f"{student.folder} knows fewer tokens than the logits", f"{student.vocab:,}", f"at least {self.vocab:,}",
+                       dump_command(self.meta | {"vocab": None}, self.dataset, self.folder, f"--student {args.student} --fresh"))
+
+    def say(self) -> None:
+        """Print what the teacher is, how much of it is kept, and what is missing."""
+        inside = "  ".join(f"T={t} {share:.1%}" for t, share in self.meta["coverage"].items())
+        print(f"teacher: {self.meta['teacher_folder']}, top {self.meta['k']} of {self.vocab:,}, which hold {inside}")
+        if self.shape is not None:
+            print(f"the rest: its exact mass, in a shape of {len(self.shape.bits)} dimensions ({self.meta['tail_bytes']} bytes a target)")
+        if self.guess:
+            t, mean, worst = self.guess
+            print(f"the rest: not every T of {self.temperature} was dumped, and its mass is computed; T={t:g}, computed from the others in the same "
+                  f"way, is off by {mean:.4f} on average, {worst:.4f} at most (shares of 1)")
+        if self.missing:
+            print(f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be trained on; {self.mend()}")
+
+    def val_ce(self) -> float | None:
+        """Return the teacher's own cross-entropy on val, nats a target, if val was dumped."""
+        return self.val and self.val.meta["teacher_ce"]
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""

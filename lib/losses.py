@@ -17,7 +17,7 @@ So the gradient is computed in the forward pass, chunk by chunk of targets: no (
 
 One bucket cannot say where in the vocabulary the tail lies. Where the teacher's dump has a basis (lib/basis.py), the categories are
 all V tokens: the top k as before, and the bucket's exact mass spread over the others like softmax(basis logits / T). The gradient is
-then T * dD/ds_j = g_j - q_j G everywhere: T (q - p) for the forward KL.
+then T * dD/ds_j = g_j - q_j G everywhere: T (q - p) for the forward KL. So it is where a live teacher is taken whole: softmax(z / T).
 """
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lib.basis import Basis
-from lib.head import Head, compute_dtype, matmul, wide
+from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
 
 FLOOR = -70.0  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
@@ -49,6 +49,45 @@ class Kept:
 
     def __getitem__(self, part: slice) -> "Kept":
         return Kept(self.ids[part], self.gap[part], self.tail[part], None if self.coef is None else self.coef[part], self.basis)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it says something of every token by itself."""
+        return self.basis is not None
+
+    def logits(self, out: Tensor) -> Tensor:
+        """Put the basis' logits of these targets into out (n, V): good for the tail alone."""
+        return self.basis.logits(self.coef, out)
+
+    def logp_all(self, z: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is overwritten."""
+        logp = teacher_logp(self, temperature)
+        shape = z.div_(temperature).scatter_(1, self.ids, -torch.inf).log_softmax(1)  # of the tail alone
+        return shape.add_(logp[:, -1:]).scatter_(1, self.ids, logp[:, :-1])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A live teacher at N targets with its whole distribution: hidden (N, D') and its output layer, both on the student's device.
+
+    The logits are made where they are needed, a chunk at a time.
+    """
+
+    hidden: Tensor
+    head: Head
+    dense = True
+
+    def __getitem__(self, part: slice) -> "Whole":
+        return Whole(self.hidden[part], self.head)
+
+    def logits(self, out: Tensor) -> Tensor:
+        """Put the logits of these targets into out (n, V)."""
+        weight = self.head.operand(self.hidden.dtype)
+        return out.copy_(self.head.logits(self.hidden.to(weight.dtype), weight, out))  # half-precision products have no `out`
+
+    def logp_all(self, z: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities (n, V) at T over all tokens. z (n, V), the logits, is overwritten."""
+        return z.div_(temperature).log_softmax(1)
 
 
 @dataclass(frozen=True)
@@ -89,13 +128,6 @@ def teacher_logp(kept: Kept, temperature: float) -> Tensor:
     return torch.cat([d - log_z[:, None], (kept.tail - log_z)[:, None].clamp_min(FLOOR)], -1)
 
 
-def teacher_logp_all(kept: Kept, z: Tensor, temperature: float) -> Tensor:
-    """Return the teacher's log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is overwritten."""
-    logp = teacher_logp(kept, temperature)
-    shape = z.div_(temperature).scatter_(1, kept.ids, -torch.inf).log_softmax(1)  # of the tail alone
-    return shape.add_(logp[:, -1:]).scatter_(1, kept.ids, logp[:, :-1])
-
-
 def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the student's log-probabilities (n, K+1) at T over the same categories. z (n, V) holds s - s_max and is overwritten.
 
@@ -109,17 +141,42 @@ def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Te
     return torch.cat([kept - log_total[:, None], (rest.log() - log_total)[:, None].clamp_min(FLOOR)], -1), z, rest, total
 
 
-def divergence_over_all(z: Tensor, kept: Kept, method: Method, out: Tensor) -> Tensor:
+def pieces(z: Tensor) -> list[slice]:
+    """Cut the targets of a chunk of logits (n, V) so that what is computed over all tokens has small temporaries."""
+    size = max(1, PIECE_BYTES.get(z.device.type, PIECE_BYTES_ELSEWHERE) // (z.element_size() * z.shape[1]))
+    return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
+
+
+def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL(teacher || student) at T=1 in nats, the teacher's likeliest token, and the sum of exp(z) over all tokens, each (n,).
+
+    z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher that is there whole, over all tokens.
+    """
+    if isinstance(kept, Kept):
+        logq, _, _, total = student_logq(z, kept.ids, 1.0)
+        return divergence(teacher_logp(kept, 1.0), logq, "fkl"), kept.ids[:, 0], total
+    other = kept.logits(torch.empty_like(z))
+    top, total, kl = other.argmax(1), z.new_empty(len(z)), z.new_empty(len(z))
+    for piece in pieces(z):
+        total[piece] = z[piece].exp().sum(1)
+        kl[piece] = divergence(kept.logp_all(other[piece], 1.0), z[piece].sub_(total[piece].log()[:, None]), "fkl")
+    return kl, top, total
+
+
+def dense_bytes(device: torch.device) -> int:
+    """Return the memory that a divergence over all tokens takes beside the student's logits: a second buffer, and a piece's temporaries."""
+    return 6 * PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE) + 2 * CHUNK_BYTES
+
+
+def divergence_over_all(z: Tensor, kept: Kept | Whole, method: Method, out: Tensor) -> Tensor:
     """Return the divergence summed over targets, nats, over all V tokens; put T times its gradient at s into out (n, V).
 
-    z (n, V) holds s - s_max; out, a buffer, takes the basis' logits first. Piece by piece, so that temporaries stay small.
+    z (n, V) holds s - s_max; out, a buffer, takes the teacher's (or its basis') logits first. Piece by piece, so that temporaries stay small.
     """
-    kept.basis.logits(kept.coef, out)
+    kept.logits(out)
     kd_sum = torch.zeros((), dtype=z.dtype, device=z.device)
-    size = max(1, PIECE_BYTES.get(z.device.type, PIECE_BYTES_ELSEWHERE) // (z.element_size() * z.shape[1]))
-    for start in range(0, len(z), size):
-        piece = slice(start, start + size)
-        logp = teacher_logp_all(kept[piece], out[piece], method.temperature)
+    for piece in pieces(z):
+        logp = kept[piece].logp_all(out[piece], method.temperature)
         logq = (z[piece] / method.temperature).log_softmax(1)
         with torch.enable_grad():
             kd = divergence(logp, logq.requires_grad_(), method.divergence, method.beta).sum()
@@ -133,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
     """Loss and its gradients together; backward only scales them. See the module's docstring for the mathematics."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, labels, kept: Kept | None, method: Method, dtype, grad: bool):
+    def forward(ctx, hidden, weight, bias, head: Head, labels, kept: Kept | Whole | None, method: Method, dtype, grad: bool):
         n_all, device = len(labels), hidden.device
         operand = head.operand(dtype)
         alpha, t = method.alpha, method.temperature
@@ -156,7 +213,7 @@ class _HeadLoss(torch.autograd.Function):
             z -= z.amax(1, keepdim=True)
             at_label = z.gather(1, label)[:, 0]
 
-            dense = kept is not None and kept.basis is not None
+            dense = kept is not None and kept.dense
             if dense:
                 kd_sum += divergence_over_all(z, kept[part], method, second[:n])
                 one = z.exp_()
@@ -221,17 +278,19 @@ class _HeadLoss(torch.autograd.Function):
         return *scaled, *[None] * 6
 
 
-def head_loss(hidden: Tensor, head: Head, labels: Tensor, kept: Kept | None = None, method: Method = Method(), dtype: torch.dtype | None = None):
+def head_loss(hidden: Tensor, head: Head, labels: Tensor, kept: Kept | Whole | None = None, method: Method = Method(),
+              dtype: torch.dtype | None = None):
     """Return (loss_sum, ce_sum, kd_sum): the loss of N targets, differentiable, and its two parts in nats (kd without T^2, alpha).
 
     hidden (N, D)  the body's last hidden states at the positions that predict the targets; only these reach the head
     labels (N,)    the target tokens, all < head.vocab
-    kept           the teacher at these targets; None = cross-entropy alone, and then method.alpha must be 0
+    kept           the teacher at these targets, over the head's V tokens; None = cross-entropy alone, and then method.alpha must be 0
     dtype          of the matrix products (default: hidden's); logits, losses and sums are float32 or wider whatever it is
 
     All sums, never means: the caller divides once, by the targets of the whole optimizer step. N = 0 gives 0 and zero gradients.
     """
     assert (kept is not None) or method.alpha == 0, f"alpha {method.alpha} without a teacher"
+    assert not isinstance(kept, Whole) or kept.head.vocab == head.vocab, (kept.head.vocab, head.vocab)
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
     dtype = compute_dtype(dtype or hidden.dtype, hidden.device)
     grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)

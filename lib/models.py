@@ -1,9 +1,11 @@
 """Models: a Hugging Face causal LM as a body (tokens -> hidden states at targets) and a head (hidden states -> logits).
 
-Contract: `load` accepts a local folder or a hub id, safetensors only; it refuses weights that are not finite, a vocabulary that is not
-the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our head would not reproduce or whose
-packed rows would see each other. A folder with an adapter (lib/lora.py) is its base with the adapter merged in memory.
+Contract: `load` accepts a local folder or a hub id, safetensors only, or a GGUF file (with the gguf package); it refuses weights that
+are not finite, a vocabulary that is not the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our
+head would not reproduce or whose packed rows would see each other. A folder with an adapter (lib/lora.py) is its base with the adapter
+merged in memory.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,14 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
-    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id.
+    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A GGUF file is its own folder.
 
     A stage folder gives its best/; one whose run is not finished is refused, unless `unfinished` allows a look at it.
     """
     path = Path(name)
+    if is_gguf(path):
+        files.need("gguf", f"the GGUF file {name}")
+        return path
     if path.is_dir():
         run = (path / "history.jsonl").exists()
         holds_model = lambda folder: (folder / "config.json").exists() or lora.is_adapter(folder)
@@ -48,8 +53,22 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
                    mend=f"hf download {name}")
 
 
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def gguf_reader(path: Path):
+    """Return a GGUF file, opened: its fields, and the heads of its tensors."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, OSError) as broken:
+        files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
+
+
 def has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+    return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
 
 def base_of(folder: Path) -> Path:
@@ -75,6 +94,8 @@ def with_tokenizer(folder: Path) -> Path:
 
 def identity(folder: Path) -> str:
     """Return the hash of a checkpoint's configuration and weights; an adapter's is of its base's as well."""
+    if is_gguf(folder):
+        return files.sha256(folder)
     there = [folder / lora.CONFIG, folder / lora.WEIGHTS] if lora.is_adapter(folder) else []
     return files.sha256(*filter(Path.exists, there), (base := base_of(folder)) / "config.json", *sorted(base.glob("*.safetensors")))
 
@@ -119,26 +140,29 @@ class Model:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset | None = None, attn: str = "sdpa",
          compiled: bool = False, from_scratch: bool = False, keep_layers: list[int] | None = None, pack: bool = True, seed: int = 0,
-         amp: torch.dtype | None = None, trust_remote_code: bool = False) -> Model:
-    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights."""
+         amp: torch.dtype | None = None, trust_remote_code: bool = False, placing: dict | None = None) -> Model:
+    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a config.json and no weights. `placing`: options
+    of from_pretrained (quantization_config, device_map) that put it where it belongs by themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = local_folder(name, trust_remote_code)
     base, words = base_of(folder), with_tokenizer(folder)
-    if dataset is not None and any((words / name).exists() for name in TOKENIZERS):
+    if dataset is not None:
         check_vocabulary(words, dataset, trust_remote_code)
-    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
+    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code) | (placing or {})
     if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
-        files.fail("flash_attention_2 computes in half precision only", "float32", "half precision", "--amp fp16 or bf16 (dump_logits.py: --dtype)")
+        files.fail("flash_attention_2 computes in half precision only", "float32", "half precision",
+                   "--amp fp16 or bf16 (a model that is only run: --dtype, --teacher-dtype)")
     weights = has_weights(base)
     if not weights and not from_scratch:
         files.fail(f"{folder} has no weights", "config.json alone", "*.safetensors beside it",
                    "make stage1 (stage1_sft.py makes a new model from a config.json)")
     try:
         if weights:
-            module, loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            where, options = (folder.parent, options | {"gguf_file": folder.name}) if is_gguf(folder) else (base, options)
+            module, loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         else:
             print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
             torch.manual_seed(seed)
@@ -159,10 +183,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
         module = lora.merge(module, folder)
     if keep_layers:
         keep_only_layers(module, keep_layers)
-    broken = next((n for n, p in module.named_parameters() if not torch.isfinite(p).all()), None)
+    broken = next((n for n, p in (stored(base) if placing else module.named_parameters()) if not torch.isfinite(p).all()), None)
     if broken:
         files.fail(f"{folder} holds weights that are not finite", f"NaN or infinity in {broken}", "a whole checkpoint")
-    module.to(device).eval()
+    (module if placing else module.to(device)).eval()
     model = Model(module, module.base_model, folder)
     if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
         files.fail(f"{folder} is too small for the data's tokenizer", f"{model.vocab} rows of its output layer", f"at least {tokens}")
@@ -172,15 +196,52 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     return model
 
 
-def check_apart(out: str, source: Path) -> None:
+def shards(folder: Path) -> Iterator:
+    """Yield a checkpoint's safetensors files, each opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as broken:
+            files.fail(f"{path} cannot be read", broken, "config.json and *.safetensors that belong together")
+
+
+def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's tensors with their names as they are on the disk, one after the other."""
+    return ((name, file.get_tensor(name)) for file in shards(folder) for name in file.keys())
+
+
+def shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, read from the files' heads alone."""
+    if is_gguf(folder):
+        return [tuple(map(int, tensor.shape)) for tensor in gguf_reader(folder).tensors]
+    return [tuple(file.get_slice(name).get_shape()) for file in shards(folder) for name in file.keys()]
+
+
+def check_apart(out: str, source: Path, what: str = "student") -> None:
     """Refuse to write over the model that is read, be it in a stage folder, the adapter beside merged weights, or the base of an adapter."""
     held = [folder for model in (source, base_of(source)) for folder in (model.resolve(), *model.resolve().parents[:1 + (model.name == "adapter")])]
     if Path(out).resolve() in held:
-        files.fail(f"--out {out} holds the student that is read", source, "another folder", "another --out")
+        files.fail(f"--out {out} holds the {what} that is read", source, "another folder", "another --out")
 
 
 def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
-    """Refuse a model whose tokenizer gives other ids to tokens than the data's: equal sizes prove nothing."""
+    """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's: equal sizes prove nothing."""
+    if is_gguf(folder):
+        field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
+        tokens = field.contents() if field else None
+        if tokens is not None:  # padded with invented tokens, often: what counts is that it has the data's
+            for token, number in sorted(dataset.tokenizer().get_vocab().items(), key=lambda item: item[1]):
+                if number >= len(tokens) or tokens[number] != token:
+                    files.fail(f"{folder} has another tokenizer than {dataset.folder}",
+                               f"{tokens[number]!r} as token {number}" if number < len(tokens) else f"{len(tokens)} tokens", repr(token),
+                               "a GGUF file of a model that shares the data's vocabulary")
+            return
+        folder = folder.parent
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return
     seen, wanted = template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"], dataset.identities["vocabulary"]
     if seen != wanted:
         files.fail(f"{folder} has another tokenizer than {dataset.folder}", f"vocabulary {seen[:12]}", wanted[:12],
@@ -219,7 +280,7 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
 def probe(model: Model, pack: bool, amp: torch.dtype | None = None) -> None:
     """Run eight tokens through the model both ways; refuse it where our head or packed rows would not give its own logits."""
     tokens = torch.arange(1, 9, device=model.device)[None] % model.vocab  # (1, 8)
-    exact = amp is None and next(model.module.parameters()).dtype == torch.float32
+    exact = amp is None and next(model.module.parameters()).dtype == torch.float32 and not getattr(model.module, "is_quantized", False)
     limit = 1e-3 if exact else 0.1  # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
     far = lambda a, b: ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
 
@@ -265,7 +326,7 @@ def pick_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    config = files.read_json(base_of(folder) / "config.json")
+    config = {} if is_gguf(folder) else files.read_json(base_of(folder) / "config.json")
     own = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return torch.float16 if own == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8 else own
 

@@ -57,8 +57,8 @@ def disk(out, model: models.Model, saved_bytes: int = 4, whole: bool = True) -> 
 
 def teacher_can_teach(store, measures: dict) -> None:
     """Compare teacher and untouched student on val; a teacher that is no better has nothing to give."""
-    if store.val is None or "ce" not in measures:
+    if "ce" not in measures or (teacher := store.val_ce()) is None:
         return
-    teacher, student = store.val.meta["teacher_ce"], measures["ce"]
+    student = measures["ce"]
     warning = "" if teacher < student else "; WARNING: the teacher is no better than the student"
     print(f"val cross-entropy: teacher {teacher:.4f}, student {student:.4f}{warning}")

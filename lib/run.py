@@ -30,8 +30,10 @@ from lib.interrupt import Interrupt
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
 FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
-        "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens"}  # these change results by float32 rounding at most
-ADDED = {"lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0}
+        "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
+        "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
+ADDED = {"lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
+         "eval_sampling": False}
 # arguments that older runs do not name, with what these runs did
 
 

@@ -143,6 +143,11 @@ def stage2(folder: Path, *more, out: str = "stage2", logits: str = "logits") -> 
     return ["--data", folder / "data", "--logits", folder / logits, "--student", folder / "student", "--out", folder / out, *QUICK, *more]
 
 
+def live(folder: Path, *more, out: str = "live") -> list:
+    """Return stage2_kd.py's arguments for a `world` whose teacher runs beside the student."""
+    return ["--data", folder / "data", "--teacher", folder / "teacher", "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+
+
 TIMES = {"tok_per_s", "left_s", "time_s"}
 
 

@@ -273,7 +273,7 @@ def flags_of(folder, tokenizer, *more, out="out", source="rows.jsonl"):
 
 
 def remotely(folder, tokenizer, url, *more, **options):
-    return flags_of(folder, tokenizer, "--teacher-url", url, "--teacher-model", "big", "--patience", 20, *more, **options)
+    return flags_of(folder, tokenizer, "--teacher-url", url, "--teacher-model", "big", "--retry-for", 20, *more, **options)
 
 
 def stored(out):
@@ -406,14 +406,14 @@ def test_one_prompt_that_the_server_refuses_or_never_manages(folder, tokenizer_d
     (500, r"has not answered for \d+ s; saw 500"),
 ])
 def test_a_server_that_cannot_help_is_one_line(folder, tokenizer_dir, server, deed, words, capsys):
-    code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, server(lambda *_: deed).url, "--patience", 0.3))
+    code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, server(lambda *_: deed).url, "--retry-for", 0.3))
     assert code == 1 and said.startswith("error: ") and "\n" not in said
     assert re.search(words, said), said
     assert not stored(folder / "out")
 
 
 def test_nobody_there_is_one_line(folder, tokenizer_dir, capsys):
-    code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, "http://127.0.0.1:9/v1", "--patience", 0.2))
+    code, said = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, "http://127.0.0.1:9/v1", "--retry-for", 0.2))
     assert code == 1 and "http://127.0.0.1:9/v1 has not answered" in said and "the same command" in said and "\n" not in said
 
 

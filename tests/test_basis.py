@@ -201,8 +201,8 @@ def test_the_piece_size_changes_nothing(kind, targets, monkeypatch):
     hidden, weight, labels, z = problem(n=13)
     kept, method = shaped(z, 4, 2.0), Method(0.7, 2.0, kind, BETAS[kind])
     whole = ours(hidden, weight, labels, kept, method)
-    pieces, plain = [], losses.teacher_logp_all
-    monkeypatch.setattr(losses, "teacher_logp_all", lambda kept, z, t: pieces.append(len(z)) or plain(kept, z, t))
+    pieces, plain = [], losses.Kept.logp_all
+    monkeypatch.setattr(losses.Kept, "logp_all", lambda kept, z, t: pieces.append(len(z)) or plain(kept, z, t))
     monkeypatch.setitem(losses.PIECE_BYTES, "cpu", int(8 * len(weight) * targets))
     all_close(ours(hidden, weight, labels, kept, method), whole, rtol=1e-12, atol=1e-12)
     assert sum(pieces) == 13 and max(pieces) == max(1, targets), pieces
