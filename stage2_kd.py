@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib import evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
+from lib import balance, beside, evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -45,10 +45,12 @@ def parse_args(argv=None):
     group.add_argument("--best", type=flags.measure("kl", "ce", "acc1", "agree"), default="kl", metavar="MEASURE",
                        help="what best/ follows: kl, ce, acc1, agree, or kl_NAME, ce_NAME of one source (default: %(default)s)")
     live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
+    beside.add_flags(parser.add_argument_group("losses beside the logits (--teacher)"))
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
     live.check_flags(parser, args)
+    beside.check_flags(parser, args)
     if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
     if args.beta is None:
@@ -117,15 +119,24 @@ def main(argv=None):
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
     if args.lora_rank:
         lora.attach(student.module, args, source)
-    if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device)):
+    near = beside.Beside(
+        student, store.model if args.teacher else None, feature=args.feature_weight, feature_layers=args.feature_layers,
+        feature_kind=args.feature_loss, attention=args.attention_weight, attention_layers=args.attention_layers,
+        contrastive=args.contrastive_weight, contrastive_temperature=args.contrastive_temperature, seed=args.seed)
+    print(*near.say(), sep="\n", end="\n" * bool(near.weights))
+    trained = torch.nn.ModuleList([student.module, near]) if near.weights else student.module
+    if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device) + near.memory_bytes(args.tokens_per_microbatch, line)):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
     preflight.disk(args.out, student, whole=args.merge or not args.lora_rank)
 
     run.begin()
     student.module.train()
-    optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
+    optimizer = optim.adamw(trained, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    run.restore(student.module, optimizer, scaler)
+    run.restore(trained, optimizer, scaler)
+    every = args.balance_every if args.balance == "gradnorm" else 0
+    weigh = balance.Balance(near.weights, every, near.shared() if every else [], run.more.get("balance"))
+    taught = samples.answers(store.model, dataset.val, tokenizer, args.samples, args.sample_tokens) if args.teacher else None
     run.progress(steps)
     measures = run.measures
 
@@ -139,12 +150,13 @@ def main(argv=None):
             if step == 0:
                 preflight.teacher_can_teach(store, measures)
             if args.samples:
-                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
+                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp, taught)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
         last = last or run.gives_up
         if last or run.stopping or step and step % save_every == 0:
-            run.save(step, student.module, optimizer, scaler, measures)
+            run.more |= {"balance": weigh.state} if every else {}
+            run.save(step, trained, optimizer, scaler, measures)
         if last:
             run.export("final", student, tokenizer, step, measures)
             break
@@ -156,27 +168,40 @@ def main(argv=None):
         alpha, temperature = flags.at(args.alpha, step, steps), flags.at(args.temperature, step, steps)
         method = losses.Method(alpha, temperature, args.divergence, args.beta)
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
-        sums = torch.zeros(3, device=device)
-        for lines in plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack):
-            batch = dataset.train.batch(lines).to(device)
-            with torch.autocast(device.type, amp, enabled=amp is not None):
+        sums, others = torch.zeros(3, device=device), torch.zeros(len(near.weights), device=device)
+        lines_of_step = plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack)
+        batches = [dataset.train.batch(lines).to(device) for lines in lines_of_step]
+        tokens, begun, pooled = int(lengths[rows].sum()), 0, near.pool_step(batches)
+        for batch in batches:
+            with near.watch("teacher"):
+                kept = store.train(batch, temperature)
+            with near.watch("student"), torch.autocast(device.type, amp, enabled=amp is not None):
                 hidden = student.hidden(batch)  # (N, D)
-            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, store.train(batch, temperature), method, amp)
+            leaf = hidden.detach().requires_grad_() if near.weights else hidden
+            loss_sum, ce_sum, kd_sum = losses.head_loss(leaf, head, batch.labels, kept, method, amp)
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
+            if near.weights:  # the logits' gradient goes on from the leaf into the body, together with the others'
+                terms = near.terms(batch, tokens, len(rows), pooled, begun)
+                weigh.backward(hidden, leaf.grad, {name: scaler.scale(term) for name, term in terms.items()}, step)
+                others += torch.stack([term.detach() for term in terms.values()])
+                begun += len(batch.rows)
         loss, ce, kd = (sums / targets).tolist()
-        run.check_finite("loss", loss, step, rows)
+        terms = dict(zip(near.weights, others.tolist()))
+        for name, value in {"loss": loss, **terms}.items():
+            run.check_finite(name, value, step, rows)
+        pulls = weigh.move() if weigh.due(step) else {}
         lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
-        norm = optim.gradient_norm(optimizer, scaler, student.module, args.clip)
+        norm = optim.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite("gradient", norm, step, rows)
         taken = optim.update(optimizer, scaler, lr)
         run.updates += taken
-        run.tick(clock(device) - started, int(lengths[rows].sum()))
-        if step % args.log_every == 0:
+        run.tick(clock(device) - started, tokens)
+        if step % args.log_every == 0 or pulls:
             moving = {"alpha": alpha} if isinstance(args.alpha, tuple) else {}
             moving |= {"temperature": temperature} if isinstance(args.temperature, tuple) else {}
-            run.log("train", step, loss=loss, kd=kd, ce=ce, **moving, lr=lr, grad_norm=norm, targets=targets,
+            run.log("train", step, loss=loss, kd=kd, ce=ce, **terms, **pulls, **moving, lr=lr, grad_norm=norm, targets=targets,
                     **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
 
     run.finish(steps, step, measures, mix.realised(parts, dataset, steps_of_rows[:step]))

@@ -18,10 +18,10 @@ LEAST, MOST = 1e-6, 1e6  # a term that has vanished must not get an endless weig
 
 
 class Balance:
-    """Weights of the terms beside the logits, moved toward equal shares of the gradient. `weights` holds "logits", always 1, too.
+    """Weights of the terms beside the logits, moved toward equal shares of the gradient every `every` steps (0: never). `weights` holds
+    "logits", always 1, too.
 
-    weights  where they start: {"feature": 0.1, ...}     every  steps between measurements     shared  Beside.shared()
-    state    `balance.state` of the run to continue (JSON; exact)
+    weights  where they start: {"feature": 0.1, ...}     shared  Beside.shared()     state  of the run to continue, as JSON, exact
 
     The fused loss of the logits can be differentiated once only, so it is measured through the hidden states: a backward on a detached
     leaf gives d loss / d hidden, which stands for the loss from there on. Worked example, inside the loop over micro-batches:
@@ -30,17 +30,14 @@ class Balance:
         loss_sum, ce_sum, kd_sum = losses.head_loss(leaf, head, batch.labels, kept, method, amp)
         scaler.scale(loss_sum / targets).backward()                             # into the head, and leaf.grad
         terms = {name: scaler.scale(term) for name, term in beside.terms(batch, tokens, rows).items()}
-        if balance.due(step):
-            balance.measure({"logits": (hidden, leaf.grad)} | {name: (term, None) for name, term in terms.items()})
-        total = sum(balance.weights[name] * term for name, term in terms.items())
-        torch.autograd.backward([hidden, total], [leaf.grad, None])
+        balance.backward(hidden, leaf.grad, terms, step)
 
-    and after it: `moved = balance.move() if balance.due(step) else {}` for the log line; the weights hold from the next step on. A loss
-    scale cancels, as long as all terms have it.
+    and after it: `pulls = balance.move() if balance.due(step) else {}`, for the log; the weights hold from the next step on. A loss scale
+    cancels, as long as all terms have it.
     """
 
     def __init__(self, weights: dict[str, float], every: int, shared: list[nn.Parameter], state: dict | None = None) -> None:
-        assert every > 0 and "logits" not in weights, (every, weights)
+        assert every >= 0 and "logits" not in weights, (every, weights)
         self.weights = {"logits": 1.0} | (state["weights"] if state else weights)
         assert set(self.weights) == {"logits", *weights}, (state, weights)
         self.every, self.shared, self.sums = every, shared, {}
@@ -51,7 +48,14 @@ class Balance:
         return {"weights": dict(self.weights)}
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return self.every > 0 and step % self.every == 0
+
+    def backward(self, hidden: Tensor, gradient: Tensor, terms: dict[str, Tensor], step: int) -> None:
+        """Send a micro-batch's gradients into the student: that of the logits at hidden (N, D), and the weighted terms', scalars; measure
+        them first where the step is due."""
+        if self.due(step):
+            self.measure({"logits": (hidden, gradient)} | {name: (term, None) for name, term in terms.items()})
+        torch.autograd.backward([hidden, sum(self.weights[name] * term for name, term in terms.items())], [gradient, None])
 
     def measure(self, terms: dict[str, tuple[Tensor, Tensor | None]]) -> None:
         """Add one micro-batch's gradients: terms {name: (tensor, its gradient, or None for a scalar)}, unweighted. The graph stays."""
@@ -64,13 +68,13 @@ class Balance:
             self.sums[name] = found if known is None else [a + b for a, b in zip(known, found)]
 
     def move(self) -> dict[str, float]:
-        """Move the weights by what the whole step showed. Returns for the log share_NAME, each term's share of the (weighted) gradient
-        norms as measured, and weight_NAME from now on. A term whose gradient is 0 or not finite (fp16 overflow) keeps its weight.
+        """Move the weights by what the whole step showed. Returns for the log pull_NAME, each term's share of the (weighted)
+        gradient norms as measured, and weight_NAME from now on. A term whose gradient is 0 or not finite (fp16 overflow) keeps its weight.
         """
         assert set(self.sums) == set(self.weights), f"measured {sorted(self.sums)}, wanted {sorted(self.weights)}"
         pull = {name: torch.stack([g.double().norm() for g in found]).norm().item() for name, found in self.sums.items()}  # w_i * n_i
         self.sums, whole = {}, sum(pull.values())
-        log = {f"share_{name}": norm / whole for name, norm in pull.items()} if 0 < whole < math.inf else {}
+        log = {f"pull_{name}": norm / whole for name, norm in pull.items()} if 0 < whole < math.inf else {}
         if 0 < pull["logits"] < math.inf:
             for name, norm in pull.items():
                 if 0 < norm < math.inf:

@@ -11,6 +11,8 @@ All three are 0 where the student equals the teacher. The first two are at their
 Sums over real tokens or rows are divided by those of the WHOLE optimizer step, so that a step's figure does not depend on how it is cut
 into micro-batches.
 """
+import argparse
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -22,6 +24,39 @@ from lib.head import wide
 from lib.losses import FLOOR
 
 FEATURES = ("mse", "cosine")
+LAYERS = 'pairs STUDENT:TEACHER of layers, "0:0,3:7,last:last", or "even:3" for three evenly spaced (default: %(default)s)'
+
+
+def add_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the weights of the losses beside the logits, and what belongs to each."""
+    group.add_argument("--feature-weight", type=float, default=0.0, metavar="W", help="of the distance of hidden states (default: %(default)s)")
+    group.add_argument("--feature-layers", default="last:last", metavar="PAIRS", help=LAYERS)
+    group.add_argument("--feature-loss", choices=FEATURES, default="mse",
+                       help="squared distance as a share of the teacher's square, or 1 - cosine (default: %(default)s)")
+    group.add_argument("--attention-weight", type=float, default=0.0, metavar="W", help="of the KL of attention maps (default: %(default)s)")
+    group.add_argument("--attention-layers", default="last:last", metavar="PAIRS", help=LAYERS)
+    group.add_argument("--contrastive-weight", type=float, default=0.0, metavar="W",
+                       help="of InfoNCE between the means of rows; the teacher runs twice (default: %(default)s)")
+    group.add_argument("--contrastive-temperature", type=float, default=0.1, metavar="T", help="of its cosines (default: %(default)s)")
+    group.add_argument("--balance", choices=["none", "gradnorm"], default="none",
+                       help="gradnorm: move these weights until all losses pull equally hard (lib/balance.py; default: %(default)s)")
+    group.add_argument("--balance-every", type=int, default=10, metavar="N", help="steps between its measurements (default: %(default)s)")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) values that cannot work."""
+    weights = {name: getattr(args, name) for name in ("feature_weight", "attention_weight", "contrastive_weight")}
+    for name, weight in weights.items():
+        flag = f"--{name.replace('_', '-')}"
+        if not 0 <= weight < float("inf"):
+            parser.error(f"{flag} is {weight}, wanted 0 or more")
+        if weight and not args.teacher:
+            parser.error(f"{flag} needs the teacher live: it goes with --teacher, not with --logits")
+    if args.balance == "gradnorm" and not any(weights.values()):
+        parser.error("--balance gradnorm has nothing to balance: wanted --feature-weight, --attention-weight or --contrastive-weight")
+    for name in ("contrastive_temperature", "balance_every"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted a number above 0")
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -165,7 +200,7 @@ class Beside(nn.Module):
             offset += len(batch.rows)
     """
 
-    def __init__(self, student: models.Model, teacher: models.Model, *, feature: float = 0.0, feature_layers: str = "last:last",
+    def __init__(self, student: models.Model, teacher: models.Model | None, *, feature: float = 0.0, feature_layers: str = "last:last",
                  feature_kind: str = "mse", attention: float = 0.0, attention_layers: str = "last:last", contrastive: float = 0.0,
                  contrastive_temperature: float = 0.1, seed: int = 0) -> None:
         super().__init__()
@@ -223,6 +258,27 @@ class Beside(nn.Module):
         """Return the teacher's last hidden states as means (rows, D') over the rows of the batch that was just watched."""
         assert self.sides["teacher"].last is not None, "no forward pass under watch('teacher')"
         return self._teacher(pool(self.sides["teacher"].last, batch.row_of, len(batch.rows)))
+
+    @torch.no_grad()
+    def pool_step(self, batches: Sequence[data.Batch]) -> Tensor | None:
+        """Return `pool` (R, D') over all micro-batches of a step, by one more pass of the teacher's body; None where nothing contrasts."""
+        if "contrastive" not in self.weights:
+            return None
+        side, found = self.sides["teacher"], []
+        for batch in batches:
+            with side.watch():
+                side.model.hidden(batch.to(side.model.device))
+            found.append(self.pool(batch))
+        return torch.cat(found)
+
+    def memory_bytes(self, tokens: int, line: int) -> int:
+        """Return about how many bytes all this takes on the student's device for a micro-batch of lines of `line` tokens: four maps a pair
+        and head (log-probabilities and their temporaries on both sides), both sides' hidden states."""
+        if not self.weights:
+            return 0
+        widths = [side.model.module.config.get_text_config().hidden_size for side in self.sides.values()]
+        heads = max(side.heads for side in self.sides.values()) if self.attention_pairs else 0
+        return 4 * tokens * (4 * heads * line * len(self.attention_pairs) + 2 * sum(widths) * (len(self.feature_pairs) + 1))
 
     def terms(self, batch: data.Batch, tokens: int, rows: int, pooled: Tensor | None = None, offset: int = 0) -> dict[str, Tensor]:
         """Return {"feature", "attention"}: sums over the batch's real tokens / tokens, {"contrastive"}: sum over its rows / rows.

@@ -33,7 +33,8 @@ FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # ar
         "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
         "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
 ADDED = {"lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
-         "eval_sampling": False}
+         "eval_sampling": False, "feature_weight": 0.0, "feature_layers": "last:last", "feature_loss": "mse", "attention_weight": 0.0,
+         "attention_layers": "last:last", "contrastive_weight": 0.0, "contrastive_temperature": 0.1, "balance": "none", "balance_every": 10}
 # arguments that older runs do not name, with what these runs did
 
 
@@ -223,9 +224,9 @@ class Run:
 
 
 def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's parameters and persistent buffers, each once (tied weights have one name), for saving or filling; with LoRA the
-    adapter's alone, for the rest is the student's own."""
-    if lora.config_of(module):
+    """Return a model's parameters and persistent buffers, each once (tied weights have one name), for saving or filling; with LoRA what is
+    trained alone, for the rest is the student's own. (With losses beside the logits the module is a list: the model, and their projections.)"""
+    if any(map(lora.config_of, [module, *module.children()])):
         return {n: p.data for n, p in module.named_parameters() if p.requires_grad}
     keep = set(module.state_dict())
     return {n: p.data for n, p in module.named_parameters()} | {n: b for n, b in module.named_buffers() if n in keep}

@@ -8,20 +8,33 @@ from lib import data, models
 
 
 @torch.no_grad()
-def write(path: Path, model: models.Model, split: data.Split, tokenizer, step: int, count: int, max_new_tokens: int,
-          amp: torch.dtype | None = None) -> None:
-    """Append the answers of the first `count` val prompts to a Markdown file."""
-    training = model.module.training
+def answers(model: models.Model, split: data.Split, tokenizer, count: int, max_new_tokens: int, amp: torch.dtype | None = None) -> list[str]:
+    """Return a model's greedy answers to the first `count` prompts."""
+    training, made = model.module.training, []
     model.module.eval()
-    with open(path, "a", encoding="utf-8") as out, torch.autocast(model.device.type, amp, enabled=amp is not None):
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
         for row in range(min(count, len(split.rows))):
             ids, answer = split.row(row)
-            first = int(np.flatnonzero(answer)[0])
-            prompt = torch.from_numpy(ids[:first].astype(np.int64))[None].to(model.device)
-            made = model.module.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
-                                         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
-            show = lambda part: tokenizer.decode(part, skip_special_tokens=True).strip()
-            if step == 0:
-                out.write(f"## Prompt {row + 1}\n\n{show(ids[:first])}\n\nreference:\n\n    " + show(ids[answer]).replace("\n", "\n    ") + "\n\n")
-            out.write(f"### Step {step}, prompt {row + 1}\n\n    " + show(made[0, first:].cpu()).replace("\n", "\n    ") + "\n\n")
+            prompt = torch.from_numpy(ids[:int(np.flatnonzero(answer)[0])].astype(np.int64))[None].to(model.device)
+            written = model.module.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens,
+                                            pad_token_id=pad)
+            made.append(tokenizer.decode(written[0, prompt.shape[1]:].cpu(), skip_special_tokens=True).strip())
     model.module.train(training)
+    return made
+
+
+def write(path: Path, model: models.Model, split: data.Split, tokenizer, step: int, count: int, max_new_tokens: int,
+          amp: torch.dtype | None = None, teacher: list[str] | None = None) -> None:
+    """Append the answers of the first `count` val prompts to a Markdown file; beside each the `teacher`'s, if given."""
+    block = lambda text: "    " + text.replace("\n", "\n    ") + "\n\n"
+    with open(path, "a", encoding="utf-8") as out:
+        for row, said in enumerate(answers(model, split, tokenizer, count, max_new_tokens, amp)):
+            ids, answer = split.row(row)
+            if step == 0:
+                parts = ids[:int(np.flatnonzero(answer)[0])], ids[answer]
+                asked, reference = (tokenizer.decode(part, skip_special_tokens=True).strip() for part in parts)
+                out.write(f"## Prompt {row + 1}\n\n{asked}\n\nreference:\n\n{block(reference)}")
+            out.write(f"### Step {step}, prompt {row + 1}\n\n{block(said)}")
+            if teacher:
+                out.write(f"teacher:\n\n{block(teacher[row])}")

@@ -430,9 +430,7 @@ def balanced_step(balance, both, student, teacher, batches, step=0, scale=1.0, l
     for batch in batches:
         hidden, gradient, terms = logits_and_terms(both, student, teacher, batch, torch.cat(pooled), offset, targets, tokens, rows, scale)
         terms = {name: term * (louder or {}).get(name, 1) for name, term in terms.items()}
-        if balance.due(step):
-            balance.measure({"logits": (hidden, gradient)} | {name: (term, None) for name, term in terms.items()})
-        torch.autograd.backward([hidden, sum(balance.weights[name] * term for name, term in terms.items())], [gradient, None])
+        balance.backward(hidden, gradient, terms, step)
         offset += len(batch.rows)
     return balance.move() if balance.due(step) else {}
 
@@ -478,8 +476,8 @@ def test_a_loss_scaled_by_1000_is_back_at_an_equal_share_in_50_steps(train, loud
         logs += [log] if log else []
         optimizer.step()
         optimizer.zero_grad()
-    assert len(logs) == 11 and logs[0][f"share_{louder}"] > 0.9
-    shares = [value for name, value in logs[-1].items() if name.startswith("share_")]
+    assert len(logs) == 11 and logs[0][f"pull_{louder}"] > 0.9
+    shares = [value for name, value in logs[-1].items() if name.startswith("pull_")]
     assert len(shares) == 4 and sum(shares) == pytest.approx(1) and all(abs(share - 0.25) < 0.05 for share in shares), logs[-1]
     assert balance.weights["logits"] == 1 and logs[-1][f"weight_{louder}"] == balance.weights[louder]
 
@@ -515,7 +513,7 @@ def test_weights_go_half_of_the_way_in_logs_at_each_measurement():
         balance.measure({"logits": (shared[0].sum(), None), "feature": (16 * shared[0].sum(), None)})
         seen.append(balance.move())
     assert [log["weight_feature"] for log in seen] == pytest.approx([16 ** -0.5, 16 ** -0.75, 16 ** -0.875])
-    assert [log["share_feature"] for log in seen] == pytest.approx([16 / 17, 4 / 5, 2 / 3])
+    assert [log["pull_feature"] for log in seen] == pytest.approx([16 / 17, 4 / 5, 2 / 3])
     assert balance.weights["logits"] == 1
 
 

@@ -308,7 +308,7 @@ SCRIPTS_PARSERS = parsers()
 
 ACTIONS = [(name, flag, action) for name, parser in SCRIPTS_PARSERS.items() for action in parser._actions for flag in action.option_strings]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
-OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix"), ("prepare", "--patience")}
+OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}
 # not the model to train; not a folder; stored, not used; seconds
 
 
