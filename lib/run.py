@@ -89,7 +89,7 @@ class Run:
 
     def _same(self, settings: dict, how: str) -> None:
         short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)  # hashes
-        settings = ADDED | settings
+        settings = {name: value for name, value in ADDED.items() if name in self.settings} | settings
         differing = [f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
                      for k in sorted({*settings, *self.settings} - FREE) if settings.get(k) != self.settings.get(k)]
         if differing:
