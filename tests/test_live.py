@@ -270,9 +270,12 @@ def test_a_live_run_is_a_run_on_the_dump_of_all_tokens(world, tmp_path, capsys):
     assert f"val cross-entropy: teacher {teacher_ce:.4f}" in said
 
 
-def test_any_temperature_is_allowed_and_may_move(world, tmp_path):
+def test_any_temperature_is_allowed_and_may_move(world, tmp_path, monkeypatch):
+    asked, plain = [], live.Teacher.train
+    monkeypatch.setattr(live.Teacher, "train", lambda self, batch, t: asked.append(t) or plain(self, batch, t))
     make.call(stage2_kd.main, *make.live(world, "--steps", 5, "--temperature", "3.3->0.7", "--k", 8, "--out", tmp_path / "live"))
     assert [line["temperature"] for line in make.history(tmp_path / "live", "train")] == pytest.approx([3.3, 2.65, 2.0, 1.35, 0.7])
+    assert {round(t, 6) for t in asked} == {3.3, 2.65, 2.0, 1.35, 0.7, 1.0}, "1 is for evaluation"
 
 
 def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(world, tmp_path, monkeypatch):
