@@ -19,6 +19,7 @@ from lib import data, evaluate, files, flags, losses, models, preflight
 from lib.head import topk_and_tails
 
 QUANT_BYTES = {"8bit": 1.0, "4bit": 0.5625}  # a weight of the layers: 4 bits, and a float32 scale for each 64 of them
+VAL_BYTES = 1 << 28  # kept of the teacher at val targets, on the student's device; what is beyond is computed at every evaluation
 OWN = ("k", "teacher_dtype", "teacher_device", "teacher_quant", "teacher_offload")
 
 
@@ -58,6 +59,7 @@ class Teacher:
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
         self.args, self.dataset, self.k = args, dataset, args.k
+        self.remembered, self.room = {}, VAL_BYTES  # the teacher at val batches: the same at every evaluation
         if args.teacher_quant:
             files.need("bitsandbytes", f"--teacher-quant {args.teacher_quant}")
         if args.teacher_quant or args.teacher_offload:
@@ -165,10 +167,17 @@ class Teacher:
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
         """Return the same at a val batch's targets. Checked there, at each evaluation: to look at every batch would make the GPU wait."""
+        kept = self.remembered.get(key := (temperature, *batch.rows))
+        if kept is not None:
+            return kept
         kept = self.train(batch, temperature)
         if not torch.isfinite(kept.hidden if isinstance(kept, losses.Whole) else kept.gap).all():
             files.fail("the teacher's hidden states are not finite", f"NaN or infinity on val rows {batch.rows[:8]}", "numbers",
                        "--teacher-dtype float32 (some models overflow float16)")
+        held = [kept.hidden] if isinstance(kept, losses.Whole) else [kept.ids, kept.gap, kept.tail]
+        self.room -= sum(tensor.nbytes for tensor in held)
+        if self.room >= 0:
+            self.remembered[key] = kept
         return kept
 
     def val_ce(self) -> float:

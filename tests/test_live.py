@@ -531,3 +531,13 @@ def test_a_teacher_whose_numbers_overflow_is_told_from_a_student_that_does(world
 
     monkeypatch.setattr(live.Teacher, "join", join)
     refused(world, of=["the teacher's hidden states are not finite", "--teacher-dtype float32"])
+
+
+def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(world, tmp_path, monkeypatch, capsys):
+    seen, plain = [], live.Teacher.train
+    monkeypatch.setattr(live.Teacher, "train", lambda self, batch, temperature: seen.append(batch.rows) or plain(self, batch, temperature))
+    make.call(stage2_kd.main, *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "kept"))
+    kept = len(seen)
+    monkeypatch.setattr(live, "VAL_BYTES", 0)
+    make.call(stage2_kd.main, *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "anew"))
+    assert len(seen) - kept > kept and make.history(tmp_path / "kept") == make.history(tmp_path / "anew")
