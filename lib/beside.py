@@ -52,6 +52,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{flag} is {weight}, wanted 0 or more")
         if weight and not args.teacher:
             parser.error(f"{flag} needs the teacher live: it goes with --teacher, not with --logits")
+    if args.attention_weight and args.attn not in ("sdpa", "eager"):
+        parser.error(f"--attention-weight needs maps, which --attn {args.attn} does not give: wanted --attn sdpa or eager")
     if args.balance == "gradnorm" and not any(weights.values()):
         parser.error("--balance gradnorm has nothing to balance: wanted --feature-weight, --attention-weight or --contrastive-weight")
     for name in ("contrastive_temperature", "balance_every"):
