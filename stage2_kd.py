@@ -119,11 +119,9 @@ def main(argv=None):
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
     if args.lora_rank:
         lora.attach(student.module, args, source)
-    near = beside.Beside(
-        student, store.model if args.teacher else None, feature=args.feature_weight, feature_layers=args.feature_layers,
-        feature_kind=args.feature_loss, attention=args.attention_weight, attention_layers=args.attention_layers,
-        contrastive=args.contrastive_weight, contrastive_temperature=args.contrastive_temperature, seed=args.seed)
-    print(*near.say(), sep="\n", end="\n" * bool(near.weights))
+    near = beside.build(args, student, store.model)
+    for text in near.say():
+        print(text)
     trained = torch.nn.ModuleList([student.module, near]) if near.weights else student.module
     if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device) + near.memory_bytes(args.tokens_per_microbatch, line)):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
@@ -136,7 +134,7 @@ def main(argv=None):
     run.restore(trained, optimizer, scaler)
     every = args.balance_every if args.balance == "gradnorm" else 0
     weigh = balance.Balance(near.weights, every, near.shared() if every else [], run.more.get("balance"))
-    taught = samples.answers(store.model, dataset.val, tokenizer, args.samples, args.sample_tokens) if args.teacher else None
+    taught = samples.answers(store.model, dataset.val, tokenizer, args.samples, args.sample_tokens) if store.model else None
     run.progress(steps)
     measures = run.measures
 

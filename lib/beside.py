@@ -332,6 +332,13 @@ class Beside(nn.Module):
         return found
 
 
+def build(args: argparse.Namespace, student: models.Model, teacher: models.Model | None) -> Beside:
+    """Return what the flags of `add_flags` ask for."""
+    return Beside(student, teacher, feature=args.feature_weight, feature_layers=args.feature_layers, feature_kind=args.feature_loss,
+                  attention=args.attention_weight, attention_layers=args.attention_layers, contrastive=args.contrastive_weight,
+                  contrastive_temperature=args.contrastive_temperature, seed=args.seed)
+
+
 def projection(student: int, teacher: int, made: torch.Generator) -> nn.Module:
     """Return a linear map between hidden states, or the identity where the widths agree."""
     if student == teacher:

@@ -135,6 +135,8 @@ class Store:
     `missing` those that are not; `val` is a Part or None.
     """
 
+    model = None  # no teacher is here, but what it said (lib/live.py)
+
     def __init__(self, folder: str | Path, dataset: data.Dataset, temperature: float | tuple[float, float] | None, verify: bool = False) -> None:
         self.folder, self.dataset = Path(folder), dataset
         if not self.folder.is_dir():
