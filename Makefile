@@ -38,7 +38,7 @@ PIP     ?=
 # threads that wait asleep: a machine shared with other work loses a factor of ten otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup data stage1 logits stage2 domain eval chat demo demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 domain eval chat demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -141,6 +141,11 @@ $(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1
 	$(PY) chat.py --ckpt runs/$(D)/$(1) --prompts data/$(D)/val.prompts.jsonl --out runs/$(D)/$(1)-eval/answers.jsonl --greedy --max-new-tokens 80 --batch-size 250
 	
 endef
+
+demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
+	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps 700 $(DEMO_STUDENT)
+	$(call demo_measure,live)
+	$(PY) -m lib.report --out runs/$(D)/comparison-live "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval" "live=runs/$(D)/live-eval"
 
 demo-seeds: .venv/ready ## the demo for three seeds: the README's table
 	$(MAKE) demo SEED=0
