@@ -49,7 +49,7 @@ help: ## this text
 setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-index-url https://download.pytorch.org/whl/cpu")
 .venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --disable-pip-version-check --progress-bar off -q -r requirements.txt -c constraints.txt $(PIP)
+	.venv/bin/pip install --disable-pip-version-check --no-compile --progress-bar off -q -r requirements.txt -c constraints.txt $(PIP)
 	touch $@
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
