@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import make
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -16,6 +18,15 @@ def test_every_bench_prints_its_ratios():
     assert result.returncode == 0, result.stderr[-2000:]
     lines = {line["bench"]: line for line in map(json.loads, result.stdout.splitlines())}
     assert lines["step"]["default_T2_over_stage1"] > 0 and lines["dump"]["bare_over_dump"] > 0 and lines["head"]["ours_over_plain_time"] > 0
+
+
+def test_refilling_writes_the_answers_of_sorted_batches(tmp_path, capsys):
+    import refill
+
+    pq.write_table(pa.table({"instruction": [f"w{i} w{i + 1}" * (1 + i % 3) for i in range(12)]}), tmp_path / "rows.parquet")
+    made = make.model(tmp_path / "model", scale=2.0)
+    make.call(refill.main, "--model", made, "--source", tmp_path / "rows.parquet", "--prompts", 12, "--rows", 4, "--max-new-tokens", 12)
+    assert "12 of 12 the same" in capsys.readouterr().out
 
 
 def test_make_fidelity_in_small_fills_the_document_and_draws_the_picture(tmp_path):
