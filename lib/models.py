@@ -57,6 +57,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def check_trainable(source: Path) -> None:
+    """Refuse to train a GGUF file: transformers reads one and cannot save it again, nor would an adapter find it as its base."""
+    if is_gguf(source):
+        files.fail(f"{source} cannot be trained", "a GGUF file", "a folder with config.json and *.safetensors",
+                   "the checkpoint that it was made of as --student (as --teacher a GGUF file is welcome)")
+
+
 def gguf_reader(path: Path):
     """Return a GGUF file, opened: its fields, and the heads of its tensors."""
     from gguf import GGUFReader
