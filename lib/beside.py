@@ -347,7 +347,8 @@ class Beside(nn.Module):
             found = [p for p, g in zip(found, reached) if g is not None]
             side.clear()
         if not found:  # an adapter elsewhere
-            files.fail(f"--balance gradnorm has nothing to measure on in layer {layer} of the student", "no trained parameter that all losses depend on",
+            files.fail(f"--balance gradnorm has nothing to measure on in layer {layer} of the student",
+                       "no trained parameter that all losses depend on",
                        mend="--lora-targets all-linear, or --balance none")
         return found
 
