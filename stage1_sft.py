@@ -52,6 +52,7 @@ def main(argv=None):
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
+    models.check_trainable(source)
     lora.check_start(args, source, models.has_weights(source))
     run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
 

@@ -76,6 +76,8 @@ def main(argv=None):
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
+    if not args.eval_only:
+        models.check_trainable(source)
     lora.check_start(args, source, models.has_weights(source))
     inputs = dataset.identities | {"student": models.identity(source)} | store.identity() | mix.identity(parts)
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)

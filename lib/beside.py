@@ -232,7 +232,27 @@ class Beside(nn.Module):
                 side.heads = next(iter(side.ear.maps.values())).shape[1]
                 side.clear()
         self.attention_pairs = pairs
+        self._check_reach()
         self.to(self.device)
+
+    def _check_reach(self) -> None:
+        """Refuse a loss that no trained parameter can change: a LoRA adapter may leave out all that lies below a layer's output or map."""
+        side = self.sides["student"]
+        if all(p.requires_grad for p in side.model.module.parameters()):
+            return
+        self._pass_of_eight_tokens()
+        maps, layers = side.ear.maps, lambda numbers: ", ".join(map(str, numbers))
+        for flag, there, wanted in (("--feature-layers", side.hidden, {a for a, _ in self.feature_pairs}),
+                                    ("--attention-layers", maps, {a for a, _ in self.attention_pairs})):
+            if fixed := sorted(layer for layer in wanted if not there[layer].requires_grad):
+                files.fail(f"{flag}: nothing that is trained changes layer {layers(fixed)} of the student", "an adapter elsewhere alone",
+                           mend="--lora-targets all-linear, or other layers")
+        side.clear()
+
+    def _pass_of_eight_tokens(self) -> None:
+        side, tokens = self.sides["student"], torch.arange(8, device=self.device)[None]
+        with torch.enable_grad(), side.watch():
+            side.model.body(input_ids=tokens % side.model.vocab, position_ids=tokens, use_cache=False)
 
     def watch(self, who: str):
         """Return a context in which one forward pass of "student" or "teacher" is captured for `terms` and `pool`; no backward inside."""
@@ -322,13 +342,14 @@ class Beside(nn.Module):
         layer = min([len(side.layers) - 1, *tops.values()])
         found = [p for p in side.layers[layer].parameters() if p.requires_grad]
         if tops.get("attention") == layer:
-            tokens = torch.arange(8, device=self.device)[None]
-            with torch.enable_grad(), side.watch():
-                side.model.body(input_ids=tokens % side.model.vocab, position_ids=tokens, use_cache=False)
+            self._pass_of_eight_tokens()
             reached = torch.autograd.grad(side.ear.maps[layer].sum(), found, allow_unused=True)
             found = [p for p, g in zip(found, reached) if g is not None]
             side.clear()
-        assert found, f"nothing is trained in layer {layer}"
+        if not found:  # an adapter elsewhere
+            files.fail(f"--balance gradnorm has nothing to measure on in layer {layer} of the student",
+                       "no trained parameter that all losses depend on",
+                       mend="--lora-targets all-linear, or --balance none")
         return found
 
 

@@ -95,8 +95,10 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def measure(*names: str):
     """Return the reader of --best: one of `names`, or that of a source (those that are there are known once the data is open)."""
     def read(text: str) -> str:
-        if text not in names and not text.startswith(tuple(f"{name}_" for name in names if name in ("ce", "kl"))):
-            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or ce_NAME of a source)")
+        by_source = [f"{name}_" for name in names if name in ("ce", "kl")]
+        if text not in names and (text in by_source or not text.startswith(tuple(by_source))):
+            own = " or ".join(f"{name}NAME" for name in by_source)
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(names)}, or {own} of a source)")
         return text
 
     return read

@@ -64,6 +64,9 @@ def chosen(text: str | None, dataset: data.Dataset) -> str | None:
 def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
     """Return every source with its part of all tokens for a share."""
     rows = dataset.train.rows[rows_there]
+    if int(rows["source"].max()) >= len(dataset.sources):  # data of an older prepare_data.py
+        files.fail("--eval-sampling cannot weigh the sources", f"no names of them in {dataset.folder}/meta.json", "two or more named sources",
+                   "prepare_data.py with several named sources, or no --eval-sampling")
     tokens = np.bincount(rows["source"], rows["length"])
     shares = (tokens / tokens.sum()).tolist()
     return [Part(number, dataset.sources[number], rows_there[rows["source"] == number], share, share) for number, share in enumerate(shares) if share]

@@ -57,6 +57,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def check_trainable(source: Path) -> None:
+    """Refuse to train a GGUF file: transformers reads one and cannot save it again, nor would an adapter find it as its base."""
+    if is_gguf(source):
+        files.fail(f"{source} cannot be trained", "a GGUF file", "a folder with config.json and *.safetensors",
+                   "the checkpoint that it was made of as --student (as --teacher a GGUF file is welcome)")
+
+
 def gguf_reader(path: Path):
     """Return a GGUF file, opened: its fields, and the heads of its tensors."""
     from gguf import GGUFReader
@@ -76,7 +83,8 @@ def base_of(folder: Path) -> Path:
     if not lora.is_adapter(folder):
         return folder
     config = folder / lora.CONFIG
-    name = str(files.read_json(config).get("base_model_name_or_path") or "")
+    settings = files.read_json(config)
+    name = str(settings.get("base_model_name_or_path") or "") if isinstance(settings, dict) else ""
     mend = f"the right folder or hub id as base_model_name_or_path in {config}"
     here = bool(name) and Path(name).is_dir()
     if not here and (name.startswith("/") or name.count("/") != 1):
@@ -176,7 +184,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     if loaded["missing_keys"]:  # transformers would fill them with random numbers
         files.fail(f"{base} lacks weights", ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing", "every tensor of its config.json")
     if base != folder:
-        known = files.read_json(folder / lora.BASE)["identity"] if (folder / lora.BASE).exists() else None  # others write none
+        written = files.read_json(folder / lora.BASE) if (folder / lora.BASE).exists() else {"identity": None}  # others write none
+        known = written.get("identity", "no identity in it") if isinstance(written, dict) else "no identity in it"
         if known not in (None, seen := identity(base)):
             files.fail(f"the base of the adapter {folder} has changed", f"{base} with weights {seen[:12]}", known[:12],
                        f"the weights it was trained on, named as base_model_name_or_path in {folder / lora.CONFIG}")

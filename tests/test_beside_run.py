@@ -146,3 +146,14 @@ def test_what_cannot_be_watched_is_one_line(world, tmp_path, more, words):
     code, said = make.ends(stage2_kd.main, *make.live(world, *more, "--out", tmp_path / "run"))
     assert code == 1 and words in said and "\n" not in said.strip()
     assert not (tmp_path / "run/history.jsonl").exists()
+
+
+@pytest.mark.parametrize("targets, more, words", (
+    ("up_proj", ["--attention-weight", 1, "--attention-layers", "0:0"], "--attention-layers: nothing that is trained changes layer 0"),
+    ("1.self_attn.q_proj", ["--feature-weight", 1, "--feature-layers", "0:0"], "--feature-layers: nothing that is trained changes layer 0"),
+    ("o_proj", ["--attention-weight", 1, "--balance", "gradnorm"], "--balance gradnorm has nothing to measure on in layer 1")))
+def test_an_adapter_that_a_loss_does_not_reach_is_one_line(world, tmp_path, targets, more, words):
+    """It ended in a RuntimeError of autograd, or in an assertion."""
+    argv = make.live(world, "--steps", 2, "--lora-rank", 2, "--lora-targets", targets, *more, "--out", tmp_path / "out")
+    code, said = make.ends(stage2_kd.main, *argv)
+    assert code == 1 and words in said

@@ -276,6 +276,7 @@ def test_an_abbreviated_flag(name, whole, capsys):
     ("stage1", ["--warmup", "2"], "--warmup is 2.0, wanted a share"),
     ("stage1", ["--steps", "-1"], "--steps is -1"), ("stage1", ["--keep-layers", "a"], "--keep-layers is a, wanted numbers like"),
     ("stage1", ["--tokens-per-step", "0"], "--tokens-per-step is 0"), ("stage1", ["--best", "kl"], "invalid choice: 'kl'"),
+    ("stage1", ["--best", "ce_"], "invalid choice: 'ce_'"),
     ("stage2", ["--alpha", "1.5"], "--alpha is 1.5, wanted a share from 0 to 1"), ("stage2", ["--beta", "1"], "--beta is 1.0"),
     ("stage2", ["--temperature", "0"], "--temperature is 0.0"), ("stage2", ["--divergence", "mse"], "invalid choice: 'mse'"),
     ("dump", ["--k", "0"], "--k is 0"), ("dump", ["--temperatures", "1,x"], "--temperatures is 1,x"),

@@ -13,6 +13,7 @@ from test_losses import BETAS, TEMPERATURES, all_close, bucket, gradients, ours,
 from transformers import AutoModelForCausalLM
 
 import dump_logits
+import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, head, live, logits, losses, models, plots, preflight
 from lib.head import Head
@@ -418,6 +419,18 @@ def test_a_gguf_file_is_the_teacher_that_it_was_made_of(world, dataset, tmp_path
     torch.testing.assert_close(teacher.train(batch, 2.0).hidden, wanted, rtol=1e-6, atol=1e-6)
     assert teacher.identity()["teacher"] == files.sha256(path)
     make.call(stage2_kd.main, *make.live(world, "--teacher", path, "--steps", 1, "--out", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("more", ([], ["--lora-rank", "2"]))
+def test_a_gguf_file_is_no_student(world, tmp_path, more):
+    """It trained: whole weights ended in a traceback at the first save, an adapter in a folder whose base nothing can read."""
+    pytest.importorskip("gguf")
+    path = to_gguf(world / "student", tmp_path / "student.gguf", WORDS)
+    for main, teacher in ((stage1_sft.main, []), (stage2_kd.main, ["--teacher", world / "teacher"])):
+        argv = ["--data", world / "data", *teacher, "--student", path, "--out", tmp_path / "out", *make.QUICK, *more]
+        code, words = make.ends(main, *argv)
+        assert code == 1 and "student.gguf cannot be trained" in words
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_gguf_file_with_other_tokens_is_refused(world, tmp_path):

@@ -412,3 +412,10 @@ def test_an_adapter_of_others_has_no_base_json(moved, tmp_path):
     wanted = logits_of(moved / "adapter")
     (moved / "adapter/best" / lora.BASE).unlink()
     assert torch.equal(logits_of(shutil.copytree(moved / "adapter/best", tmp_path / "theirs")), wanted)
+
+
+@pytest.mark.parametrize("name, text, words", ((lora.CONFIG, "[]", "is missing"), (lora.BASE, "{}", "has changed"), (lora.BASE, "[]", "has changed")))
+def test_json_that_says_nothing_is_one_line(moved, name, text, words):
+    """It ended in an AttributeError, a KeyError, a TypeError."""
+    (moved / "adapter/best" / name).write_text(text)
+    assert words in refused(stage1_sft.main, *make.stage1(moved, "--student", moved / "adapter"))

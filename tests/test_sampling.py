@@ -118,3 +118,9 @@ def test_what_cannot_be_weighed_is_refused_in_one_line(tmp_path, text, val, word
         np.save(folder / "data" / "val.rows.npy", rows)
     code, said = make.ends(stage1_sft.main, *make.stage1(folder, "--eval-sampling", "--mix", text, "--steps", 4))
     assert code == 1 and words in said and "\n" not in said.strip()
+
+
+def test_data_that_names_no_sources_is_refused(tmp_path):
+    """It ended in an IndexError: older data folders have no list of sources."""
+    code, said = make.ends(stage1_sft.main, *make.stage1(make.world(tmp_path), "--eval-sampling", "--steps", 4))
+    assert code == 1 and "--eval-sampling cannot weigh the sources" in said and "no names of them" in said
