@@ -45,7 +45,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
-    evaluate.check_best(args.best, dataset)
+    evaluate.check_best(args.best, dataset, args.patience)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
     if args.eval_sampling and not parts:

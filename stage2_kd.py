@@ -66,7 +66,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
-    evaluate.check_best(args.best, dataset)
+    evaluate.check_best(args.best, dataset, args.patience)
     measured = None if args.eval_only else args.temperature
     store = logits.Store(args.logits, dataset, measured, args.verify) if args.logits else live.Teacher(args, dataset)
     best_by = args.best if store.compares else re.sub("^(kl|agree)", "ce", args.best)
@@ -84,6 +84,8 @@ def main(argv=None):
 
     student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
                           trust_remote_code=args.trust_remote_code)
+    if args.lora_rank and not args.eval_only:
+        lora.attach(student.module, args, source)
     store.join(student, args, amp)
     if args.eval_only:
         measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
@@ -119,8 +121,6 @@ def main(argv=None):
     store.say()
     if not store.compares:
         print(f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by}; make logits CHUNK=val, with 1 in TEMPERATURES")
-    if args.lora_rank:
-        lora.attach(student.module, args, source)
     near = beside.build(args, student, store.model)
     for text in near.say():
         print(text)
@@ -170,7 +170,8 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
         sums, others = torch.zeros(3, device=device), torch.zeros(len(near.weights), device=device)
         lines_of_step = plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack)
-        batches = [dataset.train.batch(lines).to(device) for lines in lines_of_step]
+        batches = (dataset.train.batch(lines).to(device) for lines in lines_of_step)
+        batches = list(batches) if "contrastive" in near.weights else batches  # to be seen whole, first
         tokens, begun, pooled = int(lengths[rows].sum()), 0, near.pool_step(batches)
         for batch in batches:
             with near.watch("teacher"):

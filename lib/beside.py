@@ -283,8 +283,9 @@ class Beside(nn.Module):
 
     @torch.no_grad()
     def pool_step(self, batches: Sequence[data.Batch]) -> Tensor | None:
-        """Return `pool` (R, D') over all micro-batches of a step, by one more pass of the teacher's body; None where nothing contrasts."""
-        if "contrastive" not in self.weights:
+        """Return `pool` (R, D') over all micro-batches of a step, by one more pass of the teacher's body; None where nothing contrasts, and
+        where the step is one micro-batch, which `terms` can pool itself."""
+        if "contrastive" not in self.weights or len(batches) == 1:
             return None
         side, found = self.sides["teacher"], []
         for batch in batches:
@@ -306,7 +307,8 @@ class Beside(nn.Module):
         """Return {"feature", "attention"}: sums over the batch's real tokens / tokens, {"contrastive"}: sum over its rows / rows.
 
         Only those with a weight, unweighted, after one pass of each model under `watch`; what was captured is let go. tokens and rows are
-        those of the whole optimizer step; pooled (R, D') are `pool` of all its micro-batches, and this batch's rows begin at `offset`.
+        those of the whole optimizer step; pooled (R, D') are `pool` of all its micro-batches (None: this is the only one), and this batch's
+        rows begin at `offset`.
         """
         if not self.weights:
             return {}
@@ -323,7 +325,8 @@ class Beside(nn.Module):
                 each = [attention_kl(self._teacher(teacher.ear.maps[b]), student.ear.maps[a])[real].sum() for a, b in self.attention_pairs]
                 found["attention"] = torch.stack(each).mean() / tokens
             if self.contrastive_projection is not None:
-                assert pooled is not None and len(pooled) == rows, "contrastive needs the teacher's pooled rows of the whole step"
+                pooled = self.pool(batch) if pooled is None else pooled
+                assert len(pooled) == rows, "contrastive needs the teacher's pooled rows of the whole step"
                 anchors = self.contrastive_projection(pool(student.last, batch.row_of, len(batch.rows)))
                 found["contrastive"] = contrast(anchors, pooled, offset, self.temperature).sum() / rows
         for side in self.sides.values():

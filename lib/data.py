@@ -53,8 +53,8 @@ class Batch:
     row_of: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows, move(self.row_of))
+        move = lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")  # what comes to the CPU is read there at once
+        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows, self.row_of)
 
 
 class Split:

@@ -89,8 +89,10 @@ def apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:
     return there if 1 < len(there) <= MANY else []
 
 
-def check_best(best: str, dataset: data.Dataset) -> None:
-    """Refuse a --best by a source that is not measured by itself."""
+def check_best(best: str, dataset: data.Dataset, patience: int = 0) -> None:
+    """Refuse a --best by a source that is not measured by itself, and a --patience with nothing to look at."""
+    if patience and not dataset.val.targets:
+        files.fail("--patience has nothing to look at", f"no val rows in {dataset.folder}", "val rows", "prepare_data.py with a larger --val")
     measure, _, source = best.partition("_")
     names = [name for _, name in apart(dataset.val, dataset.sources)]
     if source and source not in names:

@@ -124,5 +124,5 @@ def at(value: float | tuple[float, float], step: int, steps: int) -> float:
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
     """Refuse (exit code 2) a value that is not above zero, for each attribute in `names`."""
     for name in names:
-        if not all(end > 0 for end in ends(getattr(args, name))):
+        if not all(0 < end < float("inf") for end in ends(getattr(args, name))):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted a number above 0")

@@ -122,7 +122,7 @@ class Teacher:
         where = spread(self.base, self.dtype, rooms, self.args.trust_remote_code)
         counts = {place: sum(p == place for name, p in where.items() if name.rpartition(".")[2].isdigit()) for place in where.values()}
         print("teacher: layers on " + ", ".join(f"{place} {count}" for place, count in counts.items()))
-        disk = files.beside(Path(self.args.out), "offload")  # what cannot be read from the checkpoint as it is; --fresh empties --out itself
+        disk = files.beside(Path(self.args.out).resolve(), "offload")  # what the checkpoint does not hold as it is; --fresh empties --out
         shutil.rmtree(disk, ignore_errors=True)
         atexit.register(shutil.rmtree, disk, ignore_errors=True)
         return {"device_map": where, "offload_folder": str(disk)}
@@ -153,12 +153,8 @@ class Teacher:
 
     def train(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
         """Return the teacher at a batch's targets and a temperature, on the device of its labels: one pass of its body."""
-        if (device := batch.labels.device) != self.device:
-            batch = batch.to(self.device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # `to` does not wait, and what is read on the CPU must have arrived
         with torch.no_grad():  # no inference mode: what else is taken from this pass may be saved for a student's backward pass
-            hidden = self.model.hidden(batch).to(self.head.weight.device, self.head.weight.dtype)  # (N, D')
+            hidden = self.model.hidden(batch.to(self.device)).to(self.head.weight.device, self.head.weight.dtype)  # (N, D')
             if not self.k or not len(hidden):
                 return losses.Whole(hidden, self.head)
             chunks = [topk_and_tails(z, self.k, [temperature]) for _, z in self.head.chunks(hidden)]

@@ -162,6 +162,9 @@ class Store:
         self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
         if temperature is not None:
             first, last = flags.ends(temperature)
+            if first != last and self.shape is None:
+                files.fail(f"--temperature {first:g}->{last:g} passes by temperatures that were not dumped", f"{folder}, without a basis",
+                           "a dump with one (--tail-rank above 0), or the teacher itself", "--teacher instead of --logits")
             inside = [t for t in self.temperatures if min(first, last) < t < max(first, last)]
             between = [math.sqrt(a * b) for a, b in itertools.pairwise(sorted({first, *inside, last}))]
             guesses = [self._can_guess(every[0], t) for t in sorted({first, last, *between}) if t not in self.temperatures]

@@ -159,7 +159,7 @@ def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor]:
     top, total, kl = other.argmax(1), z.new_empty(len(z)), z.new_empty(len(z))
     for piece in pieces(z):
         total[piece] = z[piece].exp().sum(1)
-        kl[piece] = divergence(kept.logp_all(other[piece], 1.0), z[piece].sub_(total[piece].log()[:, None]), "fkl")
+        kl[piece] = divergence(kept.logp_all(other[piece], 1.0), z[piece].log_softmax(1), "fkl")
     return kl, top, total
 
 

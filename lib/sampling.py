@@ -33,6 +33,10 @@ class Sampler:
             seen = f"no val rows of {', '.join(lacking)}" if lacking else f"{len(parts)} sources with a share, {len(there)} in val"
             files.fail("--eval-sampling cannot weigh the sources", seen, f"2 to {evaluate.MANY} sources, each with a share and val rows",
                        "prepare_data.py with several named sources and --val, or no --eval-sampling")
+        longest = sum(int(dataset.train.rows["length"][part.rows].max()) for part in parts)
+        if tokens_per_step < longest:  # whatever the shares become, a step holds a row
+            files.fail("the steps are too small for --eval-sampling", f"--tokens-per-step {tokens_per_step}", f"at least {longest}: the longest row "
+                       "of each source", f"--tokens-per-step {longest}")
         self.parts, self.lengths, self.seed, self.tokens_per_step = parts, dataset.train.rows["length"], seed, tokens_per_step
         self.asked, self.state = plan.asked(parts, steps), state
         state.setdefault("before", None)

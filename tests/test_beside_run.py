@@ -124,6 +124,7 @@ def test_samples_show_the_teacher_beside_the_student_at_every_evaluation(world, 
     (("--attention-weight", 1, "--balance-every", 0), "--balance-every is 0"),
     (("--contrastive-weight", 1, "--contrastive-temperature", 0), "--contrastive-temperature is 0.0"),
     (("--attention-weight", 1, "--attn", "flash_attention_2"), "--attn flash_attention_2 does not give"),
+    (("--temperature", "2->inf"), "--temperature is (2.0, inf)"),
     (("--temperature", "4->0"), "--temperature is (4.0, 0.0)"),
     (("--alpha", "0.5->1.5"), "--alpha is (0.5, 1.5)"),
 ))

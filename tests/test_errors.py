@@ -407,6 +407,11 @@ def test_values_that_would_do_silent_harm(world, capsys, flag, value):
     assert flag in usage("stage1", make.stage1(world, flag, value), capsys)
 
 
+def test_patience_without_val_rows_is_refused(tmp_path):
+    folder = make.world(tmp_path, val=0)
+    refused("stage1", folder, "--patience", 1, of=["--patience has nothing to look at", "no val rows"])
+
+
 def test_a_broken_config_is_one_line(world):
     (world / "student/config.json").write_text('{"model_type": "llama", ')
     refused("stage1", world, of=["student", "config.json"])

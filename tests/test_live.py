@@ -554,3 +554,19 @@ def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(world, tmp
     monkeypatch.setattr(live, "VAL_BYTES", 0)
     make.call(stage2_kd.main, *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "anew"))
     assert len(seen) - kept > kept and make.history(tmp_path / "kept") == make.history(tmp_path / "anew")
+
+
+def test_a_teacher_is_at_a_distance_of_exactly_zero_from_itself(world):
+    dataset = data.Dataset(world / "data")
+    teacher = models.load(str(world / "teacher"), torch.device("cpu"))
+    with torch.no_grad():
+        hidden = teacher.hidden(dataset.val.batch([[row] for row in range(8)]))
+        (_, z), = teacher.head().chunks(hidden)
+        kl, top, _ = losses.distance(z - z.amax(1, keepdim=True), Whole(hidden, teacher.head()))
+    assert (kl == 0).all() and torch.equal(top, z.argmax(1))
+
+
+def test_a_moving_temperature_with_a_dump_without_a_basis_is_refused_in_the_users_words(world, tmp_path):
+    make.call(dump_logits.main, *make.dump(world, "--tail-rank", 0, "--out", tmp_path / "logits"))
+    code, said = make.ends(stage2_kd.main, *make.stage2(world, "--temperature", "4->2", "--logits", tmp_path / "logits", "--out", tmp_path / "run"))
+    assert code == 1 and "--temperature 4->2 passes by temperatures that were not dumped" in said and "--teacher instead" in said
