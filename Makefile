@@ -79,7 +79,7 @@ chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
 
 test: .venv/ready lint ## all tests (CPU, no network)
-	$(PY) -m pytest tests -n auto --dist loadfile $(ARGS)
+	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready ## ruff
 	.venv/bin/ruff check .

@@ -12,6 +12,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
+# files that take longest begin first, so that no core waits for the last one
+LONGEST = ("test_road", "test_resume", "test_answers", "test_live", "test_lora", "test_bench", "test_beside", "test_beside_run", "test_sources",
+           "test_train", "test_chat")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_no_signal_handlers_left():
     import torch
