@@ -37,6 +37,8 @@ PIP     ?=
 
 # threads that wait asleep: a machine shared with other work loses a factor of ten otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
+# set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup data stage1 logits stage2 domain eval chat demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
