@@ -320,7 +320,7 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # of "meta" there is nothing to read
     except (RuntimeError, AssertionError) as missing:
         files.fail(f"--device {name} cannot be used", str(missing).splitlines()[0], "auto, cpu, cuda, cuda:1 or mps")
     return device

@@ -42,6 +42,8 @@ def load_tokenizer(name, trust_remote_code: bool = False):
     """Load a tokenizer from a folder or hub id; the one-line error when there is none."""
     from transformers import AutoTokenizer
 
+    if str(name).endswith(".gguf"):
+        files.fail(f"{name} is a GGUF file", wanted="a checkpoint's folder, or a hub id", mend="--teacher of stage2_kd.py for it, and no other flag")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:

@@ -246,6 +246,18 @@ def test_layers_that_the_model_does_not_have(world):
 
 def test_a_device_that_is_not_there(world):
     refused("stage1", world, "--device", "cuda:99", of=["--device cuda:99 cannot be used"])
+    refused("stage1", world, "--device", "meta", of=["--device meta cannot be used"])
+
+
+@pytest.mark.parametrize("name, argv", (("prepare", ["--source", "rows.jsonl", "--tokenizer", "m.gguf", "--out", "out"]),
+                                        ("chat", ["--ckpt", "m.gguf", "--prompt", "hello"])))
+def test_a_gguf_file_is_no_tokenizer_nor_a_model_to_talk_to(tmp_path, monkeypatch, name, argv):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    code, words = make.ends(SCRIPTS[name].main, *argv)
+    assert code == 1 and "m.gguf is a GGUF file" in words and "\n" not in words.strip()
 
 
 def test_no_traceback_hides_in_an_error(world):
