@@ -65,8 +65,9 @@ class Run:
         self.state = files.read_json(state) if state.exists() and not args.fresh else None
         if self.state:
             self._same(self.state["settings"], "was started")
-            for name in ("step", "updates", "best", "trained_s", "measures", "more"):
-                setattr(self, name, self.state.get(name, {}))
+            for name in ("step", "updates", "best", "trained_s", "measures"):
+                setattr(self, name, self.state[name])
+            self.more = self.state.get("more", {})  # states of older versions have none
             self.resumed = self.step
             print(f"{stage}: continues {self.out} at step {self.step}")
         self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
