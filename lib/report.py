@@ -50,7 +50,7 @@ def picture(models: dict[str, dict], out: Path) -> None:
         return
     panels = [name for name in PANELS if all(name in m for m in models.values())]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.4), squeeze=False, layout="constrained")
-    colours = ["#4c566a", "#b8c0cc", "#e0b46c", "#3b7dd8"]
+    colours = ["#4c566a", "#b8c0cc", "#e0b46c", "#3b7dd8", "#5aa27c", "#b06a9b"]
     for axis, name in zip(axes[0], panels):
         values = [m[name] if abs(m[name]) > 1e-6 else 0.0 for m in models.values()]  # a KL of rounding size may have either sign
         errors = [m.get(f"{name}_half_interval", 0) for m in models.values()]
