@@ -3,7 +3,8 @@
     python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val    # CPU, seconds, after `make demo`
 
-Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary.
+Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary; of rows with a class each, a classifier of these labels, whose
+        own tokenizer reads the rows' texts: all its class logits are kept, so that k, --values and --tail-rank are not asked.
 Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold);
         logits/NAME/basis.safetensors, once for all chunks: what the coefficients of the rest refer to (lib/basis.py).
 Killed anywhere, the same command goes on with the rows that are missing, and the file is bit for bit the same.
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import basis, files, flags, logits, models, plan
+from lib import basis, classes, classifier, files, flags, logits, models, plan
 from lib import head as heads
 from lib.data import Dataset
 from lib.interrupt import Interrupt
@@ -66,6 +67,8 @@ def parse_args(argv=None):
 def pick_vocab(args, teacher, dataset):
     """Return V, the tokens both models know: the smaller output layer, cut before softmax and top-k on both sides."""
     vocab = args.vocab or teacher.vocab
+    if dataset.labels:
+        return teacher.vocab
     if args.student and not args.vocab:
         config = files.read_json(models.base_of(models.local_folder(args.student, args.trust_remote_code)) / "config.json")
         vocab = min(vocab, config.get("text_config", config)["vocab_size"])
@@ -174,10 +177,9 @@ def open_chunk(folder, settings, dtype, targets, rows):
 
 
 @torch.inference_mode()
-def dump(args, chunk, dataset, teacher, head, shape, settings, interrupt):
-    """Write one chunk (or val), or what is missing of it."""
+def dump(args, chunk, dataset, split, teacher, head, shape, settings, interrupt):
+    """Write one chunk (or val) of a split, or what is missing of it."""
     folder = logits.chunk_folder(args.out, chunk)
-    split = dataset.val if chunk == "val" else dataset.train
     rows = np.arange(len(split.rows)) if chunk == "val" else np.asarray(dataset.chunk_rows(chunk))
     lengths, counts = split.rows["length"], split.rows["targets"]
     first = int(split.rows["first_target"][rows[0]])
@@ -258,11 +260,19 @@ def main(argv=None):
     if not len(dataset.val.rows) and "val" in wanted:
         print("dump: val is empty, so there is nothing to dump for it")
         wanted.remove("val")
-    plan.check(np.concatenate([dataset.train.rows["length"], dataset.val.rows["length"]]), args.tokens_per_microbatch)
     folder = models.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
-    teacher = models.load(args.teacher, device, dtype, dataset=dataset, attn=args.attn, compiled=args.compile, pack=False,
-                          trust_remote_code=args.trust_remote_code)
+    splits = {"train": dataset.train, "val": dataset.val}
+    options = dict(dataset=dataset, attn=args.attn, compiled=args.compile, trust_remote_code=args.trust_remote_code)
+    if dataset.labels:
+        reads = classifier.tokenizer_of(folder, dataset, args.trust_remote_code)
+        most = min(dataset.meta["args"]["max_len"], classifier.positions(folder), args.tokens_per_microbatch)
+        splits = {name: classes.retokenized(dataset.folder, name, reads, most) for name in splits}
+        teacher = classifier.load(args.teacher, device, dtype, rows=list(splits.values()), **options)
+        args.k, args.values, args.tail_rank = teacher.vocab, "fp16", 0
+    else:
+        teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+    plan.check(np.concatenate([split.rows["length"] for split in splits.values()]), args.tokens_per_microbatch)
     teacher.module.requires_grad_(False)
     vocab = pick_vocab(args, teacher, dataset)
     head = teacher.head(vocab)
@@ -321,7 +331,7 @@ def main(argv=None):
         (Path(args.out) / basis.NAME).unlink(missing_ok=True)
     interrupt = Interrupt()
     for chunk in missing:
-        dump(args, chunk, dataset, teacher, head, shape, settings, interrupt)
+        dump(args, chunk, dataset, splits["val" if chunk == "val" else "train"], teacher, head, shape, settings, interrupt)
     print(f"dump: {Path(args.out)} holds what was asked for. Next: make stage2")
 
 

@@ -2,6 +2,7 @@
 
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/mine
     python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out data/small --limit 500 --val 50 --show 3    # seconds
+    python prepare_data.py --source reviews.csv --tokenizer DIR --out data/reviews --task classify    # text, label: rows with a class each
     python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher DIR    # or a server of any kind:
     python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
 
@@ -14,6 +15,9 @@ Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val
                      and report.png: how long rows are, where they come from, why others were dropped
                      answers/: the teacher's, as parquet (see lib/answers.py); a run continues there, and --fresh keeps them
         --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split, teacher)
+
+--task classify: each row is a text with a label, and its class is its only target (lib/classes.py). Train and val, and what --limit keeps,
+hold the classes in the proportions of the data.
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
 train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
@@ -34,10 +38,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import answers, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
+from lib import answers, classes, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
 from lib.store import Store
 
-SHAPING = ("source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
+SHAPING = ("task", "source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
 
 
@@ -52,11 +56,14 @@ def parse_args(argv=None):
     parser.add_argument("--push-to-hub", metavar="REPO", help="also push the rows kept to this data set of the hub (private)")
     parser.add_argument("--public", action="store_true", help="make the data set of --push-to-hub for all to see, if it is new")
     # --- what a row is
+    parser.add_argument("--task", choices=["language", "classify"], default="language",
+                        help="what is learnt of a row: the tokens of its answer, or its class (default: %(default)s)")
     parser.add_argument("--columns", action="append", metavar="MAP",
                         help=f"{sources.COLUMNS_HELP}; may be given again for another SOURCE (default: found from the column names)")
     parser.add_argument("--system", metavar="TEXT", help="system message of every conversation that has none (default: what the template does)")
     parser.add_argument("--max-len", type=int, default=1024, metavar="N", help="tokens of the longest row kept (default: %(default)s)")
-    parser.add_argument("--long", choices=["drop", "truncate"], default="drop", help="what happens to a longer row (default: %(default)s)")
+    parser.add_argument("--long", choices=["drop", "truncate"], default=None,
+                        help="what happens to a longer row (default: drop; to classify: truncate)")
     parser.add_argument("--turns", choices=["all", "last"], default="all", help="answers of a conversation to learn (default: %(default)s)")
     parser.add_argument("--think", choices=["keep", "drop", "mask"], default="keep",
                         help="reasoning traces <think>...</think> of the answers: learnt like the rest, taken out, or in the text but not learnt"
@@ -73,6 +80,10 @@ def parse_args(argv=None):
     answers.add_flags(parser)
     args = parser.parse_args(argv)
     answers.check_flags(parser, args)
+    args.long = args.long or ("truncate" if args.task == "classify" else "drop")
+    for name in ("system", "answers", "turns", "think", "mix", "export", "push_to_hub") if args.task == "classify" else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is about conversations: it does not go with --task classify")
     flags.positive(parser, args, "max_len", "rows_per_chunk")
     for name in ("limit", "workers", "show", "seed"):
         if getattr(args, name) < 0:
@@ -86,7 +97,7 @@ def parse_args(argv=None):
     if args.export and args.export.partition("?")[0].endswith(".parquet"):
         parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
     try:
-        maps = [sources.parse_columns(text, args.answers == "given") for text in args.columns or ()]
+        maps = [sources.parse_columns(text, args.answers == "given", args.task == "classify") for text in args.columns or ()]
     except ValueError as wrong:
         parser.error(f"--columns: {wrong}")
     args.wanted = [sources.named(text) for text in args.source]
@@ -192,7 +203,7 @@ def finished(out, args, shaping):
     if args.fresh or not (out / "meta.json").exists():
         return None
     meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
-    before = {"turns": "all", "think": "keep"} | meta.get("args", {})  # a folder may be older than these two flags
+    before = {"turns": "all", "think": "keep", "task": "language"} | meta.get("args", {})  # a folder may be older than these flags
     differs = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in shaping.items() if before.get(name) != value]
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
@@ -207,11 +218,15 @@ def finished(out, args, shaping):
 
 def show(folder, count):
     """Print training rows, spread over all of them, with their targets green on a terminal, in brackets elsewhere."""
-    rows, tokenizer = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer")
-    names = [source["name"] for source in files.read_json(folder / "meta.json")["sources"]]
+    rows, tokenizer, meta = data.Split(folder, "train"), template.load_tokenizer(folder / "tokenizer"), files.read_json(folder / "meta.json")
+    names = [source["name"] for source in meta["sources"]]
     grey, green, bold, plain = ("\x1b[90m", "\x1b[32m", "\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "[", "", "")
     for row in np.linspace(0, len(rows.rows) - 1, min(count, len(rows.rows))).astype(int):
         ids, answer = rows.row(row)
+        if rows.labels is not None:
+            print(f"\n{bold}row {row:,} of {len(rows.rows):,} from {names[rows.rows[row]['source']]}: {len(ids)} tokens, of the class{plain} "
+                  f"{green}{meta['labels'][rows.labels[row]]}{plain or ']'}\n{grey}{tokenizer.decode(ids)}{plain}")
+            continue
         print(f"\n{bold}row {row:,} of {len(rows.rows):,} from {names[rows.rows[row]['source']]}: {len(ids)} tokens, {answer.sum()} targets{plain}")
         cuts = [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
         text = ""
@@ -233,7 +248,11 @@ def report(folder, meta):
     for source in meta["sources"] if len(meta["sources"]) > 1 and "files" in meta["sources"][0] else ():
         rows, drops = source["rows"], sum(source["dropped"].values())
         print(f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}   dropped {drops:,}   of {source['read']:,} {what}")
-    for name, key in (("row", "rows"), ("answer", "targets")):
+    if labels := meta.get("labels"):
+        most = sorted(meta["classes"].items(), key=lambda item: -item[1]["train"])
+        print(f"{'classes':<10}{len(labels)}: " + "   ".join(f"{name} {count['train']:,} + {count['val']:,}" for name, count in most[:8])
+              + (f"   ... {most[-1][0]} {most[-1][1]['train']:,} + {most[-1][1]['val']:,}" if len(most) > 8 else ""))
+    for name, key in (("row", "rows"), ("answer", "targets"))[:1 if labels else 2]:
         print(f"{name:<10}tokens:{''.join(f'   {point} {value:,}' for point, value in lengths[key].items())}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
     print(f"next: make stage1 NAME={folder.name}", flush=True)
@@ -250,18 +269,10 @@ def percentiles(values):
     return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points)))
 
 
-def by_reason(lost):
-    """Return how many rows were dropped for each reason, the commonest first; lost counts them by (source, reason)."""
-    dropped = collections.Counter()
-    for (_, reason), count in lost.items():
-        dropped[reason] += count
-    return dict(dropped.most_common())
-
-
 def describe(inputs, staged, is_val, read, lost, args, shaping):
     """Return what meta.json says of the sources and rows."""
     count = lambda values: {"train": int(values[~is_val].sum()), "val": int(values[is_val].sum())}
-    dropped, rows = by_reason(lost), count(np.ones(len(staged), np.int64))
+    dropped, rows = split.by_reason(lost), count(np.ones(len(staged), np.int64))
     return {
         "format": data.FORMAT,
         "sources": [{
@@ -306,7 +317,7 @@ def main(argv=None):
     # --- look at everything that can be wrong before anything is written
     if len(args.wanted) > np.iinfo(split.STAGED["source"]).max:
         files.fail("there are too many sources", seen=len(args.wanted), wanted=f"at most {np.iinfo(split.STAGED['source']).max}")
-    inputs = sources.open_all(args.wanted, args.named, args.answers == "given")
+    inputs = sources.open_all(args.wanted, args.named, args.answers == "given", args.task == "classify")
     for source in inputs:
         commit = f" commit={source.files[0].place.revision}" if source.files[0].place.revision else ""
         print(f"prepare source={source.name} where={source.where}{commit} files={len(source.files)} schema={source.described}", flush=True)
@@ -320,7 +331,7 @@ def main(argv=None):
         files.fail("one table cannot hold these sources", seen="conversations and plain texts", wanted="one kind",
                    mend="no --export and no --push-to-hub")
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    if False in plain and template.ensure_template(tokenizer):
+    if args.task == "language" and False in plain and template.ensure_template(tokenizer):
         print("prepare warning: the tokenizer has no chat template; the plain one of lib/template.py is used and saved with it", flush=True)
     if args.turns == "all" and any("messages" in file.columns for file in every) and template.rewrites(tokenizer):
         print("prepare warning: the chat template rewrites earlier answers: of each conversation only the last one is learnt", flush=True)
@@ -343,14 +354,17 @@ def main(argv=None):
         numbered, total = written.rows, written.count
     val_rows = split.ValRows(args.val)
     texts = export.RowWriter(partial / "staged.texts.parquet", True in plain, bool(written)) if args.export or args.push_to_hub else None
-    staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
+    if args.task == "classify":
+        staged, is_val, labels, read, lost = classes.stage(partial, numbered, [file.names for file in every if file.names], tokenizer, args)
+    else:
+        staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
+        is_val = val_rows.chosen(staged["prompt"])
     if written:
         read, lost = written.read, lost + written.lost
     if not len(staged):
         shutil.rmtree(partial)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in by_reason(lost).items()) or "nothing dropped"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in split.by_reason(lost).items()) or "nothing dropped"
         files.fail("no row is left", seen=f"{read.total()} rows, dropped: {reasons}", wanted="rows with a prompt and an answer, within --max-len")
-    is_val = val_rows.chosen(staged["prompt"])
     if is_val.all():
         shutil.rmtree(partial)
         files.fail("no row is left to train on", seen=f"{len(staged)} rows, all of them in val", wanted="more rows, or a smaller --val")
@@ -361,7 +375,11 @@ def main(argv=None):
     split.divide(partial, staged, is_val)
 
     meta = describe(inputs, staged, is_val, read, lost, args, shaping) | {"tokenizer": args.tokenizer}
-    meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*(partial / part for part in PARTS))}
+    parts = [partial / part for part in PARTS]
+    if args.task == "classify":
+        meta |= {"task": args.task, "labels": labels, "classes": classes.counts(partial, labels)}
+        parts += [partial / f"{side}.{part}" for side in ("train", "val") for part in classes.FILES]
+    meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
     if written:
         meta["teacher"] = written.meta
     files.write_json(partial / "meta.json", meta)
@@ -371,7 +389,7 @@ def main(argv=None):
     files.publish(partial, out)
 
     # --- what a human should see
-    if not set(data.Split(out, "train").end_tokens()) & template.special_ids(tokenizer):
+    if args.task == "language" and not set(data.Split(out, "train").end_tokens()) & template.special_ids(tokenizer):
         print("prepare warning: no special token ends nine answers in ten: the student will not learn where to stop", flush=True)
     show(out, args.show)
     report(out, meta)

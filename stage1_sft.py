@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 import torch
 
-from lib import evaluate, flags, lora, losses, mix, models, plan, preflight, samples, sampling
+from lib import classifier, evaluate, flags, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -45,6 +45,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
+    flags.check_labelled(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
@@ -56,8 +57,9 @@ def main(argv=None):
     lora.check_start(args, source, models.has_weights(source))
     run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
 
-    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
-                          from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
+    load = classifier.load if dataset.labels else models.load
+    student = load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
+                   from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib import balance, beside, evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
+from lib import balance, beside, classifier, evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -66,6 +66,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = Dataset(args.data, args.trust_remote_code)
+    flags.check_labelled(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     measured = None if args.eval_only else args.temperature
     store = logits.Store(args.logits, dataset, measured, args.verify) if args.logits else live.Teacher(args, dataset)
@@ -82,8 +83,9 @@ def main(argv=None):
     inputs = dataset.identities | {"student": models.identity(source)} | store.identity() | mix.identity(parts)
     run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
 
-    student = models.load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
-                          trust_remote_code=args.trust_remote_code)
+    load = classifier.load if dataset.labels else models.load
+    student = load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
+                   trust_remote_code=args.trust_remote_code)
     if args.lora_rank and not args.eval_only:
         lora.attach(student.module, args, source)
     store.join(student, args, amp)

@@ -5,6 +5,8 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.tokens.npy   uint32 (tokens,)   all rows end to end
     SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and trained on
     SPLIT.rows.npy     ROW    (rows,)     one record a row
+    SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/classes.py): its number in meta.json's `labels`; the row's only target
+    SPLIT.texts.parquet                   ... and their texts, for a teacher with another tokenizer
     tokenizer/         the tokenizer itself, so that no later stage needs a network
     report.png         how long rows are, where they come from, why others were dropped (lib/plots.py; without matplotlib there is none)
     answers/ rows/     a teacher's answers (lib/answers.py), and the kept rows as text (lib/export.py), where they were asked for
@@ -38,7 +40,7 @@ class Batch:
     tokens     (B, L) int64   padded with 0; padding is a row of its own, so nothing real attends to it
     positions  (B, L) int64   restart at 0 with every row: that is what keeps packed rows apart
     where      (N,)   int64   index into the flattened (B * L) outputs of the position that predicts target n
-    labels     (N,)   int64   the target tokens
+    labels     (N,)   int64   the target tokens; of rows with a class, the classes, one a row
     numbers    (N,)   int64   each target's number in its split: its record in a logits file
     rows       the row numbers, in order
     row_of     (B, L) int64   the place in `rows` of the row that a token belongs to; -1 is padding
@@ -63,9 +65,11 @@ class Split:
     def __init__(self, folder: Path, name: str) -> None:
         try:
             self.tokens, self.answer, self.rows = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "answer", "rows"))
+            self.labels = np.load(labels) if (labels := folder / f"{name}.labels.npy").exists() else None
         except (OSError, ValueError) as broken:
             files.fail(f"{folder}/{name}.*.npy cannot be read", seen=broken, mend="make data, with ARGS=--fresh")
-        if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or self.targets and int(self.rows["targets"].sum()) != self.targets:
+        if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or (
+                self.labels is not None and len(self.labels) != len(self.rows)) or self.targets and int(self.rows["targets"].sum()) != self.targets:
             seen = f"{len(self.tokens)} tokens, {len(self.answer)} mask entries"
             files.fail(f"{folder}/{name}.*.npy do not fit together", seen, mend="make data, with ARGS=--fresh")
 
@@ -103,7 +107,7 @@ class Split:
                 row_of[b, at:at + len(ids)] = count
                 targets = np.flatnonzero(answer)
                 where.append(b * width + at + targets - 1)
-                labels.append(ids[targets])
+                labels.append(ids[targets] if self.labels is None else self.labels[[row]])
                 numbers.append(int(self.rows[row]["first_target"]) + np.arange(len(targets)))
                 at += len(ids)
                 count += 1
@@ -135,6 +139,11 @@ class Dataset:
     def sources(self) -> list[str]:
         """The names of the sources; a row's `source` is a place in this list."""
         return [source["name"] for source in self.meta.get("sources", [])]
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, for rows that have one each; else empty."""
+        return self.meta.get("labels", [])
 
     @property
     def chunks(self) -> int:

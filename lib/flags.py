@@ -1,7 +1,7 @@
 """Flags that several scripts share: one name, one default, one text each, so that they cannot drift apart."""
 import argparse
 
-from lib import mix
+from lib import files, mix
 
 SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -90,6 +90,17 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.mix in (None, "off") or mix.parse(args.mix)
     except ValueError as wrong:
         parser.error(f"--mix: {wrong}")
+
+
+def check_labelled(args: argparse.Namespace, dataset) -> None:
+    """Set what follows for a trainer from rows that have a class each; refuse what does not go with them."""
+    if not dataset.labels:
+        return
+    args.no_pack, args.samples = True, 0
+    for name, value in (("lora_rank", args.lora_rank), ("teacher", getattr(args, "teacher", None))):
+        if value:
+            mend = "python dump_logits.py, and --logits: a record holds all class logits, so nothing is lost" if name == "teacher" else None
+            files.fail(f"--{name.replace('_', '-')} does not go with the rows of {dataset.folder}", "rows with a class each", "rows of language", mend)
 
 
 def measure(*names: str):

@@ -260,12 +260,14 @@ def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: boo
 def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
     """Keep the decoder layers numbered `keep`, in that order: a plain start for a student, made of its teacher."""
     body, config = module.base_model, module.config.get_text_config()
-    layers = getattr(body, "layers", None)
+    places = ((body, "layers"), (getattr(body, "encoder", None), "layer"), (getattr(body, "transformer", None), "layer"))  # BERT; DistilBERT
+    holder, attribute = next(((place, name) for place, name in places if hasattr(place, name)), (None, ""))
+    layers = getattr(holder, attribute, None)
     if layers is None or not all(0 <= i < len(layers) for i in keep) or len(set(keep)) != len(keep):
         wanted = "a body with .layers" if layers is None else f"different numbers from 0 to {len(layers) - 1}"
         files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), wanted)
-    body.layers = nn.ModuleList(layers[i] for i in keep)
-    for number, layer in enumerate(body.layers):
+    setattr(holder, attribute, nn.ModuleList(layers[i] for i in keep))
+    for number, layer in enumerate(getattr(holder, attribute)):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = number
@@ -276,6 +278,8 @@ def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
 
 def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
     """Make the model's own generation stop at the tokens that end the data's answers, beside those it knows."""
+    if not model.module.can_generate():  # a classifier writes nothing
+        return
     config = model.module.generation_config
     if not config.do_sample:  # set beside do_sample=False they make save_pretrained refuse
         config.temperature = config.top_p = config.top_k = None

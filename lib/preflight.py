@@ -26,7 +26,9 @@ def training_bytes(model: models.Model, tokens: int, amp: torch.dtype | None, ch
     widths = 1 if checkpointing else ACTIVATION_WIDTHS
     layers = config.num_hidden_layers + (ACTIVATION_WIDTHS if checkpointing else 0)  # the layer being recomputed is whole
     activations = tokens * config.hidden_size * widths * half * layers
-    layer = model.module.get_output_embeddings().weight
+    if (output := model.module.get_output_embeddings()) is None:  # a classifier
+        return 12 * model.trained + activations
+    layer = output.weight
     return 12 * model.trained + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 * layer.requires_grad + half * bool(amp))
 
 

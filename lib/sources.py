@@ -1,8 +1,8 @@
 """Rows from data files: parquet, json, jsonl and csv, read as streams, with the schema found from the names of the columns.
 
 Contract: `named` tells a source's name from where it lies, `look` says how one of its files is to be read, `rows` yields a
-conversation (a list of {"role", "content"}) or a plain text for every row of the file, in order, holding a few megabytes at a time,
-wherever the file is (lib/places.py). A file that cannot be read, or a column of the wrong type, ends the program with one line; a
+conversation (a list of {"role", "content"}), a plain text or a labelled one for every row of the file, in order, holding a few
+megabytes at a time, wherever the file is (lib/places.py). A file that cannot be read, or a column of the wrong type, ends the program with one line; a
 row that is merely useless (blank, an unknown role) is yielded all the same, for the caller to count.
 """
 import glob
@@ -33,9 +33,10 @@ SCHEMAS = {
     "question/answer": {"prompt": ("question", "query"), "answer": ("answer", "response")},
     "text": {"text": ("text",)},
 }
+LABELLED = {"text/label": {"text": ("text", "sentence", "content"), "label": ("label", "labels", "class", "category")}}  # for --task classify
 OPTIONAL = {"input": "prompt", "system": None}  # `input` is read beside a prompt only, `system` in every conversation
 KNOWN = "messages; conversations; instruction[+input]+output; prompt+completion|response|answer; question+answer; text"
-COLUMNS_HELP = "[SOURCE:]prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or text=COL"
+COLUMNS_HELP = "[SOURCE:]prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or text=COL; to classify: text=COL,label=COL"
 
 ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
               "function": "tool", "observation": "tool", "developer": "system"}
@@ -43,13 +44,17 @@ ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt"
 
 @dataclass(frozen=True)
 class File:
-    """One file: the schema it follows, in words too, which column plays which part (prompt, ...), and its rows if the file says."""
+    """One file: the schema it follows, in words too, which column plays which part (prompt, ...), and its rows if the file says.
+
+    names: of the labels, where the file's are numbers and it says what they mean (the ClassLabel of Hugging Face's data sets).
+    """
 
     place: Place
     schema: str
     described: str
     columns: dict[str, str]
     count: int | None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def named(text: str) -> tuple[str, str]:
     return "data", text
 
 
-def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, dict[str, str]], need_answer: bool = True) -> list[Source]:
+def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, dict[str, str]], need_answer: bool = True, labelled: bool = False) -> list[Source]:
     """Find and look at the files of every (name, where); one line where two sources share a file. columns: by source name, "" for the others."""
     result, owners = [], {}
     for name, where in wanted:
@@ -93,35 +98,37 @@ def open_all(wanted: Iterable[tuple[str, str]], columns: dict[str, dict[str, str
         for place in found:
             if (other := owners.setdefault(place.key, name)) != name:
                 files.fail(f"{place} is reached by two sources", seen=f"{other} and {name}", wanted="every file in one source")
-        result.append(Source(name, places.redact(where), [look(place, columns.get(name, columns.get("")), need_answer) for place in found]))
+        result.append(Source(name, places.redact(where), [look(place, columns.get(name, columns.get("")), need_answer, labelled) for place in found]))
     return result
 
 
-def parse_columns(text: str, need_answer: bool = True) -> tuple[str, dict[str, str]]:
+def parse_columns(text: str, need_answer: bool = True, labelled: bool = False) -> tuple[str, dict[str, str]]:
     """Read one --columns: parse_columns("fin:prompt=q,answer=a") == ("fin", {"prompt": "q", "answer": "a"}); "" where no source is named.
 
-    Raises ValueError, one line. Where no answer is needed (a teacher will write it), prompt=COL alone will do.
+    Raises ValueError, one line. Where no answer is needed (a teacher will write it), prompt=COL alone will do; labelled: text and label it is.
     """
     owner, colon, rest = text.partition(":")
     owner, rest = (owner.strip(), rest) if colon and "=" not in owner else ("", text)
     pairs = [part.partition("=")[::2] for part in rest.split(",")]
     columns = {part.strip(): column.strip() for part, column in pairs}
     allowed = ({"prompt", "answer"} if need_answer else {"prompt"}, {"input", "system", "answer"}), ({"messages"}, {"system"}), ({"text"}, set())
+    allowed = (({"text", "label"}, set()),) if labelled else allowed
     if len(columns) != len(pairs) or not all(columns.values()) or not any(need <= set(columns) <= need | may for need, may in allowed):
         raise ValueError(f"saw {text!r}, wanted {COLUMNS_HELP}")
     return owner, columns
 
 
-def look(path: Place, columns: dict[str, str] | None = None, need_answer: bool = True) -> File:
+def look(path: Place, columns: dict[str, str] | None = None, need_answer: bool = True, labelled: bool = False) -> File:
     """Open a file far enough to know its columns and find its schema, or check the `columns` that the user named.
 
-    Without need_answer, prompts alone will do: their conversations end in a blank answer.
+    Without need_answer, prompts alone will do: their conversations end in a blank answer. labelled: rows of a text and its label are wanted.
     """
-    kind, count = {}, None
+    kind, count, features = {}, None, {}
     try:
         if path.suffix == ".parquet":
             with pq.ParquetFile(places.seek(path)) as file:
                 kind, count = {field.name: field.type for field in file.schema_arrow}, file.metadata.num_rows
+                features = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         elif path.suffix == ".csv":
             with _open_csv(path) as file:
                 kind = {name: pa.string() for name in file.schema.names}
@@ -131,26 +138,28 @@ def look(path: Place, columns: dict[str, str] | None = None, need_answer: bool =
         files.fail(f"{path} cannot be read", seen=places.redact(broken)[:300], wanted=f"a whole {path.suffix[1:]} file")
     if not kind or count == 0:
         files.fail(f"{path} holds no row", wanted="a file with rows")
-    schema, columns = ("--columns", columns) if columns else _guess(path, kind, need_answer)
+    schema, columns = ("--columns", columns) if columns else _guess(path, kind, need_answer, labelled)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
         if column not in kind and not (part in OPTIONAL and path.suffix in JSON):
             files.fail(f"{path} has no column {column}", seen=", ".join(kind), mend=f"--columns {COLUMNS_HELP}")
         _check_type(path, part, column, kind.get(column))
     described = f"{schema} ({', '.join(f'{part}={column}' for part, column in columns.items() if column in kind)})"
-    return File(path, schema, described, columns, count)
+    names = (features.get(columns.get("label")) or {}).get("names") or ()
+    return File(path, schema, described, columns, count, tuple(names))
 
 
-def _guess(path: Place, kind: dict, need_answer: bool = True) -> tuple[str, dict[str, str]]:
+def _guess(path: Place, kind: dict, need_answer: bool = True, labelled: bool = False) -> tuple[str, dict[str, str]]:
     prompts = {} if need_answer else {f"{parts['prompt'][0]} only": {"prompt": parts["prompt"]} for parts in SCHEMAS.values() if "prompt" in parts}
-    for schema, parts in sorted((SCHEMAS | prompts).items(), key=lambda item: item[0] == "text"):
+    for schema, parts in sorted((LABELLED if labelled else SCHEMAS | prompts).items(), key=lambda item: item[0] == "text"):
         columns = {part: next((name for name in names if name in kind), None) for part, names in parts.items()}
         if None in columns.values():
             continue
         if schema != "text":
             columns |= {part: part for part, beside in OPTIONAL.items() if beside in (None, *columns) and (part in kind or path.suffix in JSON)}
         return schema, columns
-    files.fail(f"{path} follows no schema known here", seen=f"columns {', '.join(kind)}", wanted=f"one of: {KNOWN}", mend=f"--columns {COLUMNS_HELP}")
+    files.fail(f"{path} follows no schema known here", seen=f"columns {', '.join(kind)}", wanted="text and label" if labelled else f"one of: {KNOWN}",
+               mend="--columns text=COL,label=COL" if labelled else f"--columns {COLUMNS_HELP}")
 
 
 def _check_type(path: Place, part: str, column: str, kind) -> None:
@@ -159,14 +168,18 @@ def _check_type(path: Place, part: str, column: str, kind) -> None:
         return
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    text |= part == "label" and (pa.types.is_integer(value) or pa.types.is_boolean(value))
     listed = part == "messages" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
     if not text and not listed:
-        wanted = "a list of {role, content} or {from, value}" if part == "messages" else "text"
+        wanted = {"messages": "a list of {role, content} or {from, value}", "label": "text, whole numbers or true and false"}.get(part, "text")
         files.fail(f"{path}: column {column} cannot be the {part}", seen=f"type {kind}", wanted=wanted, mend=f"--columns {COLUMNS_HELP}")
 
 
-def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str]:
-    """Yield every row of a source as a conversation or a plain text; `system` opens the conversations that have no system message."""
+def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str | tuple[str, str]]:
+    """Yield every row of a source as a conversation, a plain text, or a (text, label) where it has labels (one left blank is "").
+
+    `system` opens the conversations that have no system message.
+    """
     wanted = list(dict.fromkeys(source.columns.values()))
     read = {".parquet": _parquet_records, ".csv": _csv_records}.get(source.place.suffix, lambda path, columns: _json_records(path))
     number = 0
@@ -180,7 +193,7 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str]:
         files.fail(f"{source.place} holds no row", wanted="a file with rows")
 
 
-def _row(source: File, parts: dict, number: int, system: str | None) -> list[dict] | str:
+def _row(source: File, parts: dict, number: int, system: str | None) -> list[dict] | str | tuple[str, str]:
     def text(part):
         value = parts.get(part)
         if value is not None and not isinstance(value, str):
@@ -188,6 +201,14 @@ def _row(source: File, parts: dict, number: int, system: str | None) -> list[dic
                        mend=f"--columns {COLUMNS_HELP}")
         return value or ""
 
+    if "label" in parts:
+        label = parts["label"]
+        if not isinstance(label, str | int | None):  # a bool is an int
+            files.fail(f"{source.place}, row {number}: column {source.columns['label']} is no label", seen=repr(label)[:60],
+                       wanted="text, a whole number, or true and false: one class a row")
+        if source.names and isinstance(label, int):  # -1: held back, as in GLUE's test files
+            label = source.names[label] if 0 <= label < len(source.names) else ""
+        return text("text"), "" if label is None else str(label).strip()
     if "text" in parts:
         return text("text")
     if "messages" in parts:

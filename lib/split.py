@@ -1,4 +1,5 @@
 """Which rows are kept and on which side: duplicates, the stable train / val split, and the copying of staged rows to both sides."""
+import collections
 import heapq
 import json
 from pathlib import Path
@@ -52,6 +53,14 @@ class ValRows:
         values, counts = np.unique(prompts, return_counts=True)
         groups = np.searchsorted(np.cumsum(counts), self.val, side="right")
         return np.isin(prompts, values[:groups])
+
+
+def by_reason(lost: collections.Counter) -> dict[str, int]:
+    """Return how many rows were dropped for each reason, the commonest first; lost counts them by (source, reason)."""
+    dropped = collections.Counter()
+    for (_, reason), count in lost.items():
+        dropped[reason] += count
+    return dict(dropped.most_common())
 
 
 def divide(partial: Path, staged: np.ndarray, is_val: np.ndarray) -> None:
