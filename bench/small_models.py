@@ -16,8 +16,8 @@ from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
 TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-SIZES = {"teacher": dict(num_hidden_layers=4, hidden_size=256, intermediate_size=1024, num_attention_heads=4),
-         "student": dict(num_hidden_layers=2, hidden_size=96, intermediate_size=384, num_attention_heads=4)}
+SIZES = {"teacher": dict(num_hidden_layers=3, hidden_size=192, intermediate_size=768, num_attention_heads=4),
+         "student": dict(num_hidden_layers=2, hidden_size=64, intermediate_size=256, num_attention_heads=4)}
 
 
 def wordpiece(texts: list[str], size: int) -> PreTrainedTokenizerFast:

@@ -62,15 +62,22 @@ def prepared(folder: Path) -> None:
     lengths_at = dict(zip(("top", "bottom"), inch(height - 0.85, height - 3.3)), left=0.04, right=0.97, wspace=0.12)
     bars_at = dict(zip(("top", "bottom"), inch(0.2 + 0.3 * places, 0.2)), left=0.2, right=0.97, wspace=0.6)
     low, high = max(1, min(targets.min(), (lengths - targets).min())), max(2, targets.max(), (lengths - targets).max())
-    for place, values, label, colour in ((0, lengths - targets, "prompt: how many tokens of a row are not learnt", GREY),
-                                         (1, targets, "answer: how many tokens of a row are learnt", BLUE)):
+    lengths_of = ((0, lengths - targets, "prompt: how many tokens of a row are not learnt", GREY),
+                  (1, targets, "answer: how many tokens of a row are learnt", BLUE))
+    if labels := meta.get("classes"):
+        lengths_of, low = ((0, lengths, "tokens of a row", GREY),), max(1, lengths.min())
+        _bars(figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at | {"wspace": 0.35})[1]),
+              _largest([(_short(name), [count["train"], count["val"]]) for name, count in labels.items()], "classes", 8), f"rows of {len(labels)} classes",
+              {"train": BLUE, "val": AMBER}, max(4, min(8, len(labels))))
+    for place, values, label, colour in lengths_of:
         _histogram(figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at)[place]), values, label, colour, low, high)
     axes = [figure.add_subplot(figure.add_gridspec(1, 2, **bars_at)[place]) for place in (0, 1)]
     _bars(axes[0], sources, "rows by source", {"train": BLUE, "val": AMBER}, places)
     lost = sum(meta["dropped"].values())
     of = "prompts and answers" if meta.get("teacher") else f"of {len(rows) + lost:,} rows read"
     _bars(axes[1], drops, f"{lost:,} {of} were dropped", {"dropped": RED}, places)
-    figure.suptitle(f"{len(train):,} rows to train on, {len(val):,} held out; {targets.sum():,} of {lengths.sum():,} tokens are learnt",
+    learnt = f"one class of {len(labels)} a row" if labels else f"{targets.sum():,} of {lengths.sum():,} tokens are learnt"
+    figure.suptitle(f"{len(train):,} rows to train on, {len(val):,} held out; {learnt}",
                     y=1 - 0.2 / height)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a source's name may hold characters that the font lacks

@@ -195,9 +195,10 @@ class Run:
         if not adapter or self.args.merge:
             export(model, tokenizer, partial, dtype)
         library = "peft" if adapter and not self.args.merge else "transformers"
+        task = "text-generation" if model.module.can_generate() else "text-classification"
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in measures.items() if isinstance(v, float))
         (partial / "README.md").write_text(
-            f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [distillation]\n---\n"
+            f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: {task}\ntags: [distillation]\n---\n"
             f"# {self.out.name}, {name} (step {step})\n\nMade by `{' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}`.\n\n"
             f"| on held-out targets | |\n| --- | --- |\n{rows}\n", encoding="utf-8")
         files.publish(partial, self.out / name)
