@@ -23,7 +23,7 @@ METHOD = losses.Method(alpha=0.0)
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("read and write")
-    flags.add(group, "--data", "--student", "--out")
+    flags.add(group, "--data", "--student", "--out", "--eval-only")
     group = parser.add_argument_group("the method")
     group.add_argument("--keep-layers", default="", metavar="0,5,10", help="start from these layers of --student alone (default: all)")
     group.add_argument("--best", type=flags.measure("ce", "acc1"), default="ce", metavar="MEASURE",
@@ -35,6 +35,8 @@ def parse_args(argv=None):
         args.keep_layers = [int(number) for number in args.keep_layers.split(",") if number]
     except ValueError:
         parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
+    if args.keep_layers and args.eval_only:
+        parser.error("--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as it is")
     if args.keep_layers and args.lora_rank:
         parser.error("--keep-layers and --lora-rank exclude each other: an adapter's base must lie on the disk")
     return args
@@ -48,18 +50,22 @@ def main(argv=None):
     flags.check_labelled(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     args.mix = mix.chosen(args.mix, dataset)
-    rows_there, parts = mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
-    if args.eval_sampling and not parts:
+    rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
+    if args.eval_sampling and not parts and not args.eval_only:
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
-    models.check_trainable(source)
+    if not args.eval_only:
+        models.check_trainable(source)
     lora.check_start(args, source, models.has_weights(source))
-    run = Run(args, "stage1", dataset.identities | {"student": models.identity(source)} | mix.identity(parts), args.best)
+    inputs = dataset.identities | {"student": models.identity(source)} | mix.identity(parts)
+    run = None if args.eval_only else Run(args, "stage1", inputs, args.best)
 
     load = classifier.load if dataset.labels else models.load
     student = load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
-                   from_scratch=True, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
+                   from_scratch=not args.eval_only, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
+    if args.eval_only:
+        return evaluate.alone(args, student, dataset, student.vocab, amp)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()

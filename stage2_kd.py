@@ -14,11 +14,10 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed 
 """
 import argparse
 import re
-from pathlib import Path
 
 import torch
 
-from lib import balance, beside, classifier, evaluate, files, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
+from lib import balance, beside, classifier, evaluate, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
 from lib import optimizer as optim
 from lib.data import Dataset
 from lib.run import Run, clock
@@ -33,7 +32,7 @@ def parse_args(argv=None):
     teacher.add_argument("--teacher", metavar="DIR|ID", help="a model to run beside the student instead: a folder, a hub id or a GGUF file")
     flags.add(group, "--student", "--out")
     group.add_argument("--verify", action="store_true", help="check the logits' checksums first (default: their sizes and identities alone)")
-    group.add_argument("--eval-only", action="store_true", help="measure --student on val, write eval.json to --out, and stop")
+    flags.add(group, "--eval-only")
     group = parser.add_argument_group("the method")
     group.add_argument("--alpha", type=flags.moving, default=0.9,
                        help="weight of the teacher; the rest is cross-entropy; 0.9->0.5: moving over the run (default: %(default)s)")
@@ -90,15 +89,10 @@ def main(argv=None):
         lora.attach(student.module, args, source)
     store.join(student, args, amp)
     if args.eval_only:
-        measures = evaluate.evaluate(student, dataset.val, store.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        about = {"student": str(student.folder), "parameters": student.parameters}
-        about |= {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
-        files.write_json(Path(args.out) / "eval.json", about | measures)
         if not store.compares:
             print("eval: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with 1 in TEMPERATURES")
-        print(f"eval {student.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
-        return
+        about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+        return evaluate.alone(args, student, dataset, store.vocab, amp, store, **about)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head(store.vocab)
@@ -149,8 +143,9 @@ def main(argv=None):
             measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
             run.log("eval", step, **measures, **(sampler.hear(step, measures) if sampler else {}))
             steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
-            if step == 0:
-                preflight.teacher_can_teach(store, measures)
+            if step == 0 and dataset.val.targets and (teachers := store.val_measures()):
+                run.log("teacher", 0, **teachers)
+                preflight.teacher_can_teach(teachers, measures, preflight.unigram_ce(dataset.train, dataset.val, head.vocab), run.say)
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp, taught)
             if run.is_better(measures):

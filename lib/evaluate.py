@@ -4,13 +4,15 @@ Sums and counts over all targets, never a mean of means: batch size, padding and
 """
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import data, files, losses, plan
+from lib import data, files, losses, models, plan
 from lib.models import Model
 
+COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
 BINS = 15  # of confidence, for the calibration error
 MANY = 16  # sources above which none is measured by itself: log lines are to be read, and older data counts each file as a source
 
@@ -21,25 +23,32 @@ GLOSSARY = {
     "acc5": "share of targets whose reference token is among the five likeliest",
     "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
     "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live with --k 0: over all tokens), nats a target",
+    "rkl": "the reverse, KL(student || teacher), over the same categories, nats a target",
     "agree": "share of targets where student and teacher have the same likeliest token",
-    "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise",
+    "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise (eval.json: by_source holds all measures of each)",
 }
 
 
-@torch.no_grad()
 def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
              store=None, sources: Sequence[str] = ()) -> dict:
-    """Return the measures of GLOSSARY over all targets of a split; `kl` and `agree` where `store`, a logits.Store or a live.Teacher, knows the
-    teacher there at T=1; ce_NAME and kl_NAME where its rows come from several of the `sources`."""
+    """Return what `measure` does as one log line holds it: of the sources, ce_NAME and kl_NAME alone."""
+    return flat(measure(model, split, vocab, tokens_per_microbatch, amp, store, sources))
+
+
+@torch.no_grad()
+def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
+            store=None, sources: Sequence[str] = ()) -> dict:
+    """Return the measures of GLOSSARY over all targets of a split; `kl`, `rkl` and `agree` where `store`, a logits.Store or a live.Teacher,
+    knows the teacher there at T=1; "by_source": {NAME: the same} where the rows come from several of the `sources`."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
     model.module.eval()
     head, device = model.head(vocab), model.device
-    sums = torch.zeros(5, dtype=torch.float64)  # ce, acc1, acc5, kl, agree
-    bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, confidence, accuracy
-    source_of = torch.from_numpy(np.repeat(split.rows["source"], split.rows["targets"]).astype(np.int64))  # (targets of the split,)
-    by_source = torch.zeros(3, max(int(source_of.max()) + 1, len(sources)), dtype=torch.float64)  # count, ce, kl
+    there, of_row = np.unique(split.rows["source"], return_inverse=True)  # S sources have rows
+    of_target = torch.from_numpy(np.repeat(of_row, split.rows["targets"]).astype(np.int64))  # (targets of the split,)
+    sums = torch.zeros(len(there), len(COLUMNS), dtype=torch.float64)
+    bins = torch.zeros(len(there) * BINS, 2, dtype=torch.float64)  # confidence, right
     lengths = split.rows["length"]
     compared = store is not None and store.compares
     longest = int(lengths.max())
@@ -56,31 +65,49 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
             top = z.argmax(1)
             right = top == label[:, 0]
             if kept is not None:
-                kl, teachers, total = losses.distance(z, kept[part])
-                sums[3] += kl.sum().cpu().double()
-                sums[4] += (top == teachers).sum().cpu()
+                kl, rkl, teachers, total = losses.distance(z, kept[part])
+                distances = [kl, rkl, top == teachers]
             else:
-                total = z.exp_().sum(1)
+                total, distances = z.exp_().sum(1), []
             confidence, ce = 1 / total, total.log() - at_label[:, 0]
-            sums[0] += ce.sum().cpu().double()
-            sums[1] += right.sum().cpu()
-            sums[2] += (rank < 5).sum().cpu()
-            if not torch.isfinite(sums).all():
+            columns = [torch.ones_like(ce), ce, right, rank < 5, *distances, confidence]
+            values = torch.stack([column.to(ce.dtype) for column in columns], 1).cpu().double()  # (n, columns)
+            if not torch.isfinite(values).all():
                 files.fail("the model's logits on val are not finite", f"rows {batch.rows[:8]}", "numbers", "--amp off, or a checkpoint from before")
-            bin_of = (confidence * BINS).long().clamp_max(BINS - 1).cpu()
-            for i, values in enumerate((torch.ones_like(confidence), confidence, right)):
-                bins[i].index_add_(0, bin_of, values.cpu().double())
-            for i, values in enumerate((torch.ones_like(ce), ce, kl) if compared else (torch.ones_like(ce), ce)):
-                by_source[i].index_add_(0, source_of[batch.numbers[part]], values.cpu().double())
+            number = of_target[batch.numbers[part]]
+            sums[:, :values.shape[1] - 1].index_add_(0, number, values[:, :-1])
+            bins.index_add_(0, number * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1), values[:, [-1, 2]])
     model.module.train(training)
-    n = split.targets
-    ce, acc1, acc5, kl, agree = (sums / n).tolist()
-    result = {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "acc5": acc5, "ece": ((bins[1] - bins[2]).abs().sum() / n).item()}
-    if compared:
-        result |= {"kl": kl, "agree": agree}
-    for i, measure in enumerate(("ce", "kl") if compared else ("ce",), 1):
-        result |= {f"{measure}_{name}": (by_source[i, number] / by_source[0, number]).item() for number, name in apart(split, sources)}
-    return result | {"targets": n}
+    bins = bins.view(len(there), BINS, 2)
+    apart_there = {name: np.searchsorted(there, number) for number, name in apart(split, sources)}
+    by_source = {name: shares(sums[place], bins[place], compared) for name, place in apart_there.items()}
+    return shares(sums.sum(0), bins.sum(0), compared) | ({"by_source": by_source} if by_source else {})
+
+
+def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
+    """Return the measures of one set of targets. sums (columns,) over them, in the order of COLUMNS; bins (BINS, 2) confidence, right."""
+    n = int(sums[0])
+    result = dict(zip(COLUMNS[1:], (sums[1:] / n).tolist()))
+    ce, distances = result["ce"], {name: result.pop(name) for name in ("kl", "rkl", "agree")}
+    ece = (bins[:, 0] - bins[:, 1]).abs().sum().item() / n
+    return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), **result, "ece": ece, **(distances if compared else {}), "targets": n}
+
+
+def flat(measures: dict) -> dict:
+    """Return measures as one log line holds them: of the sources, ce_NAME and kl_NAME alone."""
+    by_source, whole = measures.get("by_source", {}), {name: value for name, value in measures.items() if name != "by_source"}
+    targets = whole.pop("targets")
+    return whole | {f"{name}_{source}": own[name] for name in ("ce", "kl") for source, own in by_source.items() if name in own} | {"targets": targets}
+
+
+def alone(args, model: Model, dataset: data.Dataset, vocab: int, amp: torch.dtype | None, store=None, **about) -> None:
+    """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about: what else eval.json is to hold."""
+    measures = measure(model, dataset.val, vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
+    about = {"student": str(model.folder), "parameters": model.parameters, "bytes": models.weight_bytes(model.folder),
+             "data": dataset.identities["data"], **about}
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    files.write_json(Path(args.out) / "eval.json", about | flat(measures) | {"by_source": measures.get("by_source", {})})
+    print(f"eval {model.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in flat(measures).items()))
 
 
 def apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:

@@ -7,6 +7,7 @@ SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
     "--out": dict(required=True, metavar="DIR", help="where to write; running the same command again continues there"),
     "--student": dict(required=True, metavar="DIR|ID", help="the model to train: a folder, a stage folder (its best/), or a hub id"),
+    "--eval-only": dict(action="store_true", help="measure --student on val, write eval.json to --out, and stop"),
     "--lr": dict(type=float, default=2e-5, help="peak learning rate (default: %(default)s)"),
     "--epochs": dict(type=float, default=3.0, help="passes over the data (default: %(default)s)"),
     "--steps": dict(type=int, default=0, metavar="N", help="exactly this many optimizer steps instead of --epochs; 0 = off (default: %(default)s)"),

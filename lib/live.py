@@ -1,6 +1,6 @@
 """The teacher live, beside the student: run on each micro-batch, where a logits folder would be read (stage2_kd.py --teacher).
 
-Contract: `Teacher` answers what `logits.Store` answers (rows, identity, join, say, vocab, train, val_at, val_ce, compares, memory_bytes), so
+Contract: `Teacher` answers what `logits.Store` answers (rows, identity, join, say, vocab, train, val_at, val_measures, compares, memory_bytes), so
 that training and evaluation do not ask which of the two they have. Any temperature is allowed. The teacher is frozen, in eval mode, and
 its body runs once a micro-batch; its output layer lies on the student's device, wherever its body is, and makes logits chunk by chunk.
 """
@@ -176,9 +176,9 @@ class Teacher:
             self.remembered[key] = kept
         return kept
 
-    def val_ce(self) -> float:
-        """Return its own cross-entropy on val, nats a target: one pass over val."""
-        return evaluate.evaluate(self.model, self.dataset.val, self.vocab, self.args.tokens_per_microbatch)["ce"]
+    def val_measures(self) -> dict:
+        """Return its own measures on val: one pass over val."""
+        return evaluate.evaluate(self.model, self.dataset.val, self.vocab, self.args.tokens_per_microbatch, sources=self.dataset.sources)
 
 
 def numbered(device: torch.device) -> torch.device:

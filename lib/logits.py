@@ -253,9 +253,11 @@ class Store:
         if self.missing:
             print(f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be trained on; {self.mend()}")
 
-    def val_ce(self) -> float | None:
-        """Return the teacher's own cross-entropy on val, nats a target, if val was dumped."""
-        return self.val and self.val.meta["teacher_ce"]
+    def val_measures(self) -> dict | None:
+        """Return the teacher's own measures on val, as far as the dump tells them, if val was dumped."""
+        meta = self.val and self.val.meta
+        return meta and {"ce": meta["teacher_ce"], "ppl": math.exp(min(meta["teacher_ce"], 700.0)), "acc1": meta["teacher_acc1"],
+                         "targets": len(self.val.records)}
 
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""

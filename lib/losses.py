@@ -147,20 +147,25 @@ def pieces(z: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 
-def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL(teacher || student) at T=1 in nats, the teacher's likeliest token, and the sum of exp(z) over all tokens, each (n,).
+def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's likeliest token, and the sum of exp(z) over all
+    tokens, each (n,).
 
     z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher that is there whole, over all tokens.
     """
     if isinstance(kept, Kept):
-        logq, _, _, total = student_logq(z, kept.ids, 1.0)
-        return divergence(teacher_logp(kept, 1.0), logq, "fkl"), kept.ids[:, 0], total
+        logp, (logq, _, _, total) = teacher_logp(kept, 1.0), student_logq(z, kept.ids, 1.0)
+        return divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl"), kept.ids[:, 0], total
     other = kept.logits(torch.empty_like(z))
-    top, total, kl = other.argmax(1), z.new_empty(len(z)), z.new_empty(len(z))
+    top, (total, kl, rkl) = other.argmax(1), z.new_empty(3, len(z))
     for piece in pieces(z):
-        total[piece] = z[piece].exp().sum(1)
-        kl[piece] = divergence(kept.logp_all(other[piece], 1.0), z[piece].log_softmax(1), "fkl")
-    return kl, top, total
+        logp, logq = kept.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
+        student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both
+        total[piece] = student.sum(1)
+        apart = logp - logq
+        kl[piece] = (logp.exp_() * apart).sum(1)
+        rkl[piece] = -(student * apart).sum(1) / total[piece]
+    return kl, rkl, top, total
 
 
 def dense_bytes(device: torch.device) -> int:

@@ -108,6 +108,14 @@ def identity(folder: Path) -> str:
     return files.sha256(*filter(Path.exists, there), (base := base_of(folder)) / "config.json", *sorted(base.glob("*.safetensors")))
 
 
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weights on the disk; an adapter's with those of its base."""
+    if is_gguf(folder):
+        return folder.stat().st_size
+    adapter = [folder / lora.WEIGHTS] if lora.is_adapter(folder) else []
+    return sum(path.stat().st_size for path in [*filter(Path.exists, adapter), *base_of(folder).glob("*.safetensors")])
+
+
 @dataclass(frozen=True)
 class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it came from."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-PANELS = ("ce", "kl", "acc1", "loss")  # what a run's picture shows, where its history has it
+PANELS = ("ce", "kl", "acc1", "loss", "feature", "attention", "contrastive")  # what a run's picture shows, where its history has it
 GREY, BLUE, AMBER, RED = "#8a93a3", "#3b7dd8", "#e0b46c", "#c8584e"
 
 
@@ -23,17 +23,20 @@ def pyplot():
 
 
 def curves(history: Path, out: Path, title: str) -> None:
-    """Draw the measures of history.jsonl over steps: evaluations as dotted lines, the training loss raw and thin."""
+    """Draw the measures of history.jsonl over steps: evaluations as dotted lines, training steps raw and thin, the teacher as a dashed line."""
     if (plt := pyplot()) is None:
         return
     lines = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
     panels = [p for p in PANELS if any(p in line for line in lines)]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], panels):
-        for event, style in (("train", dict(color="#8a93a3", lw=0.8)), ("eval", dict(color="#3b7dd8", marker="o", ms=3))):
+        for event, style in (("train", dict(color=GREY, lw=0.8)), ("eval", dict(color=BLUE, marker="o", ms=3))):
             points = [(line["step"], line[name]) for line in lines if line["event"] == event and name in line]
             if points:
                 axis.plot(*zip(*points), label="held out" if event == "eval" else "training step", **style)
+        for line in lines:
+            if line["event"] == "teacher" and name in line:
+                axis.axhline(line[name], label="teacher, held out", color=AMBER, ls="--", lw=1.2)
         axis.set(xlabel="optimizer step", title=name)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)

@@ -1,10 +1,12 @@
 """Before the first step: will it fit in memory and on disk, and can the teacher teach? One screen, then the loop."""
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lib import files, head, models
+from lib import data, files, head, models
 
 ACTIVATION_WIDTHS = 34  # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4; no attention maps)
 
@@ -57,10 +59,30 @@ def disk(out, model: models.Model, saved_bytes: int = 4, whole: bool = True) -> 
         files.fail(f"the disk of {out} is too small", files.human(have) + " free", files.human(need), "another --out, or delete old runs")
 
 
-def teacher_can_teach(store, measures: dict) -> None:
-    """Compare teacher and untouched student on val; a teacher that is no better has nothing to give."""
-    if "ce" not in measures or (teacher := store.val_ce()) is None:
-        return
-    student = measures["ce"]
-    warning = "" if teacher < student else "; WARNING: the teacher is no better than the student"
-    print(f"val cross-entropy: teacher {teacher:.4f}, student {student:.4f}{warning}")
+def teacher_can_teach(teacher: dict, student: dict, chance: float, say=print) -> None:
+    """Say the val cross-entropies of teacher, untouched student and chance; in red where the teacher has nothing to give, for it is no better."""
+    own = teacher["ce"]
+    warning = "" if own < student["ce"] else red("; WARNING: the teacher is no better than the student")
+    say(f"val cross-entropy: teacher {own:.4f}, student {student['ce']:.4f}{warning}")
+    if not own < chance:
+        say(red(f"WARNING: the teacher is no better than chance: its val cross-entropy is {own:.4f}, that of the train targets' frequencies alone "
+                f"{chance:.4f}"))
+
+
+def unigram_ce(train: data.Split, val: data.Split, vocab: int) -> float:
+    """Return the cross-entropy on val, nats a target, of who knows only how often each token is a target of train, counted from one:
+    log p(token) = log((count + 1) / (targets + V)). What is worse has learnt nothing, or speaks of other tokens."""
+    train_counts, val_counts = (target_counts(split, vocab) for split in (train, val))
+    surprise = np.log(train_counts.sum() + vocab) - np.log(train_counts + 1)
+    return float((val_counts * surprise).sum() / val_counts.sum())
+
+
+def target_counts(split: data.Split, vocab: int, piece: int = 1 << 24) -> np.ndarray:
+    """Return how often each token is a target, (V,); a piece of the memory maps at a time."""
+    parts = (slice(start, start + piece) for start in range(0, len(split.tokens), piece))
+    return sum((np.bincount(split.tokens[part][split.answer[part]], minlength=vocab) for part in parts), np.zeros(vocab))
+
+
+def red(text: str) -> str:
+    """Return a text that a terminal shows in red; anywhere else it stays as it is."""
+    return f"\033[31m{text}\033[0m" if sys.stdout.isatty() else text

@@ -1,6 +1,7 @@
 """A training run's folder: what makes it resumable, what is logged, and the checkpoints it leaves.
 
-    runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"), times in seconds of training
+    runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"; stage 2 begins with the "teacher" on val), times in
+                                    seconds of training
                     last/           resume state: float32 weights, optimizer, counters; removed when the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
                                     (LoRA: last/ holds the adapter's alone, best/ and final/ are adapter folders, lib/lora.py)
@@ -32,7 +33,7 @@ MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not
 FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
         "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
         "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
-ADDED = {"lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
+ADDED = {"eval_only": False, "lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
          "eval_sampling": False, "feature_weight": 0.0, "feature_layers": "last:last", "feature_loss": "mse", "attention_weight": 0.0,
          "attention_layers": "last:last", "contrastive_weight": 0.0, "contrastive_temperature": 0.1, "balance": "none", "balance_every": 10}
 # arguments that older runs do not name, with what these runs did

@@ -241,7 +241,7 @@ def test_evaluation_compares_with_a_live_teacher_over_all_tokens(world, pair, da
     assert seen["kl"] == pytest.approx(kl, rel=1e-6) and seen["agree"] == (z.argmax(1) == s.argmax(1)).double().mean().item()
     assert {name: seen[name] for name in ("ce", "acc1", "ece")} == pytest.approx(
         {name: value for name, value in evaluate.evaluate(student, dataset.val, 61, 64).items() if name in ("ce", "acc1", "ece")}, rel=1e-9)
-    assert teacher.val_ce() == pytest.approx(torch.nn.functional.cross_entropy(z, batch.labels).item(), rel=1e-6)
+    assert teacher.val_measures()["ce"] == pytest.approx(torch.nn.functional.cross_entropy(z, batch.labels).item(), rel=1e-6)
 
 
 def test_evaluation_with_a_live_top_k_compares_over_a_bucket(world, dataset):
@@ -562,7 +562,7 @@ def test_a_teacher_is_at_a_distance_of_exactly_zero_from_itself(world):
     with torch.no_grad():
         hidden = teacher.hidden(dataset.val.batch([[row] for row in range(8)]))
         (_, z), = teacher.head().chunks(hidden)
-        kl, top, _ = losses.distance(z - z.amax(1, keepdim=True), Whole(hidden, teacher.head()))
+        kl, _, top, _ = losses.distance(z - z.amax(1, keepdim=True), Whole(hidden, teacher.head()))
     assert (kl == 0).all() and torch.equal(top, z.argmax(1))
 
 

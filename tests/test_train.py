@@ -231,7 +231,7 @@ def test_trap_25_a_divergence_that_is_not_finite_ends_the_run_and_names_step_and
 @pytest.mark.parametrize("tokens", (1, 50, 4096))
 def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store, student, tokens):
     seen = evaluate.evaluate(student, dataset.val, make.V, tokens, store=store)
-    ce, hits, hits5, kl, agree, confidences = [], [], [], [], [], []
+    ce, hits, hits5, kl, rkl, agree, confidences = [], [], [], [], [], [], []
     for row in range(12):
         ids, answer, s = own_logits(world / "student", dataset.val, row)
         z = own_logits(world / "teacher", dataset.val, row)[2]
@@ -244,13 +244,14 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
             hits.append(float(logq.argmax() == ids[t]))
             hits5.append(float(ids[t] in logq.topk(5).indices))
             kl.append((p * (p / q).log()).sum().item())
+            rkl.append((q * (q / p).log()).sum().item())
             agree.append(float(logq.argmax() == logp.argmax()))
             confidences.append(logq.max().exp().item())
     hits, confidences = np.array(hits), np.array(confidences)
     bins = np.minimum((confidences * 15).astype(int), 14)
     ece = sum(abs((hits[bins == b] - confidences[bins == b]).sum()) for b in range(15)) / len(hits)
     wanted = {"ce": np.mean(ce), "ppl": np.exp(np.mean(ce)), "acc1": hits.mean(), "acc5": np.mean(hits5), "ece": ece}
-    wanted |= {"kl": np.mean(kl), "agree": np.mean(agree)}
+    wanted |= {"kl": np.mean(kl), "rkl": np.mean(rkl), "agree": np.mean(agree)}
     assert seen.pop("targets") == len(ce) == dataset.val.targets
     assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
     assert abs(seen["ce"] - own_loss(world / "student", dataset.val, range(12))) < 1e-5
