@@ -43,7 +43,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d{1,300}(?:\.\d{1,300})?|(?<![\w.])
 BARE, UNIT = r"\s*%?\.?", r"\s*%?(?:[^\W\d]+)?\.?"
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Khmer, CJK
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")  # an accented Latin letter parts words, as in rouge-score
+WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")  # as rouge-score, none for é
 
 
 # --- exact match
@@ -297,8 +297,8 @@ def show(metrics: dict[str, dict], per_class: dict[str, dict] | None = None) -> 
     more = ["p"] if first == "difference" else []
     table = [["metric", first, "95 % from", "to", *more, "rows"]]
     for name, m in metrics.items():
-        sign = "+" if more else ""
-        table.append([name, f"{m[first]:{sign}.4f}", *(f"{m[end]:{sign}.4f}" for end in ("low", "high")), *(f"{m[x]:.3f}" for x in more), f"{m['n']:,}"])
+        sign, p = "+" if more else "", [f"{m[field]:.3f}" for field in more]
+        table.append([name, f"{m[first]:{sign}.4f}", f"{m['low']:{sign}.4f}", f"{m['high']:{sign}.4f}", *p, f"{m['n']:,}"])
     text = columns(table)
     if per_class:
         fields = ("precision", "recall", "f1")
