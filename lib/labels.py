@@ -79,8 +79,9 @@ def logp(module, encoded: Sequence[tuple[list[int], list[Tail]]], rows: int = 32
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, width)
     mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
     cache = DynamicCache()
-    first = module(input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True,
-                   logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (B, V)
+    z = module(input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache, use_cache=True,
+               logits_to_keep=1).logits[:, -1].float()
+    first = z - z.logsumexp(-1, keepdim=True)  # (B, V); torch's own float32 log_softmax is 1.5e-5 off on the CPU at V = 49,152
     found = np.zeros((count, labels))
     for b, each in enumerate(tails):
         found[b] = [first[b, ids[0]].item() if scored[0] else 0.0 for ids, scored in each]
