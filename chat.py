@@ -3,12 +3,16 @@
     python chat.py --ckpt runs/qwen/stage2                                          # a conversation; /help inside
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?"
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts data/demo/val.prompts.jsonl --out runs/answers.jsonl
+    python chat.py --ckpt runs/demo/stage2 --device cpu --score data/demo --out runs/demo/stage2-eval/answers.jsonl    # answers, and their scores
 
 Reads   --ckpt: a stage folder (its best/, else its final/), any Hugging Face checkpoint folder, or a hub id
         --prompts: one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; its other fields are carried over
+        --score: the same, or a data folder (its val.prompts.jsonl); every line has a "reference" as well
 Writes  --out: the lines of --prompts in their order, each with "answer" added. Until all are there they lie in OUT.part, and the same command
         continues there; OUT.meta.json holds the settings they were made with. A sampled batch's seed is --seed + its first line's number,
         so that a continued file is the file of a straight run.
+        With --score each line has "scores" too (lib/score.py says of what), with --labels "logp" of every label (lib/labels.py), and
+        OUT.scores.json (answers.scores.json beside answers.jsonl), written last, the metrics over all lines with their intervals, and the speed.
 """
 import argparse
 import copy
@@ -22,7 +26,8 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from lib import files, flags, models, template
+from lib import files, flags, labels, models, score, template
+from lib.run import clock
 
 HELP = """/help         this text
 /reset        forget the conversation
@@ -38,8 +43,18 @@ def parse_args(argv=None):
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="stage folder, checkpoint folder or hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit (default: a conversation)")
     parser.add_argument("--prompts", metavar="FILE", help="answer every line of this .jsonl file into --out (default: a conversation)")
+    parser.add_argument("--score", metavar="FILE|DIR", help="answer as with --prompts, greedily unless a flag below samples, and score the answers "
+                        "against each line's reference; of a data folder its val prompts (default: a conversation)")
     parser.add_argument("--out", metavar="FILE", help="where the answers to --prompts go; running the same command again continues there")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N prompts alone; 0 = off, all (default: %(default)s)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the chat template's own)")
+    # scores
+    parser.add_argument("--metrics", default="auto", metavar="NAMES", help=f"of --score: names of {', '.join(score.METRICS)}; auto: exact where the "
+                        "references mark a final answer or are numbers, else bleu,rouge1,rouge2,rougeL (default: %(default)s)")
+    parser.add_argument("--labels", metavar="A,B|auto", help="with --score, choose the likeliest of these labels instead of writing an answer; auto: "
+                        "the references' (default: off)")
+    parser.add_argument("--calibrate", choices=labels.CALIBRATIONS, default="off", help="with --labels: choose by log p of the label, by that a "
+                        "token, or less its log p without the prompt's content (default: %(default)s)")
     # sampling; None leaves it to the checkpoint's generation_config
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     parser.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature; 0 = --greedy (default: the checkpoint's own)")
@@ -48,15 +63,26 @@ def parse_args(argv=None):
     parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 = off (default: the checkpoint's own)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # the run
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time with --prompts (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
 
     flags.positive(parser, args, "batch_size")
-    if args.prompt is not None and args.prompts is not None:
-        parser.error("--prompt and --prompts exclude each other")
-    if (args.prompts is None) != (args.out is None):
-        parser.error("--prompts FILE and --out FILE belong together")
+    given = [f"--{name}" for name in ("prompt", "prompts", "score") if getattr(args, name) is not None]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} exclude each other")
+    if (args.out is None) != (given in ([], ["--prompt"])):
+        parser.error("--prompts FILE or --score FILE, and --out FILE belong together")
+    if args.limit < 0 or args.limit and args.out is None:
+        parser.error(f"--limit is {args.limit}, wanted 0 or more, and with --prompts or --score")
+    if args.labels is not None and (args.score is None or args.metrics != "auto" or not all(name.strip() for name in args.labels.split(","))):
+        parser.error(f"--labels is {args.labels!r}, wanted auto, or names like pos,neg, with --score and without --metrics")
+    if args.calibrate != "off" and args.labels is None or args.metrics != "auto" and args.score is None:
+        parser.error("--metrics belongs to --score, and --calibrate to --labels")
+    try:
+        score.chosen(args.metrics, ())
+    except ValueError as wrong:
+        parser.error(f"--metrics: {wrong}")
     for name in ("temperature", "top_p", "top_k"):
         if args.greedy and getattr(args, name) is not None:
             parser.error(f"--greedy and --{name.replace('_', '-')} exclude each other")
@@ -66,6 +92,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, wanted 0 or more")
     if args.top_p is not None and args.top_p > 1:
         parser.error(f"--top-p is {args.top_p}, wanted at most 1")
+    if args.score is not None and args.temperature is None and args.top_p is None and args.top_k is None:
+        args.greedy = True
     return args
 
 
@@ -165,12 +193,22 @@ def with_system(messages, system):
 # --- a file of prompts
 
 
+def prompts_file(args):
+    """Return the path of the prompts: --prompts, or --score, where a data folder stands for its held-out ones."""
+    path = Path(args.prompts or args.score)
+    if not path.is_dir():
+        return path
+    if not (path / "val.prompts.jsonl").exists():
+        files.fail(f"{path} holds no val.prompts.jsonl", wanted="a folder that prepare_data.py finished, or a .jsonl file of prompts")
+    return path / "val.prompts.jsonl"
+
+
 def read_prompts(path, system):
     """Return [(line number, fields, messages)]; the first line that is not one of the two forms ends the program, by its number."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as broken:
-        files.fail(f"--prompts {path} cannot be read", seen=broken, wanted='a UTF-8 file of lines like {"prompt": "..."}')
+        files.fail(f"the prompts {path} cannot be read", seen=broken, wanted='a UTF-8 file of lines like {"prompt": "..."}')
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -192,17 +230,36 @@ def read_prompts(path, system):
             broken("messages that end with an answer")
         found.append((number, fields, with_system(messages, system)))
     if not found:
-        files.fail(f"--prompts {path} holds no prompt", wanted="at least one line")
+        files.fail(f"{path} holds no prompt", wanted="at least one line")
     return found
 
 
+def what_to_score(args, path, prompts):
+    """Return (metrics, labels or None) of --score; a line without a reference, or with one that is no label, ends the program by its number."""
+    for number, fields, _ in prompts:
+        if not isinstance(fields.get("reference"), str) or not fields["reference"].strip():
+            files.fail(f"{path} line {number} has no reference to score against", seen=f"the fields {', '.join(fields)}",
+                       wanted='{"prompt": "...", "reference": "..."}', mend="--prompts, which asks for none")
+    references = [fields["reference"].strip() for _, fields, _ in prompts]
+    if args.labels is None:
+        return score.chosen(args.metrics, references), None
+    names = labels.names(args.labels, references, path)
+    for (number, _, _), reference in zip(prompts, references):
+        if reference not in names:
+            files.fail(f"{path} line {number}: the reference is no label", seen=repr(reference[:60]), wanted=", ".join(names[:20]),
+                       mend="--labels auto, or all labels in --labels")
+    if len(set(references)) == 1:
+        print(f"chat: WARNING: every reference is {references[0]!r}: with one class only, accuracy says little and nothing was told apart")
+    return ["accuracy", "macro_f1"], names
+
+
 def open_out(out, settings, fresh):
-    """Return the lines that are there already, of a file made with the same settings; refuse another one; leave if it is finished."""
+    """Return the lines that are there already, of a file made with the same settings, or None if it is finished; refuse another one."""
     part, meta = out.with_name(out.name + ".part"), out.with_name(out.name + ".meta.json")
     if out.is_dir() or (out.exists() and not meta.exists()):
         files.fail(f"--out {out} exists and was not written by chat.py", wanted="a new name, or a file with its .meta.json beside it")
     if fresh:
-        for path in (out, part, meta):
+        for path in (out.with_suffix(".scores.json"), out, part, meta):
             path.unlink(missing_ok=True)
     if out.exists() or part.exists():
         seen = files.read_json(meta, mend="the same command with --fresh")
@@ -211,8 +268,7 @@ def open_out(out, settings, fresh):
             made = out if out.exists() else part
             files.fail(f"{made} was made with other settings", *values, mend="the same command with --fresh, or another --out")
     if out.exists():
-        print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
-        raise SystemExit(0)
+        return None
     out.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists():
         files.write_json(meta, settings)
@@ -221,23 +277,56 @@ def open_out(out, settings, fresh):
 
 
 def answer_file(args):
-    """Answer every line of --prompts into --out."""
-    prompts, out = read_prompts(args.prompts, args.system), Path(args.out)
+    """Answer every line of --prompts or --score into --out, and score it."""
+    path, out = prompts_file(args), Path(args.out)
+    prompts = read_prompts(path, args.system)[:args.limit or None]
+    metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
     folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     if not models.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     chosen = ("ckpt", "system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "batch_size", "dtype")
-    settings = {name: getattr(args, name) for name in chosen} | {"weights": models.identity(folder), "prompts": files.sha256(Path(args.prompts))}
-    lines = open_out(out, settings, args.fresh)
+    settings = {name: getattr(args, name) for name in chosen} | {"weights": models.identity(folder), "prompts": files.sha256(path)}
+    settings |= {"limit": args.limit} if args.limit else {}
+    settings |= {"metrics": metrics, "labels": names, "calibrate": args.calibrate} if args.score else {}
+    lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
+    if lines is None and (not args.score or summary.exists()):
+        print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
+        if args.score:
+            say_scores(out, files.read_json(summary, mend="delete it, and the same command"))
+        raise SystemExit(0)
     chat = Chat(args, *load(args))
-    ready = []
+    ready = []  # the prompts' token ids; with --labels each with its labels' (lib/labels.py)
     for number, _, messages in prompts:
         try:
-            ready.append(chat.ids(messages))
+            ready.append(labels.encode(chat.tokenizer, messages, names) if names else chat.ids(messages))
         except SystemExit as refused:
-            files.fail(f"{args.prompts} line {number}", seen=str(refused).removeprefix("error: "))
-        if chat.context and len(ready[-1]) >= chat.context:
-            files.fail(f"{args.prompts} line {number} leaves no room for an answer", f"{len(ready[-1])} tokens", f"fewer than {chat.context}")
+            files.fail(f"{path} line {number}", seen=str(refused).removeprefix("error: "))
+        length = len(ready[-1][0]) + max(len(ids) for ids, _ in ready[-1][1]) - 1 if names else len(ready[-1])
+        if chat.context and length >= chat.context:
+            files.fail(f"{path} line {number} leaves no room for an answer", f"{length} tokens", f"fewer than {chat.context}")
+    if lines is not None:
+        write_answers(args, chat, prompts, ready, metrics, names, lines, out)
+    if args.score:
+        rows = score.read(out)
+        classes = score.classification(*score.classes_of(rows, names)) if names else {}
+        made = {"ckpt": args.ckpt, "weights": settings["weights"], "prompts": settings["prompts"], "count": len(rows), "settings": settings,
+                "metrics": score.summarise(rows, metrics)} | {name: classes[name] for name in ("labels", "confusion", "per_class") if classes}
+        files.write_json(summary, made | {"speed": speed(chat, ready[0][0] if names else ready[0])})
+        say_scores(out, made)
+
+
+def write_answers(args, chat, prompts, ready, metrics, names, lines, out):
+    """Answer the prompts that have no line yet, a batch at a time, and publish the file."""
+    scores = score.scorer(metrics, [fields["reference"] for _, fields, _ in prompts]) if args.score else None
+    prior = labels.priors(chat.module, chat.tokenizer, [messages for _, _, messages in prompts], names) if args.calibrate == "prior" else None
+
+    def answers(part):
+        """Return the fields that a batch of prompts gets."""
+        if not names:
+            return [{"answer": text} for text in chat.answer(ready[part])]
+        found = labels.logp(chat.module, ready[part], args.batch_size)
+        best = labels.calibrated(found, ready[part], args.calibrate, None if prior is None else prior[part]).argmax(1)
+        return [{"answer": names[place], "logp": dict(zip(names, row.round(6).tolist()))} for place, row in zip(best, found)]
 
     # only whole batches are kept, so that every answer is made beside the same neighbours as in a straight run
     start = len(lines) // args.batch_size * args.batch_size if len(lines) < len(prompts) else len(prompts)
@@ -249,8 +338,10 @@ def answer_file(args):
     with open(part, "ab") as part_file, tqdm(total=len(prompts), initial=start, unit=" answers", disable=None, dynamic_ncols=True) as bar:
         for at in range(start, len(prompts), args.batch_size):
             torch.manual_seed(args.seed + at)
-            answers = chat.answer(ready[at:at + args.batch_size])
-            done = [json.dumps({**fields, "answer": answer}, ensure_ascii=False) + "\n" for (_, fields, _), answer in zip(prompts[at:], answers)]
+            done = []
+            for (_, fields, _), made in zip(prompts[at:], answers(slice(at, at + args.batch_size))):
+                row = {**fields, **made} | ({"scores": scores(fields["reference"], made["answer"])} if scores else {})
+                done.append(json.dumps(row, ensure_ascii=False) + "\n")
             part_file.write("".join(done).encode())
             part_file.flush()
             bar.update(len(done))
@@ -258,6 +349,35 @@ def answer_file(args):
     os.replace(part, out)
     now, time_s = len(prompts) - start, time.perf_counter() - began
     print(f"chat: {len(prompts)} answers in {out}; {now} of them now, in {time_s:.1f} s ({now / time_s:.1f} answers/s)")
+
+
+def say_scores(out, made):
+    """Print the metrics of a scored file, and where they are."""
+    print(f"\n{score.show(made['metrics'], made.get('per_class'))}\n\neach answer with its scores: {out}; these: {out.with_suffix('.scores.json')}")
+
+
+@torch.inference_mode()
+def speed(chat, ids, new=32, rounds=3):
+    """Return tokens a second of reading one prompt (128 tokens, `ids` over and over) and of writing `new` greedy tokens that none of them
+    ends, each the best of `rounds`; and the bytes of weights and cache in memory (CUDA: torch's peak)."""
+    context, device = chat.context or 1 << 30, chat.device
+    new = max(1, min(new, context // 2))
+    prompt = torch.tensor([(ids * 128)[:max(1, min(128, context - new))]], device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    best = [float("inf")] * 2
+    for _ in range(rounds):
+        began = clock(device)
+        made = chat.module(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        read = clock(device)
+        for _ in range(new):
+            made = chat.module(input_ids=made.logits[:, -1:].argmax(-1), past_key_values=made.past_key_values, use_cache=True)
+        best = [min(best[0], read - began), min(best[1], clock(device) - read)]
+    held = [*chat.module.parameters(), *chat.module.buffers()]
+    held += [value for layer in getattr(made.past_key_values, "layers", ()) for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sum(value.nbytes for value in held)
+    return {"prompt_tok_per_s": prompt.shape[1] / best[0], "tok_per_s": new / best[1], "memory_bytes": memory, "device": str(device),
+            "threads": torch.get_num_threads()}
 
 
 # --- a conversation
@@ -357,7 +477,7 @@ def say(chat, system, history):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.prompts is not None:
+    if args.out is not None:
         try:
             return answer_file(args)
         except KeyboardInterrupt:
