@@ -26,8 +26,8 @@ def parse_args(argv=None):
     flags.add(group, "--data", "--student", "--out", "--eval-only")
     group = parser.add_argument_group("the method")
     group.add_argument("--keep-layers", default="", metavar="0,5,10", help="start from these layers of --student alone (default: all)")
-    group.add_argument("--best", type=flags.measure("ce", "acc1"), default="ce", metavar="MEASURE",
-                       help="what best/ follows: ce, acc1, or ce_NAME of one source (default: %(default)s)")
+    group.add_argument("--best", type=flags.measure("ce", "acc1", "macro_f1"), default="ce", metavar="MEASURE",
+                       help="what best/ follows: ce, acc1, ce_NAME of one source, macro_f1 of classes (default: %(default)s)")
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)

@@ -41,8 +41,8 @@ def parse_args(argv=None):
     group.add_argument("--divergence", choices=losses.DIVERGENCES, default="fkl",
                        help="forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default: %(default)s)")
     group.add_argument("--beta", type=float, default=None, help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)")
-    group.add_argument("--best", type=flags.measure("kl", "ce", "acc1", "agree"), default="kl", metavar="MEASURE",
-                       help="what best/ follows: kl, ce, acc1, agree, or kl_NAME, ce_NAME of one source (default: %(default)s)")
+    group.add_argument("--best", type=flags.measure("kl", "ce", "acc1", "agree", "macro_f1"), default="kl", metavar="MEASURE",
+                       help="what best/ follows: kl, ce, acc1, agree, kl_NAME, ce_NAME of one source, macro_f1 of classes (default: %(default)s)")
     live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
     beside.add_flags(parser.add_argument_group("losses beside the logits (--teacher)"))
     flags.add_trainer(parser)
@@ -146,6 +146,8 @@ def main(argv=None):
             if step == 0 and dataset.val.targets and (teachers := store.val_measures()):
                 run.log("teacher", 0, **teachers)
                 preflight.teacher_can_teach(teachers, measures, preflight.unigram_ce(dataset.train, dataset.val, head.vocab), run.say)
+                if dataset.labels:
+                    preflight.classifier_can_teach(teachers, measures, dataset, run.say)
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp, taught)
             if run.is_better(measures):

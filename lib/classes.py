@@ -101,7 +101,7 @@ def stage(partial: Path, numbered: Iterator, declared: list[tuple[str, ...]], to
         seen = f"{names[there.pop()]!r} alone" if there else f"no row left ({split.by_reason(dropped) or 'none was there'})"
         files.fail("there is nothing to tell apart", seen=seen, wanted="rows of two classes or more", mend="--columns text=COL,label=COL")
     if lost := [name for number, name in enumerate(names) if number not in there]:
-        files.fail("--limit leaves classes without a row", seen=", ".join(lost[:5]), wanted=f"rows of all {len(names)} classes", mend="a larger --limit")
+        files.fail("--limit leaves classes without a row", ", ".join(lost[:5]), f"rows of all {len(names)} classes", "a larger --limit")
     index = np.flatnonzero(kept)
     total = round(args.val * len(index)) if args.val < 1 else int(args.val)
     is_val = chosen(labels[index], hashes[index], total, leave=1)

@@ -60,12 +60,15 @@ class Batch:
 
 
 class Split:
-    """The rows of train or val."""
+    """The rows of train or val. labels: the class of each, where they have one (lib/classes.py), else None."""
+
+    labels = None
 
     def __init__(self, folder: Path, name: str) -> None:
         try:
             self.tokens, self.answer, self.rows = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "answer", "rows"))
-            self.labels = np.load(labels) if (labels := folder / f"{name}.labels.npy").exists() else None
+            if (labels := folder / f"{name}.labels.npy").exists():
+                self.labels = np.load(labels)
         except (OSError, ValueError) as broken:
             files.fail(f"{folder}/{name}.*.npy cannot be read", seen=broken, mend="make data, with ARGS=--fresh")
         if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or (

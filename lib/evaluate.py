@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, files, losses, models, plan
+from lib import data, files, losses, models, plan, score
 from lib.models import Model
 
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
@@ -25,6 +25,7 @@ GLOSSARY = {
     "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live with --k 0: over all tokens), nats a target",
     "rkl": "the reverse, KL(student || teacher), over the same categories, nats a target",
     "agree": "share of targets where student and teacher have the same likeliest token",
+    "macro_f1": "of rows with a class each: the mean over classes of F1 (then there are no ppl and acc5; accuracy is acc1)",
     "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise (eval.json: by_source holds all measures of each)",
 }
 
@@ -39,7 +40,8 @@ def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch:
 def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
             store=None, sources: Sequence[str] = ()) -> dict:
     """Return the measures of GLOSSARY over all targets of a split; `kl`, `rkl` and `agree` where `store`, a logits.Store or a live.Teacher,
-    knows the teacher there at T=1; "by_source": {NAME: the same} where the rows come from several of the `sources`."""
+    knows the teacher there at T=1; "by_source": {NAME: the same} where the rows come from several of the `sources`; of rows with a class each
+    "predicted": the class numbers (rows,)."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
@@ -49,6 +51,7 @@ def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: 
     of_target = torch.from_numpy(np.repeat(of_row, split.rows["targets"]).astype(np.int64))  # (targets of the split,)
     sums = torch.zeros(len(there), len(COLUMNS), dtype=torch.float64)
     bins = torch.zeros(len(there) * BINS, 2, dtype=torch.float64)  # confidence, right
+    predicted = None if split.labels is None else np.zeros(len(split.rows), np.int64)
     lengths = split.rows["length"]
     compared = store is not None and store.compares
     longest = int(lengths.max())
@@ -75,13 +78,21 @@ def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: 
             if not torch.isfinite(values).all():
                 files.fail("the model's logits on val are not finite", f"rows {batch.rows[:8]}", "numbers", "--amp off, or a checkpoint from before")
             number = of_target[batch.numbers[part]]
+            if predicted is not None:
+                predicted[batch.numbers[part].numpy()] = top.cpu().numpy()
             sums[:, :values.shape[1] - 1].index_add_(0, number, values[:, :-1])
             bins.index_add_(0, number * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1), values[:, [-1, 2]])
     model.module.train(training)
     bins = bins.view(len(there), BINS, 2)
     apart_there = {name: np.searchsorted(there, number) for number, name in apart(split, sources)}
     by_source = {name: shares(sums[place], bins[place], compared) for name, place in apart_there.items()}
-    return shares(sums.sum(0), bins.sum(0), compared) | ({"by_source": by_source} if by_source else {})
+    whole = shares(sums.sum(0), bins.sum(0), compared)
+    if predicted is not None:
+        for measures in (whole, *by_source.values()):
+            del measures["ppl"], measures["acc5"]
+        of_classes = score.classification(split.labels, predicted, vocab)
+        whole = {"ce": whole.pop("ce"), "acc1": whole.pop("acc1"), "macro_f1": of_classes["macro_f1"], **whole, "predicted": predicted}
+    return whole | ({"by_source": by_source} if by_source else {})
 
 
 def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
@@ -95,7 +106,7 @@ def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
 
 def flat(measures: dict) -> dict:
     """Return measures as one log line holds them: of the sources, ce_NAME and kl_NAME alone."""
-    by_source, whole = measures.get("by_source", {}), {name: value for name, value in measures.items() if name != "by_source"}
+    by_source, whole = measures.get("by_source", {}), {name: value for name, value in measures.items() if name not in ("by_source", "predicted")}
     targets = whole.pop("targets")
     return whole | {f"{name}_{source}": own[name] for name in ("ce", "kl") for source, own in by_source.items() if name in own} | {"targets": targets}
 
@@ -106,7 +117,8 @@ def alone(args, model: Model, dataset: data.Dataset, vocab: int, amp: torch.dtyp
     about = {"student": str(model.folder), "parameters": model.parameters, "bytes": models.weight_bytes(model.folder),
              "data": dataset.identities["data"], **about}
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    files.write_json(Path(args.out) / "eval.json", about | flat(measures) | {"by_source": measures.get("by_source", {})})
+    of_classes = score.classification(dataset.val.labels, measures["predicted"], dataset.labels) if dataset.labels and dataset.val.targets else {}
+    files.write_json(Path(args.out) / "eval.json", about | flat(measures) | of_classes | {"by_source": measures.get("by_source", {})})
     print(f"eval {model.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in flat(measures).items()))
 
 
@@ -120,6 +132,10 @@ def check_best(best: str, dataset: data.Dataset, patience: int = 0) -> None:
     """Refuse a --best by a source that is not measured by itself, and a --patience with nothing to look at."""
     if patience and not dataset.val.targets:
         files.fail("--patience has nothing to look at", f"no val rows in {dataset.folder}", "val rows", "prepare_data.py with a larger --val")
+    if best == "macro_f1":
+        if not dataset.labels:
+            files.fail(f"--best macro_f1 does not go with the rows of {dataset.folder}", "rows of language", "rows with a class each", "--best ce")
+        return
     measure, _, source = best.partition("_")
     names = [name for _, name in apart(dataset.val, dataset.sources)]
     if source and source not in names:

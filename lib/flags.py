@@ -100,8 +100,8 @@ def check_labelled(args: argparse.Namespace, dataset) -> None:
     args.no_pack, args.samples = True, 0
     for name, value in (("lora_rank", args.lora_rank), ("teacher", getattr(args, "teacher", None))):
         if value:
-            mend = "python dump_logits.py, and --logits: a record holds all class logits, so nothing is lost" if name == "teacher" else None
-            files.fail(f"--{name.replace('_', '-')} does not go with the rows of {dataset.folder}", "rows with a class each", "rows of language", mend)
+            mend = "dump_logits.py, and --logits: a record holds all class logits, so nothing is lost" if name == "teacher" else None
+            files.fail(f"--{name.replace('_', '-')} does not go with {dataset.folder}", "rows with a class each", "rows of language", mend)
 
 
 def measure(*names: str):

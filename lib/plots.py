@@ -69,9 +69,9 @@ def prepared(folder: Path) -> None:
                   (1, targets, "answer: how many tokens of a row are learnt", BLUE))
     if labels := meta.get("classes"):
         lengths_of, low = ((0, lengths, "tokens of a row", GREY),), max(1, lengths.min())
-        _bars(figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at | {"wspace": 0.35})[1]),
-              _largest([(_short(name), [count["train"], count["val"]]) for name, count in labels.items()], "classes", 8), f"rows of {len(labels)} classes",
-              {"train": BLUE, "val": AMBER}, max(4, min(8, len(labels))))
+        there = _largest([(_short(name), [count["train"], count["val"]]) for name, count in labels.items()], "classes", 8)
+        axis = figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at | {"wspace": 0.35})[1])
+        _bars(axis, there, f"rows of {len(labels)} classes", {"train": BLUE, "val": AMBER}, max(4, len(there)))
     for place, values, label, colour in lengths_of:
         _histogram(figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at)[place]), values, label, colour, low, high)
     axes = [figure.add_subplot(figure.add_gridspec(1, 2, **bars_at)[place]) for place in (0, 1)]

@@ -175,7 +175,7 @@ class Run:
         value = measures.get(self.best_by)
         if value is None:  # no val rows: the last one is the best one can say
             return True
-        higher = self.best_by in ("acc1", "acc5", "agree")
+        higher = self.best_by in ("acc1", "acc5", "agree", "macro_f1")
         better = self.best is None or (value > self.best if higher else value < self.best)
         self.best = value if better else self.best
         self.more["evaluations_without_better"] = 0 if better else self.more.get("evaluations_without_better", 0) + 1

@@ -2,8 +2,8 @@
 
 Contract: `named` tells a source's name from where it lies, `look` says how one of its files is to be read, `rows` yields a
 conversation (a list of {"role", "content"}), a plain text or a labelled one for every row of the file, in order, holding a few
-megabytes at a time, wherever the file is (lib/places.py). A file that cannot be read, or a column of the wrong type, ends the program with one line; a
-row that is merely useless (blank, an unknown role) is yielded all the same, for the caller to count.
+megabytes at a time, wherever the file is (lib/places.py). A file that cannot be read, or a column of the wrong type, ends the
+program with one line; a row that is merely useless (blank, an unknown role) is yielded all the same, for the caller to count.
 """
 import glob
 import json
