@@ -34,7 +34,7 @@ import prepare_data
 from lib import data, evaluate, files, models, template
 
 SECTIONS = ("games", "fonts", "python", "sound", "database", "kernel")
-QUESTION = "Which section of Debian does this package belong to: {}?\n\n{}"
+QUESTION = "{}\nIs this package of {}?"
 TASKS = {  # JSON is YAML
     "ours_labels": {"output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{place}}",
                     "target_delimiter": "", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]},
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--source", required=True, help="parquet with description and section")
     parser.add_argument("--out", required=True)
     parser.add_argument("--rows", type=int, default=40, help="half of them, as text, for the perplexity (default: %(default)s)")
-    parser.add_argument("--letters", type=int, default=100, help="of a description that are kept (default: %(default)s)")
+    parser.add_argument("--letters", type=int, default=80, help="of a description that are kept (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.model, out = str(Path(args.model).resolve()), Path(args.out)
@@ -113,7 +113,7 @@ def main():
     table = [row for row in pq.read_table(args.source).to_pylist() if row["section"] in SECTIONS and len(row["description"]) > args.letters]
     picked = [table[i] for i in np.random.default_rng(0).permutation(len(table))[:args.rows]]
     texts = [" ".join(row["description"][:args.letters].split()) for row in picked]
-    rows = [{"prompt": QUESTION.format(", ".join(SECTIONS), text), "reference": row["section"], "text": text} for row, text in zip(picked, texts)]
+    rows = [{"prompt": QUESTION.format(text, ", ".join(SECTIONS)), "reference": row["section"], "text": text} for row, text in zip(picked, texts)]
     mine, our_logp, held_out = ours(args, rows, out)
     other, their_logp = theirs(args, rows, held_out, out)
     apart = np.array(our_logp) - np.array(their_logp)

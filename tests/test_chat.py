@@ -2,12 +2,13 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
-from lib import demo, template
+from lib import demo, files, models, score, template
 
 QUESTIONS = ["Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
              "Tom has 71 pens and Eva has 12. How many pens do they have together?", "Leo has 69 eggs.",
@@ -271,6 +272,156 @@ def test_streamed_text_is_the_decoding_of_all_tokens(capsys):
     assert capsys.readouterr().out == "né 日\n!\n"
 
 
+# --- scores
+
+def scoring(checkpoint, source, out, *more):
+    return ["--ckpt", str(checkpoint), "--score", str(source), "--out", str(out), "--batch-size", "2", *SHORT, *more]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Prompts with references: what the model answers for the first two, something else for the others."""
+    path = tmp_path / "asked.jsonl"
+
+    def write(checkpoint, references=None):
+        references = references or [*(plain(checkpoint, question) for question in QUESTIONS[:2]), "#### 69", "#### 29", "#### 0"]
+        path.write_text("".join(json.dumps({"prompt": q, "reference": r}) + "\n" for q, r in zip(QUESTIONS, references)))
+        return path
+
+    return write
+
+
+def test_scored_answers_are_the_greedy_ones_with_their_scores(checkpoint, asked, tmp_path, capsys):
+    folder, out = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "new" / "answers.jsonl"
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 2.0, "eos_token_id": 5, "pad_token_id": 1}))
+    chat.main(scoring(folder, asked(checkpoint), out, "--metrics", "exact,bleu"))
+    rows = answers(out)
+    assert [row["answer"] for row in rows] == [plain(checkpoint, question) for question in QUESTIONS]
+    assert [row["scores"]["exact"] for row in rows][:2] == [1, 1] and all(set(row["scores"]) == {"exact", "bleu"} for row in rows)
+    made = json.loads((tmp_path / "new" / "answers.scores.json").read_text())
+    assert made["metrics"] == score.summarise(rows, ["exact", "bleu"]) and made["count"] == 5
+    assert made["prompts"] == files.sha256(asked(checkpoint)) and made["weights"] == models.identity(folder) and made["ckpt"] == str(folder)
+    assert "bleu" in (said := capsys.readouterr().out) and "answers.scores.json" in said
+
+
+def test_a_finished_scored_file_shows_its_scores_again(checkpoint, asked, tmp_path, capsys):
+    command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
+    chat.main(command)
+    table = capsys.readouterr().out.split("answers/s)")[1]
+    assert "finished already" in (said := finished(command, capsys)) and said.endswith(table) and "exact" in table
+
+
+def finished(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat.main(command)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--metrics", "exact"], ["--metrics", "bleu", "--temperature", "1.5"], ["--labels", "auto"], ["--labels", "auto", "--calibrate", "prior"]])
+def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(checkpoint, asked, tmp_path, capsys, more):
+    out, source = tmp_path / "a.jsonl", asked(checkpoint, ["Ann", "Tom", "Leo", "Mia", "Ann"])
+    command = scoring(checkpoint, source, out, *more)
+    chat.main(command)
+    straight, summary = out.read_bytes(), json.loads((tmp_path / "a.scores.json").read_text())
+    for kept in (0, 3):  # killed at the beginning, and within a batch
+        (tmp_path / "a.scores.json").unlink()
+        out.unlink()
+        (tmp_path / "a.jsonl.part").write_bytes(b"".join(straight.splitlines(keepends=True)[:kept]) + b'{"torn')
+        chat.main(command)
+        assert out.read_bytes() == straight
+    (tmp_path / "a.scores.json").unlink()  # killed before the summary
+    chat.main(command)
+    assert out.read_bytes() == straight
+    again = json.loads((tmp_path / "a.scores.json").read_text())
+    assert {**again, "speed": 0} == {**summary, "speed": 0}
+
+
+def test_labels_are_chosen_by_likelihood_and_told_apart_in_the_summary(checkpoint, asked, tmp_path, capsys):
+    references = ["Ann", "Tom", "Leo", "Ann", "Tom"]
+    chat.main(scoring(checkpoint, asked(checkpoint, references), tmp_path / "a.jsonl", "--labels", "Tom,Ann,Leo,Eva"))
+    rows, made = answers(tmp_path / "a.jsonl"), json.loads((tmp_path / "a.scores.json").read_text())
+    for row in rows:
+        assert list(row["logp"]) == ["Tom", "Ann", "Leo", "Eva"] and row["answer"] == max(row["logp"], key=row["logp"].get)
+        assert row["scores"] == {"accuracy": float(row["answer"] == row["reference"])}
+    assert made["labels"] == ["Tom", "Ann", "Leo", "Eva"] == list(made["per_class"]) and np.array(made["confusion"]).sum(1).tolist() == [2, 2, 1, 0]
+    assert made["metrics"]["accuracy"]["value"] == np.mean([row["scores"]["accuracy"] for row in rows]) and "macro_f1" in made["metrics"]
+    assert "precision" in capsys.readouterr().out
+
+
+def test_calibration_changes_what_is_chosen_and_not_the_likelihoods(checkpoint, asked, tmp_path):
+    source, made = asked(checkpoint, ["Ann", "Ann has 38 apples", "Leo", "Ann", "Leo"]), {}
+    for how in ("off", "length", "prior"):
+        chat.main(scoring(checkpoint, source, tmp_path / f"{how}.jsonl", "--labels", "auto", "--calibrate", how))
+        made[how] = answers(tmp_path / f"{how}.jsonl")
+    assert [row["logp"] for row in made["off"]] == [row["logp"] for row in made["length"]] == [row["logp"] for row in made["prior"]]
+    picked = {how: [row["answer"] for row in rows] for how, rows in made.items()}
+    assert picked["length"] == [max(row["logp"], key=lambda label: row["logp"][label] / (2 + 4 * (len(label) > 3))) for row in made["off"]]
+    assert len(set(map(tuple, picked.values()))) > 1
+
+
+def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(checkpoint, asked, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(asked(checkpoint), tmp_path / "data" / "val.prompts.jsonl")
+    chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "all.jsonl", "--metrics", "exact"))
+    chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact", "--limit", "2"))
+    assert answers(tmp_path / "few.jsonl") == answers(tmp_path / "all.jsonl")[:2]
+    assert json.loads((tmp_path / "few.scores.json").read_text())["metrics"]["exact"]["n"] == 2
+
+
+def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
+    command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
+    chat.main(command)
+    for more in (["--metrics", "bleu"], ["--limit", "3"]):
+        assert "--fresh" in refused(capsys, [*command, *more], 1)
+    chat.main([*command, "--metrics", "bleu", "--fresh"])
+    assert list(json.loads((tmp_path / "a.scores.json").read_text())["metrics"]) == ["bleu"]
+
+
+@pytest.mark.parametrize("references, more, says", [
+    (["1", "2", None], [], "line 3 has no reference"), (["1", " "], [], "line 2 has no reference"),
+    (["Ann", "Zoe"], ["--labels", "Ann,Tom"], "line 2: the reference is no label; saw 'Zoe'; wanted Ann, Tom")])
+def test_references_that_are_missing_or_no_label_are_refused_by_line_number(checkpoint, asked, tmp_path, capsys, references, more, says):
+    assert says in refused(capsys, scoring(checkpoint, asked(checkpoint, references), tmp_path / "a.jsonl", *more), 1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "asked.jsonl"]
+
+
+def test_references_that_are_too_many_to_be_labels_are_refused(checkpoint, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "How many?", "reference": str(i)}) + "\n" for i in range(201)))
+    command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels", "auto")
+    assert "201 distinct ones; wanted at most 200" in refused(capsys, command, 1)
+
+
+def test_one_class_only_is_warned_of(checkpoint, asked, tmp_path, capsys):
+    chat.main(scoring(checkpoint, asked(checkpoint, ["Ann"] * 5), tmp_path / "a.jsonl", "--labels", "Ann,Tom"))
+    assert "WARNING: every reference is 'Ann'" in capsys.readouterr().out
+    chat.main(scoring(checkpoint, asked(checkpoint, ["Ann", "Tom", "Ann", "Ann", "Tom"]), tmp_path / "b.jsonl", "--labels", "Ann,Tom"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_data_folder_without_held_out_prompts_is_refused(checkpoint, tmp_path, capsys):
+    assert "holds no val.prompts.jsonl" in refused(capsys, scoring(checkpoint, tmp_path, tmp_path / "a.jsonl"), 1)
+
+
+@pytest.mark.parametrize("context", [256, 40, 3])
+def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(checkpoint, context):
+    args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
+    talking = chat.Chat(args, *chat.load(args))
+    talking.context = context
+    lengths, forward = [], talking.module.forward
+
+    def counted(input_ids, **options):
+        lengths.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **options)
+
+    talking.module.forward = counted
+    made, (read, written) = chat.speed(talking, [7, 8, 9]), {256: (128, 32), 40: (20, 20), 3: (2, 1)}[context]
+    assert lengths == ([read] + [1] * written) * 3 and made["prompt_tok_per_s"] > 0 < made["tok_per_s"]
+    weights = sum(p.numel() * 4 for p in talking.module.parameters())
+    cache = 2 * 2 * 16 * 4 * (read + written)  # keys and values of two layers, two heads of width 8, float32
+    assert 0 <= made["memory_bytes"] - weights - cache < 1000 and made["threads"] == 1 and made["device"] == "cpu"  # what is left: rotary tables
+
+
 @pytest.mark.parametrize("line, says", [
     ("{", "not JSON"), ("[]", "[]"), ('{"text": "x"}', "text"), ('{"prompt": 3}', "3"), ('{"messages": []}', "[]"),
     ('{"prompt": "x", "answer": "y"}', "overwrite"),
@@ -295,6 +446,9 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path, ca
 @pytest.mark.parametrize("argv", [
     ["--prompts", "x.jsonl"], ["--out", "y"], ["--prompt", "x", "--prompts", "y", "--out", "z"], ["--greedy", "--temperature", "1"],
     ["--temperature", "-1"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-k", "-1"], ["--max-new-tokens", "0"],
-    ["--batch-size", "0"], ["--promp", "x"]])
+    ["--batch-size", "0"], ["--promp", "x"], ["--score", "x"], ["--score", "x", "--prompts", "y", "--out", "z"], ["--limit", "3"],
+    ["--score", "x", "--out", "z", "--limit", "-1"], ["--score", "x", "--out", "z", "--metrics", "blue"], ["--metrics", "bleu"],
+    ["--score", "x", "--out", "z", "--labels", "a,,b"], ["--prompts", "x", "--out", "z", "--labels", "a,b"],
+    ["--score", "x", "--out", "z", "--labels", "a,b", "--metrics", "bleu"], ["--score", "x", "--out", "z", "--calibrate", "prior"]])
 def test_bad_arguments_are_refused_with_exit_code_2(capsys, argv):
     assert "error: " in refused(capsys, ["--ckpt", "x", *argv], 2)

@@ -4,7 +4,7 @@ import re
 import pyarrow.parquet
 import pytest
 
-from lib import demo, files, template
+from lib import demo, score, template
 
 SIZES = ["--teacher-rows", "400", "--student-rows", "60"]
 
@@ -75,7 +75,7 @@ def test_every_final_answer_is_right():
     rng = random.Random(5)
     for _ in range(2000):
         question, answer = demo.problem(rng)
-        assert demo.final_answer(answer) == str(expected(question)), (question, answer)
+        assert score.final_answer(answer) == str(expected(question)), (question, answer)
 
 
 def test_every_equation_in_the_working_holds():
@@ -92,7 +92,7 @@ def test_the_working_leads_to_the_final_answer():
         _, answer = demo.problem(rng)
         ones, tens = (int(right) for right in re.findall(r"=(\d+)", answer)[-2:])
         # digit by digit, or, in the style that jumps along the number line, the last equation itself
-        assert int(demo.final_answer(answer)) in (10 * tens + ones % 10, tens), answer
+        assert int(score.final_answer(answer)) in (10 * tens + ones % 10, tens), answer
 
 
 def test_styles_occur_as_often_as_their_weights_say():
@@ -115,24 +115,3 @@ def test_configs_make_models_of_the_promised_sizes(folder):
     configs = [AutoConfig.from_pretrained(folder / f"{name}-config") for name in ("teacher", "student")]
     teacher, student = (AutoModelForCausalLM.from_config(config).num_parameters() for config in configs)
     assert 600_000 < teacher < 800_000 and student < teacher / 5
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("so 56.\n#### 56", "56"), ("#### 1\n#### 2", "2"), ("####7", "7"), ("#### -3 apples", "-3"), ("56", None), ("#### none", None)])
-def test_final_answer_is_the_number_after_the_last_mark(text, answer):
-    assert demo.final_answer(text) == answer
-
-
-def test_a_finished_folder_is_left_alone(folder, capsys):
-    before = (folder / "teacher.parquet").stat().st_mtime_ns
-    demo.main(["--out", str(folder), *SIZES])
-    assert "finished already" in capsys.readouterr().out and (folder / "teacher.parquet").stat().st_mtime_ns == before
-
-
-def test_a_folder_cut_short_is_written_again(tmp_path):
-    demo.main(["--out", str(tmp_path), *SIZES])
-    whole = contents(tmp_path)
-    (tmp_path / "meta.json").unlink()
-    files.write_text(tmp_path / "teacher.parquet", "torn")
-    demo.main(["--out", str(tmp_path), *SIZES])
-    assert contents(tmp_path) == whole
