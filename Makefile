@@ -40,7 +40,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 domain eval chat demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 sweep domain eval chat demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -65,6 +65,15 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
+
+sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
+	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))
+	$(PY) -m lib.runs $(RUNS)/sweep
+
+define sweep_run
+$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/sweep/T$(subst ->,-,$(1))-a$(subst ->,-,$(2)) --alpha "$(2)" --temperature "$(1)" $(STAGE2_ARGS) $(ARGS)
+
+endef
 
 domain: .venv/ready ## into a domain in three stages, TEACHER beside STUDENT (START_STAGE=2 END_STAGE=3) -> runs/NAME/domain1 to domain3
 	$(foreach s,$(wordlist $(START_STAGE),$(END_STAGE),1 2 3),$(call domain_stage,$(s),$(word $(s),0 1 2)))

@@ -148,6 +148,16 @@ def lock(folder: Path, wait: bool = False):
     return handle
 
 
+def locked(folder: Path) -> bool:
+    """Return whether a process holds a folder by `lock`."""
+    with open(folder / ".lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the disk that holds `folder` (or its nearest parent that exists)."""
     folder = Path(folder).absolute()

@@ -1,5 +1,6 @@
 """Flags that several scripts share: one name, one default, one text each, so that they cannot drift apart."""
 import argparse
+import re
 
 from lib import files, mix
 
@@ -45,6 +46,8 @@ SHARED = {
     "--amp": dict(default="auto", choices=["auto", "fp16", "bf16", "off"], help="mixed precision; auto: fp16 on CUDA (default: %(default)s)"),
     "--attn": dict(choices=["sdpa", "eager", "flash_attention_2", "flex_attention"], default="sdpa", help="attention kernel (default: %(default)s)"),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
+    "--tag": dict(default="", metavar="TEXT", help="write to OUT-TEXT; auto: to OUT-METHOD-DATE, continuing the newest such run that is not "
+                  "finished (default: to OUT)"),
     "--fresh": dict(action="store_true", help="throw away what --out holds and start anew (default: continue it)"),
     "--trust-remote-code": dict(action="store_true", help="let a model folder run its own Python code (default: refuse)"),
     "--threads": dict(type=int, default=0, metavar="N", help="CPU threads; 0 = torch's own choice (default: %(default)s)"),
@@ -61,7 +64,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
     "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--eval-sampling", "--tokens-per-step", "--tokens-per-microbatch", "--warmup",
                            "--weight-decay", "--beta2", "--clip"),
     "LoRA (needs peft)": ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--merge"),
-    "the run": ("--eval-every", "--patience", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--fresh"),
+    "the run": ("--eval-every", "--patience", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--tag",
+                "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
 }
 
@@ -87,6 +91,12 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f"--lora-targets is {args.lora_targets!r}, wanted all-linear, or names like q_proj,v_proj")
     if args.merge and not args.lora_rank:
         parser.error("--merge needs --lora-rank: without an adapter best/ holds whole weights already")
+    if not re.fullmatch(r"[\w.,=+-]*", args.tag):
+        parser.error(f"--tag is {args.tag!r}, wanted a part of a folder's name: letters, digits and . , = + - _")
+    if args.tag == "auto" and args.eval_only:
+        parser.error("--tag auto names a run, and --eval-only makes none: another --out, or a --tag of your own")
+    if args.tag not in ("", "auto"):  # that of auto is known once the run's settings are
+        args.out = f"{args.out.rstrip('/')}-{args.tag}"
     try:
         args.mix in (None, "off") or mix.parse(args.mix)
     except ValueError as wrong:

@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import files, lora, models
+from lib import files, lora, models, tags
 from lib.interrupt import Interrupt
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
-FREE = {"device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
+FREE = {"tag", "device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
         "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
         "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
 ADDED = {"eval_only": False, "lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
@@ -44,9 +44,12 @@ class Run:
     method needs to continue, as JSON."""
 
     def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
-        self.out, self.args, self.stage, self.identities, self.best_by = Path(args.out), args, stage, identities, best_by
+        self.args, self.stage, self.identities, self.best_by = args, stage, identities, best_by
         settings = {name: value for name, value in vars(args).items() if name not in FREE and name != "out"}
         self.settings = json.loads(json.dumps(settings)) | {"stage": stage} | {f"{name} identity": value for name, value in identities.items()}
+        if args.tag == tags.AUTO:
+            args.out = str(tags.folder(Path(args.out), tags.method(args), lambda settings: not self._differing(settings), args.fresh))
+        self.out = Path(args.out)
         finished = self.out / "config.json"
         if args.fresh:
             pass  # what is there goes in `begin`, once everything that could be wrong has been looked at
@@ -89,12 +92,15 @@ class Run:
             if (path := self.out / name).exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
 
-    def _same(self, settings: dict, how: str) -> None:
+    def _differing(self, settings: dict) -> list[str]:
+        """Return what tells these settings from the run's own, each as `name seen (now wanted)`."""
         short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)  # hashes
         settings = {name: value for name, value in ADDED.items() if name in self.settings} | settings
-        differing = [f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
-                     for k in sorted({*settings, *self.settings} - FREE) if settings.get(k) != self.settings.get(k)]
-        if differing:
+        return [f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
+                for k in sorted({*settings, *self.settings} - FREE) if settings.get(k) != self.settings.get(k)]
+
+    def _same(self, settings: dict, how: str) -> None:
+        if differing := self._differing(settings):
             files.fail(f"{self.out} {how} with other settings", "; ".join(differing), "the same command and inputs",
                        "--fresh to start anew, or another --out")
 
