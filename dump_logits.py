@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import basis, classes, classifier, files, flags, logits, models, plan
+from lib import basis, classifier, files, flags, logits, models, plan
 from lib import head as heads
 from lib.data import Dataset
 from lib.interrupt import Interrupt
@@ -265,9 +265,7 @@ def main(argv=None):
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(dataset=dataset, attn=args.attn, compiled=args.compile, trust_remote_code=args.trust_remote_code)
     if dataset.labels:
-        reads = classifier.tokenizer_of(folder, dataset, args.trust_remote_code)
-        most = min(dataset.meta["args"]["max_len"], classifier.positions(folder), args.tokens_per_microbatch)
-        splits = {name: classes.retokenized(dataset.folder, name, reads, most) for name in splits}
+        splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
         teacher = classifier.load(args.teacher, device, dtype, rows=list(splits.values()), **options)
         args.k, args.values, args.tail_rank = teacher.vocab, "fp16", 0
     else:

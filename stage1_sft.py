@@ -55,6 +55,8 @@ def main(argv=None):
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
     models.check_apart(args.out, source)
+    if args.eval_only and dataset.labels:
+        return classifier.alone(args, dataset, source, device, amp)
     if not args.eval_only:
         models.check_trainable(source)
     lora.check_start(args, source, models.has_weights(source))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import data, files, lora, models, template
+from lib import classes, data, evaluate, files, lora, models, template
 from lib.head import Head
 
 
@@ -158,6 +158,19 @@ def probe(model: Classifier) -> None:
     limit = 1e-3 if alone.dtype == torch.float32 else 0.1
     if (error := ((together - alone).float().norm() / alone.float().norm().clamp_min(1e-9)).item()) > limit:
         files.fail(f"{type(model.module).__name__} reads the padding of its rows", f"a relative difference of {error:.2g}", f"at most {limit:g}")
+
+
+def read_by(dataset: data.Dataset, name: str, folder: Path, args) -> data.Split:
+    """Return a split (train or val) as the tokenizer of the model in `folder` reads its texts: as many tokens as the data's --max-len at most."""
+    most = min(dataset.meta["args"]["max_len"], positions(folder), args.tokens_per_microbatch)
+    return classes.retokenized(dataset.folder, name, tokenizer_of(folder, dataset, args.trust_remote_code), most)
+
+
+def alone(args, dataset: data.Dataset, folder: Path, device: torch.device, amp: torch.dtype | None, store=None, **about) -> None:
+    """--eval-only of a classifier, of whatever tokenizer: see evaluate.alone."""
+    dataset.val = read_by(dataset, "val", folder, args)
+    model = load(args.student, device, dataset=dataset, rows=[dataset.val], attn=args.attn, trust_remote_code=args.trust_remote_code)
+    evaluate.alone(args, model, dataset, model.vocab, amp, store, **about)
 
 
 def tokenizer_of(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False):

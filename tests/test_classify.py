@@ -335,3 +335,12 @@ def test_a_language_model_is_no_student_of_the_data_of_another_task(world, tmp_p
     code, _ = make.ends(prepare_data.main, "--source", world / "rows.parquet", "--tokenizer", world / "tok", "--out", tmp_path / "x",
                         "--task", "classify", "--think", "drop")
     assert code == 2
+
+
+def test_a_teacher_of_another_tokenizer_is_measured_on_the_same_rows(world, tmp_path):
+    make.call(stage1_sft.main, "--data", world / "data", "--student", world / "teacher", "--out", tmp_path / "eval", "--eval-only", *make.CPU)
+    seen, dumped = files.read_json(tmp_path / "eval/eval.json"), files.read_json(world / "logits/val/meta.json")
+    assert seen["ce"] == pytest.approx(dumped["teacher_ce"], rel=1e-5) and seen["accuracy"] == dumped["teacher_acc1"]
+    make.call(stage2_kd.main, "--data", world / "data", "--logits", world / "logits", "--student", world / "teacher", "--out", tmp_path / "with",
+              "--eval-only", *make.CPU)
+    assert files.read_json(tmp_path / "with/eval.json")["kl"] == pytest.approx(0, abs=1e-5)
