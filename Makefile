@@ -6,6 +6,9 @@ SOURCE  = $(NAME).parquet
 TEACHER = Qwen/Qwen2.5-7B-Instruct
 STUDENT = Qwen/Qwen2.5-0.5B
 TOKENIZER = $(STUDENT)
+DATA    = data/$(NAME)
+LOGITS  = logits/$(NAME)
+RUNS    = runs/$(NAME)
 CHUNK   = all
 K       = 16
 T       = 2
@@ -14,6 +17,11 @@ ALPHA   = 0.9
 CKPT    = $(RUNS)/stage2
 ARGS    =
 SEED    = 0
+# make control: stage 1 goes on with stage 2's flags, but those of its method
+CONTROL_ARGS = $(STAGE2_ARGS)
+# make measure: what is measured, of what is there; SCORE= (empty): no answers are written and scored
+MODELS  = teacher base stage1 control stage2
+SCORE   = yes
 # make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
 START_STAGE = 1
 END_STAGE   = 3
@@ -27,10 +35,6 @@ ifdef RECIPE
 include recipes/$(RECIPE).mk
 endif
 
-DATA    = data/$(NAME)
-LOGITS  = logits/$(NAME)
-RUNS    = runs/$(NAME)
-
 PYTHON  ?= python3
 PY      := .venv/bin/python
 PIP     ?=
@@ -40,7 +44,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 sweep domain eval chat demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 sweep control domain eval measure chat demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -66,6 +70,9 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
 
+control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control
+	$(PY) stage1_sft.py --data $(DATA) --student $(RUNS)/stage1 --out $(RUNS)/control $(CONTROL_ARGS) $(ARGS)
+
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
 	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))
 	$(PY) -m lib.runs $(RUNS)/sweep
@@ -85,6 +92,15 @@ endef
 
 eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --eval-only $(ARGS)
+
+measure: .venv/ready ## TEACHER, untouched STUDENT, stage1, control, stage2, on the held-out rows, with answers scored -> runs/NAME/*-eval
+	$(foreach m,$(filter teacher base,$(MODELS)) $(foreach m,$(filter-out teacher base,$(MODELS)),$(if $(wildcard $(RUNS)/$(m)/config.json),$(m))),$(call measure_one,$(m),$(if $(filter teacher,$(m)),$(TEACHER),$(if $(filter base,$(m)),$(STUDENT),$(RUNS)/$(m)))))
+
+define measure_one
+$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(2) --out $(RUNS)/$(1)-eval --eval-only $(MEASURE_ARGS)
+	$(if $(SCORE),$(PY) chat.py --ckpt $(2) --score $(DATA) --out $(RUNS)/$(1)-eval/answers.jsonl $(SCORE_ARGS))
+
+endef
 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)

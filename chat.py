@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from lib import files, flags, labels, models, score, template
+from lib import classifier, files, flags, labels, models, score, template
 from lib.run import clock
 
 HELP = """/help         this text
@@ -380,6 +380,36 @@ def speed(chat, ids, new=32, rounds=3):
             "threads": torch.get_num_threads()}
 
 
+# --- a classifier
+
+
+def classify(args, folder):
+    """Say the classes of --prompt, of the lines of --prompts (into --out), or of what is typed, the likeliest first."""
+    from transformers import pipeline
+
+    if args.score is not None:
+        files.fail(f"--score does not go with {folder}", "a classifier", "a language model", "stage1_sft.py --eval-only: accuracy, macro-F1, confusion")
+    device = models.pick_device(args.device, args.threads)
+    known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
+                     trust_remote_code=args.trust_remote_code)
+    read = lambda texts: known(texts, batch_size=args.batch_size, truncation=True)
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts, None)[:args.limit or None]
+        answers = read([messages[-1]["content"] for _, _, messages in prompts])
+        lines = [{**fields, "answer": classes[0]["label"], "p": {entry["label"]: round(entry["score"], 6) for entry in classes}}
+                 for (_, fields, _), classes in zip(prompts, answers)]
+        files.write_text(Path(args.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(f"chat: {len(lines)} classes in {args.out}")
+        return
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal and args.prompt is None:
+        print(f"{args.ckpt} on {device}, a classifier: a line of text is answered with its classes; Ctrl-D to leave")
+    typed = iter(lambda: read_message("> " if terminal else "", ". " if terminal else ""), None)
+    for text in typed if args.prompt is None else [args.prompt]:
+        if text.strip():
+            print("   ".join(f"{entry['label']} {entry['score']:.3f}" for entry in read([text])[0][:5]))
+
+
 # --- a conversation
 
 
@@ -477,6 +507,8 @@ def say(chat, system, history):
 
 def main(argv=None):
     args = parse_args(argv)
+    if classifier.is_classifier(folder := models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)):
+        return classify(args, folder)
     if args.out is not None:
         try:
             return answer_file(args)

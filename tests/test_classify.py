@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, DistilBertConfig, LlamaConfig, PreTrainedTokenizerFast
 
+import chat
 import dump_logits
 import prepare_data
 import stage1_sft
@@ -344,3 +345,14 @@ def test_a_teacher_of_another_tokenizer_is_measured_on_the_same_rows(world, tmp_
     make.call(stage2_kd.main, "--data", world / "data", "--logits", world / "logits", "--student", world / "teacher", "--out", tmp_path / "with",
               "--eval-only", *make.CPU)
     assert files.read_json(tmp_path / "with/eval.json")["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_chat_says_the_classes_of_a_text_and_of_a_file(world, tmp_path, capsys):
+    make.call(chat.main, "--ckpt", world / "teacher", "--prompt", "w12 w15 w33 w18", *make.CPU)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("good 0.9")
+    (tmp_path / "texts.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"prompt": "w22 w25 w31 w27"}\n')
+    make.call(chat.main, "--ckpt", world / "teacher", "--prompts", tmp_path / "texts.jsonl", "--out", tmp_path / "out.jsonl", *make.CPU)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["bad", "so"] and sum(lines[0]["p"].values()) == pytest.approx(1, abs=1e-4)
+    code, words = make.ends(chat.main, "--ckpt", world / "teacher", "--score", tmp_path / "texts.jsonl", "--out", tmp_path / "x.jsonl", *make.CPU)
+    assert code == 1 and "--eval-only" in words

@@ -1,21 +1,29 @@
-"""Stand-ins for models that a laptop cannot fetch or train: a tokenizer learnt from a file's own text, and the config.json of small models.
+"""Stand-ins for the data sets and models of recipes/ that a machine without a network can make: descriptions of Debian's packages.
 
-    python bench/small_models.py --source real/debian.parquet --column description --out real/small
+    python bench/standins.py --source real/debian.parquet --out real
 
-Writes, in --out, folders that stage1_sft.py makes new models from (config.json and tokenizer, no weights):
+Reads   --source: parquet with the columns description, synopsis and section (../shared/README.md says how it is made)
+Writes, in --out, no package twice, for a teacher that sees much and a student that sees little:
 
-    encoder-teacher (5.3M parameters), encoder-student (1.0M)   BERT, WordPiece of 8,000 tokens, lower case
-    decoder-teacher (5.2M), decoder-student (1.0M)              Llama, byte-level BPE of 8,000 tokens, with a chat template of its own
+    sections-teacher.parquet, sections.parquet   text, label: 9,000 and 3,500 descriptions of ten sections, to classify
+    synopsis-teacher.parquet, synopsis.parquet   instruction, output: 1,500 and 750 short ones with their summary in one line
+    text-teacher.parquet, text.parquet           text: 12,000 and 2,500 descriptions, for language modelling
+    encoder-teacher/ encoder-student/            BERT, 3 layers of 192 and 2 of 64, WordPiece of 8,000 tokens: config.json and tokenizer, no weights,
+    decoder-teacher/ decoder-student/            and Llama with byte-level BPE: stage1_sft.py makes new models from such folders
 """
 import argparse
+import random
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 
+SECTIONS = ("admin", "devel", "games", "java", "javascript", "net", "perl", "python", "science", "sound")
 TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+VOCAB = 8000
 SIZES = {"teacher": dict(num_hidden_layers=3, hidden_size=192, intermediate_size=768, num_attention_heads=4),
          "student": dict(num_hidden_layers=2, hidden_size=64, intermediate_size=256, num_attention_heads=4)}
 
@@ -42,15 +50,33 @@ def byte_level(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return made
 
 
+def apart(rows: list[dict], key) -> list[dict]:
+    """Return the rows in a random order, one for each key: packages of one family share most of their description."""
+    random.Random(0).shuffle(rows := list(rows))
+    return list({key(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def halves(rows: list[dict], name: str, many: int, few: int, out: Path) -> None:
+    for end, part in (("-teacher", rows[:many]), ("", rows[many:many + few])):
+        pq.write_table(pa.Table.from_pylist(part), out / f"{name}{end}.parquet")
+        print(f"{out / name}{end}.parquet: {len(part):,} rows")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--source", required=True, metavar="FILE", help="a parquet file")
-    parser.add_argument("--column", required=True, help="its column of text")
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--vocab", type=int, default=8000, metavar="V", help="tokens of both tokenizers (default: %(default)s)")
+    parser.add_argument("--source", required=True, metavar="FILE")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(argv)
-    texts = [text for text in pq.read_table(args.source, columns=[args.column])[args.column].to_pylist() if text]
-    for kind, tokenizer in (("encoder", wordpiece(texts, args.vocab)), ("decoder", byte_level(texts, args.vocab))):
+    packages = [row | {"text": " ".join(row["description"].split())} for row in pq.read_table(args.source).to_pylist()]
+    of_sections = apart((row for row in packages if row["section"] in SECTIONS), lambda row: row["text"][:80])
+    halves([{"text": row["text"], "label": row["section"]} for row in of_sections], "sections", 9000, 3500, args.out)
+    short = [row for row in packages if 120 <= len(row["text"]) <= 420 and 15 <= len(row["synopsis"]) <= 80 and row["text"].isascii()]
+    short = apart(apart(short, lambda row: row["text"][:60]), lambda row: row["synopsis"])
+    halves([{"instruction": f"Summarise this package in one line.\n\n{row['text']}", "output": row["synopsis"]} for row in short],
+           "synopsis", 1500, 750, args.out)
+    halves([{"text": row["text"]} for row in apart(packages, lambda row: row["text"][:80])], "text", 12000, 2500, args.out)
+    texts = [row["text"] for row in packages]
+    for kind, tokenizer in (("encoder", wordpiece(texts, VOCAB)), ("decoder", byte_level(texts, VOCAB))):
         for role, size in SIZES.items():
             folder = args.out / f"{kind}-{role}"
             tokenizer.save_pretrained(folder)
