@@ -388,13 +388,14 @@ def classify(args, folder):
     from transformers import pipeline
 
     if args.score is not None:
-        files.fail(f"--score does not go with {folder}", "a classifier", "a language model", "stage1_sft.py --eval-only: accuracy, macro-F1, confusion")
+        files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
+                   "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
     device = models.pick_device(args.device, args.threads)
     known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
                      trust_remote_code=args.trust_remote_code)
     read = lambda texts: known(texts, batch_size=args.batch_size, truncation=True)
     if args.prompts is not None:
-        prompts = read_prompts(args.prompts, None)[:args.limit or None]
+        prompts = read_prompts(Path(args.prompts), None)[:args.limit or None]
         answers = read([messages[-1]["content"] for _, _, messages in prompts])
         lines = [{**fields, "answer": classes[0]["label"], "p": {entry["label"]: round(entry["score"], 6) for entry in classes}}
                  for (_, fields, _), classes in zip(prompts, answers)]
