@@ -50,10 +50,15 @@ def byte_level(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     return made
 
 
-def apart(rows: list[dict], key) -> list[dict]:
-    """Return the rows in a random order, one for each key: packages of one family share most of their description."""
-    random.Random(0).shuffle(rows := list(rows))
-    return list({key(row): row for row in reversed(rows)}.values())[::-1]
+def apart(rows: list[dict], *keys) -> list[dict]:
+    """Return the rows in a random order, none that shares one of the keys with an earlier one: packages of a family have most of their text in common."""
+    random.Random(0).shuffle(rows)
+    seen, kept = set(), []
+    for row in rows:
+        if not seen & (mine := {key(row) for key in keys}):
+            seen |= mine
+            kept.append(row)
+    return kept
 
 
 def halves(rows: list[dict], name: str, many: int, few: int, out: Path) -> None:
@@ -68,14 +73,14 @@ def main(argv=None):
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(argv)
     packages = [row | {"text": " ".join(row["description"].split())} for row in pq.read_table(args.source).to_pylist()]
-    of_sections = apart((row for row in packages if row["section"] in SECTIONS), lambda row: row["text"][:80])
+    of_sections = apart([row for row in packages if row["section"] in SECTIONS], lambda row: row["description"][:80])
     halves([{"text": row["text"], "label": row["section"]} for row in of_sections], "sections", 9000, 3500, args.out)
-    short = [row for row in packages if 120 <= len(row["text"]) <= 420 and 15 <= len(row["synopsis"]) <= 80 and row["text"].isascii()]
-    short = apart(apart(short, lambda row: row["text"][:60]), lambda row: row["synopsis"])
+    short = [row for row in packages if 120 <= len(row["description"]) <= 420 and 15 <= len(row["synopsis"]) <= 80 and row["description"].isascii()]
+    short = apart(short, lambda row: row["description"][:60], lambda row: row["synopsis"])
     halves([{"instruction": f"Summarise this package in one line.\n\n{row['text']}", "output": row["synopsis"]} for row in short],
            "synopsis", 1500, 750, args.out)
-    halves([{"text": row["text"]} for row in apart(packages, lambda row: row["text"][:80])], "text", 12000, 2500, args.out)
-    texts = [row["text"] for row in packages]
+    halves([{"text": row["text"]} for row in apart(packages, lambda row: row["description"][:80])], "text", 12000, 2500, args.out)
+    texts = [row["description"] for row in pq.read_table(args.source).to_pylist()]
     for kind, tokenizer in (("encoder", wordpiece(texts, VOCAB)), ("decoder", byte_level(texts, VOCAB))):
         for role, size in SIZES.items():
             folder = args.out / f"{kind}-{role}"
