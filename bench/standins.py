@@ -51,7 +51,7 @@ def byte_level(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def apart(rows: list[dict], *keys) -> list[dict]:
-    """Return the rows in a random order, none that shares one of the keys with an earlier one: packages of a family have most of their text in common."""
+    """Return the rows in a random order, none that shares a key with an earlier one: packages of a family have much text in common."""
     random.Random(0).shuffle(rows)
     seen, kept = set(), []
     for row in rows:
