@@ -2,7 +2,7 @@
 import argparse
 import re
 
-from lib import files, mix
+from lib import files, mix, track
 
 SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -48,6 +48,7 @@ SHARED = {
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--tag": dict(default="", metavar="TEXT", help="write to OUT-TEXT; auto: to OUT-METHOD-DATE, continuing the newest such run that is not "
                   "finished (default: to OUT)"),
+    "--track": dict(choices=track.PACKAGES, default="", help="show the log in TensorBoard (OUT/tensorboard) or in Weights & Biases (default: off)"),
     "--fresh": dict(action="store_true", help="throw away what --out holds and start anew (default: continue it)"),
     "--trust-remote-code": dict(action="store_true", help="let a model folder run its own Python code (default: refuse)"),
     "--threads": dict(type=int, default=0, metavar="N", help="CPU threads; 0 = torch's own choice (default: %(default)s)"),
@@ -64,8 +65,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
     "the optimizer step": ("--lr", "--epochs", "--steps", "--mix", "--eval-sampling", "--tokens-per-step", "--tokens-per-microbatch", "--warmup",
                            "--weight-decay", "--beta2", "--clip"),
     "LoRA (needs peft)": ("--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--merge"),
-    "the run": ("--eval-every", "--patience", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed", "--tag",
-                "--fresh"),
+    "the run": ("--eval-every", "--patience", "--save-every", "--log-every", "--samples", "--sample-tokens", "--save-dtype", "--seed",
+                "--tag", "--track", "--fresh"),
     "the machine": ("--device", "--threads", "--amp", "--attn", "--compile", "--checkpointing", "--no-pack", "--trust-remote-code"),
 }
 

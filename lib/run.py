@@ -7,6 +7,7 @@
                                     (LoRA: last/ holds the adapter's alone, best/ and final/ are adapter folders, lib/lora.py)
                     samples.md      the same few prompts answered at each evaluation
                     curves.png      the history as a picture
+                    tensorboard/ wandb/   the history once more, where --track asked for it (lib/track.py)
                     config.json     written last: arguments, versions, identities, git commit, final figures
 
 Kill it anywhere and run the same command again: it goes on from last/, and the final weights are those of a straight run, bit for
@@ -26,11 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import files, lora, models, tags
+from lib import files, lora, models, tags, track
 from lib.interrupt import Interrupt
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
-FREE = {"tag", "device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
+FREE = {"tag", "track", "device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
         "tokens_per_microbatch", "checkpointing", "samples", "sample_tokens",
         "teacher_device", "teacher_offload"}  # these change results by float32 rounding at most
 ADDED = {"eval_only": False, "lora_rank": 0, "lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all-linear", "merge": False, "patience": 0,
@@ -45,6 +46,7 @@ class Run:
 
     def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
         self.args, self.stage, self.identities, self.best_by = args, stage, identities, best_by
+        track.check(args.track)
         settings = {name: value for name, value in vars(args).items() if name not in FREE and name != "out"}
         self.settings = json.loads(json.dumps(settings)) | {"stage": stage} | {f"{name} identity": value for name, value in identities.items()}
         if args.tag == tags.AUTO:
@@ -91,6 +93,7 @@ class Run:
         for name in ("history.jsonl", "samples.md"):
             if (path := self.out / name).exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+        self.track, self.untrack = track.start(self)
 
     def _differing(self, settings: dict) -> list[str]:
         """Return what tells these settings from the run's own, each as `name seen (now wanted)`."""
@@ -144,6 +147,7 @@ class Run:
         values = {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in values.items()}
         with open(self.history, "a", encoding="utf-8") as log:
             log.write(json.dumps({"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}) + "\n")
+        self.track(event, step, values)
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
 
     def say(self, text: str) -> None:
@@ -224,6 +228,7 @@ class Run:
             "best_by": self.best_by, "trained_s": self.trained_s, "final": measures, **({"shares": shares} if shares else {}),
             "versions": versions(), "git": git_commit()})
         plots.curves(self.history, self.out / "curves.png", self.stage)
+        self.untrack()
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
             self.bar.close()
