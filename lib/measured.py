@@ -38,8 +38,8 @@ ROWS = {  # measure -> (what tables call it, digits); measures of other measures
     "training.trained_s": ("seconds of training", 0),
     "training.tok_per_s": ("training tokens/s", 0),
 }
-HIGHER = ("acc1", "acc5", "agree", "exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "rougeL", "speed.prompt_tok_per_s", "speed.tok_per_s")
-LOWER = ("ce", "ppl", "kl", "rkl", "ece")  # measures that are better when they are lower; what is in neither is no matter of better
+HIGHER = ("acc1", "acc5", "agree", "exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "rougeL")
+LOWER = ("ce", "ppl", "kl", "rkl", "ece")  # measures that are better when they are lower; what is in neither (sizes, speed) has no best
 PRIMARY = ("exact", "accuracy", "rougeL", "acc1")  # the first of these that was measured stands for a model's quality
 OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "rougeL")
 
@@ -112,13 +112,14 @@ def read(folder: Path) -> dict:
         scored = files.read_json(scores)
         metrics, count = scored["metrics"], scored["count"]
         model |= {name: scored[name] for name in ("labels", "confusion", "per_class", "speed") if name in scored}
-        model |= {"settings": scored.get("settings", {}), "prompts": scored.get("prompts")}
+        how, model["prompts"] = scored.get("settings", {}), scored.get("prompts")
     elif (rows := answers(folder)) and all("reference" in row for row in rows):
         metrics, count = summarise(rows), len(rows)
-        meta = files.read_json(made) if made.exists() else {}
-        model |= {"settings": {k: v for k, v in meta.items() if k not in ("ckpt", "weights", "prompts")}, "prompts": meta.get("prompts")}
+        how = files.read_json(made) if made.exists() else {}
+        model["prompts"] = how.get("prompts")
     else:
         return model
+    model["settings"] = {name: value for name, value in how.items() if name not in ("ckpt", "weights", "prompts")}
     model |= {name: one["value"] for name, one in metrics.items()} | {"answers": count}
     return model | {"intervals": {name: [one["low"], one["high"]] for name, one in metrics.items() if "low" in one}}
 

@@ -27,7 +27,7 @@ h2 { font-size: 1.2rem; margin: 2.6rem 0 .7rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap }
 tbody th, th:first-child { text-align: left; font-weight: 400 }
-thead th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); white-space: normal; max-width: 12rem }
+thead th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); white-space: normal; max-width: 10rem }
 thead small, td small { display: block; font-weight: 400; color: var(--soft); font-size: .76rem }
 .wide tbody th:first-child, .wide thead th:first-child { position: sticky; left: 0; background: var(--paper) }
 .teacher { background: var(--shade) }
@@ -51,6 +51,7 @@ article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem
 .heat td, .heat th { text-align: center; padding: .25rem .5rem }
 .heats { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem }
 code { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
+code span { display: inline-block; max-width: 100% }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0 }
 @media (max-width: 40rem) { th, td { padding: .3rem .5rem } .wide tbody th:first-child { white-space: normal; min-width: 7.5rem } }
 @media print { body { max-width: none; padding: 0; font-size: 11px }
@@ -80,7 +81,7 @@ def best_of(measure: str, models: dict, teacher: str | None) -> set[str]:
 def big_table(result: dict) -> str:
     """Return the table of all measures: a model a column, then what the student has of the teacher."""
     models, roles, compared = result["models"], result["roles"], result["comparison"]
-    teacher, said = roles.get("teacher"), {"teacher": "teacher", "before": "the student before", "control": result["control"], "student": "student"}
+    teacher, said = roles.get("teacher"), {"teacher": "teacher", "before": "student before", "control": result["control"], "student": "student"}
     role_of = {name: said[role] for role, name in roles.items()}
     small = lambda text: f"<small>{escape(text)}</small>" if text else ""
     head = "".join(f'<th scope="col"{_class(teacher=name == teacher)}>{chip(name, result)}{escape(name)}'
@@ -170,9 +171,11 @@ def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[s
     counts = [f"{value:,} {what}" for what, key in (("held-out targets", "targets"), ("held-out prompts", "answers"))
               if (value := next((m[key] for m in models.values() if key in m), None)) is not None]
     apart = ", the teacher apart" if "teacher" in roles else ""
-    notes = [f"{', '.join(counts)}. " if counts else "", f"Bold: the best of a row{apart}. " if len(models) > 1 else "",
-             "Small numbers: 95 % intervals." if any(m.get("intervals") for m in models.values()) else ""]
-    parts.append(f'<p class="note">{"".join(notes)}</p>')
+    where = {f"{m['speed'].get('device')}, threads {m['speed'].get('threads')}" for m in models.values() if m.get("speed")}
+    notes = [f"{', '.join(counts)}." if counts else "", f"Bold: the best of a row{apart}." if len(models) > 1 else "",
+             "Small numbers: 95 % intervals." if any(m.get("intervals") for m in models.values()) else "",
+             f"Speed: one prompt at a time, {' / '.join(sorted(where))}; what else the machine did shows." if where else ""]
+    parts.append(f'<p class="note">{escape(" ".join(filter(None, notes)))}</p>')
     parts += [f'<p class="note">{escape(text)}.</p>' for text in paired]
     bars, curves = panels.svgs(result, lines)
     if bars:
@@ -197,7 +200,7 @@ def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[s
         table = [[key, *(value(values, name) for name in names)] for key, values in result["settings_that_differ"].items()]
         parts.append("<h2>Settings that differ</h2>" + plain_table(["", *names], table, words=True))
     if read:
-        made = [f"<dt>{chip(name, result)}{escape(name)}</dt><dd><code>{escape(command(run))}</code></dd><dd class=note>{escape(versions(run))}</dd>"
+        made = [f"<dt>{chip(name, result)}{escape(name)}</dt><dd><code>{command(run)}</code></dd><dd class=note>{escape(versions(run))}</dd>"
                 for name, run in read.items()]
         parts.append(f"<h2>How they were made</h2><dl>{''.join(made)}</dl>")
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -208,7 +211,10 @@ def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[s
 
 
 def command(run: dict) -> str:
-    return "python " + shlex.join(run["command"]) if run["command"] else f"{run['state']} ({run['folder']})"
+    """Return the command line that made a run, as HTML whose lines break between words alone; what is known of one that is not finished."""
+    if not run["command"]:
+        return escape(f"{run['state']} ({run['folder']})")
+    return " ".join(f"<span>{escape(shlex.quote(word))}</span>" for word in ["python", *run["command"]])
 
 
 def versions(run: dict) -> str:

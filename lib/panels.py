@@ -10,12 +10,12 @@ from pathlib import Path
 from lib import plots
 from lib.measured import LOWER, ROWS, at
 
-BARS = ("ce", "kl", "acc1", "accuracy", "macro_f1", "exact", "bleu", "rouge1", "rougeL", "speed.tok_per_s", "parameters")
+BARS = ("ce", "kl", "acc1", "accuracy", "macro_f1", "exact", "bleu", "rouge1", "rougeL", "parameters")
 CURVES = ("ce", "kl", "acc1", "accuracy", "macro_f1")
 ROLES = {"teacher": "#4c566a", "before": "#b3bac6", "control": "#e69f00", "student": "#0072b2"}
 OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 INK = "#123456"  # stands for the page's own colour of text until the SVG is written
-MOST = 6  # bars of a panel; of more models the four with a role are drawn
+MOST = 6  # bars of a panel; of more models those with a role are drawn, and the last ones
 WIDE = 14.0  # inches of panels side by side that a README's width still shows legibly
 
 
@@ -26,8 +26,10 @@ def colours(names, roles: dict[str, str]) -> dict[str, str]:
 
 
 def drawn(result: dict) -> tuple[list[str], list[str]]:
-    """Return the models and the measures that are drawn as bars: those which two of the models have."""
-    names = [name for name in result["models"] if len(result["models"]) <= MOST or name in result["roles"].values()]
+    """Return the models that are drawn as bars, in the table's order, and the measures: those which two of these models have."""
+    roles = result["roles"].values()
+    others = [name for name in result["models"] if name not in roles][-(MOST - len(roles)):]
+    names = [name for name in result["models"] if name in roles or name in others]
     return names, [m for m in BARS if sum(at(result["models"][name], m) is not None for name in names) > 1]
 
 
@@ -38,7 +40,7 @@ def panel_width(names: list[str]) -> float:
 
 def short(measure: str, value: float) -> str:
     """Return a value as it stands over a bar: short("parameters", 685056) == "685k"."""
-    if measure != "parameters" and measure != "speed.tok_per_s":
+    if measure != "parameters":
         return f"{value + 0:.3f}".replace("-0.000", "0.000")
     for unit in ("", "k", "M", "B"):
         if value < 999.5:
@@ -71,7 +73,7 @@ def bars(axis, measure: str, result: dict, names: list[str]) -> None:
     axis.tick_params(axis="y", labelsize=8.5)
     axis.tick_params(axis="x", length=0)
     axis.yaxis.set_major_locator(_ticks())
-    if measure in ("parameters", "speed.tok_per_s"):
+    if measure == "parameters":
         axis.yaxis.set_major_formatter(lambda value, _: short(measure, value) if value else "0")
     axis.spines[["top", "right"]].set_visible(False)
 

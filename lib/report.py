@@ -157,7 +157,7 @@ def retention(measure: str, teacher: float, student: float) -> float | None:
 
 def compare(teacher: dict, student: dict) -> dict[str, dict]:
     """Return {measure: {"teacher", "student", "difference", "retention"}} of the measures of quality that both have."""
-    shared = [name for name in ROWS if "." not in name and name in (*HIGHER, *LOWER) and name in teacher and name in student]
+    shared = [name for name in ROWS if name in (*HIGHER, *LOWER) and name in teacher and name in student]
     return {name: {"teacher": teacher[name], "student": student[name], "difference": student[name] - teacher[name],
                    "retention": retention(name, teacher[name], student[name])} for name in shared}
 
@@ -223,7 +223,7 @@ def verdict(result: dict) -> str:
     """Return the comparison in words: how much of the teacher's quality, at which size and speed, and what the others have."""
     models, roles, name = result["models"], result["roles"], result["primary"]
     if name is None:
-        return f"{', '.join(models)}: sizes alone are known." if len(models) > 1 else f"{next(iter(models))}: its size alone is known."
+        return f"No measure of quality is known of {' and of '.join(roles[role] for role in ('student', 'teacher') if role in roles) or 'a student'}."
     value = lambda role: say(name, models[roles[role]][name])
     label, student = ROWS[name][0], roles["student"]
     if "teacher" in roles:
@@ -236,9 +236,9 @@ def verdict(result: dict) -> str:
             text += f", at {result['speedup']['tok_per_s']:.1f} times its speed"
     else:
         text = f"{student} has {label} {value('student')}"
-    others = [f"{words} {value(role)}" for role, words in (("before", f"{roles.get('before')}, where it started:"), ("control", "the control:"))
+    others = [f"{words} ({roles[role]}): {value(role)}." for role, words in (("before", "Before"), ("control", "Answers alone"))
               if role in roles and name in models[roles[role]]]
-    return text + "." + (f" {'; '.join(others)}." if others else "")
+    return " ".join([text + ".", *others])
 
 
 def build(read: dict[str, dict], models: dict[str, dict], rows: dict[str, list[dict]], roles: dict[str, str]) -> dict:
@@ -314,7 +314,7 @@ def demand(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     measure = name.removeprefix("retention.")
     allowed = [m for m in ROWS if m in (*HIGHER, *LOWER)]
-    if name != "retention" and (measure not in allowed or name != measure and measure in (*NO_RETENTION, *(m for m in allowed if "." in m))):
+    if name != "retention" and (measure not in allowed or name != measure and measure in NO_RETENTION):
         raise argparse.ArgumentTypeError(f"{name!r} is neither retention, retention.MEASURE nor one of {', '.join(allowed)}")
     try:
         return name, float(value)

@@ -65,8 +65,8 @@ def read(folder: Path) -> dict:
     history = measured.lines(folder / "history.jsonl") if (folder / "history.jsonl").exists() else []
     settings = config.get("settings") or state.get("settings") or {}
     best_by = config.get("best_by") or settings.get("best") or "ce"
-    if not any(best_by in line for line in evaluations(history)):
-        best_by = "ce"  # what a trainer follows where the measure cannot be had
+    if not config and not any(best_by in line for line in evaluations(history)):
+        best_by = "ce"  # what a trainer follows where the measure cannot be had; a finished run has said so
     steps = config.get("steps") or settings.get("steps") or None
     step = config.get("stopped_early", steps) if config else state.get("step", 0)
     if config:
