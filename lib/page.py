@@ -3,6 +3,7 @@
 What models and data wrote is text of others: all of it is escaped, and the page's own policy lets nothing run or load.
 """
 import json
+import re
 import shlex
 from html import escape
 
@@ -36,26 +37,30 @@ td.best { font-weight: 700 }
 .words th { text-align: left }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 22rem }
 .chip { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13.4rem), 1fr)) }
-.panels.broad { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)) }
+.panels { display: grid; gap: 1rem; --least: 13.4rem; --share: calc((100% - (var(--columns) - 1) * 1rem - 1px) / var(--columns));
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, max(var(--least), var(--share))), 1fr)) }
+.panels.broad { --least: 21rem }
 .panels svg { width: 100%; height: auto; max-height: 22rem; overflow: visible }
 .legend span { margin-right: 1.2em; white-space: nowrap }
 .dash { display: inline-block; width: 1.6em; border-top: 2px dashed var(--teacher); vertical-align: middle; margin-right: .4em }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1rem }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }
-.asked { font-weight: 600; margin-bottom: .7rem }
+.asked { font-weight: 500; margin-bottom: .7rem }
+article .text { max-height: 18rem; overflow-y: auto }
 .answers { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.5rem), 1fr)) }
 .answers h3 { margin: 0 0 .15rem; font-size: .82rem; font-weight: 600; color: var(--soft) }
 .answers .text { font-size: .9rem }
 .right { color: var(--good) } .wrong { color: var(--bad) }
-.heat td, .heat th { text-align: center; padding: .25rem .5rem }
+.heat { font-size: .8rem }
+.heat td, .heat th { text-align: center; padding: .2rem .4rem }
+td.word { text-align: left }
 .heats { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem }
 code { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 code span { display: inline-block; max-width: 100% }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0 }
 @media (max-width: 40rem) { th, td { padding: .3rem .5rem } .wide tbody th:first-child { white-space: normal; min-width: 7.5rem } }
 @media print { body { max-width: none; padding: 0; font-size: 11px }
-  article, svg, tr { break-inside: avoid } h2 { break-after: avoid } .wide { overflow: visible } }
+  article, svg, tr { break-inside: avoid } h2 { break-after: avoid } .wide, article .text { overflow: visible; max-height: none } }
 """
 
 
@@ -107,10 +112,16 @@ def _class(**those: bool) -> str:
     return f' class="{names}"' if names else ""
 
 
+def columns(panels: int) -> int:
+    """Return how many panels stand side by side where there is room: columns(6) == 3, so that no row is nearly empty."""
+    return -(-panels // -(-panels // 5))
+
+
 def plain_table(head: list[str], rows: list[list[str]], words: bool = False) -> str:
-    """Return a table of text; all of it is escaped. The first cell of a row is its head."""
-    line = lambda cells, tag: "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells)
-    body = "".join(f"<tr><th>{escape(str(row[0]))}</th>{line(row[1:], 'td')}</tr>" for row in rows)
+    """Return a table of text; all of it is escaped. The first cell of a row is its head; what is no number stands at the left."""
+    cell = lambda text: f"<td{_class(word=not re.fullmatch('[-+.,0-9]*', text))}>{escape(text)}</td>"
+    line = lambda cells, tag: "".join(f"<{tag}>{escape(text)}</{tag}>" for text in cells)
+    body = "".join(f"<tr><th>{escape(row[0])}</th>{''.join(map(cell, row[1:]))}</tr>" for row in rows)
     return f'<div class="wide{" words" if words else ""}"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -179,20 +190,21 @@ def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[s
     parts += [f'<p class="note">{escape(text)}.</p>' for text in paired]
     bars, curves = panels.svgs(result, lines)
     if bars:
-        parts.append(f'<h2>Measures</h2><div class="panels">{"".join(bars)}</div>')
+        parts.append(f'<h2>Measures</h2><div class="panels" style="--columns:{columns(len(bars))}">{"".join(bars)}</div>')
     if curves:
         legend = "".join(f"<span>{chip(name, result)}{escape(name)}</span>" for name in lines["runs"])
         legend += '<span><i class="dash"></i>the teacher’s level</span>' if lines["level"] else ""
         left = f"Not drawn, for they were evaluated on other held-out rows, or never: {', '.join(lines['left'])}." if lines["left"] else ""
-        parts.append(f'<h2>Over training</h2><p class="legend">{legend}</p><div class="panels broad">{"".join(curves)}</div>'
-                     + (f'<p class="note">{escape(left)}</p>' if left else ""))
+        left = f'<p class="note">{escape(left)}</p>' if left else ""
+        wide = f'<div class="panels broad" style="--columns:{min(3, len(curves))}">{"".join(curves)}</div>'
+        parts.append(f'<h2>Over training</h2><p class="legend">{legend}</p>{wide}{left}')
     if sources:
         parts.append("<h2>By source</h2>" + plain_table(["source", "", *names], sources))
     if classes:
         parts.append("<h2>By class</h2>" + plain_table(["class", "rows", *(f"F1 {name}" for name in names)], classes))
     heats = [confusion(name, model) for name, model in models.items() if 0 < len(model.get("labels") or ()) <= MANY and model.get("confusion")]
     if heats:
-        parts.append('<p class="note">A row is a reference, a column what was predicted; the darker, the larger the share of the row.</p>'
+        parts.append('<p class="note">A row is a reference, a column what was predicted; the stronger the colour, the larger the share of its row.</p>'
                      f'<div class="heats">{"".join(heats)}</div>')
     parts.append(samples(result, rows))
     if result["settings_that_differ"]:

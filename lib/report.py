@@ -294,8 +294,9 @@ def sources(models: dict[str, dict]) -> list[list[str]]:
     """Return the rows of the table by source: source, measure, a value a model."""
     names = dict.fromkeys(name for model in models.values() for name in model.get("by_source") or {})
     value = lambda model, name, measure: at(model, "by_source").get(name, {}).get(measure) if at(model, "by_source") else None
-    return [[name, ROWS[measure][0], *(say(measure, value(model, name, measure)) for model in models.values())]
-            for name in names for measure in ROWS if any(value(model, name, measure) is not None for model in models.values())]
+    there = lambda name: [m for m in ROWS if any(value(model, name, m) is not None for model in models.values())]
+    return [[name if m == there(name)[0] else "", ROWS[m][0], *(say(m, value(model, name, m)) for model in models.values())]
+            for name in names for m in there(name)]
 
 
 def classes(models: dict[str, dict]) -> list[list[str]]:
