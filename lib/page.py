@@ -204,7 +204,7 @@ def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[s
         parts.append("<h2>By class</h2>" + plain_table(["class", "rows", *(f"F1 {name}" for name in names)], classes))
     heats = [confusion(name, model) for name, model in models.items() if 0 < len(model.get("labels") or ()) <= MANY and model.get("confusion")]
     if heats:
-        parts.append('<p class="note">A row is a reference, a column what was predicted; the stronger the colour, the larger the share of its row.</p>'
+        parts.append('<p class="note">Rows are references, columns what was predicted; the stronger the colour, the larger the share of its row.</p>'
                      f'<div class="heats">{"".join(heats)}</div>')
     parts.append(samples(result, rows))
     if result["settings_that_differ"]:

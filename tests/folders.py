@@ -25,7 +25,7 @@ def run(folder: Path, steps: int = 20, taken: int | None = None, finished: bool 
     settings = {"data": "data/x", "student": "base", "steps": steps, "stage": "stage1", "best": "ce", "lr": 0.001, "data identity": DATA} | settings
     ce = {0: 0.9, taken // 2: 0.3, taken: 0.4}
     lines = [{"event": "eval", "step": step, "ce": value, "acc1": 1 - value, "kl": value / 2, "targets": 7} for step, value in ce.items()]
-    lines += [{"event": "train", "step": step, "loss": 1.0, "ce": 1.0, "tok_per_s": pace} for step, pace in ((0, 10.0), (1, 30.0), (2, 20.0))]
+    lines += [{"event": "train", "step": step, "loss": 1.0, "ce": 1.0, "tok_per_s": pace} for step, pace in ((0, 10.0), (1, 20.0), (2, 30.0))]
     jsonl(folder / "history.jsonl", lines if history is None else history)
     if finished:
         early = {"stopped_early": taken} if taken < steps else {}
