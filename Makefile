@@ -44,7 +44,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 sweep control domain eval measure chat demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -101,6 +101,11 @@ $(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(2) --out $(RUNS
 	$(if $(SCORE),$(PY) chat.py --ckpt $(2) --score $(DATA) --out $(RUNS)/$(1)-eval/answers.jsonl $(SCORE_ARGS))
 
 endef
+compare: .venv/ready ## teacher, student before and after, control: what is measured in runs/NAME -> runs/NAME/comparison.html .md .png .json
+	$(PY) -m lib.report $(RUNS) --out $(RUNS)/comparison $(ARGS)
+
+runs: .venv/ready ## all runs under runs/ with their best numbers (ARGS="--sort ce")
+	$(PY) -m lib.runs $(ARGS)
 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
@@ -160,7 +165,7 @@ demo: .venv/ready ## the whole road on embedded data: 6 to 10 minutes on 2 CPU c
 	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 700 $(DEMO_STUDENT)
 	@echo; echo "=== all four on the same held-out rows"
 	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
-	$(PY) -m lib.report --out runs/$(D)/comparison "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval"
+	$(PY) -m lib.report $(foreach m,teacher stage1 control stage2,runs/$(D)/$(m)) --out runs/$(D)/comparison
 	@echo "Talk to it: $(PY) chat.py --ckpt runs/$(D)/stage2 --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
 
 define demo_measure
@@ -172,7 +177,7 @@ endef
 demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
 	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps 700 $(DEMO_STUDENT)
 	$(call demo_measure,live)
-	$(PY) -m lib.report --out runs/$(D)/comparison-live "teacher=runs/$(D)/teacher-eval" "stage 1=runs/$(D)/stage1-eval" "control=runs/$(D)/control-eval" "stage 2=runs/$(D)/stage2-eval" "live=runs/$(D)/live-eval"
+	$(PY) -m lib.report runs/$(D) --out runs/$(D)/comparison-live
 
 demo-seeds: .venv/ready ## the demo for three seeds: the README's table
 	$(MAKE) demo SEED=0

@@ -88,11 +88,11 @@ def test_best_answers_in_plain_transformers_as_in_chat(road):
 
 
 def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
-    report.main(["--out", str(road / "comparison"), f"teacher={road / 'teacher-eval'}", f"stage 2={road / 'stage2-eval'}"])
-    made = json.loads((road / "comparison.json").read_text())
+    report.main([str(road), "--out", str(road / "comparison")])
+    made = json.loads((road / "comparison.json").read_text())["models"]
     lines = [json.loads(line) for line in (road / "teacher-eval/answers.jsonl").read_text().splitlines()]
     right = [line["answer"].split("####")[-1].strip() == line["reference"].split("####")[-1].strip() and "####" in line["answer"] for line in lines]
-    assert made["teacher"]["exact_match"] == pytest.approx(np.mean(right)) and made["teacher"]["kl"] < 1e-5
+    assert made["teacher"]["exact"] == pytest.approx(np.mean(right)) and made["teacher"]["kl"] < 1e-5 and list(made) == ["teacher", "stage2"]
     assert (road / "comparison.png").stat().st_size > 5000 and "KL to the teacher" in capsys.readouterr().out
 
 
