@@ -103,15 +103,16 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", required=True, help="parquet with description and section")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--rows", type=int, default=40, help="half of them, as text, for the perplexity (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=42, help="of the six sections alike; half of them as text (default: %(default)s)")
     parser.add_argument("--letters", type=int, default=80, help="of a description that are kept (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.model, out = str(Path(args.model).resolve()), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    table = [row for row in pq.read_table(args.source).to_pylist() if row["section"] in SECTIONS and len(row["description"]) > args.letters]
-    picked = [table[i] for i in np.random.default_rng(0).permutation(len(table))[:args.rows]]
+    table = [row for row in pq.read_table(args.source).to_pylist() if len(row["description"]) > args.letters]
+    table = [table[i] for i in np.random.default_rng(0).permutation(len(table))]
+    picked = [row for name in SECTIONS for row in [row for row in table if row["section"] == name][:args.rows // len(SECTIONS)]]
     texts = [" ".join(row["description"][:args.letters].split()) for row in picked]
     rows = [{"prompt": QUESTION.format(text, ", ".join(SECTIONS)), "reference": row["section"], "text": text} for row, text in zip(picked, texts)]
     mine, our_logp, held_out = ours(args, rows, out)

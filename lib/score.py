@@ -17,7 +17,7 @@ BLEU is sacrebleu's (13a tokens, exp smoothing; its "zh" tokens where most lette
 without its stemmer. rouge-score's own tokenizer knows a-z and 0-9 alone, so that any two Chinese texts score 0; `words` gives the same tokens
 for Latin script, a token a character where words have no spaces between them, and a token a word elsewhere.
 
-Accuracy and macro-F1 take the whole texts as labels. An answer that no row has as its reference falls into a class of its own, `OTHER`.
+Accuracy and macro-F1 take the whole texts as labels. A written answer that no row has as its reference falls into the class `OTHER`.
 """
 import argparse
 import json
@@ -176,8 +176,9 @@ def classification(reference: np.ndarray, predicted: np.ndarray, labels: int | S
 
 
 def classes_of(rows: Sequence[dict], labels: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return the class numbers of references and answers, (N,) each, and the names; by default the references', sorted, and `OTHER` at need."""
-    names = list(labels) if labels else sorted({row["reference"].strip() for row in rows})
+    """Return the class numbers of references and answers, (N,) each, and the names: `labels`, else those that rows were chosen among ("logp"),
+    else the references, sorted; and `OTHER` at need."""
+    names = list(labels or rows[0].get("logp") or sorted({row["reference"].strip() for row in rows}))
     place = {name: i for i, name in enumerate(names)}
     if any(row[field].strip() not in place for row in rows for field in ("reference", "answer")):
         names.append(OTHER)

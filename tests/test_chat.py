@@ -318,7 +318,8 @@ def finished(command, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--metrics", "exact"], ["--metrics", "bleu", "--temperature", "1.5"], ["--labels", "auto"], ["--labels", "auto", "--calibrate", "prior"]])
+@pytest.mark.parametrize("more", [["--metrics", "exact"], ["--metrics", "bleu", "--temperature", "1.5"], ["--labels", "auto"],
+                                  ["--labels", "auto", "--calibrate", "prior"]])
 def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(checkpoint, asked, tmp_path, capsys, more):
     out, source = tmp_path / "a.jsonl", asked(checkpoint, ["Ann", "Tom", "Leo", "Mia", "Ann"])
     command = scoring(checkpoint, source, out, *more)

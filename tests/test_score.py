@@ -126,6 +126,14 @@ def test_labels_of_texts_are_scored_as_scikit_learn_scores_them():
     assert made["macro_f1"]["value"] == pytest.approx(metrics.f1_score(reference, folded, average="macro", zero_division=0), abs=1e-12)
 
 
+def test_labels_that_were_chosen_among_are_classes_even_where_no_reference_has_them():
+    reference, answer = ["a", "b", "a", "b"], ["c", "d", "a", "b"]
+    rows = [row | {"logp": dict.fromkeys("abcd", 0.0)} for row in rows_of(zip(reference, answer))]
+    made = score.summarise(rows, ["macro_f1"], rounds=10)["macro_f1"]["value"]
+    assert made == pytest.approx(metrics.f1_score(reference, answer, average="macro", zero_division=0), abs=1e-12)
+    assert score.classes_of(rows)[2] == list("abcd")
+
+
 # --- intervals, and two models
 
 def coins(right, seed=0):
