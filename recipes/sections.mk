@@ -24,6 +24,6 @@ TEACHER = runs/sections-$(KIND)-teacher/stage1
 STUDENT = $(REAL)/$(KIND)-student
 RUNS    = runs/$(NAME)$(if $(filter-out 0,$(SEED)),-$(SEED))
 DATA_ARGS = $(COLUMNS) --val 1500
-STAGE1_ARGS = $(BUDGET) --lr 2e-3 --steps 150 --eval-every 50 --seed $(SEED)
-STAGE2_ARGS = $(BUDGET) --lr 2e-3 --steps 300 --eval-every 50 --seed $(SEED)
+STAGE1_ARGS = $(BUDGET) --lr 2e-3 --steps 250 --eval-every 50 --seed $(SEED)
+STAGE2_ARGS = $(BUDGET) --lr 2e-3 --steps 800 --eval-every 100 --seed $(SEED)
 endif
