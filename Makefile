@@ -170,7 +170,7 @@ demo: .venv/ready ## the whole road on embedded data: 6 to 10 minutes on 2 CPU c
 
 define demo_measure
 $(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only
-	$(PY) chat.py --ckpt runs/$(D)/$(1) --prompts data/$(D)/val.prompts.jsonl --out runs/$(D)/$(1)-eval/answers.jsonl --greedy --max-new-tokens 80 --batch-size 250
+	$(PY) chat.py --ckpt runs/$(D)/$(1) --score data/$(D) --out runs/$(D)/$(1)-eval/answers.jsonl --max-new-tokens 80 --batch-size 250
 	
 endef
 
