@@ -134,12 +134,6 @@ def problem(rng: random.Random) -> tuple[str, str]:
     return text.format(**words), f"{answer}\n#### {total}"
 
 
-def final_answer(text: str) -> str | None:
-    """Return the number after the last `####`. Worked example: final_answer("... makes 56.\\n#### 56") == "56"; None where there is none."""
-    found = re.findall(r"#### ?(-?\d+)", text)
-    return found[-1] if found else None
-
-
 def vocabulary() -> dict[str, int]:
     """Return token -> id: the special tokens, every mark of the keyboard, every word of the tables above with and without its space."""
     texts = [*PEOPLE, *PEOPLE.values(), *THINGS, *GAINS, *DROPS, "carry borrow Add Subtract", *(entry[2] for entry in PROBLEMS)]

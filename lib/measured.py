@@ -6,9 +6,7 @@
 
 Any of the files may be missing or older than what is read here: a measure that is not there is left out, never guessed.
 """
-import importlib.util
 import json
-import re
 from pathlib import Path
 
 from lib import files
@@ -126,11 +124,6 @@ def read(folder: Path) -> dict:
 
 def summarise(rows: list[dict]) -> dict:
     """Return the exact matches of answers that chat.py wrote without scoring them, as lib/score.py counts them."""
-    if importlib.util.find_spec("lib.score") is None:  # UNTIL lib/score.py IS MERGED: delete these lines, and the two imports
-        last = lambda text: (re.findall(r"#### ?(-?\d+)", text) or [None])[-1]
-        share = sum(last(row["answer"]) == last(row["reference"]) for row in rows) / len(rows)
-        half = 1.96 * (share * (1 - share) / len(rows)) ** 0.5
-        return {"exact": {"value": share, "low": max(0.0, share - half), "high": min(1.0, share + half), "n": len(rows)}}
     from lib import score  # here, not above: most folders need none of it
 
     return score.summarise(rows, ["exact"])

@@ -12,7 +12,6 @@ Writes  OUT.json, OUT.md, OUT.png and OUT.html (one file, no outside resources).
 retention   student / teacher where higher is better, teacher / student for ce and ppl; of kl, rkl, ece and agree there is none
 """
 import argparse
-import importlib.util
 import re
 import shlex
 from collections.abc import Sequence
@@ -170,8 +169,6 @@ def ratios(over: dict, under: dict, names: Sequence[str]) -> dict[str, float]:
 def paired(models: dict, rows: dict, roles: dict) -> dict[str, dict]:
     """Return {"control": {measure: {"difference": student - control, "low", "high", "p", "n"}}, "teacher": ...} by bootstrap over the prompts."""
     found, student = {}, roles["student"]
-    if importlib.util.find_spec("lib.score") is None:  # UNTIL lib/score.py IS MERGED: delete these two lines, and the import
-        return {}
     from lib import score  # here, not above: most comparisons of losses need none of it
 
     for role in ("control", "teacher"):

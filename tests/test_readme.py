@@ -34,12 +34,16 @@ def test_a_make_target_of_the_readme_exists(target):
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.mk")))
-@pytest.mark.parametrize("target", ("data", "stage1", "logits", "stage2"))
-def test_a_recipe_gives_each_stage_flags_that_exist(recipe, target):
-    lines = subprocess.run(["make", "-n", target, f"RECIPE={recipe}", "CHUNK=3"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = [line for line in lines.splitlines() if re.match(r"\.venv/bin/python \w+\.py", line)]
-    _, script, *argv = shlex.split(command)
-    importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+@pytest.mark.parametrize("role", ("", "teacher"))
+@pytest.mark.parametrize("target", ("data", "stage1", "logits", "stage2", "control", "measure"))
+def test_a_recipe_gives_each_stage_flags_that_exist(recipe, target, role):
+    command = ["make", "-n", target, f"RECIPE={recipe}", f"ROLE={role}", "CHUNK=3"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [line.strip() for line in lines.splitlines() if re.match(r"\s*\.venv/bin/python \w+\.py", line)]
+    assert len(commands) == 1 or target == "measure" and commands
+    for command in commands:
+        _, script, *argv = shlex.split(command)
+        importlib.import_module(script.removesuffix(".py")).parse_args(argv)
 
 
 def test_the_tree_names_every_module_and_no_other():
