@@ -15,8 +15,8 @@ MANY = 30  # classes above which a confusion matrix is no picture any more
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2530; --soft: #5d6778; --line: #dde1e8; --paper: #fff; --shade: #f4f6f9; --good: #0a6b4f;
   --bad: #a33a2c; --teacher: #4c566a; --before: #b3bac6; --control: #e69f00; --student: #0072b2; --heat: 0, 114, 178 }
-@media screen and (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b5; --line: #333b48; --paper: #14181f; --shade: #1c222c; --good: #5ccba5;
-  --bad: #f08f80; --teacher: #a3aec2; --before: #657084; --control: #e69f00; --student: #4aa3df; --heat: 74, 163, 223 } }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b5; --line: #333b48; --paper: #14181f; --shade: #1c222c;
+  --good: #5ccba5; --bad: #f08f80; --teacher: #a3aec2; --before: #657084; --control: #e69f00; --student: #4aa3df; --heat: 74, 163, 223 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 4rem; max-width: 76rem;
   font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
@@ -60,6 +60,8 @@ code span { display: inline-block; max-width: 100% }
 dt { font-weight: 600; margin-top: .7rem } dd { margin: 0 }
 @media (max-width: 40rem) { th, td { padding: .3rem .5rem } .wide tbody th:first-child { white-space: normal; min-width: 7.5rem } }
 @media print { .chip, .heat td, .teacher { print-color-adjust: exact } body { max-width: none; padding: 0; font-size: 11px }
+  table { font-size: 7pt } thead small, td small { font-size: 6pt } th, td { padding: .15rem .3rem }
+  .verdict { font-size: 13pt } .note, code { font-size: 8pt } .wide tbody th:first-child { white-space: normal }
   article, svg, tr { break-inside: avoid } h2 { break-after: avoid } .wide, article .text { overflow: visible; max-height: none } }
 """
 
