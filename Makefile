@@ -38,6 +38,7 @@ endif
 PYTHON  ?= python3
 PY      := .venv/bin/python
 PIP     ?=
+INSTALL = .venv/bin/pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt $(PIP)
 
 # threads that wait asleep: a machine shared with other work loses a factor of ten otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -55,7 +56,10 @@ help: ## this text
 setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-index-url https://download.pytorch.org/whl/cpu")
 .venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --disable-pip-version-check --no-compile --progress-bar off -q -r requirements.txt -c constraints.txt $(PIP)
+	$(INSTALL) -r requirements.txt
+	touch $@
+.venv/ready-test: requirements-test.txt .venv/ready
+	$(INSTALL) -r requirements-test.txt
 	touch $@
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
@@ -110,10 +114,10 @@ runs: .venv/ready ## all runs under runs/ with their best numbers (ARGS="--sort 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
 
-test: .venv/ready lint ## all tests (CPU, no network)
+test: .venv/ready-test lint ## all tests (CPU, no network)
 	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: .venv/ready ## ruff
+lint: .venv/ready-test ## ruff
 	.venv/bin/ruff check .
 
 bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
