@@ -14,7 +14,7 @@ NAME    = packages-teacher
 SOURCE  = $(REAL)/text-teacher.parquet
 STUDENT = $(REAL)/decoder-teacher
 DATA_ARGS = --max-len 128 --long truncate --val 200
-STAGE1_ARGS = $(BUDGET) --lr 2e-3 --steps 1000 --eval-every 250
+STAGE1_ARGS = $(BUDGET) --lr 3e-3 --steps 500 --eval-every 125
 else
 NAME    = packages
 SOURCE  = $(REAL)/text.parquet
