@@ -387,6 +387,14 @@ def test_references_that_are_missing_or_no_label_are_refused_by_line_number(chec
     assert list(tmp_path.iterdir()) == [tmp_path / "asked.jsonl"]
 
 
+def test_a_label_that_does_not_fit_behind_its_prompt_is_refused_by_line_number(checkpoint, tmp_path, capsys):
+    lines = [{"prompt": "How many?", "reference": "Ann"}, {"prompt": "apples " * 245, "reference": "Tom"}]  # the context is 256
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels")
+    chat.main([*command, "Ann,Tom"])
+    assert "line 2 leaves no room for an answer" in refused(capsys, [*command, "Ann,Tom," + "Ann has " * 10, "--fresh"], 1)
+
+
 def test_references_that_are_too_many_to_be_labels_are_refused(checkpoint, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "How many?", "reference": str(i)}) + "\n" for i in range(201)))
     command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels", "auto")
