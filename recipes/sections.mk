@@ -10,13 +10,13 @@ REAL   ?= real
 SCORE   =
 MODELS  = teacher stage1 control stage2
 COLUMNS = --task classify --max-len 64
-BUDGET  = --tokens-per-step 2048 --log-every 50 --threads 1
+BUDGET  = --tokens-per-step 2048 --log-every 50 --threads 1 --best macro_f1
 ifeq ($(ROLE),teacher)
 NAME    = sections-$(KIND)-teacher
 SOURCE  = $(REAL)/sections-teacher.parquet
 STUDENT = $(REAL)/$(KIND)-teacher
 DATA_ARGS = $(COLUMNS) --val 500
-STAGE1_ARGS = $(BUDGET) --lr 5e-4 --steps 1000 --eval-every 200 --best acc1
+STAGE1_ARGS = $(BUDGET) --lr 5e-4 --steps 1000 --eval-every 200
 else
 NAME    = sections-$(KIND)
 SOURCE  = $(REAL)/sections.parquet
