@@ -72,7 +72,7 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 	$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --student $(STUDENT) --out $(LOGITS) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
-	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha $(ALPHA) --temperature $(T) $(STAGE2_ARGS) $(ARGS)
+	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
 
 control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control
 	$(PY) stage1_sft.py --data $(DATA) --student $(RUNS)/stage1 --out $(RUNS)/control $(CONTROL_ARGS) $(ARGS)
