@@ -286,8 +286,8 @@ def answer_file(args):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     chosen = ("ckpt", "system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "batch_size", "dtype")
     settings = {name: getattr(args, name) for name in chosen} | {"weights": models.identity(folder), "prompts": files.sha256(path)}
-    settings |= {"limit": args.limit} if args.limit else {}
-    settings |= {"metrics": metrics, "labels": names, "calibrate": args.calibrate} if args.score else {}
+    # None where it is not in use, as in files that were made before these were
+    settings |= {"limit": args.limit or None, "metrics": metrics, "labels": names, "calibrate": args.calibrate if names else None}
     lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")

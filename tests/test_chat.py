@@ -361,13 +361,25 @@ def test_calibration_changes_what_is_chosen_and_not_the_likelihoods(checkpoint, 
     assert len(set(map(tuple, picked.values()))) > 1
 
 
-def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(checkpoint, asked, tmp_path):
+def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(checkpoint, asked, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     shutil.copy(asked(checkpoint), tmp_path / "data" / "val.prompts.jsonl")
     chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "all.jsonl", "--metrics", "exact"))
     chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact", "--limit", "2"))
     assert answers(tmp_path / "few.jsonl") == answers(tmp_path / "all.jsonl")[:2]
     assert json.loads((tmp_path / "few.scores.json").read_text())["metrics"]["exact"]["n"] == 2
+    assert "--fresh" in refused(capsys, scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact"), 1)
+
+
+def test_a_file_of_answers_without_settings_of_scores_is_still_known(checkpoint, prompts, tmp_path, capsys):
+    """What chat.py wrote before there were scores: its meta.json has none of their settings."""
+    out = tmp_path / "out.jsonl"
+    command = ["--ckpt", str(checkpoint), "--greedy", "--prompts", str(prompts), "--out", str(out), *SHORT]
+    chat.main(command)
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    older = {name: value for name, value in meta.items() if name not in ("limit", "metrics", "labels", "calibrate")}
+    (tmp_path / "out.jsonl.meta.json").write_text(json.dumps(older))
+    assert "finished already" in finished(command, capsys)
 
 
 def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
