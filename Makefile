@@ -20,8 +20,9 @@ SEED    = 0
 # make control: stage 1 goes on with stage 2's flags, but those of its method
 CONTROL_ARGS = $(STAGE2_ARGS)
 # make measure: what is measured, of what is there; SCORE= (empty): no answers are written and scored
-MODELS  = teacher base stage1 control stage2
-SCORE   = yes
+CLASSES = $(findstring --task classify,$(DATA_ARGS))
+MODELS  = teacher $(if $(CLASSES),,base) stage1 control stage2
+SCORE   = $(if $(CLASSES),,yes)
 # make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
 START_STAGE = 1
 END_STAGE   = 3

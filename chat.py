@@ -390,16 +390,24 @@ def classify(args, folder):
     if args.score is not None:
         files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
                    "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
+    for name in ("system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
+        if getattr(args, name):
+            files.fail(f"--{name.replace('_', '-')} does not go with {folder}", "a classifier, which writes nothing", mend="the same without it")
     device = models.pick_device(args.device, args.threads)
     known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
                      trust_remote_code=args.trust_remote_code)
     read = lambda texts: known(texts, batch_size=args.batch_size, truncation=True)
     if args.prompts is not None:
-        prompts = read_prompts(Path(args.prompts), None)[:args.limit or None]
+        prompts, out = read_prompts(Path(args.prompts), None)[:args.limit or None], Path(args.out)
+        made = {"ckpt": args.ckpt, "weights": models.identity(folder), "prompts": files.sha256(Path(args.prompts)), "limit": args.limit}
+        if open_out(out, made, args.fresh) is None:
+            print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
+            return
         answers = read([messages[-1]["content"] for _, _, messages in prompts])
         lines = [{**fields, "answer": classes[0]["label"], "p": {entry["label"]: round(entry["score"], 6) for entry in classes}}
                  for (_, fields, _), classes in zip(prompts, answers)]
-        files.write_text(Path(args.out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        files.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        out.with_name(out.name + ".part").unlink(missing_ok=True)
         print(f"chat: {len(lines)} classes in {args.out}")
         return
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

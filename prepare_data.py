@@ -355,7 +355,11 @@ def main(argv=None):
     val_rows = split.ValRows(args.val)
     texts = export.RowWriter(partial / "staged.texts.parquet", True in plain, bool(written)) if args.export or args.push_to_hub else None
     if args.task == "classify":
-        staged, is_val, labels, read, lost = classes.stage(partial, numbered, [file.names for file in every if file.names], tokenizer, args)
+        try:
+            staged, is_val, labels, read, lost = classes.stage(partial, numbered, [file.names for file in every if file.names], tokenizer, args)
+        except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
+            shutil.rmtree(partial)
+            raise
     else:
         staged, read, lost = stage(partial, numbered, work, args, val_rows, total, texts, [source.name for source in inputs])
         is_val = val_rows.chosen(staged["prompt"])

@@ -10,6 +10,7 @@ is kept once, with the label it had first, so that no text is on both sides.
 """
 import collections
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def names_of(found: set[str], declared: list[tuple[str, ...]]) -> list[str]:
     for names in declared:
         if found <= set(names):
             return [name for name in names if name in found]
-    number = all(name.lstrip("-").isdecimal() for name in found)
+    number = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
     return sorted(found, key=(lambda name: (int(name), name)) if number else None)
 
 
@@ -97,9 +98,11 @@ def stage(partial: Path, numbered: Iterator, declared: list[tuple[str, ...]], to
     labels, hashes = np.array([place[label] for label in labels], np.int64), np.array(hashes, np.uint64)
     kept = chosen(labels, hashes, args.limit) if args.limit else np.ones(len(labels), bool)
     there = set(labels[kept].tolist())
+    if not there:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in split.by_reason(dropped).items()) or "nothing dropped"
+        files.fail("no row is left", f"{read.total()} rows, dropped: {reasons}", "rows with a text and a label, within --max-len")
     if len(there) < 2:
-        seen = f"{names[there.pop()]!r} alone" if there else f"no row left ({split.by_reason(dropped) or 'none was there'})"
-        files.fail("there is nothing to tell apart", seen=seen, wanted="rows of two classes or more", mend="--columns text=COL,label=COL")
+        files.fail("there is nothing to tell apart", f"{names[there.pop()]!r} alone", "rows of two classes or more", "--columns text=COL,label=COL")
     if lost := [name for number, name in enumerate(names) if number not in there]:
         files.fail("--limit leaves classes without a row", ", ".join(lost[:5]), f"rows of all {len(names)} classes", "a larger --limit")
     index = np.flatnonzero(kept)

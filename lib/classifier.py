@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib import classes, data, evaluate, files, lora, models, template
 from lib.head import Head
@@ -59,7 +59,7 @@ def own_labels(folder: Path) -> list[str] | None:
         return None
     config = files.read_json(folder / "config.json")
     names = config.get("id2label") or {str(number): f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
-    return [names[str(number)] for number in range(len(names))]
+    return [str(names[number]) for number in sorted(names, key=int)]
 
 
 def matched(own: list[str], wanted: list[str]) -> list[int] | None:
@@ -69,10 +69,11 @@ def matched(own: list[str], wanted: list[str]) -> list[int] | None:
     """
     if len(own) == len(wanted) and all(name.casefold() == f"label_{number}" for number, name in enumerate(own)):
         return list(range(len(own)))
-    place = {name.casefold(): number for number, name in enumerate(own)}
-    if len(place) != len(own) or set(place) != {name.casefold() for name in wanted} or len(own) != len(wanted):
-        return None
-    return [place[name.casefold()] for name in wanted]
+    for key in (str, str.casefold):  # as they are, first: case may tell two labels apart
+        place = {key(name): number for number, name in enumerate(own)}
+        if len(place) == len(own) == len(wanted) and set(place) == {key(name) for name in wanted}:
+            return [place[key(name)] for name in wanted]
+    return None
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset, rows: list[data.Split] | None = None,
@@ -133,6 +134,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     if lost := [key for key in missing if order is not None or key not in fresh]:  # transformers would fill them with random numbers
         files.fail(f"{folder} lacks weights", ", ".join(lost[:3]) + " missing", "every tensor of its config.json")
     if weights and order is None:
+        for layer in (part for name, part in module.named_modules() if isinstance(part, nn.Linear) and not name.startswith(prefix)):
+            nn.init.normal_(layer.weight, std=getattr(text, "initializer_range", 0.02))  # where the sizes agree, other labels' head was read
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         known = "no classification head" if own is None else f"a head for other labels ({', '.join(own[:4])})"
         print(f"model: {folder} has {known}: a new one is made for {len(labels)} classes, seed {seed}")
     if keep_layers:
@@ -162,12 +167,15 @@ def probe(model: Classifier) -> None:
 
 def read_by(dataset: data.Dataset, name: str, folder: Path, args) -> data.Split:
     """Return a split (train or val) as the tokenizer of the model in `folder` reads its texts: as many tokens as the data's --max-len at most."""
-    most = min(dataset.meta["args"]["max_len"], positions(folder), args.tokens_per_microbatch)
+    most = min(dataset.meta["args"]["max_len"], positions(folder))
     return classes.retokenized(dataset.folder, name, tokenizer_of(folder, dataset, args.trust_remote_code), most)
 
 
 def alone(args, dataset: data.Dataset, folder: Path, device: torch.device, amp: torch.dtype | None, store=None, **about) -> None:
     """--eval-only of a classifier, of whatever tokenizer: see evaluate.alone."""
+    if own_labels(folder) is None:
+        files.fail(f"{folder} cannot be measured", "no classification head", f"one for {', '.join(dataset.labels[:8])}",
+                   f"stage1_sft.py --data {dataset.folder} --student {args.student}, and what it writes")
     dataset.val = read_by(dataset, "val", folder, args)
     model = load(args.student, device, dataset=dataset, rows=[dataset.val], attn=args.attn, trust_remote_code=args.trust_remote_code)
     evaluate.alone(args, model, dataset, model.vocab, amp, store, **about)

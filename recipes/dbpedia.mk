@@ -6,8 +6,6 @@
 # The student sees 20,000 rows, every class in its share. The same here: recipes/sections.mk with KIND=decoder
 
 SOURCE  = fancyzhx/dbpedia_14
-SCORE   =
-MODELS  = teacher stage1 control stage2
 COLUMNS = --task classify --columns text=content,label=label --max-len 256
 ifeq ($(ROLE),teacher)
 NAME    = dbpedia-teacher

@@ -7,8 +7,6 @@
 
 KIND   ?= encoder
 REAL   ?= real
-SCORE   =
-MODELS  = teacher stage1 control stage2
 COLUMNS = --task classify --max-len 64
 BUDGET  = --tokens-per-step 2048 --log-every 50 --threads 1 --best macro_f1
 ifeq ($(ROLE),teacher)

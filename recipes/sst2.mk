@@ -11,7 +11,5 @@ SOURCE  = stanfordnlp/sst2
 TEACHER = distilbert/distilbert-base-uncased-finetuned-sst-2-english
 STUDENT = tinybert
 DATA_ARGS = --task classify --columns text=sentence,label=label --max-len 128
-SCORE   =
-MODELS  = teacher stage1 control stage2
 STAGE1_ARGS = --lr 5e-5 --epochs 1 --tokens-per-step 2048 --best macro_f1
 STAGE2_ARGS = --lr 5e-5 --epochs 3 --tokens-per-step 2048 --best macro_f1
