@@ -103,8 +103,8 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", required=True, help="parquet with description and section")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--rows", type=int, default=42, help="of the six sections alike; half of them as text (default: %(default)s)")
-    parser.add_argument("--letters", type=int, default=80, help="of a description that are kept (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=24, help="of the six sections alike; half of them as text (default: %(default)s)")
+    parser.add_argument("--letters", type=int, default=80, help="of a description in a prompt; as text five times as many (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.model, out = str(Path(args.model).resolve()), Path(args.out)
@@ -113,8 +113,10 @@ def main():
     table = [row for row in pq.read_table(args.source).to_pylist() if len(row["description"]) > args.letters]
     table = [table[i] for i in np.random.default_rng(0).permutation(len(table))]
     picked = [row for name in SECTIONS for row in [row for row in table if row["section"] == name][:args.rows // len(SECTIONS)]]
-    texts = [" ".join(row["description"][:args.letters].split()) for row in picked]
-    rows = [{"prompt": QUESTION.format(text, ", ".join(SECTIONS)), "reference": row["section"], "text": text} for row, text in zip(picked, texts)]
+    rows = []
+    for row in picked:
+        short, long = (" ".join(row["description"][:letters].split()) for letters in (args.letters, 5 * args.letters))
+        rows.append({"prompt": QUESTION.format(short, ", ".join(SECTIONS)), "reference": row["section"], "text": long})
     mine, our_logp, held_out = ours(args, rows, out)
     other, their_logp = theirs(args, rows, held_out, out)
     apart = np.array(our_logp) - np.array(their_logp)

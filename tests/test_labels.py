@@ -103,9 +103,9 @@ def test_length_divides_by_the_labels_tokens_and_prior_subtracts_what_the_model_
     found = labels.logp(module, rows_of)
     np.testing.assert_array_equal(labels.calibrated(found, rows_of, "off"), found)
     np.testing.assert_allclose(labels.calibrated(found, rows_of, "length"), found / [[2, 3, 4, 2]])
-    prior = labels.priors(module, tokenizer, PROMPTS, NAMES)
-    free = labels.content_free([messages[0]["content"] for messages in PROMPTS])
-    alone = [plain(module, tokenizer, [{"role": "user", "content": free}], name) for name in NAMES]
+    prompts = [[{"role": "user", "content": f"w1 w2 {messages[0]['content']} w3"}] for messages in PROMPTS]
+    prior = labels.priors(module, tokenizer, prompts, NAMES)
+    alone = [plain(module, tokenizer, [{"role": "user", "content": "w1 w2 N/A w3"}], name) for name in NAMES]
     np.testing.assert_allclose(labels.calibrated(found, rows_of, "prior", prior), found - [alone], atol=1e-5)
 
 
