@@ -24,5 +24,5 @@ STUDENT = $(TEACHER)
 DATA_ARGS = --max-len 200 --val 150
 LOGITS_ARGS = --tokens-per-microbatch 2048
 STAGE1_ARGS = $(BUDGET) --lr 2e-4 --steps 44 --eval-every 22 --keep-layers 0,2,3,5,6,8,9,11,12,14,15,17,18,20,21,23,24,26,27,29
-STAGE2_ARGS = $(BUDGET) --lr 2e-4 --steps 44 --eval-every 22
+STAGE2_ARGS = $(BUDGET) --lr 2e-4 --steps 36 --eval-every 18
 endif

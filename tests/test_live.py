@@ -264,7 +264,8 @@ def test_a_live_run_is_a_run_on_the_dump_of_all_tokens(world, tmp_path, capsys):
     assert "all of its 61 tokens, at any T" in said and "the teacher's weights take about" in said
     seen, wanted = (make.history(tmp_path / name) for name in ("live", "disk"))
     for a, b in zip(seen, wanted, strict=True):
-        assert a.pop("event") == b.pop("event") and a == pytest.approx(b, rel=5e-3, abs=5e-4)
+        shared = {name: value for name, value in a.items() if name in b}  # of a teacher that is live more is known
+        assert shared.pop("event") == b.pop("event") and shared == pytest.approx(b, rel=5e-3, abs=5e-4)
     seen, wanted = seen[-1], wanted[-1]
     assert seen["ce"] == pytest.approx(wanted["ce"], abs=2e-4) and seen["kl"] < 0.9 * make.history(tmp_path / "live")[0]["kl"]
     teacher_ce = files.read_json(tmp_path / "logits" / "val" / "meta.json")["teacher_ce"]
