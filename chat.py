@@ -396,6 +396,8 @@ def classify(args, folder):
     device = models.pick_device(args.device, args.threads)
     known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
                      trust_remote_code=args.trust_remote_code)
+    if known.tokenizer.pad_token is None:
+        known.tokenizer.pad_token = known.tokenizer.eos_token
     read = lambda texts: known(texts, batch_size=args.batch_size, truncation=True)
     if args.prompts is not None:
         prompts, out = read_prompts(Path(args.prompts), None)[:args.limit or None], Path(args.out)

@@ -4,7 +4,7 @@
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val    # CPU, seconds, after `make demo`
 
 Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary; of rows with a class each, a classifier of these labels, whose
-        own tokenizer reads the rows' texts: all its class logits are kept, so that k, --values and --tail-rank are not asked.
+        own tokenizer reads the rows' texts: all its class logits are kept, so that --k, --values, --tail-rank, --vocab and --student are not asked.
 Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold);
         logits/NAME/basis.safetensors, once for all chunks: what the coefficients of the rest refer to (lib/basis.py).
 Killed anywhere, the same command goes on with the rows that are missing, and the file is bit for bit the same.

@@ -20,7 +20,8 @@ Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val
 hold the classes in the proportions of the data.
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
-train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side.
+train / val split a row is on depends on its prompt and the seed alone: with --val as a share, rows added later change no other row's side
+(of rows with a class they may, for the shares of the classes are kept).
 """
 import argparse
 import collections
@@ -376,6 +377,8 @@ def main(argv=None):
         print("prepare warning: val is empty: nothing can be evaluated; give more rows or a larger --val", flush=True)
     if texts:
         export.divide(partial / "staged.texts.parquet", partial / "rows", is_val)
+    if args.task == "classify" and (lacking := sum(not count["val"] for count in classes.counts(partial, labels).values())):
+        print(f"prepare warning: {lacking} of {len(labels)} classes have no validation row; give more rows or a larger --val", flush=True)
     split.divide(partial, staged, is_val)
 
     meta = describe(inputs, staged, is_val, read, lost, args, shaping) | {"tokenizer": args.tokenizer}

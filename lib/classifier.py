@@ -126,8 +126,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
             print(f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}")
             module, loaded = AutoModelForSequenceClassification.from_config(config, **options), {"missing_keys": ()}
     except Exception as broken:  # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says what it saw
-        files.fail(f"{folder} cannot be loaded as a classifier", f"{type(broken).__name__}: {str(broken)[:300]}",
-                   "config.json and *.safetensors that belong together")
+        text = str(broken)
+        files.fail(f"{folder} cannot be loaded as a classifier", f"{type(broken).__name__}: {text[:300]}",
+                   "config.json and *.safetensors that belong together", "--attn eager" if "attention" in text or "attn" in text else None)
     prefix = f"{module.base_model_prefix}."
     missing = sorted({*loaded["missing_keys"], *(entry[0] for entry in loaded.get("mismatched_keys", ()))})
     fresh = [key for key in missing if not key.startswith(prefix) or ".pooler." in key]  # the head, and what only it reads

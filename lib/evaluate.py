@@ -14,6 +14,7 @@ from lib.models import Model
 
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
 BINS = 15  # of confidence, for the calibration error
+MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is kept
 MANY = 16  # sources above which none is measured by itself: log lines are to be read, and older data counts each file as a source
 
 GLOSSARY = {
@@ -114,10 +115,12 @@ def flat(measures: dict) -> dict:
 def alone(args, model: Model, dataset: data.Dataset, vocab: int, amp: torch.dtype | None, store=None, **about) -> None:
     """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about: what else eval.json is to hold."""
     measures = measure(model, dataset.val, vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
-    about = {"student": str(model.folder), "parameters": model.parameters, "bytes": models.weight_bytes(model.folder),
-             "data": dataset.identities["data"], **about}
+    about = {"student": str(model.folder), "weights": models.identity(model.folder), "parameters": model.parameters,
+             "bytes": models.weight_bytes(model.folder), "data": dataset.identities["data"], **about}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     of_classes = score.classification(dataset.val.labels, measures["predicted"], dataset.labels) if dataset.labels and dataset.val.targets else {}
+    if len(dataset.labels) > MOST_CONFUSED:
+        of_classes.pop("confusion", None)
     files.write_json(Path(args.out) / "eval.json", about | flat(measures) | of_classes | {"by_source": measures.get("by_source", {})})
     print(f"eval {model.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in flat(measures).items()))
 

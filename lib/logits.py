@@ -156,18 +156,19 @@ class Store:
                     files.fail(f"{part.folder} and {every[0].folder} do not belong together", f"{name} {part.meta.get(name)}", self.meta.get(name),
                                "python dump_logits.py --fresh for one of them, with the other's flags")
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
+        self.whole = self.meta["k"] == self.vocab  # nothing is left for a tail: any temperature is exact
         self.shape = None if temperature is None else self._basis(every)  # measuring asks for the top k and their rest alone
         self.placed = None  # the device that it has been moved to
         self.temperature = temperature
         self.guess = None  # (temperature, mean, max): how far the tail's mass is off where it is computed and not read, measured
         if temperature is not None:
             first, last = flags.ends(temperature)
-            if first != last and self.shape is None:
+            if first != last and self.shape is None and not self.whole:
                 files.fail(f"--temperature {first:g}->{last:g} passes by temperatures that were not dumped", f"{folder}, without a basis",
                            "a dump with one (--tail-rank above 0), or the teacher itself", "--teacher instead of --logits")
             inside = [t for t in self.temperatures if min(first, last) < t < max(first, last)]
             between = [math.sqrt(a * b) for a, b in itertools.pairwise(sorted({first, *inside, last}))]
-            guesses = [self._can_guess(every[0], t) for t in sorted({first, last, *between}) if t not in self.temperatures]
+            guesses = [self._can_guess(every[0], t) for t in sorted({first, last, *between}) if t not in self.temperatures and not self.whole]
             self.guess = max(guesses, key=lambda guess: guess[1], default=None)
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
@@ -213,7 +214,7 @@ class Store:
     @property
     def compares(self) -> bool:
         """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in it."""
-        return self.val is not None and 1 in self.temperatures
+        return self.val is not None and (1 in self.temperatures or self.whole)
 
     @property
     def chunks(self) -> list[int]:
@@ -284,14 +285,15 @@ class Store:
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not dumped."""
-        if self.val is None or temperature not in self.temperatures:
+        if self.val is None or temperature not in self.temperatures and not self.whole:
             return None
         return self._kept(self.val.records[batch.numbers.numpy()], temperature, batch, None)
 
     def _kept(self, records: np.ndarray, temperature: float, batch: data.Batch, shape: Basis | None) -> losses.Kept:
         """Return decoded records on the device of the batch's labels. The tail at a temperature that was not dumped is computed from the others."""
-        dumped = temperature in self.temperatures
-        device, kept = batch.labels.device, decode(records, self.vocab, self.temperatures.index(temperature) if dumped else 0, shape)
+        dumped = temperature in self.temperatures or self.whole
+        column = self.temperatures.index(temperature) if temperature in self.temperatures else 0
+        device, kept = batch.labels.device, decode(records, self.vocab, column, shape)
         move = lambda tensor: tensor.to(device, non_blocking=True)
         kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
         if dumped:

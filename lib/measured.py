@@ -110,7 +110,7 @@ def read(folder: Path) -> dict:
         scored = files.read_json(scores)
         metrics, count = scored["metrics"], scored["count"]
         model |= {name: scored[name] for name in ("labels", "confusion", "per_class", "speed") if name in scored}
-        how, model["prompts"] = scored.get("settings", {}), scored.get("prompts")
+        how, model["prompts"], model["scored_weights"] = scored.get("settings", {}), scored.get("prompts"), scored.get("weights")
     elif (rows := answers(folder)) and all("reference" in row for row in rows):
         metrics, count = summarise(rows), len(rows)
         how = files.read_json(made) if made.exists() else {}

@@ -282,6 +282,11 @@ def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in keep]
     config.num_hidden_layers = len(keep)
+    with torch.device("meta"):
+        again = type(module)(module.config)  # what from_pretrained will make of it
+    if other := sorted({*again.state_dict()} ^ {*module.state_dict()}):
+        files.fail(f"--keep-layers does not fit {type(module).__name__}: its layers are not alike", f"{other[0]} on one side only",
+                   "layers that may take each other's place", "others, the first among them")
 
 
 def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:

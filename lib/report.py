@@ -21,6 +21,7 @@ from lib import files, measured, page, panels, runs
 from lib.measured import HIGHER, LOWER, OF_ANSWERS, PRIMARY, ROWS, at, say, share, signed
 
 ORDER = ("teacher", "base", "stage1", "control")  # of a folder of stages; then the others, by the time they were finished
+FAIR = {"student identity": "start", "data identity": "data set", "tokens_per_step": "number of tokens a step", "lr": "learning rate"}
 NO_RETENTION = ("kl", "rkl", "ece", "agree")  # distances to the teacher, and the calibration error, which is near 0 by luck
 IDLE = {"feature_layers": "feature_weight", "feature_loss": "feature_weight", "attention_layers": "attention_weight", "balance_every": "balance",
         "contrastive_temperature": "contrastive_weight", "lora_alpha": "lora_rank", "lora_dropout": "lora_rank", "lora_targets": "lora_rank"}
@@ -115,6 +116,17 @@ def roles_of(names: list[str], args: argparse.Namespace, parser: argparse.Argume
     return {role: name for role, name in roles.items() if name}
 
 
+def stale(model: dict, run: dict | None, where: Path) -> list[str]:
+    """Return what of an evaluation folder is of another checkpoint than the rest of it, or than the run's, in words."""
+    scored, found = model.get("scored_weights"), []
+    if scored and model.get("weights") and scored != model["weights"]:
+        found.append(f"{where}: eval.json and answers.scores.json are of different weights; measure both again")
+    finished = Path(run["folder"]) / "config.json" if run else where
+    if run and finished.exists() and (where / "eval.json").exists() and (where / "eval.json").stat().st_mtime < finished.stat().st_mtime:
+        found.append(f"{where}: measured before {run['folder']} was finished; {evaluation_command(Path(run['folder']))}")
+    return found
+
+
 def model_of(run: dict | None, where: Path) -> dict:
     """Return one model of OUT.json: its measures, sizes, speed, and how it was trained."""
     model = {"folder": str(where)} | measured.read(where)
@@ -197,10 +209,19 @@ def settings_that_differ(read: dict[str, dict], models: dict[str, dict]) -> dict
     return {setting: values for setting, values in those.items() if not all(same(value, next(iter(values.values()))) for value in values.values())}
 
 
-def control_says(models: dict, roles: dict) -> str | None:
-    """Return how the control was trained, against the student: the comparison is fair at equal steps alone."""
+def control_says(models: dict, roles: dict, read: dict[str, dict]) -> str | None:
+    """Return how the control was trained, against the student: the comparison is fair at equal steps from one start alone."""
     if "control" not in roles:
         return None
+    both = [read[roles[role]]["settings"] for role in ("control", "student") if roles[role] in read]
+    if both and both[0].get("alpha"):
+        return f"NOT on the answers alone: trained by stage 2, alpha {both[0]['alpha']}"
+    other = [words for setting, words in FAIR.items() if len(both) == 2 and both[0].get(setting) != both[1].get(setting)]
+    return steps_of_control(models, roles) + (f"; but another {', '.join(other)} than {roles['student']}" if other else "")
+
+
+def steps_of_control(models: dict, roles: dict) -> str:
+    """Return what `control_says` says of steps."""
     taken = [at(models[roles[role]], "training.steps") for role in ("control", "student")]
     if None in taken:
         return "CE only"
@@ -248,7 +269,7 @@ def build(read: dict[str, dict], models: dict[str, dict], rows: dict[str, list[d
         "comparison": compare(teacher, student) if both else {},
         "compression": ratios(teacher, student, ("parameters", "bytes")) if both else {},
         "speedup": ratios(student, teacher, ("speed.prompt_tok_per_s", "speed.tok_per_s")) if alike else {},
-        "paired": paired(models, rows, roles) if student else {}, "control": control_says(models, roles) if student else None,
+        "paired": paired(models, rows, roles) if student else {}, "control": control_says(models, roles, read) if student else None,
         "settings_that_differ": settings_that_differ(read, models), "data": next((m["data"] for m in models.values() if "data" in m), None)}
     return result | {"verdict": verdict(result)}
 
@@ -324,7 +345,8 @@ def unmet(result: dict, demands: list[tuple[str, float]]) -> list[str]:
     """Return what of the demands is not met, in words. A measure that is not there does not meet any."""
     failed, student = [], result["models"][result["roles"]["student"]] if "student" in result["roles"] else {}
     for name, wanted in demands:
-        measure = result["primary"] if name == "retention" else name.removeprefix("retention.")
+        there = {*student, *result["models"].get(result["roles"].get("teacher"), {})}  # what only one of them has was not compared
+        measure = next((m for m in PRIMARY if m in there), None) if name == "retention" else name.removeprefix("retention.")
         kept = name.startswith("retention")
         seen = (result["comparison"].get(measure) or {}).get("retention") if kept else at(student, measure)
         lower = not kept and measure in LOWER
@@ -386,6 +408,9 @@ def main(argv=None):
     read = {name: runs.read(run) for name, (run, _) in folders.items() if run}
     models = {name: model_of(read.get(name), where) for name, (_, where) in folders.items()}
     rows = {name: measured.answers(where) for name, (_, where) in folders.items()}
+    for name, (_, where) in folders.items():
+        for line in stale(models[name], read.get(name), where):
+            print(f"report: WARNING: {line}")
     check_same_rows(models, rows, roles.get("student", next(iter(models))))
     result = build(read, models, rows, roles)
     lines = curves(read, models, roles)

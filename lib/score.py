@@ -37,10 +37,11 @@ METRICS = ("exact", "bleu", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1"
 ROUGE = ("rouge1", "rouge2", "rougeL")
 OTHER = "(other)"
 MARK = re.compile(r"####[ \t]*(\S[^\n]*)")
-PHRASE = re.compile(r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)", re.I)
+PHRASE = re.compile(
+    r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(?!not\b)(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)", re.I)
 # a minus behind a letter, a digit or a bracket subtracts: 78-22 holds 78 and 22. Bounded, for a model may write digits without end
 NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d{1,300}(?:\.\d{1,300})?|(?<![\w.])\.\d{1,300})(?:/0{0,9}[1-9]\d{0,300})?")
-BARE, UNIT = r"\s*%?\.?", r"\s*%?(?:[^\W\d]+)?\.?"
+BARE, UNIT = r"\s*%?\.?", r"\s*%?(?:(?!(?i:hundred|thousand|[mbt]r?illion)\b)[^\W\d]+)?\.?"
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Khmer, CJK
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")  # as rouge-score, none for é
@@ -79,9 +80,13 @@ def digits(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text without case, articles, punctuation and spare blanks (SQuAD's rule); one that is nothing else stays as it is."""
-    text = unicodedata.normalize("NFKC", text).lower().strip()
-    kept = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    """Return a text without case, articles, punctuation and spare blanks (SQuAD's rule); one that is nothing else stays as it is.
+
+    Unlike SQuAD's, what tells numbers and names apart stays: plain("In C++, 3.5 is not 35.") == "in c++ 3.5 is not 35".
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text).lower().strip())
+    kept = set(m.start() for m in re.finditer(r"(?<=\d)[.,:/-](?=\d)|(?<=[^\W_])#|(?<=[^\W_])\+|(?<=[^\W_]\+)\+", text))
+    kept = "".join(c for i, c in enumerate(text) if i in kept or c not in string.punctuation and not unicodedata.category(c).startswith("P"))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or " ".join(kept.split()) or text
 
 
@@ -267,7 +272,8 @@ def paired(a: Sequence[dict], b: Sequence[dict], metrics: Sequence[str], seed: i
     """Return {metric: {"difference": b - a, "low", "high", "p", "n"}} of two models' answers to the same prompts in the same order.
 
     Every sample draws the same prompts for both. p, two-sided: twice the share of samples in which the difference is 0 or has the other
-    sign, and never 0: (count + 1) / (rounds + 1). Source: Koehn 2004, "Statistical significance tests for machine translation evaluation".
+    sign, and never 0: (count + 1) / (rounds + 1), nor below 2^(1-N), the least that N signs can say. Source: Koehn 2004, "Statistical
+    significance tests for machine translation evaluation".
     """
     asked = lambda row: (row.get("messages"), row.get("prompt"), row["reference"])
     if len(a) != len(b):
@@ -277,7 +283,8 @@ def paired(a: Sequence[dict], b: Sequence[dict], metrics: Sequence[str], seed: i
     pairs = list(zip(measures(a, metrics).values(), measures(b, metrics).values()))
     drawn = np.array([[new(weights) - old(weights) for old, new in pairs] for weights in samples(len(a), seed, rounds)])  # (rounds, metrics)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
-    p = np.minimum(1, 2 * (np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0)) + 1) / (rounds + 1)).tolist()
+    p = np.minimum(1, 2 * (np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0)) + 1) / (rounds + 1))
+    p = np.maximum(p, 2.0 ** (1 - len(a))).tolist()
     whole = np.ones(len(a), np.int64)
     return {name: {"difference": new(whole) - old(whole), "low": low[i], "high": high[i], "p": p[i], "n": len(a)}
             for i, (name, (old, new)) in enumerate(zip(metrics, pairs))}

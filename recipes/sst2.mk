@@ -4,6 +4,7 @@
 #
 # The student's repository holds a .bin file alone, which is a pickle: make safetensors of it once, in a folder of your own, and name that as STUDENT:
 #   python -c "from transformers import AutoModel as M, AutoTokenizer as T; n, d = 'huawei-noah/TinyBERT_General_4L_312D', 'tinybert'; M.from_pretrained(n).save_pretrained(d); T.from_pretrained(n).save_pretrained(d)"
+# (The published teacher was trained on these rows, the held-out ones among them: its own figures are too good here, the students' are not.)
 # The same on data and models that can be made here: recipes/sections.mk
 
 NAME    = sst2

@@ -382,3 +382,35 @@ def test_chat_says_the_classes_of_a_text_and_of_a_file(world, tmp_path, capsys):
     assert [line["answer"] for line in lines] == ["bad", "so"] and sum(lines[0]["p"].values()) == pytest.approx(1, abs=1e-4)
     code, words = make.ends(chat.main, "--ckpt", world / "teacher", "--score", tmp_path / "texts.jsonl", "--out", tmp_path / "x.jsonl", *make.CPU)
     assert code == 1 and "--eval-only" in words
+
+
+def test_a_temperature_that_was_not_dumped_is_exact_all_the_same(world):
+    dataset = data.Dataset(world / "data")
+    batch = dataset.train.batch([[row] for row in range(9)])
+    kept = logits.Store(world / "logits", dataset, (4.0, 2.5)).train(batch, 3.0)
+    one = logits.Store(world / "logits", dataset, 1.0).train(batch)
+    plain = losses.teacher_logp(one, 1.0)[:, :-1].double()  # in the order of one.ids
+    torch.testing.assert_close(losses.teacher_logp(kept, 3.0)[:, :-1].double(), (plain / 3).log_softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_layers_that_are_unlike_others_cannot_take_their_place(world, tmp_path):
+    from transformers import ModernBertConfig
+
+    torch.manual_seed(0)
+    made = AutoModelForSequenceClassification.from_config(ModernBertConfig(
+        vocab_size=44, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0,
+        num_labels=3, id2label=dict(enumerate(["bad", "good", "so"]))))
+    made.save_pretrained(tmp_path / "model")
+    dataset = data.Dataset(world / "data")
+    classifier.load(str(tmp_path / "model"), CPU, dataset=dataset, keep_layers=[0, 2])
+    with pytest.raises(SystemExit, match="not alike"):
+        classifier.load(str(tmp_path / "model"), CPU, dataset=dataset, keep_layers=[1, 2])
+
+
+def test_a_class_without_a_validation_row_is_told(world, tmp_path, capsys, no_picture):
+    made = rows(60) + [{"text": "w35 w36 w37", "label": "rare"}]
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "rows.parquet")
+    dataset = prepare(world, tmp_path / "rows.parquet", "--val", "0.2", out=tmp_path / "rare")
+    none = sum(not count["val"] for count in dataset.meta["classes"].values())
+    assert f"{none} of {len(dataset.labels)} classes have no validation row" in capsys.readouterr().out
+    assert dataset.meta["classes"]["rare"] == {"train": 1, "val": 0}

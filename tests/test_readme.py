@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN = TEXT + "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("data.md", "methods.md", "domain.md", "experiments.md", "compare.md", "tasks.md"))
+PAGES = ("data", "methods", "domain", "experiments", "compare", "tasks")
+SHOWN = TEXT + "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES)
 BLOCKS = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", SHOWN, re.S) for line in block.splitlines()]
 DOCSTRINGS = {path: path.read_text(encoding="utf-8").split('"""')[1] for path in ROOT.glob("*.py")}
 COMMANDS = [line for line in BLOCKS if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]

@@ -1,5 +1,6 @@
 """The comparison: what it reads, what it computes of it, what it refuses, and what a browser shows."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -169,6 +170,27 @@ def test_the_control_says_whether_its_steps_are_the_students(demo, tmp_path, no_
     folders.run(demo / "control", steps=steps, taken=taken)
     assert compared(tmp_path / "out", demo)["control"] == says
     assert f"control: {says}." in (tmp_path / "out.md").read_text()
+
+
+def test_a_control_of_another_start_is_no_fair_one(demo, tmp_path, no_pictures):
+    folders.run(demo / "control", steps=30, lr=5.0, **{"student identity": "other"})
+    assert compared(tmp_path / "out", demo)["control"] == "CE only at equal steps (30); but another start, learning rate than stage2"
+
+
+def test_an_evaluation_of_other_weights_is_told(demo, tmp_path, no_pictures, capsys):
+    folders.evaluation(demo / "stage1-eval", "stage1", weights="a" * 64)
+    folders.answers(demo / "stage1-eval", "stage1", weights="b" * 64)
+    os.utime(demo / "stage2-eval/eval.json", (1, 1))
+    compared(tmp_path / "out", demo)
+    said = capsys.readouterr().out
+    assert "stage1-eval: eval.json and answers.scores.json are of different weights" in said and "stage2-eval: measured before" in said
+
+
+def test_retention_is_not_met_where_the_teachers_answers_are_missing(demo, tmp_path, no_pictures):
+    for name in ("answers.jsonl", "answers.scores.json"):
+        (demo / "teacher-eval" / name).unlink()
+    with pytest.raises(SystemExit, match="retention: it was not measured of both"):
+        report.main([str(demo), "--out", str(tmp_path / "out"), "--fail-under", "retention=0.5"])
 
 
 def test_settings_that_differ_leave_out_what_does_nothing(demo, tmp_path, no_pictures):

@@ -39,7 +39,9 @@ def test_answers_that_mean_the_same_match(reference, answer):
     ("#### 42", "#### 43"), ("#### 42", "#### none"), ("#### 42", ""), ("#### 42", "#### 41, not 42"), ("-22", "78-22"), ("22", "-22"),
     ("1.5", "15"), ("?", "!"),
     (r"\boxed{x-1}", r"\boxed{x1}"), (r"\boxed{x-1}", r"\boxed{x+1}"), ("Answer: 2 May 1990", "Answer: 2 June 1990"), ("Answer: A", "Answer: the"),
-    ("Paris", "The answer is London, not Paris"), ("The answer is a bore", "The answer is the boredom"), ("4/5", "45"), ("3", "9" * 5000)])
+    ("Paris", "The answer is London, not Paris"), ("The answer is a bore", "The answer is the boredom"), ("4/5", "45"), ("3", "9" * 5000),
+    ("1.5 million", "15 million"), ("3,5 kg", "35 kg"), ("10:30", "1030"), ("C", "C++"), ("C#", "C++"), ("#### 1.5 million", "1.5 billion"),
+    ("#### 5", "The answer is not 5 but 6.")])
 def test_answers_that_mean_something_else_do_not(reference, answer):
     assert not score.exact_match(reference, answer)
 
