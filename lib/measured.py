@@ -100,6 +100,8 @@ def read(folder: Path) -> dict:
     "by_source", "labels", "confusion", "per_class", "speed", "settings" of the answers, and "answers", how many there are."""
     folder = Path(folder)
     model = files.read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    if model.get("accuracy") is not None and model.get("accuracy") == model.get("acc1"):
+        del model["acc1"]  # of classes it is the same, under the name people look for
     if "by_source" not in model:  # older folders name a source's measures ce_NAME and kl_NAME
         older = [name for name in model if name[:3] in ("ce_", "kl_")]
         sources = dict.fromkeys(name[3:] for name in older)
