@@ -12,7 +12,7 @@ import dump_logits
 import prepare_data
 import stage1_sft
 import stage2_kd
-from lib import demo, report
+from lib import demo, report, score
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("REAL_MODELS", "real"))  # made by ../shared/real_models.py: smollm2, and stdlib.parquet beside it
@@ -91,7 +91,7 @@ def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
     report.main([str(road), "--out", str(road / "comparison")])
     made = json.loads((road / "comparison.json").read_text())["models"]
     lines = [json.loads(line) for line in (road / "teacher-eval/answers.jsonl").read_text().splitlines()]
-    right = [line["answer"].split("####")[-1].strip() == line["reference"].split("####")[-1].strip() and "####" in line["answer"] for line in lines]
+    right = [score.exact_match(line["reference"], line["answer"]) for line in lines]
     assert made["teacher"]["exact"] == pytest.approx(np.mean(right)) and made["teacher"]["kl"] < 1e-5 and list(made) == ["teacher", "stage2"]
     assert (road / "comparison.png").stat().st_size > 5000 and "KL to the teacher" in capsys.readouterr().out
 
