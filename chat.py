@@ -386,7 +386,9 @@ def speed(chat, ids, new=32, rounds=3):
 def classify(args, folder):
     """Say the classes of --prompt, of the lines of --prompts (into --out), or of what is typed, the likeliest first."""
     from transformers import pipeline
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if args.score is not None:
         files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
                    "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
