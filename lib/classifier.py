@@ -78,8 +78,9 @@ def matched(own: list[str], wanted: list[str]) -> list[int] | None:
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dataset: data.Dataset, rows: list[data.Split] | None = None,
          attn: str = "sdpa", compiled: bool = False, from_scratch: bool = False, keep_layers: list[int] | None = None, seed: int = 0,
-         trust_remote_code: bool = False, **_packing) -> Classifier:
-    """Load a classifier of the data's labels, check it, and put it on a device. (amp and pack, which lib/models.py asks for, are not needed here.)
+         trust_remote_code: bool = False, amp: torch.dtype | None = None, pack: bool = False) -> Classifier:
+    """Load a classifier of the data's labels, check it, and put it on a device. (amp and pack, which
+    lib/models.py asks for, are not needed here: rows are never packed.)
 
     rows: the splits as a teacher's own tokenizer reads them; it must have a head trained for these labels. Without, the model is a student:
     it shares the data's tokenizer, and gets a new head where it has none of these labels. `from_scratch` allows a folder without weights.

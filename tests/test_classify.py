@@ -259,6 +259,20 @@ def test_killed_and_run_again_gives_the_same_weights(world, tmp_path):
     assert (tmp_path / "killed/final/model.safetensors").read_bytes() == (tmp_path / "straight/final/model.safetensors").read_bytes()
 
 
+def test_a_dump_killed_midway_goes_on_to_the_same_bytes(world, tmp_path):
+    argv = ["--data", world / "data", "--teacher", world / "teacher", "--tokens-per-microbatch", 64, *make.CPU]
+    make.call(dump_logits.main, *argv, "--out", tmp_path / "straight")
+    hook = {"where": "dump_logits.teacher_records", "number": 9, "signal": 9}
+    process = make.processes().Process(target=make.script, args=("dump_logits", [*map(str, argv), "--out", str(tmp_path / "killed")],
+                                                                 tmp_path / "log", hook))
+    process.start()
+    process.join()
+    assert process.exitcode == -9 and not (tmp_path / "killed/chunk-0000/meta.json").exists()
+    make.call(dump_logits.main, *argv, "--out", tmp_path / "killed")
+    for part in ("chunk-0000", "val"):
+        assert (tmp_path / f"killed/{part}/topk.npy").read_bytes() == (tmp_path / f"straight/{part}/topk.npy").read_bytes()
+
+
 def test_layers_of_an_encoder_can_be_kept(world, tmp_path):
     make.call(stage1_sft.main, "--data", world / "data-teacher", "--student", world / "teacher", "--out", tmp_path / "cut", "--keep-layers", "1",
               "--steps", 1, *make.CPU)
