@@ -121,9 +121,11 @@ def stale(model: dict, run: dict | None, where: Path) -> list[str]:
     scored, found = model.get("scored_weights"), []
     if scored and model.get("weights") and scored != model["weights"]:
         found.append(f"{where}: eval.json and answers.scores.json are of different weights; measure both again")
-    finished = Path(run["folder"]) / "config.json" if run else where
-    if run and finished.exists() and (where / "eval.json").exists() and (where / "eval.json").stat().st_mtime < finished.stat().st_mtime:
-        found.append(f"{where}: measured before {run['folder']} was finished; {evaluation_command(Path(run['folder']))}")
+    if run and model.get("data") == run["settings"].get("data identity") and Path(str(model.get("student"))).name == "best":
+        seen, own = model.get("ce"), run["at_best"].get("ce")
+        if seen and own and abs(seen - own) > 0.02 * own:  # the history was made under the run's own --amp, perhaps
+            found.append(f"{where}: its CE {seen:.4f} is not that of best/ in the run's own history, {own:.4f}: was the run made anew since? "
+                         + evaluation_command(Path(run["folder"])))
     return found
 
 

@@ -1,6 +1,5 @@
 """The comparison: what it reads, what it computes of it, what it refuses, and what a browser shows."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -180,10 +179,12 @@ def test_a_control_of_another_start_is_no_fair_one(demo, tmp_path, no_pictures):
 def test_an_evaluation_of_other_weights_is_told(demo, tmp_path, no_pictures, capsys):
     folders.evaluation(demo / "stage1-eval", "stage1", weights="a" * 64)
     folders.answers(demo / "stage1-eval", "stage1", weights="b" * 64)
-    os.utime(demo / "stage2-eval/eval.json", (1, 1))
+    folders.evaluation(demo / "stage2-eval", "stage2", student="stage2/best")  # CE 0.14, where the run's history has 0.3
+    folders.evaluation(demo / "control-eval", "control", student="control/best", ce=0.3001)
     compared(tmp_path / "out", demo)
     said = capsys.readouterr().out
-    assert "stage1-eval: eval.json and answers.scores.json are of different weights" in said and "stage2-eval: measured before" in said
+    assert "stage1-eval: eval.json and answers.scores.json are of different weights" in said and "control-eval" not in said
+    assert "stage2-eval: its CE 0.1400 is not that of best/ in the run's own history, 0.3000" in said
 
 
 def test_retention_is_not_met_where_the_teachers_answers_are_missing(demo, tmp_path, no_pictures):
