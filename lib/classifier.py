@@ -4,6 +4,7 @@ Contract: `load` returns a `Classifier`: its `hidden` are the class logits (N, C
 `head` is the identity over them. So loss, dump, records and evaluation are those of language models with V = C: nothing is written twice.
 A teacher must bring a trained head whose labels are the data's; a student whose head is missing, or of other labels, gets a new one.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,3 +189,23 @@ def tokenizer_of(folder: Path, dataset: data.Dataset, trust_remote_code: bool = 
     if any((folder / name).exists() for name in models.TOKENIZERS):
         return template.load_tokenizer(folder, trust_remote_code)
     return dataset.tokenizer()
+
+
+def reader(args, folder: Path) -> tuple[Callable[[list[str]], list[list[dict]]], torch.device]:
+    """Return what chat.py asks for the classes of texts (of each its {"label", "score"}, the likeliest first), and where it runs."""
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if args.score is not None:
+        files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
+                   "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
+    for name in ("system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
+        if getattr(args, name):
+            files.fail(f"--{name.replace('_', '-')} does not go with {folder}", "a classifier, which writes nothing", mend="the same without it")
+    device = models.pick_device(args.device, args.threads)
+    known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
+                     trust_remote_code=args.trust_remote_code)
+    if known.tokenizer.pad_token is None:
+        known.tokenizer.pad_token = known.tokenizer.eos_token
+    return lambda texts: known(texts, batch_size=args.batch_size, truncation=True), device

@@ -104,6 +104,13 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def with_system(messages: list[dict], system: str | None) -> list[dict]:
+    """Return the messages with the system prompt before them, where there is one and they bring none of their own."""
+    if system and [message["role"] for message in messages[:1]] != ["system"]:
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
 def traces(text: str) -> list[tuple[int, int]] | None:
     """Return the (start, end) characters of the reasoning traces in an answer, or None if one of them is never closed.
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
-from lib import demo, files, models, score, template
+from lib import demo, files, models, promptfile, score, talk, template
 
 QUESTIONS = ["Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
              "Tom has 71 pens and Eva has 12. How many pens do they have together?", "Leo has 69 eggs.",
@@ -49,7 +49,7 @@ def answers(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def talk(monkeypatch, capsys, checkpoint, lines, *options):
+def conversation(monkeypatch, capsys, checkpoint, lines, *options):
     """Run the conversation on these lines of input and return what was printed."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     chat.main(["--ckpt", str(checkpoint), "--greedy", *SHORT, *options])
@@ -194,34 +194,34 @@ def test_conversation_answers_with_its_history(monkeypatch, capsys, checkpoint):
     history = [{"role": "user", "content": QUESTIONS[2]}, {"role": "assistant", "content": first}, {"role": "user", "content": QUESTIONS[4]}]
     second = plain(checkpoint, history)
     assert second != plain(checkpoint, QUESTIONS[4])
-    assert talk(monkeypatch, capsys, checkpoint, [QUESTIONS[2], QUESTIONS[4]]) == f"{first}\n{second}\n"
+    assert conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[2], QUESTIONS[4]]) == f"{first}\n{second}\n"
 
 
 def test_reset_forgets_the_conversation(monkeypatch, capsys, checkpoint):
-    said = talk(monkeypatch, capsys, checkpoint, [QUESTIONS[2], "/reset", QUESTIONS[4], "/exit", QUESTIONS[0]])
+    said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[2], "/reset", QUESTIONS[4], "/exit", QUESTIONS[0]])
     assert said == f"{plain(checkpoint, QUESTIONS[2])}\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[4])}\n"
 
 
 @pytest.mark.parametrize("lines", [["Leo has\\", "69 eggs."], ['"""', "Leo has", "69 eggs.", '"""'], ['"""Leo has', '69 eggs."""']])
 def test_a_message_may_span_lines(monkeypatch, capsys, checkpoint, lines):
-    assert talk(monkeypatch, capsys, checkpoint, lines) == plain(checkpoint, "Leo has\n69 eggs.") + "\n"
+    assert conversation(monkeypatch, capsys, checkpoint, lines) == plain(checkpoint, "Leo has\n69 eggs.") + "\n"
 
 
 def test_save_writes_the_conversation_with_its_system_prompt(monkeypatch, capsys, checkpoint, tmp_path):
-    talk(monkeypatch, capsys, checkpoint, ["/system Add the ones", "How many?", f"/save {tmp_path / 'talk.json'}"])
+    conversation(monkeypatch, capsys, checkpoint, ["/system Add the ones", "How many?", f"/save {tmp_path / 'talk.json'}"])
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert messages[:2] == [{"role": "system", "content": "Add the ones"}, {"role": "user", "content": "How many?"}]
     assert messages[2] == {"role": "assistant", "content": plain(checkpoint, messages[:2])}
 
 
 def test_unknown_commands_and_bad_paths_do_not_end_the_conversation(monkeypatch, capsys, checkpoint, tmp_path):
-    said = talk(monkeypatch, capsys, checkpoint, ["/quit", f"/save {tmp_path}/none/x.json", "/save", "/help", "", QUESTIONS[2]])
-    assert "unknown command /quit" in said and "not saved" in said and "needs a file name" in said and chat.HELP in said
+    said = conversation(monkeypatch, capsys, checkpoint, ["/quit", f"/save {tmp_path}/none/x.json", "/save", "/help", "", QUESTIONS[2]])
+    assert "unknown command /quit" in said and "not saved" in said and "needs a file name" in said and talk.HELP in said
     assert said.endswith(plain(checkpoint, QUESTIONS[2]) + "\n")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkpoint):
-    show, shown = chat.Printer.show, []
+    show, shown = talk.Printer.show, []
 
     def interrupted(printer, text):
         show(printer, text)
@@ -229,14 +229,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkp
         if len(shown) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.Printer, "show", interrupted)
-    said = talk(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
+    monkeypatch.setattr(talk.Printer, "show", interrupted)
+    said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
     assert said == f"{shown[3]} (stopped)\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[2])}\n"
 
 
 def test_oldest_turns_are_dropped_when_the_context_is_full(monkeypatch, capsys, checkpoint, tmp_path):
     long = " ".join(["Ann has 38 apples."] * 8)  # 56 tokens; the context is 256
-    said = talk(monkeypatch, capsys, checkpoint, [long] * 5 + [f"/save {tmp_path / 'talk.json'}"])
+    said = conversation(monkeypatch, capsys, checkpoint, [long] * 5 + [f"/save {tmp_path / 'talk.json'}"])
     assert said.count("no longer fit") >= 1
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert messages[0]["role"] == "user" and messages[-1]["role"] == "assistant" and len(messages) < 10
@@ -255,7 +255,7 @@ def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint)
 
 
 def test_a_message_longer_than_the_context_is_refused_and_the_next_one_answered(monkeypatch, capsys, checkpoint):
-    said = talk(monkeypatch, capsys, checkpoint, ["apples " * 300, QUESTIONS[2]])
+    said = conversation(monkeypatch, capsys, checkpoint, ["apples " * 300, QUESTIONS[2]])
     assert "too long" in said and said.endswith(plain(checkpoint, QUESTIONS[2]) + "\n")
 
 
@@ -264,7 +264,7 @@ def test_streamed_text_is_the_decoding_of_all_tokens(capsys):
         def decode(self, ids, skip_special_tokens):
             return bytes(ids).decode(errors="replace")
 
-    printer = chat.Printer(Bytes())
+    printer = talk.Printer(Bytes())
     printer.put(torch.tensor([[1, 2, 3]]))
     for byte in "né 日\n!".encode():
         printer.put(torch.tensor([byte]))
@@ -436,7 +436,7 @@ def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(ch
         return forward(input_ids=input_ids, **options)
 
     talking.module.forward = counted
-    made, (read, written) = chat.speed(talking, [7, 8, 9]), {256: (128, 32), 40: (20, 20), 3: (2, 1)}[context]
+    made, (read, written) = promptfile.speed(talking, [7, 8, 9]), {256: (128, 32), 40: (20, 20), 3: (2, 1)}[context]
     assert lengths == ([read] + [1] * written) * 3 and made["prompt_tok_per_s"] > 0 < made["tok_per_s"]
     weights = sum(p.numel() * 4 for p in talking.module.parameters())
     cache = 2 * 2 * 16 * 4 * (read + written)  # keys and values of two layers, two heads of width 8, float32
