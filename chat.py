@@ -1,6 +1,7 @@
-"""Talk to a checkpoint, or let it answer one prompt or a file of them.
+"""Talk to a checkpoint, in the terminal or on a page, or let it answer one prompt, a file of them, or programs that speak OpenAI's API.
 
     python chat.py --ckpt runs/qwen/stage2                                          # a conversation; /help inside
+    python chat.py --ckpt runs/qwen/stage2 --serve --teacher Qwen/Qwen2.5-7B-Instruct    # the page, student beside teacher: http://127.0.0.1:8000
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?"
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts data/demo/val.prompts.jsonl --out runs/answers.jsonl
     python chat.py --ckpt runs/demo/stage2 --device cpu --score data/demo --out runs/demo/stage2-eval/answers.jsonl    # answers, and their scores
@@ -19,7 +20,7 @@ import copy
 
 import torch
 
-from lib import classifier, flags, labels, models, promptfile, score, talk, template
+from lib import classifier, flags, labels, models, promptfile, score, serve, talk, template
 
 
 def parse_args(argv=None):
@@ -47,16 +48,18 @@ def parse_args(argv=None):
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among this many tokens; 0 = off (default: the checkpoint's own)")
     parser.add_argument("--repetition-penalty", type=float, metavar="X", help="1 = off (default: the checkpoint's own)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
+    # a server
+    serve.add_flags(parser)
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
     args = parser.parse_args(argv)
 
     flags.positive(parser, args, "batch_size")
-    given = [f"--{name}" for name in ("prompt", "prompts", "score") if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("prompt", "prompts", "score", "serve") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         parser.error(f"{' and '.join(given)} exclude each other")
-    if (args.out is None) != (given in ([], ["--prompt"])):
+    if (args.out is None) != (given in ([], ["--prompt"], ["--serve"])):
         parser.error("--prompts FILE or --score FILE, and --out FILE belong together")
     if args.limit < 0 or args.limit and args.out is None:
         parser.error(f"--limit is {args.limit}, wanted 0 or more, and with --prompts or --score")
@@ -64,6 +67,7 @@ def parse_args(argv=None):
         parser.error(f"--labels is {args.labels!r}, wanted auto, or names like pos,neg, with --score and without --metrics")
     if args.calibrate != "off" and args.labels is None or args.metrics != "auto" and args.score is None:
         parser.error("--metrics belongs to --score, and --calibrate to --labels")
+    serve.check_flags(parser, args)
     try:
         score.chosen(args.metrics, ())
     except ValueError as wrong:
@@ -147,6 +151,8 @@ class Chat:
 def main(argv=None):
     args = parse_args(argv)
     if classifier.is_classifier(folder := models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)):
+        if args.serve:
+            files.fail(f"--serve does not go with {folder}", "a classifier", "a language model")
         read, device = classifier.reader(args, folder)
         return talk.classify(args, read, device) if args.out is None else promptfile.classify(args, read, folder)
     if args.out is not None:

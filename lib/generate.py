@@ -17,6 +17,7 @@ step; a new prompt is run alone and written into the free slot, so that it ends 
 transformers' own continuous batching (5.23, `generate_batch`) has one seed for all requests: a sampled answer depends on its company.
 """
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,12 +49,23 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers."""
+    """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers. how: its own way to sample, in place of the
+    batch's. top: with each token its log-probability comes, and those of the `top` likeliest; None: without."""
 
     key: Hashable
     ids: list[int]
     max_new_tokens: int
     seed: int = 0
+    how: Sampling | None = None
+    top: int | None = None
+
+
+@dataclass(frozen=True)
+class Likely:
+    """Log-probabilities, nats, of the model itself: at T=1, before any filter or penalty. top: (token, log p), the likeliest first."""
+
+    logp: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,7 @@ class Row:
     """A slot's tenant. start: its first column."""
 
     request: Request
+    how: Sampling
     start: int
     limit: int
     uniform: np.ndarray | None
@@ -162,7 +175,7 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
 
 class Batch:
     """The rows in work. Beside `rows`, a tenant or None for each slot, (slots,) tensors: last (the newest token), lengths (tokens in the cache),
-    starts (first column); seen (slots, V): tokens of prompt and answer, where a repetition penalty asks for them."""
+    starts (first column); seen (slots, V): tokens of prompt and answer, once a repetition penalty has asked for them."""
 
     def __init__(self, module, how: Sampling, slots: int) -> None:
         self.module, self.how, self.slots, self.device = module, how, slots, module.device
@@ -171,14 +184,37 @@ class Batch:
         self.span, self.layers, self.columns = [0, 0], [], 0  # [lo, hi] of the columns in use; their number in the buffers
         self.last, self.lengths, self.starts = (torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(3))
         self.seen: Tensor | None = None
+        self.likely: dict[int, Likely] = {}  # of the newest tokens, by place
 
     def alive(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row]
 
     def choose(self, logits: Tensor, places: list[int], seen: Tensor | None) -> Tensor:
-        """Return the next token of the rows in these places, (B,)."""
-        drawn = [0.0 if (row := self.rows[place]) is None or row.uniform is None else row.uniform[len(row.ids)] for place in places]
-        return choose(logits, self.how, torch.tensor(drawn, device=self.device), seen)
+        """Return the next token of the rows in these places, (B,), each in its own way, and note in `likely` what is asked about it."""
+        rows = [self.rows[place] for place in places]
+        uniform = torch.tensor([0.0 if row is None or row.uniform is None else row.uniform[len(row.ids)] for row in rows], device=self.device)
+        ways = list(dict.fromkeys(row.how for row in rows if row)) or [self.how]
+        if len(ways) == 1:
+            chosen = choose(logits, ways[0], uniform, seen)
+        else:
+            chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+            for how in ways:
+                at = torch.tensor([i for i, row in enumerate(rows) if row and row.how == how], device=self.device)
+                chosen[at] = choose(logits[at], how, uniform[at], None if seen is None else seen[at])
+        self.likely = {}
+        if asking := [i for i, row in enumerate(rows) if row and row.request.top is not None]:
+            logp = logits[asking].float().log_softmax(-1)
+            values, ids = logp.topk(min(logp.shape[-1], max(rows[i].request.top for i in asking)))
+            own = logp.gather(1, chosen[asking, None])[:, 0].tolist()
+            for i, one, line in zip(asking, own, [list(zip(*pair)) for pair in zip(ids.tolist(), values.tolist())]):
+                self.likely[places[i]] = Likely(one, line[:rows[i].request.top])
+        return chosen
+
+    def remember(self, vocabulary: int) -> None:
+        """Have `seen` say, from now on, which tokens each row has."""
+        self.seen = torch.zeros((len(self.rows), vocabulary), dtype=torch.bool, device=self.device)
+        for place in self.alive():
+            self.seen[place, torch.tensor(self.rows[place].request.ids + self.rows[place].ids, device=self.device)] = True
 
     def arrange(self, keep: list[int], count: int, hi: int) -> None:
         """Build the buffers anew: the slots `keep` first, of `count`, ending at column `hi`, with room for more columns."""
@@ -206,8 +242,6 @@ class Batch:
                              use_cache=True, logits_to_keep=1).logits[:, -1]
         if not self.layers:
             self.layers = [Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
-            if self.how.repetition_penalty != 1:
-                self.seen = torch.zeros((0, logits.shape[-1]), dtype=torch.bool, device=self.device)
         alive = self.alive()
         if len(alive) + len(new) > len(self.rows) or width > self.span[1]:
             self.arrange(alive, max(len(alive) + len(new), min(self.slots, len(self.rows))), max(width, self.span[1] - self.span[0]))
@@ -217,10 +251,13 @@ class Batch:
             # zeros where nothing is: a masked column still takes part with weight 0, and 0 times infinity would be NaN
             layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
             layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
-        for place, request in zip(free, new):
+        hows = [request.how or self.how for request in new]
+        if self.seen is None and any(how.repetition_penalty != 1 for how in hows):
+            self.remember(logits.shape[-1])
+        for place, request, how in zip(free, new, hows):
             start, limit = hi - len(request.ids), min(request.max_new_tokens, self.context - len(request.ids))
-            uniform = np.random.default_rng(request.seed).random(limit) if self.how.temperature else None
-            self.rows[place] = Row(request, start, limit, uniform)
+            uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
+            self.rows[place] = Row(request, how, start, limit, uniform)
             self.lengths[place], self.starts[place] = len(request.ids), start
             if self.seen is not None:
                 self.seen[place] = False
@@ -259,16 +296,18 @@ class Batch:
 
 
 @torch.inference_mode()
-def generate(module, requests: Iterable[Request | None], how: Sampling, slots: int = 32, token: Callable[[Request, int], bool | None] | None = None,
-             ) -> Iterator[Answer]:
+def generate(module, requests: Iterable[Request | None], how: Sampling, slots: int = 32,
+             token: Callable[[Request, int, Likely | None], bool | None] | None = None, turn: AbstractContextManager | None = None,
+             batch: Batch | None = None) -> Iterator[Answer]:
     """Yield the answers to requests in the order in which they are finished; at most `slots` are in work.
 
     requests are read only as places fall free, neighbours best of like length (see `by_length`). One that is None says "none for now" (a
     server's queue): it is asked again after the next token; an iterable that has none while nothing is in work had better block.
-    token(request, id), if given, hears of every token as it is written; where it returns True, that answer ends there (finish: stop).
+    token(request, id, likely), if given, hears of every token as it is written; where it returns True, that answer ends there (finish: stop).
+    turn is held during each pass of the model, and at no other time. batch: an empty one, for who wants to look at it meanwhile.
     """
     refuse_unknown_cache(module)
-    batch, waiting, more = Batch(module, how, slots), iter(requests), True
+    batch, waiting, more = batch or Batch(module, how, slots), iter(requests), True
     while True:
         # --- waiting prompts take the free places, a few together: a pass costs as much for one row as for several
         busy, new = len(batch.alive()), []
@@ -288,12 +327,14 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
             return
 
         # --- one token for every row that has come, or for all
-        for place, next_id in batch.admit(new) if new else batch.step():
+        with turn or nullcontext():
+            written = batch.admit(new) if new else batch.step()
+        for place, next_id in written:
             row = batch.rows[place]
-            finish = "stop" if next_id in how.stops else None
+            finish = "stop" if next_id in row.how.stops else None
             if finish is None:
                 row.ids.append(next_id)
-                heard = token(row.request, next_id) if token else None
+                heard = token(row.request, next_id, batch.likely.get(place)) if token else None
                 finish = "stop" if heard else "length" if len(row.ids) >= row.limit else None
             if finish:
                 batch.rows[place] = None

@@ -111,7 +111,7 @@ def test_an_answer_ends_at_the_models_context():
 def test_tokens_are_heard_as_they_are_written_and_the_listener_may_stop_one():
     module, heard = decoder(DECODERS["llama"]), collections.defaultdict(list)
 
-    def token(request, number):
+    def token(request, number, _):
         heard[request.key].append(number)
         return request.key == 2 and len(heard[2]) == 3
 

@@ -1,0 +1,558 @@
+"""The page and the API of `chat.py --serve`: Flask's routes over one engine a model (lib/engine.py), served by waitress.
+
+Contract: lib/openapi.json says what is asked and answered; every POST body is checked against it before anything else happens. Every error is
+{"error": {"message", "type", "param", "code"}}, as OpenAI's clients expect. No part of a request names a file: the paths of what is sent are fixed
+at the start. Without an API key only this machine's own names are answered to (a page of another site that the browser has open could ask otherwise).
+"""
+import argparse
+import base64
+import dataclasses
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from lib import files, flags, generate, heat
+from lib.engine import Busy, Engine, Job, Turns
+
+HERE = Path(__file__).parent
+BODY_BYTES = 1 << 20       # largest body of a request
+HEAT_TOKENS = 4096         # longest prompt and answer of a heat-map
+WATCH_S = 0.5              # how often an answer that waits looks whether its client is still there
+PATIENCE_S = 2.0           # what open streams get to say that the server is stopping
+FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the metric
+DEFAULTS = {"host": "127.0.0.1", "port": 8000, "api_key": None, "slots": 16, "queue": 64, "longest": 4096, "timeout": 300.0}
+POLICY = ("default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; frame-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
+FRAMED = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --serve and what belongs to it; all of it is None unless it was given."""
+    parser.add_argument("--serve", action="store_true", help="serve a web page and OpenAI's API until Ctrl-C (default: a conversation here)")
+    parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on; one that others can reach demands --api-key (default: {DEFAULTS['host']})")
+    parser.add_argument("--port", type=int, metavar="N", help=f"port to listen on; 0 = any free one (default: {DEFAULTS['port']})")
+    parser.add_argument("--api-key", metavar="KEY", help="what clients must send as Authorization: Bearer KEY (default: $DISTIL_API_KEY, else none)")
+    parser.add_argument("--slots", type=int, metavar="N", help=f"answers written at once, of each model (default: {DEFAULTS['slots']})")
+    parser.add_argument("--queue", type=int, metavar="N", help=f"answers that may wait; more are told to come again (default: {DEFAULTS['queue']})")
+    parser.add_argument("--longest", type=int, metavar="N", help=f"most tokens of an answer, whatever a request asks for (default: {DEFAULTS['longest']})")
+    parser.add_argument("--timeout", type=float, metavar="S", help=f"seconds after which an answer is cut (default: {DEFAULTS['timeout']})")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) flags that cannot work, and put in the defaults where there is a server."""
+    if not args.serve:
+        if given := next((name for name in DEFAULTS if getattr(args, name) is not None), None):
+            parser.error(f"--{given.replace('_', '-')} belongs to --serve")
+        return
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.api_key = args.api_key or os.environ.get("DISTIL_API_KEY")
+    flags.positive(parser, args, "slots", "longest", "timeout")
+    if args.queue < 0 or not 0 <= args.port < 1 << 16:
+        parser.error(f"--queue is {args.queue} and --port {args.port}, wanted 0 or more, and a port below 65,536")
+    if not is_local(args.host) and not args.api_key:
+        parser.error(f"--host {args.host} can be reached by others: give --api-key KEY (or $DISTIL_API_KEY) as well")
+    for package in ("flask", "waitress", "jsonschema"):
+        files.need(package, "--serve")
+
+
+class Refused(Exception):
+    """A request that gets an error."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> None:
+        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            status, "invalid_request_error" if status < 500 else "server_error")
+        self.status, self.headers, self.body = status, headers, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model that is served. chat: chat.Chat."""
+
+    role: str
+    id: str
+    chat: object
+    engine: Engine
+
+    def describe(self, created: int) -> dict:
+        module = self.chat.module
+        return {"id": self.id, "object": "model", "created": created, "owned_by": "distil", "role": self.role, "context": self.chat.context,
+                "parameters": sum(p.numel() for p in module.parameters()), "memory_bytes": self.engine.memory_bytes(), "device": str(module.device),
+                "dtype": str(module.dtype).removeprefix("torch.")}
+
+    def sampling(self, body: dict) -> generate.Sampling:
+        """Return how a request wants to be answered; what it leaves out is the checkpoint's own way, or chat.py's flags."""
+        how, asked = self.engine.how, {name: body[name] for name in ("top_k", "min_p", "repetition_penalty") if body.get(name) is not None}
+        if body.get("temperature") is not None or body.get("top_p") is not None:
+            temperature = body.get("temperature")
+            cold = temperature is not None and temperature < 1e-4  # nothing but the likeliest token; the division would overflow
+            how = generate.sampling_of(self.chat.how, self.chat.tokenizer, 0.0 if cold else temperature, body.get("top_p"))
+        return dataclasses.replace(how, **asked)
+
+
+# --- requests
+
+
+def checked(request, validator) -> dict:
+    """Return a POST's body, if it is what the schema says. Raises Refused (400, 413, 415)."""
+    import jsonschema
+
+    if request.mimetype != "application/json":
+        raise Refused(415, f"the body is {request.mimetype or 'of no type'}, wanted Content-Type: application/json")
+
+    def not_a_number(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number)
+        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be written in JSON, and is no text
+    except (ValueError, RecursionError) as broken:
+        raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
+    fault = jsonschema.exceptions.best_match(validator.iter_errors(body))
+    if fault is not None:
+        where = ".".join(map(str, fault.absolute_path)) or None
+        said = fault.message if len(fault.message) <= 200 else f"{fault.message[:100]} ... {fault.message[-100:]}"
+        raise Refused(400, f"{where}: {said}" if where else said, where)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def plain(messages: list[dict]) -> list[dict]:
+    """Return messages as chat templates know them: text alone, and system for developer."""
+    text = lambda content: content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return [{"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])} for m in messages]
+
+
+def prompt_of(side: Side, messages: list[dict]) -> list[int]:
+    """Return the prompt's tokens. Raises Refused where the chat template does not take these messages."""
+    try:
+        return side.chat.ids(plain(messages))
+    except SystemExit as refused:
+        raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
+
+
+def prompts_of(side: Side, asked) -> list[list[int]]:
+    """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
+    several = [asked] if isinstance(asked, str) or isinstance(asked[0], (int, float)) else asked
+    vocabulary = side.chat.module.config.get_text_config().vocab_size
+    for prompt in several:
+        if not isinstance(prompt, str) and max(prompt) >= vocabulary:
+            raise Refused(400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt")
+    return [side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(map(int, prompt)) for prompt in several]
+
+
+def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str) -> list[Job]:
+    """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises Refused."""
+    context, count = side.chat.context, int(body.get("n", 1))
+    if len(prompts) * count > 16:
+        raise Refused(400, f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at most 16", "n")
+    for prompt in prompts:
+        if not prompt:
+            raise Refused(400, "the prompt is empty", param)
+        if context and len(prompt) >= context:
+            raise Refused(400, f"the prompt has {len(prompt)} tokens, and the model sees {context} with the answer", param, "context_length_exceeded")
+    limit = min(int(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens))), args.longest)
+    stops = body.get("stop", ())
+    seed = int(body.get("seed", secrets.randbits(32))) % (1 << 63)
+    how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.timeout
+    return [Job(prompt, limit, how, seed + number, deadline, events, at * count + number, (stops,) if isinstance(stops, str) else tuple(stops), top)
+            for at, prompt in enumerate(prompts) for number in range(count)]
+
+
+def heard(jobs: list[Job], gone) -> Iterator:
+    """Yield the events of jobs until each has its last; give the jobs up when the client has gone (then nothing more is yielded)."""
+    try:
+        missing = len(jobs)
+        while missing:
+            try:
+                event = jobs[0].events.get(timeout=WATCH_S)
+            except Empty:
+                if gone():
+                    return
+                if any(job.first is None and time.monotonic() > job.deadline for job in jobs):
+                    raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"}) from None
+                continue
+            if event.error:
+                raise Refused(503, event.error)
+            missing -= event.finish is not None
+            yield event
+    finally:
+        give_up(jobs)
+
+
+def give_up(jobs: list[Job]) -> None:
+    for job in jobs:
+        job.cancelled = True
+
+
+# --- answers
+
+
+def numbers(side: Side, jobs: list[Job], prompts: list[list[int]]) -> dict:
+    """Return what an answer cost: OpenAI's `usage`, and our `speed` (of the first of several answers)."""
+    read, written = sum(map(len, prompts)), sum(job.count for job in jobs)
+    return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+            "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()}}
+
+
+def name_of(side: Side, token: int) -> dict:
+    """Return a token's text and bytes (None where it is a part of a character)."""
+    text = side.chat.tokenizer.decode([token])
+    return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
+
+
+def logprobs(side: Side, chat: bool, tokens) -> dict | None:
+    """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None where they were not asked for."""
+    if not tokens or tokens[0].likely is None:
+        return None
+    entry = lambda token, logp: name_of(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
+    if chat:
+        return {"content": [entry(t.id, t.likely.logp) | {"top_logprobs": [entry(*pair) for pair in t.likely.top]} for t in tokens]}
+    return {"tokens": [name_of(side, t.id)["token"] for t in tokens], "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
+            "text_offset": [t.offset for t in tokens],
+            "top_logprobs": [{name_of(side, token)["token"]: max(logp, -9999.0) for token, logp in reversed(t.likely.top)} for t in tokens]}
+
+
+def whole(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], gone) -> dict | None:
+    """Return the answers once all of them are there; None where the client has gone."""
+    text, tokens, finish = [""] * len(jobs), [[] for _ in jobs], [None] * len(jobs)
+    for event in heard(jobs, gone):
+        text[event.index] += event.text
+        tokens[event.index] += event.tokens
+        finish[event.index] = event.finish
+    if None in finish:
+        return None
+    said = lambda i: {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
+    choices = [{"index": i, **said(i), "logprobs": logprobs(side, chat, tokens[i]), "finish_reason": finish[i]} for i in range(len(jobs))]
+    return head | {"object": "chat.completion" if chat else "text_completion", "choices": choices} | numbers(side, jobs, prompts)
+
+
+def stream(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], usage: bool, gone) -> Iterator[str]:
+    """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
+    line = lambda value: f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
+
+    def chunk(index: int, delta: dict, text: str = "", likely: dict | None = None, finish: str | None = None) -> str:
+        return line(head | {"choices": [{"index": index, **({"delta": delta} if chat else {"text": text}), "logprobs": likely, "finish_reason": finish}]})
+
+    if chat:
+        for job in jobs:
+            yield chunk(job.index, {"role": "assistant", "content": ""})
+    try:
+        missing = len(jobs)
+        for event in heard(jobs, gone):
+            if event.text or event.tokens:
+                yield chunk(event.index, {"content": event.text}, event.text, logprobs(side, chat, event.tokens))
+            if event.finish:
+                missing -= 1
+                yield chunk(event.index, {}, finish=event.finish)
+        if missing:
+            return
+    except Refused as refused:  # too late for a status
+        yield line(refused.body)
+        return
+    if usage:
+        yield line(head | {"choices": []} | numbers(side, jobs, prompts))
+    yield "data: [DONE]\n\n"
+
+
+# --- what is counted
+
+
+class Counts:
+    """What /metrics says, beside what the engines count themselves."""
+
+    def __init__(self) -> None:
+        self.lock, self.requests, self.waits, self.waited_s = threading.Lock(), Counter(), Counter(), 0.0
+
+    def request(self, path: str, status: int) -> None:
+        with self.lock:
+            self.requests[path, status] += 1
+
+    def first_token(self, jobs: list[Job]) -> None:
+        with self.lock:
+            for job in jobs:
+                if job.first is not None:
+                    wait = job.first - job.asked
+                    self.waited_s += wait
+                    self.waits[next((bound for bound in FIRST_TOKEN_S if wait <= bound), math.inf)] += 1
+
+    def text(self, sides: list[Side]) -> str:
+        """Return the text format of Prometheus, version 0.0.4."""
+        lines = []
+
+        def metric(name: str, kind: str, what: str, values: list[tuple[str, float]]) -> None:
+            lines.extend([f"# HELP distil_{name} {what}", f"# TYPE distil_{name} {kind}", *(f"distil_{name}{labels} {value}" for labels, value in values)])
+
+        of = lambda value: [(f'{{model="{side.role}"}}', value(side.engine)) for side in sides]
+        with self.lock:
+            metric("requests_total", "counter", "Requests answered", [(f'{{path="{p}",status="{s}"}}', n) for (p, s), n in sorted(self.requests.items())])
+            bounds, below = [*FIRST_TOKEN_S, math.inf], 0
+            waits = [(f'_bucket{{le="{"+Inf" if b == math.inf else b}"}}', below := below + self.waits[b]) for b in bounds]
+            metric("first_token_seconds", "histogram", "Seconds from a request to its first token", [*waits, ("_sum", self.waited_s), ("_count", below)])
+        metric("prompt_tokens_total", "counter", "Prompt tokens read", of(lambda engine: engine.prompt_tokens))
+        metric("answer_tokens_total", "counter", "Tokens written", of(lambda engine: engine.answer_tokens))
+        metric("busy_seconds_total", "counter", "Seconds in which the model ran", of(lambda engine: engine.busy_s))
+        metric("answers_working", "gauge", "Answers in work", of(lambda engine: len(engine.working)))
+        metric("answers_waiting", "gauge", "Answers that wait", of(lambda engine: len(engine.waiting)))
+        metric("memory_bytes", "gauge", "Weights and cache in memory", of(lambda engine: engine.memory_bytes()))
+        return "\n".join(lines) + "\n"
+
+
+# --- the routes
+
+
+def host_of(text: str) -> str:
+    """Return the host of host:port: `localhost:8000` is localhost, `[::1]:80` is ::1."""
+    return text[1:].partition("]")[0] if text.startswith("[") else text.rpartition(":")[0] or text
+
+
+def page_policy(html: str) -> str:
+    """Return a Content-Security-Policy under which the page's own script and style run, and nothing else."""
+    hashes = lambda tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+                                  for text in re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL))
+    return f"{POLICY}; script-src {hashes('script') or chr(39) + 'none' + chr(39)}; style-src {hashes('style') or chr(39) + 'none' + chr(39)}"
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """Return where the pictures and texts of a checkpoint's run would be. folder: the checkpoint's, RUN/STAGE/best."""
+    stage = folder.parent
+    if folder.name not in ("best", "final") or not (stage / "history.jsonl").exists():
+        return {}
+    return {"curves.png": stage / "curves.png", "comparison.html": stage.parent / "comparison.html", "samples.md": stage / "samples.md"}
+
+
+def application(args, sides: list[Side], folder: Path):
+    """Return the Flask application. folder: the student's checkpoint. `application.counts` has what was counted."""
+    import flask
+    import jsonschema
+    from werkzeug.exceptions import HTTPException
+
+    api = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
+    page = (HERE / "chat.html").read_text(encoding="utf-8")
+    policy, created, of_run, counts = page_policy(page), int(time.time()), run_files(folder), Counts()
+    student, by_id, looking = sides[0], {side.id: side for side in sides}, threading.Lock()
+    teacher = sides[1] if len(sides) > 1 else None
+    apart = heat.apart(student.chat.tokenizer, teacher.chat.tokenizer) if teacher else "there is no teacher: chat.py --serve --teacher DIR"
+    app = flask.Flask("distil", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES
+    app.json.sort_keys = False
+    app.counts = counts
+
+    def body_of(name: str) -> dict:
+        return checked(flask.request, validators[name])
+
+    # schemas name one another by #/components/schemas/NAME: they are read from the whole file
+    validators = {name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": api["components"]})
+                  for name in ("ChatRequest", "CompletionRequest", "HeatmapRequest")}
+
+    @app.before_request
+    def admit() -> None:
+        request = flask.request
+        if args.api_key:
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if request.path not in ("/", "/healthz", "/openapi.json") and not hmac.compare_digest(given.encode(), args.api_key.encode()):
+                raise Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+            return
+        if not is_local(host_of(request.host)):
+            raise Refused(403, f"this server answers to localhost, not to {request.host[:100]}: start it with --api-key KEY")
+        if (origin := request.headers.get("Origin")) and origin.partition("//")[2] != request.host:
+            raise Refused(403, f"a page of {origin[:100]} may not ask here")
+
+    @app.after_request
+    def sign(response):
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        counts.request(flask.request.url_rule.rule if flask.request.url_rule else "other", response.status_code)
+        return response
+
+    @app.errorhandler(Refused)
+    def refuse(refused: Refused):
+        return refused.body, refused.status, refused.headers
+
+    @app.errorhandler(HTTPException)
+    def wrong(error: HTTPException):
+        says = {404: f"there is no {flask.request.path[:100]}; /openapi.json lists what there is", 413: f"the body is larger than {files.human(BODY_BYTES)}"}
+        refused = Refused(error.code, says.get(error.code, error.description))
+        return refused.body, error.code, [pair for pair in error.get_headers() if pair[0] == "Allow"]
+
+    @app.get("/")
+    def index():
+        return flask.Response(page, mimetype="text/html", headers={"Content-Security-Policy": policy})
+
+    @app.get("/openapi.json")
+    def openapi():
+        return api
+
+    @app.get("/healthz")
+    def health():
+        if any(side.engine.dead for side in sides):
+            raise Refused(503, "the model failed; the server's log says how")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics():
+        return flask.Response(counts.text(sides), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    def models():
+        how = student.engine.how
+        return {"object": "list", "data": [side.describe(created) for side in sides], "heatmap": apart is None,
+                "defaults": {"temperature": how.temperature, "top_p": how.top_p, "max_tokens": min(student.chat.how.max_new_tokens, args.longest)},
+                "limits": {"max_tokens": args.longest}}
+
+    def answer(body: dict, chat: bool):
+        """Answer a chat (messages) or completion (prompt) request, at once or as a stream."""
+        side = by_id.get(body["model"])
+        if side is None:
+            raise Refused(404, f"there is no model {body['model'][:100]!r} here, but {', '.join(by_id)}", "model", "model_not_found")
+        prompts = [prompt_of(side, body["messages"])] if chat else prompts_of(side, body["prompt"])
+        if chat and body.get("top_logprobs") and not body.get("logprobs"):
+            raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
+        top = (int(body.get("top_logprobs", 0)) if body.get("logprobs") else None) if chat else body.get("logprobs")
+        jobs = jobs_of(side, args, body, prompts, top if top is None else int(top), "messages" if chat else "prompt")
+        try:
+            side.engine.ask(jobs)
+        except Busy:
+            if side.engine.closed or side.engine.dead:
+                raise Refused(503, "the server is stopping") from None
+            raise Refused(429, f"{args.slots} answers are in work and {args.queue} wait: come again later", code="queue_full", **{"Retry-After": "1"}) from None
+        head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "object": "", "created": int(time.time()), "model": side.id}
+        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        if body.get("stream"):
+            usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            response = flask.Response(stream(side, chat, head, jobs, prompts, usage, gone), mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})
+            response.call_on_close(lambda: (give_up(jobs), counts.first_token(jobs)))  # a generator that was never begun is not closed either
+            return response
+        made = whole(side, chat, head, jobs, prompts, gone)
+        counts.first_token(jobs)
+        return made if made is not None else ("", 499)
+
+    @app.post("/v1/chat/completions")
+    def chat_completions():
+        return answer(body_of("ChatRequest"), True)
+
+    @app.post("/v1/completions")
+    def completions():
+        return answer(body_of("CompletionRequest"), False)
+
+    @app.post("/v1/heatmap")
+    def heatmap():
+        body = body_of("HeatmapRequest")
+        if apart is not None:
+            raise Refused(400, apart)
+        tokenizer = student.chat.tokenizer
+        prompts = [prompt_of(side, body["messages"]) for side in (student, teacher)]
+        ids = tokenizer(body["answer"], add_special_tokens=False).input_ids
+        if body.get("finished") and student.engine.how.stops:
+            ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id in student.engine.how.stops else student.engine.how.stops[0])
+        most = min(HEAT_TOKENS, *(side.chat.context or HEAT_TOKENS for side in (student, teacher)))
+        if not ids or (length := max(map(len, prompts)) + len(ids)) > most:
+            raise Refused(400, f"prompt and answer have {length} tokens, wanted at most {most}" if ids else "the answer has no token", "answer")
+        with looking, student.engine.turns:  # one at a time: its memory is that of a pass
+            places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        return {"tokens": [{name: value for name, value in dataclasses.asdict(place).items() if name != "id"} for place in places]}
+
+    @app.get("/run.json")
+    def run():
+        return {"ckpt": args.ckpt} | {name.partition(".")[0]: name in of_run and of_run[name].exists() for name in ("curves.png", "comparison.html", "samples.md")}
+
+    def sent(name: str, kind: str):
+        if name not in of_run or not of_run[name].exists():
+            raise Refused(404, f"this run has no {name}")
+        return flask.Response(of_run[name].read_bytes(), mimetype=kind, headers={"Content-Security-Policy": FRAMED})
+
+    app.add_url_rule("/run/curves.png", "curves", lambda: sent("curves.png", "image/png"))
+    app.add_url_rule("/run/comparison.html", "comparison", lambda: sent("comparison.html", "text/html"))
+    app.add_url_rule("/run/samples.md", "samples", lambda: sent("samples.md", "text/markdown"))
+    return app
+
+
+def is_local(host: str) -> bool:
+    """Whether a name means this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# --- the server
+
+
+class Server:
+    """The application behind waitress, in threads of its own; `url` is where it is. stop() ends it at once: open streams are told so."""
+
+    def __init__(self, args, chats: dict[str, object], folder: Path) -> None:
+        """chats: by role, the student first. Raises SystemExit (one line) where the port cannot be had or a model cannot be served."""
+        import waitress
+
+        turns = Turns()
+        ids = {"student": args.ckpt, "teacher": args.teacher if args.teacher != args.ckpt else f"{args.teacher} (teacher)"}
+        ways = {role: generate.sampling_of(chat.how, chat.tokenizer, None if chat.how.do_sample else 0.0) for role, chat in chats.items()}
+        self.sides = [Side(role, ids[role], chat, Engine(chat.module, chat.tokenizer, ways[role], args.slots, args.queue, turns)) for role, chat in chats.items()]
+        self.app = application(args, self.sides, folder)
+        threads = len(self.sides) * (args.slots + args.queue) + 8  # one for each answer that may wait, and some for who is told that the queue is full
+        try:
+            self.server = waitress.create_server(
+                self.app, host=args.host, port=args.port, threads=threads, ident="distil", connection_limit=4 * threads + 100, backlog=1024,
+                channel_timeout=60, cleanup_interval=5, max_request_body_size=16 * BODY_BYTES, inbuf_overflow=BODY_BYTES, channel_request_lookahead=1,
+                clear_untrusted_proxy_headers=True, asyncore_use_poll=True)
+        except OSError as refused:
+            for side in self.sides:
+                side.engine.close()
+            files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port", "--port another, or 0 for any free one")
+        self.url = f"http://{args.host}:{self.server.effective_port}"
+        self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)
+        self.thread.start()
+
+    def failed(self) -> bool:
+        return any(side.engine.dead for side in self.sides)
+
+    def stop(self) -> None:
+        for side in self.sides:
+            side.engine.close()
+        until = time.monotonic() + PATIENCE_S
+        busy = lambda: any(channel.total_outbufs_len or channel.requests for channel in self.server.active_channels.copy().values())
+        while busy() and time.monotonic() < until:
+            time.sleep(0.01)
+        self.server.task_dispatcher.shutdown(timeout=0.5)
+        for channel in [*self.server.active_channels.values()]:
+            channel.will_close = True
+        self.server.close()
+        for side in self.sides:
+            side.engine.thread.join(PATIENCE_S)
+        self.thread.join(PATIENCE_S)
+
+
+def serve(args, chats: dict[str, object], folder: Path) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that requests wait is what /metrics says
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    server = Server(args, chats, folder)
+    print(f"chat: {args.ckpt}{f', beside {args.teacher},' if args.teacher else ''} on {server.sides[0].chat.device}\n"
+          f"  page     {server.url}\n  API      {server.url}/v1   (OpenAI's; described in {server.url}/openapi.json)\n"
+          f"  health   {server.url}/healthz, {server.url}/metrics\nCtrl-C ends it", flush=True)
+    while not stop.wait(0.2):
+        if server.failed():
+            server.stop()
+            sys.exit("error: the model failed; see above")
+    server.stop()
+    print("chat: stopped", flush=True)
