@@ -20,7 +20,7 @@ import copy
 
 import torch
 
-from lib import classifier, flags, labels, models, promptfile, score, serve, talk, template
+from lib import classifier, files, flags, labels, models, promptfile, score, serve, talk, template
 
 
 def parse_args(argv=None):
@@ -50,6 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # a server
     serve.add_flags(parser)
+    parser.set_defaults(teacher=None)
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
@@ -162,6 +163,8 @@ def main(argv=None):
             print("\nchat: stopped; the same command continues")
             raise SystemExit(130) from None
     chat = Chat(args, *load(args))
+    if args.serve:
+        return serve.serve(args, {"student": chat}, folder)
     torch.manual_seed(args.seed)
     if args.prompt is None:
         talk.converse(args, chat)

@@ -1,9 +1,9 @@
 """A model that answers many requests at once: one thread that decodes, a bounded queue before it.
 
-Contract: `Engine.ask` never waits. It takes jobs (or raises Busy), and the jobs' events come by their own queue, in order, the last one with a `finish`.
-A job may be given up at any time (`job.cancelled = True`): it ends at its next token, or is never begun. Each answer is what lib/generate.py
-promises: the same alone and in company. Several engines share one `Turns`, so that their models' passes take turns instead of fighting for
-the same cores; each counts only its own time.
+Contract: `Engine.ask` never waits. It takes jobs (or raises Busy), and the jobs' events come by their own queue, in order, the last one with
+a `finish`. A job may be given up at any time (`job.cancelled = True`): it ends at its next token, or is never begun. Each answer is what
+lib/generate.py promises: the same alone and in company. Several engines share one `Turns`, so that their models' passes take turns instead of
+fighting for the same cores; each counts only its own time.
 """
 import threading
 import time

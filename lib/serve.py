@@ -1,8 +1,8 @@
 """The page and the API of `chat.py --serve`: Flask's routes over one engine a model (lib/engine.py), served by waitress.
 
-Contract: lib/openapi.json says what is asked and answered; every POST body is checked against it before anything else happens. Every error is
-{"error": {"message", "type", "param", "code"}}, as OpenAI's clients expect. No part of a request names a file: the paths of what is sent are fixed
-at the start. Without an API key only this machine's own names are answered to (a page of another site that the browser has open could ask otherwise).
+Contract: lib/openapi.json says which routes there are; lib/api.py what is asked and answered. No part of a request names a file: the paths of
+what is sent are fixed at the start. Without an API key only this machine's own names are answered to, and no page of another site (one that
+the browser has open could ask otherwise).
 """
 import argparse
 import base64
@@ -21,35 +21,35 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
-from lib import files, flags, generate, heat
+from lib import api, files, flags, generate, heat
+from lib.api import Refused, Side
 from lib.engine import Busy, Engine, Job, Turns
 
 HERE = Path(__file__).parent
 BODY_BYTES = 1 << 20       # largest body of a request
 HEAT_TOKENS = 4096         # longest prompt and answer of a heat-map
-WATCH_S = 0.5              # how often an answer that waits looks whether its client is still there
 PATIENCE_S = 2.0           # what open streams get to say that the server is stopping
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the metric
 DEFAULTS = {"host": "127.0.0.1", "port": 8000, "api_key": None, "slots": 16, "queue": 64, "longest": 4096, "timeout": 300.0}
 POLICY = ("default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; frame-src 'self' blob:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
+OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
 FRAMED = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --serve and what belongs to it; all of it is None unless it was given."""
     parser.add_argument("--serve", action="store_true", help="serve a web page and OpenAI's API until Ctrl-C (default: a conversation here)")
-    parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on; one that others can reach demands --api-key (default: {DEFAULTS['host']})")
+    parser.add_argument("--host", metavar="ADDRESS",
+                        help=f"address to listen on; one that others can reach demands --api-key (default: {DEFAULTS['host']})")
     parser.add_argument("--port", type=int, metavar="N", help=f"port to listen on; 0 = any free one (default: {DEFAULTS['port']})")
     parser.add_argument("--api-key", metavar="KEY", help="what clients must send as Authorization: Bearer KEY (default: $DISTIL_API_KEY, else none)")
     parser.add_argument("--slots", type=int, metavar="N", help=f"answers written at once, of each model (default: {DEFAULTS['slots']})")
     parser.add_argument("--queue", type=int, metavar="N", help=f"answers that may wait; more are told to come again (default: {DEFAULTS['queue']})")
-    parser.add_argument("--longest", type=int, metavar="N", help=f"most tokens of an answer, whatever a request asks for (default: {DEFAULTS['longest']})")
+    parser.add_argument("--longest", type=int, metavar="N",
+                        help=f"most tokens of an answer, whatever a request asks for (default: {DEFAULTS['longest']})")
     parser.add_argument("--timeout", type=float, metavar="S", help=f"seconds after which an answer is cut (default: {DEFAULTS['timeout']})")
 
 
@@ -70,205 +70,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--host {args.host} can be reached by others: give --api-key KEY (or $DISTIL_API_KEY) as well")
     for package in ("flask", "waitress", "jsonschema"):
         files.need(package, "--serve")
-
-
-class Refused(Exception):
-    """A request that gets an error."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> None:
-        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.headers, self.body = status, headers, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model that is served. chat: chat.Chat."""
-
-    role: str
-    id: str
-    chat: object
-    engine: Engine
-
-    def describe(self, created: int) -> dict:
-        module = self.chat.module
-        return {"id": self.id, "object": "model", "created": created, "owned_by": "distil", "role": self.role, "context": self.chat.context,
-                "parameters": sum(p.numel() for p in module.parameters()), "memory_bytes": self.engine.memory_bytes(), "device": str(module.device),
-                "dtype": str(module.dtype).removeprefix("torch.")}
-
-    def sampling(self, body: dict) -> generate.Sampling:
-        """Return how a request wants to be answered; what it leaves out is the checkpoint's own way, or chat.py's flags."""
-        how, asked = self.engine.how, {name: body[name] for name in ("top_k", "min_p", "repetition_penalty") if body.get(name) is not None}
-        if body.get("temperature") is not None or body.get("top_p") is not None:
-            temperature = body.get("temperature")
-            cold = temperature is not None and temperature < 1e-4  # nothing but the likeliest token; the division would overflow
-            how = generate.sampling_of(self.chat.how, self.chat.tokenizer, 0.0 if cold else temperature, body.get("top_p"))
-        return dataclasses.replace(how, **asked)
-
-
-# --- requests
-
-
-def checked(request, validator) -> dict:
-    """Return a POST's body, if it is what the schema says. Raises Refused (400, 413, 415)."""
-    import jsonschema
-
-    if request.mimetype != "application/json":
-        raise Refused(415, f"the body is {request.mimetype or 'of no type'}, wanted Content-Type: application/json")
-
-    def not_a_number(name: str) -> None:
-        raise ValueError(f"{name} is no number")
-
-    try:
-        body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number)
-        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be written in JSON, and is no text
-    except (ValueError, RecursionError) as broken:
-        raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
-    fault = jsonschema.exceptions.best_match(validator.iter_errors(body))
-    if fault is not None:
-        where = ".".join(map(str, fault.absolute_path)) or None
-        said = fault.message if len(fault.message) <= 200 else f"{fault.message[:100]} ... {fault.message[-100:]}"
-        raise Refused(400, f"{where}: {said}" if where else said, where)
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def plain(messages: list[dict]) -> list[dict]:
-    """Return messages as chat templates know them: text alone, and system for developer."""
-    text = lambda content: content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return [{"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])} for m in messages]
-
-
-def prompt_of(side: Side, messages: list[dict]) -> list[int]:
-    """Return the prompt's tokens. Raises Refused where the chat template does not take these messages."""
-    try:
-        return side.chat.ids(plain(messages))
-    except SystemExit as refused:
-        raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
-
-
-def prompts_of(side: Side, asked) -> list[list[int]]:
-    """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
-    several = [asked] if isinstance(asked, str) or isinstance(asked[0], (int, float)) else asked
-    vocabulary = side.chat.module.config.get_text_config().vocab_size
-    for prompt in several:
-        if not isinstance(prompt, str) and max(prompt) >= vocabulary:
-            raise Refused(400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt")
-    return [side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(map(int, prompt)) for prompt in several]
-
-
-def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str) -> list[Job]:
-    """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises Refused."""
-    context, count = side.chat.context, int(body.get("n", 1))
-    if len(prompts) * count > 16:
-        raise Refused(400, f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at most 16", "n")
-    for prompt in prompts:
-        if not prompt:
-            raise Refused(400, "the prompt is empty", param)
-        if context and len(prompt) >= context:
-            raise Refused(400, f"the prompt has {len(prompt)} tokens, and the model sees {context} with the answer", param, "context_length_exceeded")
-    limit = min(int(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens))), args.longest)
-    stops = body.get("stop", ())
-    seed = int(body.get("seed", secrets.randbits(32))) % (1 << 63)
-    how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.timeout
-    return [Job(prompt, limit, how, seed + number, deadline, events, at * count + number, (stops,) if isinstance(stops, str) else tuple(stops), top)
-            for at, prompt in enumerate(prompts) for number in range(count)]
-
-
-def heard(jobs: list[Job], gone) -> Iterator:
-    """Yield the events of jobs until each has its last; give the jobs up when the client has gone (then nothing more is yielded)."""
-    try:
-        missing = len(jobs)
-        while missing:
-            try:
-                event = jobs[0].events.get(timeout=WATCH_S)
-            except Empty:
-                if gone():
-                    return
-                if any(job.first is None and time.monotonic() > job.deadline for job in jobs):
-                    raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"}) from None
-                continue
-            if event.error:
-                raise Refused(503, event.error)
-            missing -= event.finish is not None
-            yield event
-    finally:
-        give_up(jobs)
-
-
-def give_up(jobs: list[Job]) -> None:
-    for job in jobs:
-        job.cancelled = True
-
-
-# --- answers
-
-
-def numbers(side: Side, jobs: list[Job], prompts: list[list[int]]) -> dict:
-    """Return what an answer cost: OpenAI's `usage`, and our `speed` (of the first of several answers)."""
-    read, written = sum(map(len, prompts)), sum(job.count for job in jobs)
-    return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-            "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()}}
-
-
-def name_of(side: Side, token: int) -> dict:
-    """Return a token's text and bytes (None where it is a part of a character)."""
-    text = side.chat.tokenizer.decode([token])
-    return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
-
-
-def logprobs(side: Side, chat: bool, tokens) -> dict | None:
-    """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None where they were not asked for."""
-    if not tokens or tokens[0].likely is None:
-        return None
-    entry = lambda token, logp: name_of(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
-    if chat:
-        return {"content": [entry(t.id, t.likely.logp) | {"top_logprobs": [entry(*pair) for pair in t.likely.top]} for t in tokens]}
-    return {"tokens": [name_of(side, t.id)["token"] for t in tokens], "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
-            "text_offset": [t.offset for t in tokens],
-            "top_logprobs": [{name_of(side, token)["token"]: max(logp, -9999.0) for token, logp in reversed(t.likely.top)} for t in tokens]}
-
-
-def whole(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], gone) -> dict | None:
-    """Return the answers once all of them are there; None where the client has gone."""
-    text, tokens, finish = [""] * len(jobs), [[] for _ in jobs], [None] * len(jobs)
-    for event in heard(jobs, gone):
-        text[event.index] += event.text
-        tokens[event.index] += event.tokens
-        finish[event.index] = event.finish
-    if None in finish:
-        return None
-    said = lambda i: {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
-    choices = [{"index": i, **said(i), "logprobs": logprobs(side, chat, tokens[i]), "finish_reason": finish[i]} for i in range(len(jobs))]
-    return head | {"object": "chat.completion" if chat else "text_completion", "choices": choices} | numbers(side, jobs, prompts)
-
-
-def stream(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], usage: bool, gone) -> Iterator[str]:
-    """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
-    line = lambda value: f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-    head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
-
-    def chunk(index: int, delta: dict, text: str = "", likely: dict | None = None, finish: str | None = None) -> str:
-        return line(head | {"choices": [{"index": index, **({"delta": delta} if chat else {"text": text}), "logprobs": likely, "finish_reason": finish}]})
-
-    if chat:
-        for job in jobs:
-            yield chunk(job.index, {"role": "assistant", "content": ""})
-    try:
-        missing = len(jobs)
-        for event in heard(jobs, gone):
-            if event.text or event.tokens:
-                yield chunk(event.index, {"content": event.text}, event.text, logprobs(side, chat, event.tokens))
-            if event.finish:
-                missing -= 1
-                yield chunk(event.index, {}, finish=event.finish)
-        if missing:
-            return
-    except Refused as refused:  # too late for a status
-        yield line(refused.body)
-        return
-    if usage:
-        yield line(head | {"choices": []} | numbers(side, jobs, prompts))
-    yield "data: [DONE]\n\n"
 
 
 # --- what is counted
@@ -297,14 +98,17 @@ class Counts:
         lines = []
 
         def metric(name: str, kind: str, what: str, values: list[tuple[str, float]]) -> None:
-            lines.extend([f"# HELP distil_{name} {what}", f"# TYPE distil_{name} {kind}", *(f"distil_{name}{labels} {value}" for labels, value in values)])
+            lines.extend([f"# HELP distil_{name} {what}", f"# TYPE distil_{name} {kind}"])
+            lines.extend(f"distil_{name}{labels} {value}" for labels, value in values)
 
         of = lambda value: [(f'{{model="{side.role}"}}', value(side.engine)) for side in sides]
         with self.lock:
-            metric("requests_total", "counter", "Requests answered", [(f'{{path="{p}",status="{s}"}}', n) for (p, s), n in sorted(self.requests.items())])
+            answered = [(f'{{path="{path}",status="{status}"}}', count) for (path, status), count in sorted(self.requests.items())]
+            metric("requests_total", "counter", "Requests answered", answered)
             bounds, below = [*FIRST_TOKEN_S, math.inf], 0
             waits = [(f'_bucket{{le="{"+Inf" if b == math.inf else b}"}}', below := below + self.waits[b]) for b in bounds]
-            metric("first_token_seconds", "histogram", "Seconds from a request to its first token", [*waits, ("_sum", self.waited_s), ("_count", below)])
+            waits += [("_sum", self.waited_s), ("_count", below)]
+            metric("first_token_seconds", "histogram", "Seconds from a request to its first token", waits)
         metric("prompt_tokens_total", "counter", "Prompt tokens read", of(lambda engine: engine.prompt_tokens))
         metric("answer_tokens_total", "counter", "Tokens written", of(lambda engine: engine.answer_tokens))
         metric("busy_seconds_total", "counter", "Seconds in which the model ran", of(lambda engine: engine.busy_s))
@@ -343,7 +147,7 @@ def application(args, sides: list[Side], folder: Path):
     import jsonschema
     from werkzeug.exceptions import HTTPException
 
-    api = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
+    described = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
     page = (HERE / "chat.html").read_text(encoding="utf-8")
     policy, created, of_run, counts = page_policy(page), int(time.time()), run_files(folder), Counts()
     student, by_id, looking = sides[0], {side.id: side for side in sides}, threading.Lock()
@@ -355,10 +159,10 @@ def application(args, sides: list[Side], folder: Path):
     app.counts = counts
 
     def body_of(name: str) -> dict:
-        return checked(flask.request, validators[name])
+        return api.checked(flask.request, validators[name])
 
     # schemas name one another by #/components/schemas/NAME: they are read from the whole file
-    validators = {name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": api["components"]})
+    validators = {name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": described["components"]})
                   for name in ("ChatRequest", "CompletionRequest", "HeatmapRequest")}
 
     @app.before_request
@@ -367,7 +171,8 @@ def application(args, sides: list[Side], folder: Path):
         if args.api_key:
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             if request.path not in ("/", "/healthz", "/openapi.json") and not hmac.compare_digest(given.encode(), args.api_key.encode()):
-                raise Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+                raise Refused(401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key",
+                              **{"WWW-Authenticate": "Bearer"})
             return
         if not is_local(host_of(request.host)):
             raise Refused(403, f"this server answers to localhost, not to {request.host[:100]}: start it with --api-key KEY")
@@ -388,7 +193,8 @@ def application(args, sides: list[Side], folder: Path):
 
     @app.errorhandler(HTTPException)
     def wrong(error: HTTPException):
-        says = {404: f"there is no {flask.request.path[:100]}; /openapi.json lists what there is", 413: f"the body is larger than {files.human(BODY_BYTES)}"}
+        says = {404: f"there is no {flask.request.path[:100]}; /openapi.json lists what there is",
+                413: f"the body is larger than {files.human(BODY_BYTES)}"}
         refused = Refused(error.code, says.get(error.code, error.description))
         return refused.body, error.code, [pair for pair in error.get_headers() if pair[0] == "Allow"]
 
@@ -398,7 +204,7 @@ def application(args, sides: list[Side], folder: Path):
 
     @app.get("/openapi.json")
     def openapi():
-        return api
+        return described
 
     @app.get("/healthz")
     def health():
@@ -422,25 +228,27 @@ def application(args, sides: list[Side], folder: Path):
         side = by_id.get(body["model"])
         if side is None:
             raise Refused(404, f"there is no model {body['model'][:100]!r} here, but {', '.join(by_id)}", "model", "model_not_found")
-        prompts = [prompt_of(side, body["messages"])] if chat else prompts_of(side, body["prompt"])
+        prompts = [api.prompt_of(side, body["messages"], args.system)] if chat else api.prompts_of(side, body["prompt"])
         if chat and body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
         top = (int(body.get("top_logprobs", 0)) if body.get("logprobs") else None) if chat else body.get("logprobs")
-        jobs = jobs_of(side, args, body, prompts, top if top is None else int(top), "messages" if chat else "prompt")
+        jobs = api.jobs_of(side, args, body, prompts, top if top is None else int(top), "messages" if chat else "prompt")
         try:
             side.engine.ask(jobs)
         except Busy:
             if side.engine.closed or side.engine.dead:
                 raise Refused(503, "the server is stopping") from None
-            raise Refused(429, f"{args.slots} answers are in work and {args.queue} wait: come again later", code="queue_full", **{"Retry-After": "1"}) from None
+            raise Refused(429, f"{args.slots} answers may be in work and {args.queue} wait, and they are: come again later", code="queue_full",
+                          **{"Retry-After": "1"}) from None
         head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "object": "", "created": int(time.time()), "model": side.id}
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            response = flask.Response(stream(side, chat, head, jobs, prompts, usage, gone), mimetype="text/event-stream", headers={"X-Accel-Buffering": "no"})
-            response.call_on_close(lambda: (give_up(jobs), counts.first_token(jobs)))  # a generator that was never begun is not closed either
+            response = flask.Response(api.stream(side, chat, head, jobs, prompts, usage, gone), mimetype="text/event-stream",
+                                      headers={"X-Accel-Buffering": "no"})  # nginx is to pass it on at once
+            response.call_on_close(lambda: (api.give_up(jobs), counts.first_token(jobs)))  # a generator that was never begun is not closed either
             return response
-        made = whole(side, chat, head, jobs, prompts, gone)
+        made = api.whole(side, chat, head, jobs, prompts, gone)
         counts.first_token(jobs)
         return made if made is not None else ("", 499)
 
@@ -458,7 +266,7 @@ def application(args, sides: list[Side], folder: Path):
         if apart is not None:
             raise Refused(400, apart)
         tokenizer = student.chat.tokenizer
-        prompts = [prompt_of(side, body["messages"]) for side in (student, teacher)]
+        prompts = [api.prompt_of(side, body["messages"], args.system) for side in (student, teacher)]
         ids = tokenizer(body["answer"], add_special_tokens=False).input_ids
         if body.get("finished") and student.engine.how.stops:
             ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id in student.engine.how.stops else student.engine.how.stops[0])
@@ -471,16 +279,18 @@ def application(args, sides: list[Side], folder: Path):
 
     @app.get("/run.json")
     def run():
-        return {"ckpt": args.ckpt} | {name.partition(".")[0]: name in of_run and of_run[name].exists() for name in ("curves.png", "comparison.html", "samples.md")}
+        return {"ckpt": args.ckpt} | {name.partition(".")[0]: name in of_run and of_run[name].exists() for name in OF_RUN}
 
-    def sent(name: str, kind: str):
-        if name not in of_run or not of_run[name].exists():
-            raise Refused(404, f"this run has no {name}")
-        return flask.Response(of_run[name].read_bytes(), mimetype=kind, headers={"Content-Security-Policy": FRAMED})
+    def sender(name: str, kind: str):
+        def send():
+            if name not in of_run or not of_run[name].exists():
+                raise Refused(404, f"this run has no {name}")
+            return flask.Response(of_run[name].read_bytes(), mimetype=kind, headers={"Content-Security-Policy": FRAMED})
 
-    app.add_url_rule("/run/curves.png", "curves", lambda: sent("curves.png", "image/png"))
-    app.add_url_rule("/run/comparison.html", "comparison", lambda: sent("comparison.html", "text/html"))
-    app.add_url_rule("/run/samples.md", "samples", lambda: sent("samples.md", "text/markdown"))
+        return send
+
+    for name, kind in OF_RUN.items():
+        app.add_url_rule(f"/run/{name}", name, sender(name, kind))
     return app
 
 
@@ -505,9 +315,11 @@ class Server:
         turns = Turns()
         ids = {"student": args.ckpt, "teacher": args.teacher if args.teacher != args.ckpt else f"{args.teacher} (teacher)"}
         ways = {role: generate.sampling_of(chat.how, chat.tokenizer, None if chat.how.do_sample else 0.0) for role, chat in chats.items()}
-        self.sides = [Side(role, ids[role], chat, Engine(chat.module, chat.tokenizer, ways[role], args.slots, args.queue, turns)) for role, chat in chats.items()]
+        engines = {role: Engine(chat.module, chat.tokenizer, ways[role], args.slots, args.queue, turns) for role, chat in chats.items()}
+        self.sides = [Side(role, ids[role], chat, engines[role]) for role, chat in chats.items()]
         self.app = application(args, self.sides, folder)
-        threads = len(self.sides) * (args.slots + args.queue) + 8  # one for each answer that may wait, and some for who is told that the queue is full
+        # one for each answer that may be in work or wait, and some for who is told that the queue is full
+        threads = len(self.sides) * (args.slots + args.queue) + 8
         try:
             self.server = waitress.create_server(
                 self.app, host=args.host, port=args.port, threads=threads, ident="distil", connection_limit=4 * threads + 100, backlog=1024,
@@ -516,7 +328,8 @@ class Server:
         except OSError as refused:
             for side in self.sides:
                 side.engine.close()
-            files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port", "--port another, or 0 for any free one")
+            files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port",
+                       "--port another, or 0 for any free one")
         self.url = f"http://{args.host}:{self.server.effective_port}"
         self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)
         self.thread.start()
