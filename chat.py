@@ -50,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # a server
     serve.add_flags(parser)
-    parser.set_defaults(teacher=None)
+    parser.add_argument("--teacher")
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
@@ -85,6 +85,11 @@ def parse_args(argv=None):
     if args.score is not None and args.temperature is None and args.top_p is None and args.top_k is None:
         args.greedy = True
     return args
+
+
+def both(args):
+    student = Chat(args, *load(args))
+    return student, None if args.teacher is None else Chat(args, *load(argparse.Namespace(**vars(args) | {"ckpt": args.teacher})))
 
 
 def load(args):

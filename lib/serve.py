@@ -330,6 +330,7 @@ class Server:
                 side.engine.close()
             files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port",
                        "--port another, or 0 for any free one")
+        self.server.adj.asyncore_loop_timeout = 0.1  # how soon the loop sees that it is to end
         self.url = f"http://{args.host}:{self.server.effective_port}"
         self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)
         self.thread.start()
