@@ -50,7 +50,6 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # a server
     serve.add_flags(parser)
-    parser.add_argument("--teacher")
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
@@ -85,11 +84,6 @@ def parse_args(argv=None):
     if args.score is not None and args.temperature is None and args.top_p is None and args.top_k is None:
         args.greedy = True
     return args
-
-
-def both(args):
-    student = Chat(args, *load(args))
-    return student, None if args.teacher is None else Chat(args, *load(argparse.Namespace(**vars(args) | {"ckpt": args.teacher})))
 
 
 def load(args):
@@ -167,9 +161,10 @@ def main(argv=None):
         except KeyboardInterrupt:
             print("\nchat: stopped; the same command continues")
             raise SystemExit(130) from None
+    listening = serve.listen(args) if args.serve else None  # a port that is taken is said before the models are loaded
     chat = Chat(args, *load(args))
     if args.serve:
-        return serve.serve(args, {"student": chat}, folder)
+        return serve.serve(args, {"student": chat}, folder, listening)
     torch.manual_seed(args.seed)
     if args.prompt is None:
         talk.converse(args, chat)
