@@ -274,8 +274,11 @@ def application(args, sides: list[Side], folder: Path):
         most = min(HEAT_TOKENS, *(side.chat.context or HEAT_TOKENS for side in (student, teacher)))
         if not ids or (length := max(map(len, prompts)) + len(ids)) > most:
             raise Refused(400, f"prompt and answer have {length} tokens, wanted at most {most}" if ids else "the answer has no token", "answer")
-        with looking, student.engine.turns:  # one at a time: its memory is that of a pass
-            places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        try:
+            with looking, student.engine.turns:  # one at a time: its memory is that of a pass
+                places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        except SystemExit as refused:  # a token that only one of the models knows
+            raise Refused(400, str(refused).removeprefix("error: "), "answer") from None
         return {"tokens": [{name: value for name, value in dataclasses.asdict(place).items() if name != "id"} for place in places]}
 
     @app.get("/run.json")
