@@ -46,7 +46,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -114,6 +114,9 @@ runs: .venv/ready ## all runs under runs/ with their best numbers (ARGS="--sort 
 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
+
+serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:8000 (ARGS="--teacher DIR": its teacher beside it)
+	$(PY) chat.py --ckpt $(CKPT) --serve $(ARGS)
 
 test: .venv/ready-test lint ## all tests (CPU, no network)
 	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -243,6 +243,7 @@ class Batch:
         if not self.layers:
             self.layers = [Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
         alive = self.alive()
+        self.span[0] = min((self.rows[place].start for place in alive), default=self.span[1])
         if len(alive) + len(new) > len(self.rows) or width > self.span[1]:
             self.arrange(alive, max(len(alive) + len(new), min(self.slots, len(self.rows))), max(width, self.span[1] - self.span[0]))
         free = [place for place, row in enumerate(self.rows) if row is None][:len(new)]

@@ -334,9 +334,9 @@ class Server:
         # one for each answer that may be in work or wait, and some for who is told that the queue is full
         threads = len(self.sides) * (args.slots + args.queue) + 8
         self.server = waitress.create_server(
-            self.app, sockets=[listening], threads=threads, ident="distil", connection_limit=4 * threads + 100, channel_timeout=60, cleanup_interval=5,
-            max_request_body_size=16 * BODY_BYTES, inbuf_overflow=BODY_BYTES, channel_request_lookahead=1, clear_untrusted_proxy_headers=True,
-            asyncore_use_poll=True)
+            self.app, sockets=[listening], threads=threads, ident="distil", connection_limit=4 * threads + 100, channel_timeout=60,
+            cleanup_interval=5, max_request_body_size=16 * BODY_BYTES, inbuf_overflow=BODY_BYTES, channel_request_lookahead=1,
+            clear_untrusted_proxy_headers=True, asyncore_use_poll=True)
         self.server.adj.asyncore_loop_timeout = 0.1  # how soon the loop sees that it is to end
         self.url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{listening.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)

@@ -127,6 +127,27 @@ def test_a_queue_that_has_nothing_for_now_is_asked_again():
     assert made == {answer.request.key: answer.ids for answer in generate.generate(module, asked, generate.Sampling(stops=STOPS), 1)}
 
 
+def test_requests_that_come_at_any_time_are_answered_as_alone():
+    """A prompt longer than all in work moves the batch's first column; one that came before the next step, and had the buffer built anew, lost it."""
+    module, asked = decoder(DECODERS["llama"]), requests(24)
+    alone = {answer.request.key: answer.ids for answer in generate.generate(module, asked, generate.Sampling(stops=STOPS), 1)}
+    for seed in range(4):
+        rng, working = np.random.default_rng(seed), set()
+
+        def arriving():
+            for place in rng.permutation(len(asked)):
+                while working and rng.random() < 0.5:
+                    yield None
+                working.add(asked[place].key)
+                yield asked[place]
+
+        made = {}
+        for answer in generate.generate(module, arriving(), generate.Sampling(stops=STOPS), 16):
+            working.discard(answer.request.key)
+            made[answer.request.key] = answer.ids
+        assert made == alone
+
+
 def test_a_free_place_is_taken_at_once():
     """Eight short answers pass through the second slot while one long answer is written: the passes are those of the long one."""
     module, passes = decoder(DECODERS["llama"]), []

@@ -22,7 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
+import tiny_tokenizers
 from lib import demo, engine, generate, serve, template
+from lib.text import Text
 
 ROOT = Path(__file__).parent.parent
 ASKED = ["Ann has 38 apples. She buys 45 more. How many apples does Ann have now?", "Leo has 69 eggs.", "How many?", "Tom has 71 pens."]
@@ -139,7 +141,8 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(client, model):
     chunks = list(client.chat.completions.create(model=model, messages=user(ASKED[0]), stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 5
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason] == [whole.choices[0].finish_reason]
+    finished = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    assert finished == [whole.choices[0].finish_reason]
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert set(chunks[-1].speed) == {"tok_per_s", "prompt_s", "first_token_s", "memory_bytes"}
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
@@ -229,14 +232,16 @@ def test_a_completion_continues_texts_and_tokens(run, client, model):
         ids = tokenizer(text, return_tensors="pt").input_ids
         written = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, ids.shape[1]:]
         assert choice.text == tokenizer.decode(written, skip_special_tokens=True)
-        assert "".join(choice.logprobs.tokens) == choice.text and [len(top) for top in choice.logprobs.top_logprobs] == [2] * len(choice.logprobs.tokens)
-        assert choice.logprobs.text_offset == [len("".join(choice.logprobs.tokens[:i])) for i in range(len(choice.logprobs.tokens))]
+        tokens = choice.logprobs.tokens
+        assert "".join(tokens) == choice.text and [len(top) for top in choice.logprobs.top_logprobs] == [2] * len(tokens)
+        assert choice.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(len(tokens))]
     streamed = client.completions.create(model=model, prompt="Ann has", max_tokens=5, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == made.choices[0].text
 
 
 def test_content_in_parts_and_developer_messages_are_text_and_system(client, model):
-    parts = [{"role": "developer", "content": "Add."}, {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]}]
+    text = lambda part: {"type": "text", "text": part}
+    parts = [{"role": "developer", "content": "Add."}, {"role": "user", "content": [text("How "), text("many?")]}]
     say = lambda messages: client.chat.completions.create(model=model, messages=messages).choices[0].message.content
     assert say(parts) == say([{"role": "system", "content": "Add."}, *user("How many?")]) != say(user("How many?"))
 
@@ -290,8 +295,9 @@ GOOD = {"messages": [{"role": "user", "content": "How many?"}]}
 BAD = [
     (b"{", 400, None), (b"", 400, None), (b"[]", 400, None), (b"\xff\xfe", 400, None), (b"[" * 100_000, 400, None), (b'{"a": NaN}', 400, None),
     (b'{"n": ' + b"9" * 5000 + b"}", 400, None),
-    ({}, 400, None), ({"messages": []}, 400, "messages"), ({"messages": "hi"}, 400, "messages"), ({"messages": [{"role": "user"}]}, 400, "messages.0"),
-    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"), ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
+    ({}, 400, None), ({"messages": []}, 400, "messages"), ({"messages": "hi"}, 400, "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "messages.0"), ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, 400, "messages.0.content"),
     ({"messages": user("\ud800")}, 400, None),
     (GOOD | {"model": "no such"}, 404, "model"), (GOOD | {"model": "../../etc/passwd"}, 404, "model"), (GOOD | {"model": 7}, 400, "model"),
@@ -374,7 +380,8 @@ def test_the_page_runs_its_own_script_and_no_other(server):
 
 def test_names_and_pages_of_other_sites_are_refused_where_there_is_no_key(server, model):
     port = server.url.rpartition(":")[2]
-    for name, status in ((f"localhost:{port}", 200), (f"127.0.0.1:{port}", 200), (f"[::1]:{port}", 200), ("evil.example", 403), (f"evil.example:{port}", 403)):
+    names = {f"localhost:{port}": 200, f"127.0.0.1:{port}": 200, f"[::1]:{port}": 200, "evil.example": 403, f"evil.example:{port}": 403}
+    for name, status in names.items():
         assert ask(server.url, "/v1/models", headers={"Host": name})[0] == status, name
     good = {"model": model} | GOOD
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "http://evil.example"})[0] == 403
@@ -438,7 +445,8 @@ def start(server, body):
     host, port = server.url.split("//")[1].split(":")
     made = socket.create_connection((host, int(port)))
     data = json.dumps(body).encode()
-    made.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    made.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
     return made
 
 
@@ -573,14 +581,13 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, number):
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):
     with other_server(run) as made:
         eng = made.sides[0].engine
-        monkey = eng.batch.admit
 
         def no_memory(new):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         eng.batch.admit = no_memory
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
-        assert status == 503 and "out of memory" in json.loads(text)["error"]["message"] and monkey
+        assert status == 503 and "out of memory" in json.loads(text)["error"]["message"]
         assert ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 200
 
 
@@ -687,3 +694,37 @@ def test_what_is_asked_about_tokens_does_not_change_them():
     module = LlamaForCausalLM(config).eval()
     say = lambda **more: next(generate.generate(module, [generate.Request(0, [5, 6, 7], 8, **more)], generate.Sampling())).ids
     assert say() == say(top=3) == say(how=generate.Sampling(0.0), top=0) != say(how=generate.Sampling(2.0), seed=1)
+
+
+# --- the text of an answer, token by token
+
+
+@pytest.mark.parametrize("stops", [(), ("END", "\u00e9n"), ("bb", "abc")])
+def test_the_pieces_of_an_answer_are_its_text_without_half_characters_or_stop_strings(stops):
+    tokenizer = tiny_tokenizers.tiny()
+    for words in ("aabbab END of", "caf\u00e9 \U0001f600\U0001f680 \u00e9n\u00e9", "ab\ufffdbbabc", "\U0001f600", "a" * 40 + "EN", "x<|im_end|>y"):
+        ids = tokenizer(words, add_special_tokens=False).input_ids
+        for cut in (len(ids), len(ids) - 1):  # the last may be half a character
+            made, shown = Text(tokenizer, stops), []
+            for token in ids[:cut]:
+                shown.append(made.add(token))
+                if made.stopped:
+                    break
+            shown.append(made.end())
+            whole = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+            ends = [whole.index(stop) for stop in stops if stop in whole]
+            assert "".join(shown) == whole[:min(ends, default=len(whole))] and made.stopped == bool(ends)
+            if "\ufffd" not in words:
+                assert not any("\ufffd" in piece for piece in shown[:-1])
+
+
+def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string():
+    tokenizer = tiny_tokenizers.tiny()
+    made = Text(tokenizer, ("aab",))
+    assert [made.add(token) for token in tokenizer("aaacaab!", add_special_tokens=False).input_ids] == ["", "", "a", "aac", "", "", "", ""]
+    assert made.stopped
+
+
+# --- any request at all
+
+
