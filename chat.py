@@ -1,12 +1,14 @@
 """Talk to a checkpoint, in the terminal or on a page, or let it answer one prompt, a file of them, or programs that speak OpenAI's API.
 
     python chat.py --ckpt runs/qwen/stage2                                          # a conversation; /help inside
-    python chat.py --ckpt runs/qwen/stage2 --serve --teacher Qwen/Qwen2.5-7B-Instruct    # the page, student beside teacher: http://127.0.0.1:8000
+    python chat.py --ckpt runs/demo/stage2 --teacher runs/demo/teacher              # both answer; /diff shows where they differ
+    python chat.py --ckpt runs/demo/stage2 --teacher runs/demo/teacher --serve      # the same on a page, http://127.0.0.1:8000, and OpenAI's API
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?"
     python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts data/demo/val.prompts.jsonl --out runs/answers.jsonl
     python chat.py --ckpt runs/demo/stage2 --device cpu --score data/demo --out runs/demo/stage2-eval/answers.jsonl    # answers, and their scores
 
 Reads   --ckpt: a stage folder (its best/, else its final/), any Hugging Face checkpoint folder, or a hub id
+        --teacher: the same, or a GGUF file of the student's tokens
         --prompts: one JSON object a line, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; its other fields are carried over
         --score: the same, or a data folder (its val.prompts.jsonl); every line has a "reference" as well
 Writes  --out: the lines of --prompts in their order, each with "answer" added. Until all are there they lie in OUT.part, and the same command
@@ -14,6 +16,7 @@ Writes  --out: the lines of --prompts in their order, each with "answer" added. 
         so that a continued file is the file of a straight run.
         With --score each line has "scores" too (lib/score.py says of what), with --labels "logp" of every label (lib/labels.py), and
         OUT.scores.json (answers.scores.json beside answers.jsonl), written last, the metrics over all lines with their intervals, and the speed.
+        On a terminal, what is typed is kept in ~/.local/state/distil/chat_history ($XDG_STATE_HOME; the last 1,000 lines, for no other user).
 """
 import argparse
 import copy

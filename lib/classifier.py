@@ -193,16 +193,16 @@ def tokenizer_of(folder: Path, dataset: data.Dataset, trust_remote_code: bool = 
 
 def reader(args, folder: Path) -> tuple[Callable[[list[str]], list[list[dict]]], torch.device]:
     """Return what chat.py asks for the classes of texts (of each its {"label", "score"}, the likeliest first), and where it runs."""
-    from transformers import pipeline
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     if args.score is not None:
         files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
                    "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
     for name in ("teacher", "system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
         if getattr(args, name):
             files.fail(f"--{name.replace('_', '-')} does not go with {folder}", "a classifier, which writes nothing", mend="the same without it")
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     device = models.pick_device(args.device, args.threads)
     known = pipeline("text-classification", model=str(folder), device=device, dtype=models.pick_dtype(args.dtype, device, folder), top_k=None,
                      trust_remote_code=args.trust_remote_code)

@@ -31,7 +31,7 @@ HELP = """/help         this text
 /diff         the last answer beside the teacher (--teacher): how far apart they are at each token, in nats of KL(teacher || student)
 /exit         leave, as Ctrl-D does
 A line that ends in a backslash goes on in the next one; a block between two lines of \"\"\" is one message. Ctrl-C stops an answer.
-Beside a teacher both answer what the student's conversation is so far: the teacher is asked each question, and its answers are forgotten."""
+With --teacher both answer each question, after one history, whose answers are the student's; Ctrl-C stops one of the two."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 HISTORY_LINES = 1000  # kept over starts
 RAMP = ((0.0, None), (0.1, 224), (0.5, 217), (1.0, 210), (2.0, 203))  # nats of KL, and the background (of 256 colours) from there on: pale to red
@@ -113,10 +113,11 @@ def numbers(chat, prompt: list[int], printer: Printer) -> str:
     if count > 1:
         said.append(f"{(count - 1) / (printer.times[2] - printer.times[1]):.1f} tokens/s")
     said = [", ".join(said), sampling(chat)]
-    if chat.context and count == chat.context - len(prompt):
-        said.append(f"cut where the {chat.context} tokens that the model sees are full")
-    elif count == chat.how.max_new_tokens and printer.tokens[-1] not in (chat.how.eos_token_id or ()):
-        said.append(f"cut at {count} tokens; /tokens N")
+    if printer.tokens[-1] not in (chat.how.eos_token_id or ()):
+        if chat.context and count == chat.context - len(prompt):
+            said.append(f"cut where the {chat.context} tokens that the model sees are full")
+        elif count == chat.how.max_new_tokens:
+            said.append(f"cut at {count} tokens; /tokens N")
     return "; ".join(said)
 
 
@@ -300,7 +301,7 @@ def fitted(chat, sent: list[dict]) -> tuple[list[int] | None, int]:
     try:
         ids, dropped = chat.fit(sent)
     except SystemExit as refused:  # the chat template's one-line error must not end the conversation
-        print(refused)
+        print(visible(str(refused)))
         return None, 0
     if chat.context and len(ids) >= chat.context:
         print(f"this message is too long: {len(ids)} tokens, and the model sees {chat.context}")
@@ -394,7 +395,7 @@ def diff(here: Conversation) -> None:
             return print(f"/diff cannot be: {len(before) + len(tokens)} tokens, and the teacher sees {here.teacher.context}")
         found = heat.places(here.student.module, here.teacher.module, here.student.tokenizer, ids, tokens, teacher_prompt=before)
     except SystemExit as refused:
-        return print(refused)
+        return print(visible(str(refused)))
     print(heated(found))
     if colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))
