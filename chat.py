@@ -17,8 +17,11 @@ Writes  --out: the lines of --prompts in their order, each with "answer" added. 
 """
 import argparse
 import copy
+import os
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lib import classifier, files, flags, labels, models, promptfile, score, serve, talk, template
 
@@ -27,6 +30,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     # read and write
     parser.add_argument("--ckpt", required=True, metavar="DIR", help="stage folder, checkpoint folder or hub id")
+    parser.add_argument("--teacher", metavar="DIR", help="a second model that answers beside the first, with which /diff compares it: as --ckpt, or "
+                        "a GGUF file (default: none)")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit (default: a conversation)")
     parser.add_argument("--prompts", metavar="FILE", help="answer every line of this .jsonl file into --out (default: a conversation)")
     parser.add_argument("--score", metavar="FILE|DIR", help="answer as with --prompts, greedily unless a flag below samples, and score the answers "
@@ -50,7 +55,6 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the checkpoint's own, else 512)")
     # a server
     serve.add_flags(parser)
-    parser.set_defaults(teacher=None)
     # the run
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts answered at a time, of a file (default: %(default)s)")
     flags.add(parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code")
@@ -60,6 +64,8 @@ def parse_args(argv=None):
     given = [f"--{name}" for name in ("prompt", "prompts", "score", "serve") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         parser.error(f"{' and '.join(given)} exclude each other")
+    if args.teacher is not None and args.out is not None:
+        parser.error("--teacher goes with a conversation, --prompt or --serve, not with a file of prompts: wanted a run each")
     if (args.out is None) != (given in ([], ["--prompt"], ["--serve"])):
         parser.error("--prompts FILE or --score FILE, and --out FILE belong together")
     if args.limit < 0 or args.limit and args.out is None:
@@ -87,14 +93,26 @@ def parse_args(argv=None):
     return args
 
 
-def load(args):
-    """Return the model and its tokenizer."""
+def load(args, name=None, other=None):
+    """Return the model `name` (None: --ckpt) and its tokenizer. A GGUF file's is the `other` one, the student's, if it has its tokens."""
     device = models.pick_device(args.device, args.threads)
-    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
-    tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
-    template.ensure_template(tokenizer)
+    folder = models.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
+    if other is not None and models.is_gguf(folder):
+        models.check_gguf_vocabulary(folder, other, args.ckpt)
+        tokenizer = other
+    else:
+        tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
+        template.ensure_template(tokenizer)
     dtype = models.pick_dtype(args.dtype, device, folder)
     return models.load(str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code), tokenizer
+
+
+def both(args):
+    """Return the Chat of --ckpt, and that of --teacher or None."""
+    if args.teacher is not None and classifier.is_classifier(folder := models.local_folder(args.teacher, args.trust_remote_code, unfinished=True)):
+        files.fail(f"{folder} cannot answer beside {args.ckpt}", "a classifier", "a language model", "another --teacher")
+    student = Chat(args, *load(args))
+    return student, None if args.teacher is None else Chat(args, *load(args, args.teacher, student.tokenizer))
 
 
 class Chat:
@@ -103,7 +121,12 @@ class Chat:
     def __init__(self, args, model, tokenizer):
         self.module, self.device, self.tokenizer = model.module, model.device, tokenizer
         self.context = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
-        how = self.how = copy.deepcopy(self.module.generation_config)
+        self.past = ([], DynamicCache())  # tokens of the last turn of a conversation, and its cache
+        self.choose(args)
+
+    def choose(self, args):
+        """Sample as these arguments say, and where they say nothing as the checkpoint's generation_config does."""
+        how, tokenizer = copy.deepcopy(self.module.generation_config), self.tokenizer
         for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
             if getattr(args, name) is not None:
                 setattr(how, name, getattr(args, name))
@@ -118,6 +141,7 @@ class Chat:
         how.eos_token_id = list(dict.fromkeys(stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None)) or None
         if how.pad_token_id is None:
             how.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (how.eos_token_id or [0])[0]
+        self.how = how
 
     def ids(self, messages):
         """Return the prompt's token ids, ready for the answer."""
@@ -135,9 +159,22 @@ class Chat:
             ids = self.ids(kept)
         return ids, len(messages) - len(kept)
 
+    def remembered(self, ids):
+        """Return the cache of the turn before, cut to the tokens that `ids` begins with as well: a conversation is not read anew at every turn.
+        None where a model's memory is more than keys and values of every token, which cannot be cut (sliding windows, Mamba)."""
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.module.config.get_text_config()).layers):
+            return None
+        known, cache = self.past
+        # one token is left to be read: its logits are wanted. A layer may be one token longer than others, if Ctrl-C came in between
+        held = min([len(os.path.commonprefix([known, ids])), len(ids) - 1, *(layer.get_seq_length() for layer in cache.layers)])
+        for layer in cache.layers:
+            layer.crop(held - layer.get_seq_length())
+        self.past = (ids, cache)
+        return cache
+
     @torch.inference_mode()
     def answer(self, prompts, streamer=None):
-        """Return the answers to a list of prompts' token ids, padded on the left to one length."""
+        """Return the answers to a list of prompts' token ids, padded on the left to one length; with a streamer, to one, of a conversation."""
         width = max(map(len, prompts))
         tokens = torch.tensor([[self.how.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])  # (B, L)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -145,7 +182,11 @@ class Chat:
         if self.context:
             how.max_new_tokens = min(how.max_new_tokens, self.context - width)
         tokens, mask = tokens.to(self.device), mask.to(self.device)
-        written = self.module.generate(input_ids=tokens, attention_mask=mask, generation_config=how, streamer=streamer)  # (B, L + answer)
+        cache = self.remembered(prompts[0]) if streamer is not None else None
+        written = self.module.generate(input_ids=tokens, attention_mask=mask, generation_config=how, streamer=streamer,
+                                       past_key_values=cache)  # (B, L + answer)
+        if cache is not None:
+            self.past = (written[0].tolist(), cache)
         return [self.tokenizer.decode(line, skip_special_tokens=True) for line in written[:, width:].tolist()]
 
 
@@ -162,13 +203,14 @@ def main(argv=None):
         except KeyboardInterrupt:
             print("\nchat: stopped; the same command continues")
             raise SystemExit(130) from None
-    chat = Chat(args, *load(args))
+    listening = serve.listen(args) if args.serve else None  # a port that is taken is said before the models are loaded
+    student, teacher = both(args)
     if args.serve:
-        return serve.serve(args, {"student": chat}, folder)
+        return serve.serve(args, {"student": student} | ({"teacher": teacher} if teacher else {}), folder, listening)
     torch.manual_seed(args.seed)
     if args.prompt is None:
-        talk.converse(args, chat)
-    elif not talk.say(chat, args.system, [{"role": "user", "content": args.prompt}]):
+        talk.converse(args, student, teacher)
+    elif not talk.say(talk.Conversation(student, teacher, args), args.prompt):
         raise SystemExit(1)
 
 

@@ -125,11 +125,11 @@ def heard(jobs: list[Job], gone) -> Iterator:
     try:
         missing = len(jobs)
         while missing:
+            if gone():
+                return
             try:
                 event = jobs[0].events.get(timeout=WATCH_S)
             except Empty:
-                if gone():
-                    return
                 if any(job.first is None and time.monotonic() > job.deadline for job in jobs):
                     raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"}) from None
                 continue

@@ -200,7 +200,7 @@ def reader(args, folder: Path) -> tuple[Callable[[list[str]], list[list[dict]]],
     if args.score is not None:
         files.fail(f"--score does not go with {folder}", "a classifier", "a language model",
                    "stage1_sft.py --eval-only (accuracy, macro-F1, confusion)")
-    for name in ("system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
+    for name in ("teacher", "system", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
         if getattr(args, name):
             files.fail(f"--{name.replace('_', '-')} does not go with {folder}", "a classifier, which writes nothing", mend="the same without it")
     device = models.pick_device(args.device, args.threads)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib import losses, models, template
+from lib import files, losses, models, template
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def places(student: nn.Module, teacher: nn.Module, tokenizer, prompt: list[int],
     # made by models.load, whose probe knows that body and head are the module
     mine, other = (models.Model(module, module.base_model, None) for module in (student, teacher))
     vocab = min(mine.vocab, other.vocab)
-    assert max(answer) < vocab, f"token {max(answer)} is none of the {vocab} that both models know"
+    if max(answer) >= vocab:
+        files.fail("the answer cannot be compared", f"token {max(answer)}", f"those that both models know, below {vocab}")
     chunks = zip(mine.head(vocab).chunks(hidden(mine, prompt, answer)), other.head(vocab).chunks(hidden(other, teacher_prompt or prompt, answer)))
     texts, word, found = pieces(tokenizer, answer), namer(tokenizer), []
     for (part, z), (_, z_teacher) in chunks:  # (n, V) each, of the same places: a chunk is as long as V lets it be
@@ -70,6 +71,8 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
         before, text = decode(ids[start:read]), decode(ids[start:place + 1])
         piece = text[len(before):]
         if token in special:
+            if piece:  # of a character that was never finished
+                found[-1], start, read = piece, read, place
             found.append(tokenizer.convert_ids_to_tokens(token))
         elif text.endswith("\N{REPLACEMENT CHARACTER}") and place + 1 < len(ids):
             found.append("")

@@ -244,17 +244,24 @@ def check_apart(out: str, source: Path, what: str = "student") -> None:
         files.fail(f"--out {out} holds the {what} that is read", source, "another folder", "another --out")
 
 
+def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
+    """Refuse a GGUF file that gives other ids to a tokenizer's tokens; return whether it names its tokens at all."""
+    field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
+    tokens = field.contents() if field else None
+    if tokens is None:
+        return False
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):  # padded with invented tokens, often
+        if number >= len(tokens) or tokens[number] != token:
+            files.fail(f"{folder} has another tokenizer than {whose}",
+                       f"{tokens[number]!r} as token {number}" if number < len(tokens) else f"{len(tokens)} tokens", repr(token),
+                       "a GGUF file of a model with the same vocabulary")
+    return True
+
+
 def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
     """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's: equal sizes prove nothing."""
     if is_gguf(folder):
-        field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
-        tokens = field.contents() if field else None
-        if tokens is not None:  # padded with invented tokens, often: what counts is that it has the data's
-            for token, number in sorted(dataset.tokenizer().get_vocab().items(), key=lambda item: item[1]):
-                if number >= len(tokens) or tokens[number] != token:
-                    files.fail(f"{folder} has another tokenizer than {dataset.folder}",
-                               f"{tokens[number]!r} as token {number}" if number < len(tokens) else f"{len(tokens)} tokens", repr(token),
-                               "a GGUF file of a model that shares the data's vocabulary")
+        if check_gguf_vocabulary(folder, dataset.tokenizer(), dataset.folder):
             return
         folder = folder.parent
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):

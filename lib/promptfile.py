@@ -45,8 +45,7 @@ def read_prompts(path, system):
         if "answer" in fields:
             broken('a field "answer", which the answer would overwrite')
         messages = fields["messages"] if "messages" in fields else [{"role": "user", "content": fields["prompt"]}]
-        whole = lambda message: isinstance(message, dict) and all(isinstance(message.get(field), str) for field in ("role", "content"))
-        if not isinstance(messages, list) or not messages or not all(map(whole, messages)):
+        if not template.is_conversation(messages):
             broken(f"{line[:60]!r}")
         if messages[-1]["role"] == "assistant":
             broken("messages that end with an answer")

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -273,8 +274,11 @@ def application(args, sides: list[Side], folder: Path):
         most = min(HEAT_TOKENS, *(side.chat.context or HEAT_TOKENS for side in (student, teacher)))
         if not ids or (length := max(map(len, prompts)) + len(ids)) > most:
             raise Refused(400, f"prompt and answer have {length} tokens, wanted at most {most}" if ids else "the answer has no token", "answer")
-        with looking, student.engine.turns:  # one at a time: its memory is that of a pass
-            places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        try:
+            with looking, student.engine.turns:  # one at a time: its memory is that of a pass
+                places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        except SystemExit as refused:  # a token that only one of the models knows
+            raise Refused(400, str(refused).removeprefix("error: "), "answer") from None
         return {"tokens": [{name: value for name, value in dataclasses.asdict(place).items() if name != "id"} for place in places]}
 
     @app.get("/run.json")
@@ -305,11 +309,20 @@ def is_local(host: str) -> bool:
 # --- the server
 
 
+def listen(args) -> socket.socket:
+    """Return a socket on --host and --port, before any model is loaded; one line where it cannot be had."""
+    try:
+        return socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET, backlog=1024)
+    except OSError as refused:
+        files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port of this machine",
+                   "--port with another number, or 0 for any free one")
+
+
 class Server:
     """The application behind waitress, in threads of its own; `url` is where it is. stop() ends it at once: open streams are told so."""
 
-    def __init__(self, args, chats: dict[str, object], folder: Path) -> None:
-        """chats: by role, the student first. Raises SystemExit (one line) where the port cannot be had or a model cannot be served."""
+    def __init__(self, args, chats: dict[str, object], folder: Path, listening: socket.socket) -> None:
+        """chats: by role, the student first."""
         import waitress
 
         turns = Turns()
@@ -320,17 +333,12 @@ class Server:
         self.app = application(args, self.sides, folder)
         # one for each answer that may be in work or wait, and some for who is told that the queue is full
         threads = len(self.sides) * (args.slots + args.queue) + 8
-        try:
-            self.server = waitress.create_server(
-                self.app, host=args.host, port=args.port, threads=threads, ident="distil", connection_limit=4 * threads + 100, backlog=1024,
-                channel_timeout=60, cleanup_interval=5, max_request_body_size=16 * BODY_BYTES, inbuf_overflow=BODY_BYTES, channel_request_lookahead=1,
-                clear_untrusted_proxy_headers=True, asyncore_use_poll=True)
-        except OSError as refused:
-            for side in self.sides:
-                side.engine.close()
-            files.fail(f"{args.host}:{args.port} cannot be listened on", refused.strerror or refused, "a free port",
-                       "--port another, or 0 for any free one")
-        self.url = f"http://{args.host}:{self.server.effective_port}"
+        self.server = waitress.create_server(
+            self.app, sockets=[listening], threads=threads, ident="distil", connection_limit=4 * threads + 100, channel_timeout=60, cleanup_interval=5,
+            max_request_body_size=16 * BODY_BYTES, inbuf_overflow=BODY_BYTES, channel_request_lookahead=1, clear_untrusted_proxy_headers=True,
+            asyncore_use_poll=True)
+        self.server.adj.asyncore_loop_timeout = 0.1  # how soon the loop sees that it is to end
+        self.url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{listening.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)
         self.thread.start()
 
@@ -353,13 +361,13 @@ class Server:
         self.thread.join(PATIENCE_S)
 
 
-def serve(args, chats: dict[str, object], folder: Path) -> None:
+def serve(args, chats: dict[str, object], folder: Path, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that requests wait is what /metrics says
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server = Server(args, chats, folder)
+    server = Server(args, chats, folder, listening)
     print(f"chat: {args.ckpt}{f', beside {args.teacher},' if args.teacher else ''} on {server.sides[0].chat.device}\n"
           f"  page     {server.url}\n  API      {server.url}/v1   (OpenAI's; described in {server.url}/openapi.json)\n"
           f"  health   {server.url}/healthz, {server.url}/metrics\nCtrl-C ends it", flush=True)

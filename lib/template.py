@@ -104,6 +104,12 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def is_conversation(messages: object) -> bool:
+    """Return whether a value from JSON is a list of at least one {"role": "...", "content": "..."}."""
+    whole = lambda message: isinstance(message, dict) and all(isinstance(message.get(field), str) for field in ("role", "content"))
+    return isinstance(messages, list) and bool(messages) and all(map(whole, messages))
+
+
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
     """Return the messages with the system prompt before them, where there is one and they bring none of their own."""
     if system and [message["role"] for message in messages[:1]] != ["system"]:
