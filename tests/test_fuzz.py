@@ -1,4 +1,4 @@
-"""Any request that lib/openapi.json can think of, right or wrong: status, type and body of what comes back are those of the file, and the server lives.
+"""Any request that lib/openapi.json can think of, right or wrong: status, type and body of the answer are those of the file; the server lives.
 
     FUZZ=500 python -m pytest tests/test_fuzz.py      # that many of each kind and route; the suite takes 12
 """
@@ -39,8 +39,8 @@ def test_what_comes_back_is_what_the_file_says(server, schema, path, mode):
     if path in GETS and mode == "wrong":
         return  # nothing about them can be wrong
     operation = schema[path]["POST" if path in POSTS else "GET"]
-    wanted = [checks.CHECKS.get_one("not_a_server_error"), checks.CHECKS.get_one("status_code_conformance"), checks.CHECKS.get_one("content_type_conformance"),
-              checks.CHECKS.get_one("response_schema_conformance")] + [checks.CHECKS.get_one("negative_data_rejection")] * (mode == "wrong")
+    names = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
+    wanted = [checks.CHECKS.get_one(name) for name in names + ["negative_data_rejection"] * (mode == "wrong")]
     seen = set()
 
     @hypothesis.settings(max_examples=EXAMPLES if path in POSTS else 1, deadline=None, database=None, derandomize=True,

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+import tiny_tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
-import tiny_tokenizers
 from lib import demo, engine, generate, serve, template
 from lib.text import Text
 
