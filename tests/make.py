@@ -166,7 +166,7 @@ def processes():
     """Return a context whose processes are forked, in milliseconds, from one that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
-    context.set_forkserver_preload(["make", "stage1_sft", "stage2_kd", "dump_logits", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["make", "stage1_sft", "stage2_kd", "dump_logits", "chat", "transformers.models.llama.modeling_llama"])
     return context
 
 

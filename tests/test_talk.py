@@ -410,7 +410,7 @@ class Session:
         self.slave = slave
 
     def until(self, text):
-        seen, end = "", time.monotonic() + 60
+        seen, end = "", time.monotonic() + 120
         while text not in seen:
             assert time.monotonic() < end and select.select([self.master], [], [], 60)[0], (text, seen)
             seen += os.read(self.master, 65536).decode(errors="replace")
