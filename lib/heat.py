@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import files, losses, models, template
+from lib.text import Text
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,16 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
 
     A character of several tokens is the last one's: pieces(of "né" in bytes) == ["n", "", "é"].
     """
-    special, decode = template.special_ids(tokenizer), lambda part: tokenizer.decode(part, skip_special_tokens=True)
-    found, start, read = [], 0, 0  # the text of ids[:read] is given out; some tokenizers need the token before, ids[start], to know a blank
+    special, text, found, last = template.special_ids(tokenizer), Text(tokenizer), [], None
     for place, token in enumerate(ids):
-        before, text = decode(ids[start:read]), decode(ids[start:place + 1])
-        piece = text[len(before):]
-        if token in special:
-            if piece:  # of a character that was never finished
-                found[-1], start, read = piece, read, place
-            found.append(tokenizer.convert_ids_to_tokens(token))
-        elif text.endswith("\N{REPLACEMENT CHARACTER}") and place + 1 < len(ids):
-            found.append("")
-        else:
-            found.append(piece)
-            start, read = (read, place + 1) if piece else (start, read)
+        piece = text.add(token)
+        if token not in special:
+            last = place
+        elif piece:  # it ends a character that was never finished
+            found[last] += piece
+        found.append(tokenizer.convert_ids_to_tokens(token) if token in special else piece)
+    if rest := text.end():
+        found[last] += rest
     return found
 
 

@@ -19,6 +19,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lib import files, heat, template
+from lib.text import Text
 
 HELP = """/help         this text
 /reset        forget the conversation
@@ -80,11 +81,11 @@ def visible(text: str) -> str:
 
 
 class Printer(BaseStreamer):
-    """Prints an answer while it is written. `text` is what stands there: the decoding of all `tokens` so far, less an unfinished character.
-    times: when the prompt was given, when the first token came, and when the last. stopped: whether it is cut off."""
+    """Prints an answer while it is written. `text` is what stands there, of `tokens`. times: when the prompt was given, when the first token came,
+    and when the last. stopped: whether it is cut off."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.text, self.times, self.stopped = tokenizer, None, "", [], False
+        self.writing, self.tokens, self.text, self.times, self.stopped = Text(tokenizer), None, "", [], False
         self.shown = visible if sys.stdout.isatty() else str
 
     def put(self, value):
@@ -92,18 +93,17 @@ class Printer(BaseStreamer):
         if self.tokens is None:  # the first call brings the prompt
             self.tokens = []
             return
-        self.tokens += value.flatten().tolist()
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.show(text)
+        for token in value.flatten().tolist():
+            self.tokens.append(token)
+            self.show(self.writing.add(token))
 
     def end(self):
-        self.show(self.tokenizer.decode(self.tokens or [], skip_special_tokens=True))
+        self.show(self.writing.end())
         print(flush=True)
 
-    def show(self, text):
-        print(self.shown(text[len(self.text):]), end="", flush=True)
-        self.text = text
+    def show(self, piece):
+        print(self.shown(piece), end="", flush=True)
+        self.text += piece
 
 
 def numbers(chat, prompt: list[int], printer: Printer) -> str:

@@ -18,7 +18,7 @@ class Text:
         """Return what can be shown once this token is written."""
         self.ids.append(token)
         before, now = self.decode(self.ids[:self.known]), self.decode(self.ids)
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):
+        if now == before or now.endswith("\N{REPLACEMENT CHARACTER}"):  # a special token adds nothing, and must not become what stands before
             return ""
         self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
         return self.show(now[len(before):], False)
