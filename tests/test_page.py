@@ -352,7 +352,8 @@ def test_markup_in_an_answer_stays_text_and_only_web_links_are_links(visit):
     finished(page)
     shown = page.locator("#log").inner_text()
     assert all(text in shown for text in ("<script>document.title = 'owned'</script>", "<img src=x onerror=\"document",
-                                          "[click](javascript:alert(1))", "[data](data:text/html,x)", "<b>bold</b>", "<iframe src=//example.com></iframe>"))
+                                          "[click](javascript:alert(1))", "[data](data:text/html,x)",
+                                          "<b>bold</b>", "<iframe src=//example.com></iframe>"))
     assert page.locator("#log :is(script, img, iframe, b:not(header b, .numbers b))").count() == 0 and page.title() == "stage2"
     links = page.evaluate("[...document.querySelectorAll('#log a')].map(link => [link.href, link.rel, link.target])")
     assert links == [["https://example.com/a?b=c", "noopener noreferrer", "_blank"]]
