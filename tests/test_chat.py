@@ -231,7 +231,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkp
 
     monkeypatch.setattr(talk.Printer, "show", interrupted)
     said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
-    assert said == f"{''.join(shown)} (stopped)\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[2])}\n"
+    assert said == f"{''.join(shown[:4])} (stopped)\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[2])}\n"
 
 
 def test_oldest_turns_are_dropped_when_the_context_is_full(monkeypatch, capsys, checkpoint, tmp_path):
