@@ -84,12 +84,16 @@ def plain(messages: list[dict]) -> list[dict]:
     return [{"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])} for m in messages]
 
 
-def prompt_of(side: Side, messages: list[dict], system: str | None) -> list[int]:
-    """Return the prompt's tokens. Raises Refused where the chat template does not take these messages."""
+def prompt_of(side: Side, messages: list[dict], system: str | None, fit: bool = False) -> tuple[list[int], list[dict], int]:
+    """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit` the oldest turns, if they leave no room for an
+    answer. Raises Refused where the chat template does not take these messages."""
+    messages = template.with_system(plain(messages), system)
     try:
-        return side.chat.ids(template.with_system(plain(messages), system))
+        ids, dropped = side.chat.fit(messages) if fit else (side.chat.ids(messages), 0)
     except SystemExit as refused:
         raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
+    first = int(messages[0]["role"] == "system")
+    return ids, messages[:first] + messages[first + dropped:], dropped
 
 
 def prompts_of(side: Side, asked) -> list[list[int]]:
@@ -149,11 +153,11 @@ def give_up(jobs: list[Job]) -> None:
 # --- answers
 
 
-def numbers(side: Side, jobs: list[Job], prompts: list[list[int]]) -> dict:
-    """Return what an answer cost: OpenAI's `usage`, and our `speed` (of the first of several answers)."""
+def numbers(side: Side, jobs: list[Job], prompts: list[list[int]], dropped: int) -> dict:
+    """Return what an answer cost: OpenAI's `usage`, and ours: `speed` (of the first of several answers) and the messages `dropped` by `fit`."""
     read, written = sum(map(len, prompts)), sum(job.count for job in jobs)
     return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-            "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()}}
+            "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()}} | ({"dropped": dropped} if dropped else {})
 
 
 def name_of(side: Side, token: int) -> dict:
@@ -174,8 +178,8 @@ def logprobs(side: Side, chat: bool, tokens) -> dict | None:
             "top_logprobs": [{name_of(side, token)["token"]: max(logp, -9999.0) for token, logp in reversed(t.likely.top)} for t in tokens]}
 
 
-def whole(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], gone) -> dict | None:
-    """Return the answers once all of them are there; None where the client has gone."""
+def whole(side: Side, chat: bool, head: dict, jobs: list[Job], cost, gone) -> dict | None:
+    """Return the answers once all of them are there; None where the client has gone. cost(): what they cost, see `numbers`."""
     text, tokens, finish = [""] * len(jobs), [[] for _ in jobs], [None] * len(jobs)
     for event in heard(jobs, gone):
         text[event.index] += event.text
@@ -185,10 +189,10 @@ def whole(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[lis
         return None
     said = lambda i: {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
     choices = [{"index": i, **said(i), "logprobs": logprobs(side, chat, tokens[i]), "finish_reason": finish[i]} for i in range(len(jobs))]
-    return head | {"object": "chat.completion" if chat else "text_completion", "choices": choices} | numbers(side, jobs, prompts)
+    return head | {"object": "chat.completion" if chat else "text_completion", "choices": choices} | cost()
 
 
-def stream(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], usage: bool, gone) -> Iterator[str]:
+def stream(side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: bool, gone) -> Iterator[str]:
     """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
     line = lambda value: f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
     head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
@@ -214,5 +218,5 @@ def stream(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[li
         yield line(refused.body)
         return
     if usage:
-        yield line(head | {"choices": []} | numbers(side, jobs, prompts))
+        yield line(head | {"choices": []} | cost())
     yield "data: [DONE]\n\n"

@@ -229,7 +229,11 @@ def application(args, sides: list[Side], folder: Path):
         side = by_id.get(body["model"])
         if side is None:
             raise Refused(404, f"there is no model {body['model'][:100]!r} here, but {', '.join(by_id)}", "model", "model_not_found")
-        prompts = [api.prompt_of(side, body["messages"], args.system)] if chat else api.prompts_of(side, body["prompt"])
+        if chat:
+            ids, _, dropped = api.prompt_of(side, body["messages"], args.system, body.get("fit", False))
+            prompts = [ids]
+        else:
+            prompts, dropped = api.prompts_of(side, body["prompt"]), 0
         if chat and body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
         top = (int(body.get("top_logprobs", 0)) if body.get("logprobs") else None) if chat else body.get("logprobs")
@@ -242,14 +246,15 @@ def application(args, sides: list[Side], folder: Path):
             raise Refused(429, f"{args.slots} answers may be in work and {args.queue} wait, and they are: come again later", code="queue_full",
                           **{"Retry-After": "1"}) from None
         head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "object": "", "created": int(time.time()), "model": side.id}
+        cost = lambda: api.numbers(side, jobs, prompts, dropped)
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            response = flask.Response(api.stream(side, chat, head, jobs, prompts, usage, gone), mimetype="text/event-stream",
+            response = flask.Response(api.stream(side, chat, head, jobs, cost, usage, gone), mimetype="text/event-stream",
                                       headers={"X-Accel-Buffering": "no"})  # nginx is to pass it on at once
             response.call_on_close(lambda: (api.give_up(jobs), counts.first_token(jobs)))  # a generator that was never begun is not closed either
             return response
-        made = api.whole(side, chat, head, jobs, prompts, gone)
+        made = api.whole(side, chat, head, jobs, cost, gone)
         counts.first_token(jobs)
         return made if made is not None else ("", 499)
 
@@ -267,7 +272,8 @@ def application(args, sides: list[Side], folder: Path):
         if apart is not None:
             raise Refused(400, apart)
         tokenizer = student.chat.tokenizer
-        prompts = [api.prompt_of(side, body["messages"], args.system) for side in (student, teacher)]
+        mine, kept, _ = api.prompt_of(student, body["messages"], args.system, body.get("fit", False))
+        prompts = [mine, api.prompt_of(teacher, kept, None)[0]]
         ids = tokenizer(body["answer"], add_special_tokens=False).input_ids
         if body.get("finished") and student.engine.how.stops:
             ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id in student.engine.how.stops else student.engine.how.stops[0])

@@ -655,6 +655,22 @@ def test_a_heatmap_wants_a_teacher_and_room(run, server, model):
     assert ask(server.url, "/v1/heatmap", body | {"answer": "6 " * 300})[0] == 400
 
 
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_asked_for(server, model):
+    talk = [{"role": "system", "content": "Add."}]
+    for number in range(24):
+        talk += [*user(f"Ann has {number} apples. How many?"), {"role": "assistant", "content": f"{number} apples."}]
+    body = {"model": model, "messages": talk + user("How many?")}
+    assert ask(server.url, "/v1/chat/completions", body)[0] == 400
+    made = json.loads(ask(server.url, "/v1/chat/completions", body | {"fit": True})[2])
+    kept = [talk[0], *talk[1 + made["dropped"]:], *user("How many?")]
+    again = json.loads(ask(server.url, "/v1/chat/completions", body | {"messages": kept})[2])
+    assert made["dropped"] % 2 == 0 and again["choices"] == made["choices"] and again["usage"] == made["usage"] and "dropped" not in again
+    chat_ = server.sides[0].chat
+    assert len(chat_.fit(body["messages"])[0]) == made["usage"]["prompt_tokens"] <= chat_.context - 12
+    heat = {"answer": "6", "messages": body["messages"], "fit": True}
+    assert ask(server.url, "/v1/heatmap", heat)[2] == ask(server.url, "/v1/heatmap", {"answer": "6", "messages": kept})[2]
+
+
 # --- the engine
 
 
