@@ -93,8 +93,10 @@ def _drop(old: Path, folder: Path) -> None:
 
 def publish(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the renames."""
+    readers = partial.stat().st_mode & 0o444  # what the umask leaves: safetensors writes for its owner alone
     for path in partial.rglob("*"):
         if path.is_file():
+            path.chmod(path.stat().st_mode | readers)
             sync(path)
     old = beside(folder, "old")
     _drop(old, folder)
