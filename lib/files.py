@@ -96,7 +96,8 @@ def publish(partial: Path, folder: Path) -> None:
     readers = partial.stat().st_mode & 0o444  # what the umask leaves: safetensors writes for its owner alone
     for path in partial.rglob("*"):
         if path.is_file():
-            path.chmod(path.stat().st_mode | readers)
+            if readers & ~(mode := path.stat().st_mode):  # else untouched: some mounted drives refuse any chmod
+                path.chmod(mode | readers)
             sync(path)
     old = beside(folder, "old")
     _drop(old, folder)

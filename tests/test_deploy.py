@@ -82,5 +82,5 @@ def test_a_model_whose_kinds_of_layers_turn_differently_keeps_its_fields(tmp_pat
 
 def test_the_lines_for_trl_are_python():
     """TRL itself is not among the tests' packages: its lines were run by hand; what can be held here is that they are Python."""
-    lines, = (block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "DPOTrainer" in block)
+    lines, = (block for block in re.findall(r"```\n(.*?)```", TEXT, re.S) if "DPOTrainer" in block)
     compile(lines, "docs/deploy.md", "exec")
