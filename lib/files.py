@@ -93,8 +93,11 @@ def _drop(old: Path, folder: Path) -> None:
 
 def publish(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the renames."""
+    readers = partial.stat().st_mode & 0o444  # what the umask leaves: safetensors writes for its owner alone
     for path in partial.rglob("*"):
         if path.is_file():
+            if readers & ~(mode := path.stat().st_mode):  # else untouched: some mounted drives refuse any chmod
+                path.chmod(mode | readers)
             sync(path)
     old = beside(folder, "old")
     _drop(old, folder)

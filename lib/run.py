@@ -256,6 +256,22 @@ def export(model: models.Model, tokenizer, folder: Path, dtype: torch.dtype = to
     model.module.config.save_pretrained(folder)
     model.module.config.dtype = kept
     tokenizer.save_pretrained(folder)
+    for_other_readers(folder)
+
+
+def for_other_readers(folder: Path) -> None:
+    """Write the positions' settings and the tokenizer's class as transformers 4 and mlx-lm read them too, beside what transformers 5 has saved.
+
+    Where there is no `rope_theta` at the top of config.json they take their own default and say nothing: the model then writes other text.
+    """
+    config, tokens = files.read_json(folder / "config.json"), files.read_json(folder / "tokenizer_config.json")
+    rope = config.get("rope_parameters") or {}
+    config |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}  # absent where kinds of layers have their own
+    if "rope_theta" in rope and rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    files.write_json(folder / "config.json", config)
+    if tokens.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it, which also knows the old name
+        files.write_json(folder / "tokenizer_config.json", tokens | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def versions() -> dict:
