@@ -174,7 +174,8 @@ demo: .venv/ready ## the whole road on embedded data: 6 to 10 minutes on 2 CPU c
 	@echo; echo "=== all four on the same held-out rows"
 	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
 	$(PY) -m lib.report $(foreach m,teacher stage1 control stage2,runs/$(D)/$(m)) --out runs/$(D)/comparison
-	@echo "Talk to it: $(PY) chat.py --ckpt runs/$(D)/stage2 --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
+	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) ARGS=\"--teacher runs/$(D)/teacher\""
+	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/stage2 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
 
 define demo_measure
 $(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("data", "methods", "domain", "experiments", "compare", "tasks", "chat")
+PAGES = ("data", "methods", "domain", "experiments", "compare", "tasks", "chat", "deploy")
 SHOWN = TEXT + "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES)
 BLOCKS = [line.split("   #")[0].strip() for block in re.findall(r"```\n(.*?)```", SHOWN, re.S) for line in block.splitlines()]
 DOCSTRINGS = {path: path.read_text(encoding="utf-8").split('"""')[1] for path in ROOT.glob("*.py")}
