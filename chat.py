@@ -195,17 +195,23 @@ class Chat:
 
 def main(argv=None):
     args = parse_args(argv)
-    if classifier.is_classifier(folder := models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)):
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("\nchat: stopped" + "; the same command continues" * (args.out is not None))
+        raise SystemExit(130) from None
+
+
+def run(args):
+    """Do what the flags ask for: classes, answers to a file, a server, one answer, or a conversation."""
+    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
+    if classifier.is_classifier(folder):
         if args.serve:
             files.fail(f"--serve does not go with {folder}", "a classifier", "a language model")
         read, device = classifier.reader(args, folder)
         return talk.classify(args, read, device) if args.out is None else promptfile.classify(args, read, folder)
     if args.out is not None:
-        try:
-            return promptfile.answer(args, lambda: Chat(args, *load(args)))
-        except KeyboardInterrupt:
-            print("\nchat: stopped; the same command continues")
-            raise SystemExit(130) from None
+        return promptfile.answer(args, lambda: Chat(args, *load(args)))
     listening = serve.listen(args) if args.serve else None  # a port that is taken is said before the models are loaded
     student, teacher = both(args)
     if args.serve:
