@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from lib import generate, template
-from lib.engine import Engine, Job
+from lib.engine import Engine, Event, Job
 
 ANSWERS = 16    # most answers of one request
+PACE_S = 0.02   # least time between two writes of one stream: nobody reads faster, and a small model is not held up by its own announcements
 WATCH_S = 0.5   # how often an answer that waits looks whether its client is still there
 
 
@@ -124,25 +125,44 @@ def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | N
             for at, prompt in enumerate(prompts) for number in range(count)]
 
 
-def heard(jobs: list[Job], gone) -> Iterator:
-    """Yield the events of jobs until each has its last; give the jobs up when the client has gone (then nothing more is yielded)."""
+def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
+    """Yield the events of jobs until each has its last, those that come within pace_s as one; give the jobs up when the client has gone (then nothing
+    more is yielded)."""
     try:
-        missing = len(jobs)
+        missing, due = len(jobs), 0.0
         while missing:
             if gone():
                 return
-            try:
-                event = jobs[0].events.get(timeout=WATCH_S)
-            except Empty:
-                if any(job.first is None and time.monotonic() > job.deadline for job in jobs):
-                    raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"}) from None
-                continue
-            if event.error:
-                raise Refused(503, event.error)
-            missing -= event.finish is not None
-            yield event
+            events = soon(jobs[0].events, due)
+            if not events and any(job.first is None and time.monotonic() > job.deadline for job in jobs):
+                raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"})
+            due = time.monotonic() + pace_s
+            for event in joined(events):
+                if event.error:
+                    raise Refused(503, event.error)
+                missing -= event.finish is not None
+                yield event
     finally:
         give_up(jobs)
+
+
+def soon(events: SimpleQueue, due: float) -> list[Event]:
+    """Return the next event, and those that come after it until `due` (time.monotonic()) or an answer's end; none where none comes within WATCH_S."""
+    found = []
+    try:
+        found.append(events.get(timeout=WATCH_S))
+        while not found[-1].finish and (wait := due - time.monotonic()) > 0:
+            found.append(events.get(timeout=wait))
+    except Empty:
+        pass
+    return found
+
+
+def joined(events: list[Event]) -> Iterator[Event]:
+    """Yield one event for each job that has some."""
+    for index in dict.fromkeys(event.index for event in events):
+        own = [event for event in events if event.index == index]
+        yield Event(index, "".join(event.text for event in own), sum((event.tokens for event in own), ()), own[-1].finish, own[-1].error)
 
 
 def give_up(jobs: list[Job]) -> None:
@@ -206,7 +226,7 @@ def stream(side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: boo
             yield chunk(job.index, {"role": "assistant", "content": ""})
     try:
         missing = len(jobs)
-        for event in heard(jobs, gone):
+        for event in heard(jobs, gone, PACE_S):
             if event.text or event.tokens:
                 yield chunk(event.index, {"content": event.text}, event.text, logprobs(side, chat, event.tokens))
             if event.finish:

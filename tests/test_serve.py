@@ -135,7 +135,8 @@ def test_the_teacher_answers_under_its_own_name(run, server, client):
     assert answer.choices[0].message.content == plain(run / "teacher/best", ASKED[0])[0] != plain(run / "stage2/best", ASKED[0])[0]
 
 
-def test_a_streamed_answer_is_the_whole_one_in_pieces(client, model):
+def test_a_streamed_answer_is_the_whole_one_in_pieces(client, model, monkeypatch):
+    monkeypatch.setattr("lib.api.PACE_S", 0.0)
     whole = client.chat.completions.create(model=model, messages=user(ASKED[0]))
     chunks = list(client.chat.completions.create(model=model, messages=user(ASKED[0]), stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
@@ -145,6 +146,18 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(client, model):
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert set(chunks[-1].speed) == {"tok_per_s", "prompt_s", "first_token_s", "memory_bytes"}
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_a_stream_is_written_at_a_readers_pace_and_not_a_token_at_a_time(server, client, model, monkeypatch):
+    def pieces(pace_s):
+        monkeypatch.setattr("lib.api.PACE_S", pace_s)
+        made = client.chat.completions.create(model=model, messages=user(ASKED[0]), max_tokens=40, stream=True, logprobs=True)
+        return [chunk.choices[0] for chunk in made if chunk.choices[0].delta.content]
+
+    few, many = pieces(0.5), pieces(0.0)
+    assert len(few) < 5 < len(many)
+    said = lambda choices: ("".join(choice.delta.content for choice in choices), [entry for choice in choices for entry in choice.logprobs.content])
+    assert said(few) == said(many)
 
 
 def test_a_streams_bytes_are_server_sent_events_that_end_with_done(server, model):
