@@ -167,12 +167,14 @@ def seed_of(seed: int, key: str, generation: int) -> int:
 
 def local(args, made: dict, missing: Iterator[tuple[Question, int]], tokenizer) -> Iterator[dict]:
     """Yield the answers of a model that is run here."""
-    from lib import generate, models
+    from lib import generate, models, packed
 
     device = models.pick_device(args.device, args.threads)
     folder = models.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     module = models.load(str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code).module
+    if args.teacher_batch > 1:
+        packed.pack(module)
     how = generate.Sampling(**made["sampling"] | {"stops": tuple(made["sampling"]["stops"])})
     requests = (generate.Request((question, number), question.ids, args.max_new_tokens, seed_of(args.seed, question.key, number))
                 for question, number in missing)

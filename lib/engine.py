@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 import torch
 
-from lib import generate
+from lib import generate, packed
 from lib.text import Text
 
 
@@ -109,7 +109,7 @@ class Engine:
         self.working: dict[Job, tuple[Text, list[Written]]] = {}  # with the tokens whose text is not shown yet
         self.more, self.closed, self.dead = threading.Condition(), False, False
         self.busy_s, self.prompt_tokens, self.answer_tokens = 0.0, 0, 0
-        self.batch = generate.Batch(module, how, slots)
+        self.batch, self.copies = generate.Batch(module, how, slots), packed.pack(module) if slots > 1 else 0
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -141,7 +141,7 @@ class Engine:
     def memory_bytes(self) -> int:
         """Return the bytes of weights and cache in memory."""
         held = [*self.module.parameters(), *self.module.buffers()]
-        return sum(value.nbytes for value in held) + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.batch.layers)
+        return self.copies + sum(value.nbytes for value in held) + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.batch.layers)
 
     # --- in its own thread
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import prepare_data
-from lib import answers, ask, data, files, generate, places, quality, sources, store
+from lib import answers, ask, data, files, generate, packed, places, quality, sources, store
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 STOPS = tuple(range(3, 20))
@@ -100,6 +100,33 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(how):
                        for part in grid.split(1000)])
     made = torch.bincount(drawn, minlength=vocab) / len(grid)
     assert (made - wanted).abs().max() < 2e-4 and not made[wanted == 0].any()
+
+
+def test_a_packed_model_computes_the_same_and_learns_as_before(monkeypatch):
+    module, ids = decoder(DECODERS["llama"]), torch.arange(20, 32)[:, None].expand(12, 5)
+    layer, calls = module.model.layers[0].mlp.up_proj, []
+    with torch.no_grad():
+        layer.bias = torch.nn.Parameter(torch.randn(layer.out_features))
+        plain = module(input_ids=ids).logits
+    assert packed.pack(module) == sum(one.weight.nbytes for one in module.modules() if isinstance(one, torch.nn.Linear)) and packed.pack(module) == 0
+    product = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: (calls.append(1), product(*args))[1])
+    with torch.inference_mode():
+        torch.testing.assert_close(module(input_ids=ids).logits, plain, rtol=1e-5, atol=1e-5)
+        assert len(calls) > 10
+        calls.clear()
+        module(input_ids=ids[:1, :1]), module(input_ids=ids[:1].expand(packed.MOST + 1, 5))
+        assert not calls  # one row, and many
+    module(input_ids=ids).logits.sum().backward()
+    assert not calls and layer.weight.grad is not None
+
+
+def test_nothing_is_packed_where_there_is_no_room_or_no_operator(monkeypatch):
+    module = decoder(DECODERS["llama"])
+    monkeypatch.setattr(packed.preflight, "available_bytes", lambda device: 100)
+    assert packed.pack(module) == 0
+    monkeypatch.undo()
+    assert packed.pack(module.bfloat16()) == 0
 
 
 def test_an_answer_ends_at_the_models_context():
