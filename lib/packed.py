@@ -1,6 +1,6 @@
 """Linear layers on a CPU, for few rows at a time: a second copy of their weights in the layout that oneDNN multiplies fastest.
 
-What it is for: writing many answers at once is products of 2 to 64 rows with every weight, where torch's float32 product takes up to five times as
+What it is for: writing many answers at once is products of 2 to 64 rows with every weight, where torch's float32 product takes some three times as
 long as for one row though it reads the same bytes (MKL on an AMD EPYC; bench/packed.py measures yours). Products of one row and of many go
 on as before. The operators are those that torch.compile itself puts in (`torch.ops.mkldnn`): where a build has none, nothing is packed.
 """
