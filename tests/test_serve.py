@@ -19,8 +19,9 @@ from types import SimpleNamespace
 import openai
 import pytest
 import tiny_tokenizers
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chat
 from lib import demo, engine, generate, serve, template
@@ -351,6 +352,31 @@ def test_a_body_of_another_type_or_a_large_one_is_refused_and_memory_stays_flat(
         status, _, text = ask(server.url, "/v1/chat/completions", big)
         assert status == 413 and "1.0" in json.loads(text)["error"]["message"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # KB: not another ten bodies
+
+
+@pytest.mark.parametrize("path, more, status", [
+    ("completions", {"prompt": [1] * 300_000}, 400),
+    ("completions", {"prompt": [-1] * 250_000}, 400), ("completions", {"prompt": [1.5] * 200_000}, 400),
+    ("chat/completions", {"messages": [1] * 300_000}, 400), ("chat/completions", {"messages": [{}] * 200_000}, 400),
+    ("chat/completions", {str(number): 1 for number in range(50_000)}, 400)])
+def test_a_body_of_many_values_is_refused_at_once(server, model, path, more, status):
+    """The schema's check took 40 s of the server's CPU for a body of 600 kB."""
+    began = time.process_time()
+    assert ask(server.url, f"/v1/{path}", {"model": model} | more)[0] == status
+    assert time.process_time() - began < 5
+
+
+def test_tokens_of_a_long_prompt_are_checked_each(server, model):
+    for prompt, says in (([5] * 40 + [-1], "minimum"), ([5] * 40 + [10**6], "none of the model's"), ([5] * 40 + [True], "prompt")):
+        status, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": prompt})
+        assert status == 400 and says in text
+    assert ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * 40, "max_tokens": 1})[0] == 200
+
+
+def test_a_body_as_deep_as_python_can_read_is_refused(server):
+    """Some are deep enough that their complaint cannot be printed, and not so deep that they cannot be read."""
+    for depth in range(850, 1000, 3):
+        assert ask(server.url, "/v1/chat/completions", f'{{"messages": {"[" * depth + "]" * depth}}}'.encode())[0] == 400
 
 
 @pytest.mark.parametrize("path, method, status", [("/nothing", "GET", 404), ("/v1/chat/completions", "GET", 405), ("/healthz", "POST", 405),
@@ -716,6 +742,18 @@ def test_the_pieces_of_an_answer_are_its_text_without_half_characters_or_stop_st
             assert "".join(shown) == whole[:min(ends, default=len(whole))] and made.stopped == bool(ends)
             if "\ufffd" not in words:
                 assert not any("\ufffd" in piece for piece in shown[:-1])
+
+
+def test_a_special_token_within_an_answer_costs_no_blank():
+    """Sentencepiece's decoders drop the blank of the first word they are given, and a special token alone is no word."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<x>": 0, "<unk>": 1, "\u2581so": 2, "\u2581it": 3}, unk_token="<unk>"))
+    inner.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse(),
+                                                  tokenizers.decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens([tokenizers.AddedToken("<x>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    for ids in ([2, 3], [2, 0, 3], [0, 2, 3], [2, 0, 0, 3, 0, 2]):
+        made = Text(tokenizer)
+        assert "".join([*map(made.add, ids), made.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string():
