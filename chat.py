@@ -207,7 +207,11 @@ def main(argv=None):
             print("\nchat: stopped; the same command continues")
             raise SystemExit(130) from None
     listening = serve.listen(args) if args.serve else None  # a port that is taken is said before the models are loaded
-    student, teacher = both(args)
+    try:
+        student, teacher = both(args)
+    except KeyboardInterrupt:
+        print("\nchat: stopped")
+        raise SystemExit(130) from None
     if args.serve:
         return serve.serve(args, {"student": student} | ({"teacher": teacher} if teacher else {}), folder, listening)
     torch.manual_seed(args.seed)

@@ -139,6 +139,7 @@ def page_policy(html: str) -> str:
 
 def run_files(folder: Path) -> dict[str, Path]:
     """Return where the pictures and texts of a checkpoint's run would be. folder: the checkpoint's, RUN/STAGE/best."""
+    folder = folder.absolute()  # "." and "best" are folders of a run, too
     stage = folder.parent
     if folder.name not in ("best", "final") or not (stage / "history.jsonl").exists():
         return {}
@@ -386,3 +387,5 @@ def serve(args, chats: dict[str, object], folder: Path, listening: socket.socket
             sys.exit("error: the model failed; see above")
     server.stop()
     print("chat: stopped", flush=True)
+    if any(side.engine.thread.is_alive() for side in server.sides):
+        os._exit(0)  # a pass that is longer than our patience: Python would abort when its thread comes back from torch

@@ -606,6 +606,54 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, number):
         child.wait()
 
 
+def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run):
+    """A thread that came back from torch while Python was ending aborted the process (SIGABRT)."""
+    code = ("import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); import chat\nfrom lib import generate\n"
+            "def long(self):\n    while True:\n        torch.rand(300, 300) @ torch.rand(300, 300)\n"
+            "generate.Batch.step = long\nchat.main(sys.argv[2:])")
+    argv = ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"]
+    child = subprocess.Popen([sys.executable, "-c", code, str(ROOT), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        said = ""
+        while "Ctrl-C" not in said:
+            said += (line := child.stdout.readline())
+            assert line, said
+        server = SimpleNamespace(url=re.search(r"http://[\d.:]+", said).group())
+        model = json.loads(ask(server.url, "/v1/models")[2])["data"][0]["id"]
+        stream = start(server, {"model": model, "stream": True} | GOOD)
+        got = b""
+        while b'"role"' not in got:
+            got += stream.recv(65536)
+        time.sleep(0.5)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0, child.stdout.read()
+        assert "terminate" not in child.stdout.read()
+        stream.close()
+    finally:
+        child.kill()
+        child.stdout.close()
+        child.wait()
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "both", interrupted)
+    for more in ([], ["--serve", "--port", "0"]):
+        with pytest.raises(SystemExit) as end:
+            chat.main(["--ckpt", str(run / "stage2"), *more])
+        assert end.value.code == 130 and capsys.readouterr().out.strip() == "chat: stopped"
+
+
+def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
+    wanted = {name: path.resolve() for name, path in serve.run_files(run / "stage2/best").items()}
+    for folder, name in ((run, "stage2/best"), (run / "stage2", "best"), (run / "stage2/best", "."), (run.parent, "demo/stage2/best")):
+        monkeypatch.chdir(folder)
+        assert {name: path.resolve() for name, path in serve.run_files(Path(name)).items()} == wanted != {}
+
+
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):
     with other_server(run) as made:
         eng = made.sides[0].engine
