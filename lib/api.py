@@ -210,7 +210,7 @@ def whole(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[lis
 
 def stream(side: Side, chat: bool, head: dict, jobs: list[Job], prompts: list[list[int]], usage: bool, gone) -> Iterator[str]:
     """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
-    line = lambda value: f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    line = lambda value: f"data: {json.dumps(value)}\n\n"  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
     head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
 
     def chunk(index: int, delta: dict, text: str = "", likely: dict | None = None, finish: str | None = None) -> str:

@@ -5,6 +5,7 @@ import http.client
 import json
 import math
 import os
+import queue
 import re
 import resource
 import signal
@@ -24,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chat
-from lib import demo, engine, generate, serve, template
+from lib import api, demo, engine, generate, serve, template
 from lib.text import Text
 
 ROOT = Path(__file__).parent.parent
@@ -412,6 +413,7 @@ def test_names_and_pages_of_other_sites_are_refused_where_there_is_no_key(server
     good = {"model": model} | GOOD
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "http://evil.example"})[0] == 403
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "null"})[0] == 403
+    assert ask(server.url, "/v1/chat/completions", good, {"Origin": f"{server.url}.evil.example"})[0] == 403
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": server.url})[0] == 200
 
 
@@ -564,6 +566,36 @@ def test_no_answer_is_longer_than_the_server_allows_or_the_context(run, client, 
     assert made.usage.total_tokens <= 256
 
 
+def test_a_prompt_that_fills_the_context_is_refused_and_one_token_less_is_answered(server, model):
+    context = server.sides[0].chat.context
+    for length, status in ((context - 1, 200), (context, 400), (context + 1, 400)):
+        got, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * length, "max_tokens": 9})
+        assert got == status, text
+        if status == 200:
+            assert json.loads(text)["usage"]["completion_tokens"] <= 1
+    assert ask(server.url, "/healthz")[0] == 200
+
+
+def test_settings_at_the_edge_of_what_is_allowed_are_answered(server, model):
+    say = lambda **more: json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])["choices"][0]["message"]["content"]
+    for temperature in (1e-5, 1e-30, 1e-300):
+        assert say(temperature=temperature) == say(temperature=0)
+    # of the likeliest token alone; below float32's smallest number it was the least likely
+    for top_p in (1e-30, 1e-300):
+        assert say(temperature=100, top_p=top_p) == say(temperature=0)
+    for seed in (-1, -2**63, 2**63 - 1):
+        assert say(temperature=1.5, seed=seed, n=2) == say(temperature=1.5, seed=seed, n=2)
+    assert ask(server.url, "/healthz")[0] == 200
+
+
+def test_the_logprobs_of_an_answer_know_their_place_in_its_text_though_a_stop_string_holds_some_back(client, model):
+    plain = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12).choices[0]
+    held = plain.text[3:6] + "\x07"  # looks like it until it is not
+    made = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12, stop=held).choices[0]
+    assert made.text == plain.text and made.logprobs.text_offset == plain.logprobs.text_offset
+    assert made.logprobs.tokens == plain.logprobs.tokens
+
+
 # --- how it ends, and what happens when the model fails
 
 
@@ -664,6 +696,7 @@ def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model
         eng.batch.admit = no_memory
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
         assert status == 503 and "out of memory" in json.loads(text)["error"]["message"]
+        until(lambda: not eng.working)  # or its slot would be lost for good
         assert ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 200
 
 
@@ -753,6 +786,17 @@ def test_a_heatmap_that_does_not_fit_into_memory_says_so(server, monkeypatch):
             status, _, text = ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})
         assert status == 503 and "memory" in json.loads(text)["error"]["message"]
     assert ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})[0] == 200
+
+
+def test_a_streams_lines_end_where_they_should_whatever_the_text():
+    """httpx's iter_lines, and others that read text and not bytes, take U+2028 or U+0085 for the end of a line."""
+    text, events = "a\u2028b\u0085c\u2029 caf\u00e9 \U0001f600\r\n\n", queue.SimpleQueue()
+    events.put(engine.Event(0, text, finish="stop"))
+    jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic() + 9, events)]
+    lines = "".join(api.stream(None, True, {}, jobs, [[5]], False, lambda: False)).splitlines()
+    assert all(line == "" or line.startswith("data: ") for line in lines)
+    said = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines if line and "[DONE]" not in line]
+    assert "".join(said) == text
 
 
 # --- the engine
