@@ -16,6 +16,7 @@ from lib.engine import Engine, Event, Job
 
 ANSWERS = 16    # most answers of one request
 PACE_S = 0.02   # least time between two writes of one stream: nobody reads faster, and a small model is not held up by its own announcements
+VALUES = 10_000  # most values in a body; to check one against the schema takes 0.1 ms
 WATCH_S = 0.5   # how often an answer that waits looks whether its client is still there
 
 
@@ -56,6 +57,25 @@ class Side:
 # --- requests
 
 
+def outline(body: object) -> object:
+    """Return a body as the schema is to see it: three or more whole numbers (a prompt's tokens) are their smallest and their largest there.
+    Raises Refused where it has too many values nevertheless."""
+    left = VALUES
+
+    def cut(value: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Refused(400, f"the body has more than {VALUES:,} values")
+        if isinstance(value, dict):
+            return {name: cut(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [min(value), max(value)] if len(value) > 2 and {*map(type, value)} == {int} else [cut(inner) for inner in value]
+        return value
+
+    return cut(body)
+
+
 def checked(request, validator) -> dict:
     """Return a POST's body, if it is what the schema says. Raises Refused (400, 413, 415)."""
     import jsonschema
@@ -69,9 +89,9 @@ def checked(request, validator) -> dict:
     try:
         body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number)
         json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be written in JSON, and is no text
+        fault = jsonschema.exceptions.best_match(validator.iter_errors(outline(body)))
     except (ValueError, RecursionError) as broken:
         raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
-    fault = jsonschema.exceptions.best_match(validator.iter_errors(body))
     if fault is not None:
         where = ".".join(map(str, fault.absolute_path)) or None
         said = fault.message if len(fault.message) <= 200 else f"{fault.message[:100]} ... {fault.message[-100:]}"
@@ -214,7 +234,7 @@ def whole(side: Side, chat: bool, head: dict, jobs: list[Job], cost, gone) -> di
 
 def stream(side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: bool, gone) -> Iterator[str]:
     """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
-    line = lambda value: f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    line = lambda value: f"data: {json.dumps(value)}\n\n"  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
     head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
 
     def chunk(index: int, delta: dict, text: str = "", likely: dict | None = None, finish: str | None = None) -> str:

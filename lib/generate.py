@@ -167,7 +167,8 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
         if not how.top_k and not bool(enough.all()):
             values, ids = logits.sort(descending=True)
             p = (values - total).exp()
-        p = p * ((p.cumsum(-1) - p < how.top_p) & (p >= how.min_p * p[:, :1]))
+        # a top_p that is 0 in float32 would leave no token at all
+        p = p * ((p.cumsum(-1) - p < max(how.top_p, torch.finfo(p.dtype).tiny)) & (p >= how.min_p * p[:, :1]))
     mass = p.double().cumsum(-1)
     place = torch.searchsorted(mass, (uniform.double() * mass[:, -1])[:, None], right=True).clamp_max(mass.shape[-1] - 1)
     return (place if ids is None else ids.gather(-1, place))[:, 0]

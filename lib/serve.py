@@ -24,6 +24,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from lib import api, files, flags, generate, heat
 from lib.api import Refused, Side
 from lib.engine import Busy, Engine, Job, Turns
@@ -31,6 +33,7 @@ from lib.engine import Busy, Engine, Job, Turns
 HERE = Path(__file__).parent
 BODY_BYTES = 1 << 20       # largest body of a request
 HEAT_TOKENS = 4096         # longest prompt and answer of a heat-map
+HEATS = 4                  # heat-maps that may be in work or wait: each holds one of the server's threads
 PATIENCE_S = 2.0           # what open streams get to say that the server is stopping
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the metric
 DEFAULTS = {"host": "127.0.0.1", "port": 8000, "api_key": None, "slots": 16, "queue": 64, "longest": 4096, "timeout": 300.0}
@@ -136,6 +139,7 @@ def page_policy(html: str) -> str:
 
 def run_files(folder: Path) -> dict[str, Path]:
     """Return where the pictures and texts of a checkpoint's run would be. folder: the checkpoint's, RUN/STAGE/best."""
+    folder = folder.absolute()  # "." and "best" are folders of a run, too
     stage = folder.parent
     if folder.name not in ("best", "final") or not (stage / "history.jsonl").exists():
         return {}
@@ -151,7 +155,7 @@ def application(args, sides: list[Side], folder: Path):
     described = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
     page = (HERE / "chat.html").read_text(encoding="utf-8")
     policy, created, of_run, counts = page_policy(page), int(time.time()), run_files(folder), Counts()
-    student, by_id, looking = sides[0], {side.id: side for side in sides}, threading.Lock()
+    student, by_id, looking, heats = sides[0], {side.id: side for side in sides}, threading.Lock(), threading.BoundedSemaphore(HEATS)
     teacher = sides[1] if len(sides) > 1 else None
     apart = heat.apart(student.chat.tokenizer, teacher.chat.tokenizer) if teacher else "there is no teacher: chat.py --serve --teacher DIR"
     app = flask.Flask("distil", static_folder=None)
@@ -280,11 +284,17 @@ def application(args, sides: list[Side], folder: Path):
         most = min(HEAT_TOKENS, *(side.chat.context or HEAT_TOKENS for side in (student, teacher)))
         if not ids or (length := max(map(len, prompts)) + len(ids)) > most:
             raise Refused(400, f"prompt and answer have {length} tokens, wanted at most {most}" if ids else "the answer has no token", "answer")
+        if not heats.acquire(blocking=False):
+            raise Refused(429, f"{HEATS} heat-maps are asked for already: come again later", code="queue_full", **{"Retry-After": "1"})
         try:
             with looking, student.engine.turns:  # one at a time: its memory is that of a pass
                 places = heat.places(student.chat.module, teacher.chat.module, tokenizer, prompts[0], ids, teacher_prompt=prompts[1])
+        except torch.OutOfMemoryError:
+            raise Refused(503, f"{student.chat.device} has too little memory for a heat-map of {length} tokens") from None
         except SystemExit as refused:  # a token that only one of the models knows
             raise Refused(400, str(refused).removeprefix("error: "), "answer") from None
+        finally:
+            heats.release()
         return {"tokens": [{name: value for name, value in dataclasses.asdict(place).items() if name != "id"} for place in places]}
 
     @app.get("/run.json")
@@ -383,3 +393,5 @@ def serve(args, chats: dict[str, object], folder: Path, listening: socket.socket
             sys.exit("error: the model failed; see above")
     server.stop()
     print("chat: stopped", flush=True)
+    if any(side.engine.thread.is_alive() for side in server.sides):
+        os._exit(0)  # a pass that is longer than our patience: Python would abort when its thread comes back from torch

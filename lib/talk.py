@@ -396,6 +396,8 @@ def diff(here: Conversation) -> None:
         found = heat.places(here.student.module, here.teacher.module, here.student.tokenizer, ids, tokens, teacher_prompt=before)
     except SystemExit as refused:
         return print(visible(str(refused)))
+    except torch.OutOfMemoryError as full:
+        return print(f"the GPU has too little memory for /diff ({str(full).splitlines()[0][:100]})")
     print(heated(found))
     if colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))

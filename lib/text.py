@@ -20,7 +20,8 @@ class Text:
         before, now = self.decode(self.ids[:self.known]), self.decode(self.ids)
         if now == before or now.endswith("\N{REPLACEMENT CHARACTER}"):  # a special token adds nothing, and must not become what stands before
             return ""
-        self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
+        if len(now) > len(before):  # a special token says nothing about the blank that some tokenizers drop at the beginning
+            self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
         return self.show(now[len(before):], False)
 
     def end(self) -> str:

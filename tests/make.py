@@ -170,6 +170,16 @@ def processes():
     return context
 
 
+def never_ends(module: str, owner: str, method: str, name: str, argv: list, log: Path) -> None:
+    """Run a script in which a method of lib/`module` computes for ever."""
+    def forever(*_):
+        while True:
+            torch.rand(300, 300) @ torch.rand(300, 300)
+
+    setattr(getattr(importlib.import_module(f"lib.{module}"), owner), method, forever)
+    script(name, argv, log)
+
+
 def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     """Run a script in a process of `processes()`, its words into `log`.
 

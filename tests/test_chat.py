@@ -473,14 +473,3 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path, ca
     ["--score", "x", "--out", "z", "--labels", "a,b", "--metrics", "bleu"], ["--score", "x", "--out", "z", "--calibrate", "prior"]])
 def test_bad_arguments_are_refused_with_exit_code_2(capsys, argv):
     assert "error: " in refused(capsys, ["--ckpt", "x", *argv], 2)
-
-
-@pytest.mark.parametrize("more, says", [([], "chat: stopped\n"), (["--serve", "--port", "0"], "chat: stopped\n")])
-def test_ctrl_c_while_a_model_loads_is_no_traceback(checkpoint, monkeypatch, capsys, more, says):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(models, "load", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        chat.main(["--ckpt", str(checkpoint), *SHORT, *more])
-    assert stop.value.code == 130 and capsys.readouterr().out.endswith(says)

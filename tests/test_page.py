@@ -547,3 +547,28 @@ def test_the_theme_is_the_systems_until_it_is_chosen(visit):
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
     page.reload()
     assert page.evaluate(paper) == "rgb(255, 255, 255)"
+
+
+def test_two_tabs_of_one_conversation_lose_nothing_of_it(visit, server):
+    """A tab that had only stood open overwrote, when it was closed, what the other had added; and brought back what was deleted there."""
+    first = visit(viewport={"width": 900, "height": 700})
+    say(first, SHORT)
+    finished(first)
+    second = first.context.new_page()
+    second.goto(server.url)
+    until(second, "state.server !== null && state.chat.turns.length === 1")
+    say(first, LONG)
+    finished(first)
+    until(second, "state.chat.turns.length === 2 && state.chat.turns[1].student.state !== 'writing'")
+    assert second.locator(".turn").count() == 2
+    first.goto(server.url + "/healthz")
+    second.goto(server.url + "/healthz")
+    first.goto(server.url)
+    until(first, "state.chat.turns.length === 2")
+    second.goto(server.url)
+    until(second, "state.chat.turns.length === 2")
+    first.evaluate("remove(state.chat)")
+    second.goto(server.url + "/healthz")
+    first.goto(server.url)
+    until(first, "state.server !== null")
+    assert first.evaluate("state.chats.length") == 0

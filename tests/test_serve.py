@@ -5,6 +5,7 @@ import http.client
 import json
 import math
 import os
+import queue
 import re
 import resource
 import signal
@@ -18,11 +19,12 @@ import make
 import openai
 import pytest
 import tiny_tokenizers
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chat
-from lib import demo, engine, generate, serve, template
+from lib import api, demo, engine, generate, serve, template
 from lib.text import Text
 
 ROOT = Path(__file__).parent.parent
@@ -365,6 +367,31 @@ def test_a_body_of_another_type_or_a_large_one_is_refused_and_memory_stays_flat(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # KB: not another ten bodies
 
 
+@pytest.mark.parametrize("path, more, status", [
+    ("completions", {"prompt": [1] * 300_000}, 400),
+    ("completions", {"prompt": [-1] * 250_000}, 400), ("completions", {"prompt": [1.5] * 200_000}, 400),
+    ("chat/completions", {"messages": [1] * 300_000}, 400), ("chat/completions", {"messages": [{}] * 200_000}, 400),
+    ("chat/completions", {str(number): 1 for number in range(50_000)}, 400)])
+def test_a_body_of_many_values_is_refused_at_once(server, model, path, more, status):
+    """The schema's check took 40 s of the server's CPU for a body of 600 kB."""
+    began = time.process_time()
+    assert ask(server.url, f"/v1/{path}", {"model": model} | more)[0] == status
+    assert time.process_time() - began < 5
+
+
+def test_tokens_of_a_long_prompt_are_checked_each(server, model):
+    for prompt, says in (([5] * 40 + [-1], "minimum"), ([5] * 40 + [10**6], "none of the model's"), ([5] * 40 + [True], "prompt")):
+        status, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": prompt})
+        assert status == 400 and says in text
+    assert ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * 40, "max_tokens": 1})[0] == 200
+
+
+def test_a_body_as_deep_as_python_can_read_is_refused(server):
+    """Some are deep enough that their complaint cannot be printed, and not so deep that they cannot be read."""
+    for depth in range(850, 1000, 3):
+        assert ask(server.url, "/v1/chat/completions", f'{{"messages": {"[" * depth + "]" * depth}}}'.encode())[0] == 400
+
+
 @pytest.mark.parametrize("path, method, status", [("/nothing", "GET", 404), ("/v1/chat/completions", "GET", 405), ("/healthz", "POST", 405),
                                                   ("/run/../chat.py", "GET", 404), ("/run/%2e%2e/comparison.html", "GET", 404), ("/run/", "GET", 404),
                                                   ("/lib/openapi.json", "GET", 404), ("/run/history.jsonl", "GET", 404)])
@@ -398,6 +425,7 @@ def test_names_and_pages_of_other_sites_are_refused_where_there_is_no_key(server
     good = {"model": model} | GOOD
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "http://evil.example"})[0] == 403
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "null"})[0] == 403
+    assert ask(server.url, "/v1/chat/completions", good, {"Origin": f"{server.url}.evil.example"})[0] == 403
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": server.url})[0] == 200
 
 
@@ -486,8 +514,10 @@ def test_a_client_that_leaves_frees_its_slot(run, model, streamed):
         eng.batch.step = lambda: (gate.acquire(), wrote.append(1), step())[2]
         with start(made, {"model": model, "stream": streamed, "stop": None} | GOOD) as gone:
             gate.release(3)
-            if streamed:
-                assert b"data: " in gone.recv(65536)
+            got = b""
+            while streamed and b"data: " not in got:  # the head may come alone
+                got += (piece := gone.recv(65536))
+                assert piece, got
             until(lambda: len(wrote) >= 3)
         job = next(iter(eng.working))
         until(lambda: (gate.release(), job.cancelled)[1])
@@ -548,6 +578,36 @@ def test_no_answer_is_longer_than_the_server_allows_or_the_context(run, client, 
     assert made.usage.total_tokens <= 256
 
 
+def test_a_prompt_that_fills_the_context_is_refused_and_one_token_less_is_answered(server, model):
+    context = server.sides[0].chat.context
+    for length, status in ((context - 1, 200), (context, 400), (context + 1, 400)):
+        got, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * length, "max_tokens": 9})
+        assert got == status, text
+        if status == 200:
+            assert json.loads(text)["usage"]["completion_tokens"] <= 1
+    assert ask(server.url, "/healthz")[0] == 200
+
+
+def test_settings_at_the_edge_of_what_is_allowed_are_answered(server, model):
+    say = lambda **more: json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])["choices"][0]["message"]["content"]
+    for temperature in (1e-5, 1e-30, 1e-300):
+        assert say(temperature=temperature) == say(temperature=0)
+    # of the likeliest token alone; below float32's smallest number it was the least likely
+    for top_p in (1e-30, 1e-300):
+        assert say(temperature=100, top_p=top_p) == say(temperature=0)
+    for seed in (-1, -2**63, 2**63 - 1):
+        assert say(temperature=1.5, seed=seed, n=2) == say(temperature=1.5, seed=seed, n=2)
+    assert ask(server.url, "/healthz")[0] == 200
+
+
+def test_the_logprobs_of_an_answer_know_their_place_in_its_text_though_a_stop_string_holds_some_back(client, model):
+    plain = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12).choices[0]
+    held = plain.text[3:6] + "\x07"  # looks like it until it is not
+    made = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12, stop=held).choices[0]
+    assert made.text == plain.text and made.logprobs.text_offset == plain.logprobs.text_offset
+    assert made.logprobs.tokens == plain.logprobs.tokens
+
+
 # --- how it ends, and what happens when the model fails
 
 
@@ -594,6 +654,48 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
         child.join()
 
 
+def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
+    """A thread that came back from torch while Python was ending aborted the process (SIGABRT)."""
+    argv, log = ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"], tmp_path / "log"
+    child = make.processes().Process(target=make.never_ends, args=("generate", "Batch", "step", "chat", argv, log))
+    child.start()
+    try:
+        until(lambda: log.exists() and "Ctrl-C" in log.read_text(), 60)
+        said = log.read_text()
+        server = SimpleNamespace(url=re.search(r"http://[\d.:]+", said).group())
+        model = json.loads(ask(server.url, "/v1/models")[2])["data"][0]["id"]
+        stream = start(server, {"model": model, "stream": True} | GOOD)
+        got = b""
+        while b'"role"' not in got:
+            got += stream.recv(65536)
+        time.sleep(0.5)
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(20)
+        assert child.exitcode == 0 and "terminate" not in log.read_text(), log.read_text()
+        stream.close()
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "both", interrupted)
+    for more in ([], ["--serve", "--port", "0"]):
+        with pytest.raises(SystemExit) as end:
+            chat.main(["--ckpt", str(run / "stage2"), *more])
+        assert end.value.code == 130 and capsys.readouterr().out.strip() == "chat: stopped"
+
+
+def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
+    wanted = {name: path.resolve() for name, path in serve.run_files(run / "stage2/best").items()}
+    for folder, name in ((run, "stage2/best"), (run / "stage2", "best"), (run / "stage2/best", "."), (run.parent, "demo/stage2/best")):
+        monkeypatch.chdir(folder)
+        assert {name: path.resolve() for name, path in serve.run_files(Path(name)).items()} == wanted != {}
+
+
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):
     with other_server(run) as made:
         eng = made.sides[0].engine
@@ -604,6 +706,7 @@ def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model
         eng.batch.admit = no_memory
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
         assert status == 503 and "out of memory" in json.loads(text)["error"]["message"]
+        until(lambda: not eng.working)  # or its slot would be lost for good
         assert ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 200
 
 
@@ -687,6 +790,41 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_ask
     assert ask(server.url, "/v1/heatmap", heat)[2] == ask(server.url, "/v1/heatmap", {"answer": "6", "messages": kept})[2]
 
 
+def test_many_heatmaps_at_once_leave_the_servers_threads_to_others(run, server):
+    body = {"messages": user("How many?"), "answer": "6"}
+    with concurrent.futures.ThreadPoolExecutor(2 * serve.HEATS) as pool:
+        with frozen(server):
+            futures = [pool.submit(ask, server.url, "/v1/heatmap", body) for _ in range(2 * serve.HEATS)]
+            until(lambda: sum(future.done() for future in futures) == serve.HEATS)
+        made = [future.result() for future in futures]
+    assert sorted(status for status, _, _ in made) == [200] * serve.HEATS + [429] * serve.HEATS
+    assert all(headers["Retry-After"] == "1" for status, headers, _ in made if status == 429)
+    assert ask(server.url, "/v1/heatmap", body)[0] == 200
+
+
+def test_a_heatmap_that_does_not_fit_into_memory_says_so(server, monkeypatch):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(serve.HEATS + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr("lib.heat.places", no_memory)
+            status, _, text = ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})
+        assert status == 503 and "memory" in json.loads(text)["error"]["message"]
+    assert ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})[0] == 200
+
+
+def test_a_streams_lines_end_where_they_should_whatever_the_text():
+    """httpx's iter_lines, and others that read text and not bytes, take U+2028 or U+0085 for the end of a line."""
+    text, events = "a\u2028b\u0085c\u2029 caf\u00e9 \U0001f600\r\n\n", queue.SimpleQueue()
+    events.put(engine.Event(0, text, finish="stop"))
+    jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic() + 9, events)]
+    lines = "".join(api.stream(None, True, {}, jobs, [[5]], False, lambda: False)).splitlines()
+    assert all(line == "" or line.startswith("data: ") for line in lines)
+    said = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines if line and "[DONE]" not in line]
+    assert "".join(said) == text
+
+
 # --- the engine
 
 
@@ -748,6 +886,18 @@ def test_the_pieces_of_an_answer_are_its_text_without_half_characters_or_stop_st
             assert "".join(shown) == whole[:min(ends, default=len(whole))] and made.stopped == bool(ends)
             if "\ufffd" not in words:
                 assert not any("\ufffd" in piece for piece in shown[:-1])
+
+
+def test_a_special_token_within_an_answer_costs_no_blank():
+    """Sentencepiece's decoders drop the blank of the first word they are given, and a special token alone is no word."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<x>": 0, "<unk>": 1, "\u2581so": 2, "\u2581it": 3}, unk_token="<unk>"))
+    inner.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse(),
+                                                  tokenizers.decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens([tokenizers.AddedToken("<x>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    for ids in ([2, 3], [2, 0, 3], [0, 2, 3], [2, 0, 0, 3, 0, 2]):
+        made = Text(tokenizer)
+        assert "".join([*map(made.add, ids), made.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string():

@@ -286,6 +286,17 @@ def test_a_student_that_is_its_teacher_is_marked_nowhere(converse, world):
     assert said[4] == plain(world / "student", QUESTIONS[0]) and said[5].startswith("mean KL 0.000 nats")
 
 
+def test_a_diff_that_does_not_fit_into_memory_ends_no_conversation(world, monkeypatch, capsys):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    here = talking(world, "--teacher", str(world / "teacher"))
+    talk.say(here, QUESTIONS[0])
+    monkeypatch.setattr("lib.heat.places", no_memory)
+    talk.obey(here, "/diff")
+    assert capsys.readouterr().out.splitlines()[-1] == "the GPU has too little memory for /diff (CUDA out of memory)"
+
+
 def test_a_teacher_of_other_tokens_answers_and_is_not_compared(tmp_path, monkeypatch, capsys):
     make.model(tmp_path / "student")
     make.model(tmp_path / "teacher", seed=1, with_tokenizer=make.tokenizer("v"))
