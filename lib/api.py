@@ -143,19 +143,20 @@ def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | N
 def heard(jobs: list[Job], gone) -> Iterator:
     """Yield the events of jobs until each has its last; give the jobs up when the client has gone (then nothing more is yielded)."""
     try:
-        missing = len(jobs)
+        missing = {job.index: job for job in jobs}
         while missing:
             if gone():
                 return
             try:
                 event = jobs[0].events.get(timeout=WATCH_S)
             except Empty:
-                if any(job.first is None and time.monotonic() > job.deadline for job in jobs):
+                if any(job.first is None and time.monotonic() > job.deadline for job in missing.values()):
                     raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"}) from None
                 continue
             if event.error:
                 raise Refused(503, event.error)
-            missing -= event.finish is not None
+            if event.finish:
+                del missing[event.index]
             yield event
     finally:
         give_up(jobs)
