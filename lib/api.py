@@ -149,18 +149,19 @@ def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
     """Yield the events of jobs until each has its last, those that come within pace_s as one; give the jobs up when the client has gone (then nothing
     more is yielded)."""
     try:
-        missing, due = len(jobs), 0.0
+        missing, due = {job.index: job for job in jobs}, 0.0
         while missing:
             if gone():
                 return
             events = soon(jobs[0].events, due)
-            if not events and any(job.first is None and time.monotonic() > job.deadline for job in jobs):
+            if not events and any(job.first is None and time.monotonic() > job.deadline for job in missing.values()):
                 raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"})
             due = time.monotonic() + pace_s
             for event in joined(events):
                 if event.error:
                     raise Refused(503, event.error)
-                missing -= event.finish is not None
+                if event.finish:
+                    del missing[event.index]
                 yield event
     finally:
         give_up(jobs)

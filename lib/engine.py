@@ -202,10 +202,10 @@ class Engine:
         job.late = now > job.deadline
         return text.stopped or job.late
 
-    def tell(self, job: Job, tokens: list[Written], shown: str, finish: str | None = None) -> None:
-        """Put an event for what is shown now, with the tokens that begin in it."""
+    def tell(self, job: Job, tokens: list[Written], shown: str, finish: str | None = None, every: bool = False) -> None:
+        """Put an event for what is shown now, with the tokens that begin in it, or with every one (special tokens have no text)."""
         job.shown += len(shown)
-        ready = [token for token in tokens if token.offset < job.shown]
+        ready = [token for token in tokens if every or token.offset < job.shown]
         tokens[:] = [token for token in tokens if token.offset >= job.shown]
         if shown or finish:
             job.events.put(Event(job.index, shown, tuple(ready), finish))
@@ -216,4 +216,4 @@ class Engine:
             text, tokens = self.working.pop(job)
         if not job.cancelled:
             rest = text.end()
-            self.tell(job, tokens, rest, "stop" if text.stopped else "length" if job.late else answer.finish)
+            self.tell(job, tokens, rest, "stop" if text.stopped else "length" if job.late else answer.finish, every=not text.stopped)

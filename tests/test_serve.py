@@ -825,7 +825,32 @@ def test_a_streams_lines_end_where_they_should_whatever_the_text():
     assert "".join(said) == text
 
 
+def test_an_empty_answer_beside_a_late_one_was_not_left_waiting(monkeypatch):
+    monkeypatch.setattr("lib.api.WATCH_S", 0.01)
+    jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic(), queue.SimpleQueue(), index) for index in (0, 1)]
+    jobs[1].events, jobs[1].first = jobs[0].events, time.monotonic()
+    jobs[0].events.put(engine.Event(0, finish="stop"))  # of no token at all
+    late = threading.Timer(0.2, jobs[0].events.put, (engine.Event(1, "x", finish="length"),))
+    late.start()
+    assert [event.finish for event in api.heard(jobs, lambda: False)] == ["stop", "length"]
+    late.join()
+
+
 # --- the engine
+
+
+def test_every_token_that_is_counted_has_its_logprob_a_special_one_at_the_end_too(server, monkeypatch):
+    side = server.sides[0]
+    special = side.chat.tokenizer.all_special_ids[0]
+    monkeypatch.setattr(side.engine, "how", generate.Sampling())  # nothing ends the answer
+    word = side.chat.tokenizer("Ann").input_ids[-1]
+    for ids in ([word, special], [special], [special, word], [word, special, special]):
+        written = iter(ids)
+        monkeypatch.setattr(generate, "choose", lambda logits, how, uniform, seen, written=written: torch.full((len(logits),), next(written)))
+        events = queue.SimpleQueue()
+        side.engine.ask([job := engine.Job([5], len(ids), generate.Sampling(), 0, time.monotonic() + 20, events, top=0)])
+        heard = list(api.heard([job], lambda: False))
+        assert [token.id for event in heard for token in event.tokens] == ids and heard[-1].finish == "length"
 
 
 def test_turns_go_to_whoever_waits_longest():
