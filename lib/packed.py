@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from lib import preflight
 
 FEWEST, MOST = 2, 64  # rows of a product for which the copy is used
+LEAST = 1 << 20       # bytes of a weight: to call the operator costs more than a smaller one gains
 
 
 def pack(module: nn.Module) -> int:
-    """Give each float32 linear layer of a CPU model its copy, if there is twice the room for all; return the bytes taken. Again: nothing is done."""
+    """Give each large float32 linear layer of a CPU model its copy, once, if there is twice the room for all; return the bytes taken."""
     if module.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return 0
-    plain = lambda layer: type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and "forward" not in vars(layer)
-    layers = [layer for layer in module.modules() if plain(layer)]
+    gains = lambda weight: weight.dtype == torch.float32 and weight.nbytes >= LEAST
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and gains(layer.weight) and "forward" not in vars(layer)]
     size = sum(layer.weight.nbytes for layer in layers)
     if 2 * size > preflight.available_bytes(module.device):
         return 0
