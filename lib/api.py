@@ -140,7 +140,7 @@ def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | N
     limit = min(int(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens))), args.longest)
     stops = body.get("stop", ())
     seed = int(body.get("seed", secrets.randbits(32))) % (1 << 63)
-    how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.timeout
+    how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
     return [Job(prompt, limit, how, seed + number, deadline, events, at * count + number, (stops,) if isinstance(stops, str) else tuple(stops), top)
             for at, prompt in enumerate(prompts) for number in range(count)]
 

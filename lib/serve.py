@@ -36,7 +36,7 @@ HEAT_TOKENS = 4096         # longest prompt and answer of a heat-map
 HEATS = 4                  # heat-maps that may be in work or wait: each holds one of the server's threads
 PATIENCE_S = 2.0           # what open streams get to say that the server is stopping
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the metric
-DEFAULTS = {"host": "127.0.0.1", "port": 8000, "api_key": None, "slots": 16, "queue": 64, "longest": 4096, "timeout": 300.0}
+DEFAULTS = {"host": "127.0.0.1", "port": 8000, "api_key": None, "slots": 16, "queue": 64, "longest": 4096, "time_limit": 300.0}
 POLICY = ("default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; frame-src 'self' blob:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
@@ -54,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", type=int, metavar="N", help=f"answers that may wait; more are told to come again (default: {DEFAULTS['queue']})")
     parser.add_argument("--longest", type=int, metavar="N",
                         help=f"most tokens of an answer, whatever a request asks for (default: {DEFAULTS['longest']})")
-    parser.add_argument("--timeout", type=float, metavar="S", help=f"seconds after which an answer is cut (default: {DEFAULTS['timeout']})")
+    parser.add_argument("--time-limit", type=float, metavar="S", help=f"seconds after which an answer is cut (default: {DEFAULTS['time_limit']})")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -67,7 +67,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         if getattr(args, name) is None:
             setattr(args, name, default)
     args.api_key = args.api_key or os.environ.get("DISTIL_API_KEY")
-    flags.positive(parser, args, "slots", "longest", "timeout")
+    flags.positive(parser, args, "slots", "longest", "time_limit")
     if args.queue < 0 or not 0 <= args.port < 1 << 16:
         parser.error(f"--queue is {args.queue} and --port {args.port}, wanted 0 or more, and a port below 65,536")
     if not is_local(args.host) and not args.api_key:

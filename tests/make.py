@@ -184,7 +184,7 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     """Run a script in a process of `processes()`, its words into `log`.
 
     hook: `where` "module.function", `number` n, `signal`, `after` False, `source` "", `delay` 0: the process sends itself the signal at
-    the n-th call (before the call, or after it, or so many seconds later; of calls on a path of that name, if `source` is given).
+    the n-th call (before the call, or after it, or so many seconds later; of calls on a path that ends in `source`, if it is given).
     """
     import dump_logits
     from lib import plots
@@ -199,7 +199,7 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
 
         def counted(*args, **options):
             nonlocal count
-            count += not hook.get("source") or Path(args[0]).name == hook["source"]
+            count += not hook.get("source") or Path(args[0]).as_posix().endswith("/" + hook["source"])
             now = count == hook["number"]
             if now and hook.get("delay"):
                 threading.Timer(hook["delay"], os.kill, (os.getpid(), hook["signal"])).start()

@@ -231,7 +231,7 @@ def test_options_are_sent_and_kept_and_empty_ones_are_the_servers(visit):
     say(page, "b")
     finished(page)
     first, second = (request.post_data_json for request in asked)
-    assert first.keys() == {"model", "messages", "stream", "stream_options"} and first["messages"] == [user("a")]
+    assert first.keys() == {"model", "messages", "fit", "stream", "stream_options"} and first["messages"] == [user("a")]
     assert {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "seed": 3}.items() <= {**second, "messages": None}.items()
     assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
     page.reload()

@@ -90,7 +90,7 @@ PLACES = {  # where the kill comes, and the step that the same command goes on f
     "after best/ and before the next save": (dict(where="os.replace", source=".best.part", number=2, after=True), 3),
     "before final/ is there": (dict(where="os.replace", source=".final.part", number=1), 30),
     "after final/ and before config.json": (dict(where="os.replace", source=".final.part", number=1, after=True), 30),
-    "before config.json is there": (dict(where="os.replace", source="config.json.part", number=1), 30),
+    "before config.json is there": (dict(where="os.replace", source="run/config.json.part", number=1), 30),
 }
 
 

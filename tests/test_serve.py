@@ -445,7 +445,7 @@ def test_a_key_is_asked_for_on_every_path_but_three(run):
 
 @pytest.mark.parametrize("argv, says", [
     (["--host", "0.0.0.0"], "--api-key"), (["--port", "99999"], "--port"), (["--slots", "0"], "--slots"), (["--queue", "-1"], "--queue"),
-    (["--timeout", "0"], "--timeout"), (["--prompt", "x"], "exclude"), (["--out", "x"], "belong together")])
+    (["--time-limit", "0"], "--time-limit"), (["--prompt", "x"], "exclude"), (["--out", "x"], "belong together")])
 def test_flags_that_cannot_work_are_refused(run, capsys, argv, says):
     with pytest.raises(SystemExit) as end:
         chat.parse_args(["--ckpt", str(run / "stage2"), "--serve", *argv])
@@ -560,7 +560,7 @@ def test_slow_and_silent_clients_keep_nobody_waiting(server, model):
 
 def test_an_answer_that_takes_too_long_is_cut_and_one_that_is_never_begun_is_told(run, model, monkeypatch):
     monkeypatch.setattr("lib.api.WATCH_S", 0.05)
-    with other_server(run, "--timeout", "0.3", "--max-new-tokens", "200") as made:
+    with other_server(run, "--time-limit", "0.3", "--max-new-tokens", "200") as made:
         step = made.sides[0].engine.batch.step
         made.sides[0].engine.batch.step = lambda: (time.sleep(0.1), step())[1]
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
