@@ -86,8 +86,12 @@ def checked(request, validator) -> dict:
     def not_a_number(name: str) -> None:
         raise ValueError(f"{name} is no number")
 
+    def number(text: str) -> float:  # 5.0 is a whole number to JSON Schema, and is one from here on
+        value = float(text)
+        return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+
     try:
-        body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number)
+        body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number, parse_float=number)
         json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be written in JSON, and is no text
         fault = jsonschema.exceptions.best_match(validator.iter_errors(outline(body)))
     except (ValueError, RecursionError) as broken:
@@ -119,17 +123,17 @@ def prompt_of(side: Side, messages: list[dict], system: str | None, fit: bool = 
 
 def prompts_of(side: Side, asked) -> list[list[int]]:
     """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
-    several = [asked] if isinstance(asked, str) or isinstance(asked[0], (int, float)) else asked
+    several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
     vocabulary = side.chat.module.config.get_text_config().vocab_size
     for prompt in several:
         if not isinstance(prompt, str) and max(prompt) >= vocabulary:
             raise Refused(400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt")
-    return [side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else list(map(int, prompt)) for prompt in several]
+    return [side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt in several]
 
 
 def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str) -> list[Job]:
     """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises Refused."""
-    context, count = side.chat.context, int(body.get("n", 1))
+    context, count = side.chat.context, body.get("n", 1)
     if len(prompts) * count > ANSWERS:
         raise Refused(400, f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at most {ANSWERS}", "n")
     for prompt in prompts:
@@ -137,9 +141,9 @@ def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | N
             raise Refused(400, "the prompt is empty", param)
         if context and len(prompt) >= context:
             raise Refused(400, f"the prompt has {len(prompt)} tokens, and the model sees {context} with the answer", param, "context_length_exceeded")
-    limit = min(int(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens))), args.longest)
+    limit = min(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens)), args.longest)
     stops = body.get("stop", ())
-    seed = int(body.get("seed", secrets.randbits(32))) % (1 << 63)
+    seed = body.get("seed", secrets.randbits(32)) % (1 << 63)
     how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
     return [Job(prompt, limit, how, seed + number, deadline, events, at * count + number, (stops,) if isinstance(stops, str) else tuple(stops), top)
             for at, prompt in enumerate(prompts) for number in range(count)]

@@ -240,8 +240,8 @@ def application(args, sides: list[Side], folder: Path):
             prompts, dropped = api.prompts_of(side, body["prompt"]), 0
         if chat and body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
-        top = (int(body.get("top_logprobs", 0)) if body.get("logprobs") else None) if chat else body.get("logprobs")
-        jobs = api.jobs_of(side, args, body, prompts, top if top is None else int(top), "messages" if chat else "prompt")
+        top = (body.get("top_logprobs", 0) if body.get("logprobs") else None) if chat else body.get("logprobs")
+        jobs = api.jobs_of(side, args, body, prompts, top, "messages" if chat else "prompt")
         try:
             side.engine.ask(jobs)
         except Busy:

@@ -336,6 +336,15 @@ def test_a_bad_request_gets_its_status_and_says_where(server, model, body, statu
     assert ask(server.url, "/healthz")[0] == 200
 
 
+def test_a_whole_number_may_have_a_point(server, model):
+    """To JSON Schema 5.0 is an integer; torch took it for none, and the engine died of it."""
+    floats = {"top_k": 5.0, "n": 2.0, "max_tokens": 3.0, "seed": 1.0, "top_logprobs": 2.0, "logprobs": True, "temperature": 1.0}
+    whole = {name: int(value) if name != "logprobs" else value for name, value in floats.items()}
+    choices = [json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])["choices"] for more in (floats, whole)]
+    assert choices[0] == choices[1] and len(choices[0]) == 2
+    assert ask(server.url, "/v1/completions", {"model": model, "prompt": [5.0, 6.0], "logprobs": 1.0, "max_tokens": 2.0})[0] == 200
+
+
 def test_openais_client_raises_its_own_errors(client, model):
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.chat.completions.create(model="other", messages=user("x"))
