@@ -572,3 +572,13 @@ def test_two_tabs_of_one_conversation_lose_nothing_of_it(visit, server):
     first.goto(server.url)
     until(first, "state.server !== null")
     assert first.evaluate("state.chats.length") == 0
+
+
+def test_a_conversation_longer_than_the_context_goes_on_without_its_oldest_turns(visit):
+    page = visit()
+    page.evaluate("""() => { for (let i = 0; i < 40; i++)
+        state.chat.turns.push({user: `Ann has ${i} apples. How many?`, student: {model: "m", text: `${i} apples.`, state: "done"}}) }""")
+    say(page, "How many?")
+    assert finished(page)[0]
+    assert "oldest messages no longer fit" in page.locator(".answer.student").last.inner_text()
+    assert page.evaluate("state.chat.turns.at(-1).student.state") in ("done", "length")

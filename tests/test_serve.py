@@ -934,6 +934,15 @@ def test_a_special_token_within_an_answer_costs_no_blank():
         assert "".join([*map(made.add, ids), made.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_of_several_stop_strings_in_one_token_the_first_in_the_text_ends_it():
+    assert Text(tiny_tokenizers.tiny(), ("bb", "abc")).show("x abc bb", False) == "x "
+
+
+def test_speed_leaves_out_the_first_token_and_what_others_took():
+    job = engine.Job([1], 9, generate.Sampling(), 0, 0.0, queue.SimpleQueue(), asked=10.0, first=12.5, count=5, begun=1.0, read=1.5, last=3.5)
+    assert job.speed() == {"tok_per_s": 2.0, "prompt_s": 0.5, "first_token_s": 2.5}
+
+
 def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string():
     tokenizer = tiny_tokenizers.tiny()
     made = Text(tokenizer, ("aab",))
