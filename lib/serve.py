@@ -147,28 +147,59 @@ def run_files(folder: Path) -> dict[str, Path]:
 
 
 def application(args, sides: list[Side], folder: Path):
-    """Return the Flask application. folder: the student's checkpoint. `application.counts` has what was counted."""
+    """Return the Flask application. folder: the student's checkpoint."""
     import flask
     import jsonschema
-    from werkzeug.exceptions import HTTPException
 
     described = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
     page = (HERE / "chat.html").read_text(encoding="utf-8")
-    policy, created, of_run, counts = page_policy(page), int(time.time()), run_files(folder), Counts()
-    student, by_id, looking, heats = sides[0], {side.id: side for side in sides}, threading.Lock(), threading.BoundedSemaphore(HEATS)
-    teacher = sides[1] if len(sides) > 1 else None
-    apart = heat.apart(student.chat.tokenizer, teacher.chat.tokenizer) if teacher else "there is no teacher: chat.py --serve --teacher DIR"
-    app = flask.Flask("distil", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES
-    app.json.sort_keys = False
-    app.counts = counts
-
-    def body_of(name: str) -> dict:
-        return api.checked(flask.request, validators[name])
-
+    policy, created, counts, student = page_policy(page), int(time.time()), Counts(), sides[0]
+    apart = "there is no teacher: chat.py --serve --teacher DIR"
+    if len(sides) > 1:
+        apart = heat.apart(student.chat.tokenizer, sides[1].chat.tokenizer)
     # schemas name one another by #/components/schemas/NAME: they are read from the whole file
     validators = {name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": described["components"]})
                   for name in ("ChatRequest", "CompletionRequest", "HeatmapRequest")}
+    app = flask.Flask("distil", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES
+    app.json.sort_keys = False
+    guard(app, args, counts)
+    answer_routes(app, args, sides, counts, validators)
+    heatmap_route(app, args, sides, apart, validators["HeatmapRequest"])
+    run_routes(app, args, folder)
+
+    @app.get("/")
+    def index():
+        return flask.Response(page, mimetype="text/html", headers={"Content-Security-Policy": policy})
+
+    @app.get("/openapi.json")
+    def openapi():
+        return described
+
+    @app.get("/healthz")
+    def health():
+        if any(side.engine.dead for side in sides):
+            raise Refused(503, "the model failed; the server's log says how")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics():
+        return flask.Response(counts.text(sides), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    def models():
+        how = student.engine.how
+        return {"object": "list", "data": [side.describe(created) for side in sides], "heatmap": apart is None,
+                "defaults": {"temperature": how.temperature, "top_p": how.top_p, "max_tokens": min(student.chat.how.max_new_tokens, args.longest)},
+                "limits": {"max_tokens": args.longest}}
+
+    return app
+
+
+def guard(app, args, counts: Counts) -> None:
+    """Say who may ask, what every answer carries, and what an error looks like."""
+    import flask
+    from werkzeug.exceptions import HTTPException
 
     @app.before_request
     def admit() -> None:
@@ -203,30 +234,12 @@ def application(args, sides: list[Side], folder: Path):
         refused = Refused(error.code, says.get(error.code, error.description))
         return refused.body, error.code, [pair for pair in error.get_headers() if pair[0] == "Allow"]
 
-    @app.get("/")
-    def index():
-        return flask.Response(page, mimetype="text/html", headers={"Content-Security-Policy": policy})
 
-    @app.get("/openapi.json")
-    def openapi():
-        return described
+def answer_routes(app, args, sides: list[Side], counts: Counts, validators: dict) -> None:
+    """Add the two routes of answers."""
+    import flask
 
-    @app.get("/healthz")
-    def health():
-        if any(side.engine.dead for side in sides):
-            raise Refused(503, "the model failed; the server's log says how")
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    def metrics():
-        return flask.Response(counts.text(sides), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/v1/models")
-    def models():
-        how = student.engine.how
-        return {"object": "list", "data": [side.describe(created) for side in sides], "heatmap": apart is None,
-                "defaults": {"temperature": how.temperature, "top_p": how.top_p, "max_tokens": min(student.chat.how.max_new_tokens, args.longest)},
-                "limits": {"max_tokens": args.longest}}
+    by_id = {side.id: side for side in sides}
 
     def answer(body: dict, chat: bool):
         """Answer a chat (messages) or completion (prompt) request, at once or as a stream."""
@@ -264,15 +277,23 @@ def application(args, sides: list[Side], folder: Path):
 
     @app.post("/v1/chat/completions")
     def chat_completions():
-        return answer(body_of("ChatRequest"), True)
+        return answer(api.checked(flask.request, validators["ChatRequest"]), True)
 
     @app.post("/v1/completions")
     def completions():
-        return answer(body_of("CompletionRequest"), False)
+        return answer(api.checked(flask.request, validators["CompletionRequest"]), False)
+
+
+def heatmap_route(app, args, sides: list[Side], apart: str | None, validator) -> None:
+    """Add the route of student beside teacher. apart: why there is none of them, or None."""
+    import flask
+
+    student, teacher = sides[0], sides[-1]
+    looking, heats = threading.Lock(), threading.BoundedSemaphore(HEATS)
 
     @app.post("/v1/heatmap")
     def heatmap():
-        body = body_of("HeatmapRequest")
+        body = api.checked(flask.request, validator)
         if apart is not None:
             raise Refused(400, apart)
         tokenizer = student.chat.tokenizer
@@ -297,6 +318,13 @@ def application(args, sides: list[Side], folder: Path):
             heats.release()
         return {"tokens": [{name: value for name, value in dataclasses.asdict(place).items() if name != "id"} for place in places]}
 
+
+def run_routes(app, args, folder: Path) -> None:
+    """Add what the run of a checkpoint has: its pictures and texts."""
+    import flask
+
+    of_run = run_files(folder)
+
     @app.get("/run.json")
     def run():
         return {"ckpt": args.ckpt} | {name.partition(".")[0]: name in of_run and of_run[name].exists() for name in OF_RUN}
@@ -311,7 +339,6 @@ def application(args, sides: list[Side], folder: Path):
 
     for name, kind in OF_RUN.items():
         app.add_url_rule(f"/run/{name}", name, sender(name, kind))
-    return app
 
 
 def is_local(host: str) -> bool:

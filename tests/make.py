@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lib import data, files, logits, template
+from lib import data, demo, files, logits, template
 
 V = 61
 
@@ -79,6 +79,20 @@ def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, 
     if with_tokenizer:
         (tokenizer() if with_tokenizer is True else with_tokenizer).save_pretrained(folder)
     return Path(folder)
+
+
+def chat_run(folder: Path, picture: bytes) -> Path:
+    """Write a run's folder, stage2/ and teacher/: random models of the demo's tokens, their weights large enough that their answers wander."""
+    for seed, name in enumerate(("stage2", "teacher")):
+        torch.manual_seed(seed)
+        made = demo.config({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
+        made.initializer_range = 0.3
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder / name / "best")
+        demo.tokenizer().save_pretrained(folder / name / "best")
+    (folder / "stage2" / "history.jsonl").write_text("{}\n")
+    (folder / "stage2" / "curves.png").write_bytes(picture)
+    (folder / "comparison.html").write_text("<title>comparison</title>")
+    return folder
 
 
 CPU = ("--device", "cpu", "--threads", "1")  # two threads only wait for one another on models this small

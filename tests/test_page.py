@@ -3,12 +3,12 @@ import json
 import shutil
 import time
 
+import make
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 import chat
-from lib import demo, serve
+from lib import serve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHORT = "Tom has 71 pens."  # the random student ends its answer to this one itself
@@ -22,15 +22,7 @@ PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder whose student and teacher are random models, their weights large enough that their answers wander."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    for seed, name in enumerate(("stage2", "teacher")):
-        torch.manual_seed(seed)
-        config = demo.config({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
-        config.initializer_range = 0.3
-        LlamaForCausalLM(config).save_pretrained(folder / name / "best")
-        demo.tokenizer().save_pretrained(folder / name / "best")
-    (folder / "stage2" / "history.jsonl").write_text("{}\n")
-    (folder / "stage2" / "curves.png").write_bytes(PNG)
+    folder = make.chat_run(tmp_path_factory.mktemp("runs") / "demo", PNG)
     (folder / "stage2" / "samples.md").write_text("## Prompt 1\n\nHow many?\n\n### Step 0, prompt 1\n\n    <b>8</b>\n")
     (folder / "comparison.html").write_text("<title>comparison</title><style>p { color: red }</style><p>compared")
     return folder

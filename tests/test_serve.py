@@ -38,17 +38,7 @@ def user(text):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder whose student and teacher are random models, their weights large enough that their answers wander."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    for seed, name in enumerate(("stage2", "teacher")):
-        torch.manual_seed(seed)
-        config = demo.config({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
-        config.initializer_range = 0.3
-        LlamaForCausalLM(config).save_pretrained(folder / name / "best")
-        demo.tokenizer().save_pretrained(folder / name / "best")
-    (folder / "stage2" / "history.jsonl").write_text("{}\n")
-    (folder / "stage2" / "curves.png").write_bytes(b"\x89PNG picture")
-    (folder / "comparison.html").write_text("<title>comparison</title>")
-    return folder
+    return make.chat_run(tmp_path_factory.mktemp("runs") / "demo", b"\x89PNG picture")
 
 
 def served(run, *argv, teacher=False):
@@ -411,7 +401,7 @@ def test_only_what_is_there_is_served_and_no_path_reaches_a_file(server, path, m
 
 def test_what_a_run_has_is_served_and_what_it_lacks_is_not(run, server):
     assert json.loads(ask(server.url, "/run.json")[2]) == {"ckpt": str(run / "stage2"), "curves": True, "comparison": True, "samples": False}
-    assert "picture" in ask(server.url, "/run/comparison.html")[2] or ask(server.url, "/run/comparison.html")[2] == "<title>comparison</title>"
+    assert ask(server.url, "/run/comparison.html")[2] == "<title>comparison</title>" and "PNG picture" in ask(server.url, "/run/curves.png")[2]
     assert ask(server.url, "/run/comparison.html")[1]["Content-Security-Policy"].startswith("sandbox;")
     assert ask(server.url, "/run/samples.md")[0] == 404
 
@@ -628,9 +618,25 @@ def test_no_thread_is_left_over(run, model):
     until(lambda: not {thread.ident for thread in threading.enumerate()} - before)
 
 
+@contextlib.contextmanager
+def process(log, target, *args):
+    """Start a server in a process of its own, target(*args, log), and ask it for a stream: yield (process, stream)."""
+    child = make.processes().Process(target=target, args=(*args, log))
+    child.start()
+    try:
+        until(lambda: log.exists() and "Ctrl-C" in log.read_text(), 60)
+        server = SimpleNamespace(url=re.search(r"http://[\d.:]+", log.read_text()).group())
+        model = json.loads(ask(server.url, "/v1/models")[2])["data"][0]["id"]
+        with start(server, {"model": model, "stream": True} | GOOD) as stream:
+            yield child, stream
+    finally:
+        child.kill()
+        child.join()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
-    folder = tmp_path / "long"
+    folder, log = tmp_path / "long", tmp_path / "log"
     module = AutoModelForCausalLM.from_pretrained(run / "stage2/best", max_position_embeddings=4096)
     module.generation_config.eos_token_id = None  # it writes, some 3,900 tokens, until it is stopped
     module.save_pretrained(folder)
@@ -638,16 +644,8 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     argv = ["--ckpt", str(folder), "--serve", "--port", "0", "--device", "cpu", "--greedy", "--max-new-tokens", "3900"]
-    log = tmp_path / "log"
-    child = make.processes().Process(target=make.script, args=("chat", argv, log))
-    child.start()
-    try:
-        until(lambda: log.exists() and "Ctrl-C" in log.read_text(), 60)
-        said = log.read_text()
-        server = SimpleNamespace(url=re.search(r"http://[\d.:]+", said).group())
-        model = json.loads(ask(server.url, "/v1/models")[2])["data"][0]["id"]
-        stream = start(server, {"model": model, "stream": True} | GOOD)
-        got = stream.recv(65536)
+    with process(log, make.script, "chat", argv) as (child, stream):
+        got = b""
         while got.count(b"data: ") < 4:
             got += stream.recv(65536)
         began = time.monotonic()
@@ -658,22 +656,12 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
         assert child.exitcode == 0 and time.monotonic() - began < 5
         assert b"the server is stopping" in got and b"[DONE]" not in got and got.endswith(b"0\r\n\r\n")
         assert "stopped" in log.read_text()
-    finally:
-        child.kill()
-        child.join()
 
 
 def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
     """A thread that came back from torch while Python was ending aborted the process (SIGABRT)."""
     argv, log = ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"], tmp_path / "log"
-    child = make.processes().Process(target=make.never_ends, args=("generate", "Batch", "step", "chat", argv, log))
-    child.start()
-    try:
-        until(lambda: log.exists() and "Ctrl-C" in log.read_text(), 60)
-        said = log.read_text()
-        server = SimpleNamespace(url=re.search(r"http://[\d.:]+", said).group())
-        model = json.loads(ask(server.url, "/v1/models")[2])["data"][0]["id"]
-        stream = start(server, {"model": model, "stream": True} | GOOD)
+    with process(log, make.never_ends, "generate", "Batch", "step", "chat", argv) as (child, stream):
         got = b""
         while b'"role"' not in got:
             got += stream.recv(65536)
@@ -681,10 +669,6 @@ def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
         os.kill(child.pid, signal.SIGTERM)
         child.join(20)
         assert child.exitcode == 0 and "terminate" not in log.read_text(), log.read_text()
-        stream.close()
-    finally:
-        child.kill()
-        child.join()
 
 
 def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
