@@ -80,7 +80,7 @@ control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answe
 
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
 	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))
-	$(PY) -m lib.runs $(RUNS)/sweep
+	$(PY) -m lib.measure.runs $(RUNS)/sweep
 
 define sweep_run
 $(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/sweep/T$(subst ->,-,$(1))-a$(subst ->,-,$(2)) --alpha "$(2)" --temperature "$(1)" $(STAGE2_ARGS) $(ARGS)
@@ -107,10 +107,10 @@ $(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(2) --out $(RUNS
 
 endef
 compare: .venv/ready ## teacher, student before and after, control: what is measured in runs/NAME -> runs/NAME/comparison.html .md .png .json
-	$(PY) -m lib.report $(RUNS) --out $(RUNS)/comparison $(ARGS)
+	$(PY) -m lib.measure.compare $(RUNS) --out $(RUNS)/comparison $(ARGS)
 
 runs: .venv/ready ## all runs under runs/ with their best numbers (ARGS="--sort ce")
-	$(PY) -m lib.runs $(ARGS)
+	$(PY) -m lib.measure.runs $(ARGS)
 
 chat: .venv/ready ## talk to CKPT
 	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
@@ -118,8 +118,8 @@ chat: .venv/ready ## talk to CKPT
 serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:8000 (ARGS="--teacher DIR": its teacher beside it)
 	$(PY) chat.py --ckpt $(CKPT) --serve $(ARGS)
 
-test: .venv/ready-test lint ## all tests (CPU, no network)
-	$(PY) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
+	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-test ## ruff
 	.venv/bin/ruff check .
@@ -159,7 +159,7 @@ DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sa
 DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 100
 
 demo: .venv/ready ## the whole road on embedded data: 5 to 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
-	$(PY) -m lib.demo --out $(D) --seed $(SEED)
+	$(PY) -m lib.prepare.demo --out $(D) --seed $(SEED)
 	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
 	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
 	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data"
@@ -173,7 +173,7 @@ demo: .venv/ready ## the whole road on embedded data: 5 to 10 minutes on 2 CPU c
 	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 700 $(DEMO_STUDENT)
 	@echo; echo "=== all four on the same held-out rows"
 	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
-	$(PY) -m lib.report $(foreach m,teacher stage1 control stage2,runs/$(D)/$(m)) --out runs/$(D)/comparison
+	$(PY) -m lib.measure.compare $(foreach m,teacher stage1 control stage2,runs/$(D)/$(m)) --out runs/$(D)/comparison
 	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) ARGS=\"--teacher runs/$(D)/teacher\""
 	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/stage2 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
 
@@ -186,7 +186,7 @@ endef
 demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
 	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps 700 $(DEMO_STUDENT)
 	$(call demo_measure,live)
-	$(PY) -m lib.report runs/$(D) --out runs/$(D)/comparison-live
+	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 
 demo-seeds: .venv/ready ## the demo for three seeds: the README's table
 	$(MAKE) demo SEED=0

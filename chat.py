@@ -14,7 +14,7 @@ Reads   --ckpt: a stage folder (its best/, else its final/), any Hugging Face ch
 Writes  --out: the lines of --prompts in their order, each with "answer" added. Until all are there they lie in OUT.part, and the same command
         continues there; OUT.meta.json holds the settings they were made with. A sampled batch's seed is --seed + its first line's number,
         so that a continued file is the file of a straight run.
-        With --score each line has "scores" too (lib/score.py says of what), with --labels "logp" of every label (lib/labels.py), and
+        With --score each line has "scores" too (lib/measure/score.py says of what), with --labels "logp" of every label (lib/measure/labels.py), and
         OUT.scores.json (answers.scores.json beside answers.jsonl), written last, the metrics over all lines with their intervals, and the speed.
         On a terminal, what is typed is kept in ~/.local/state/distil/chat_history ($XDG_STATE_HOME; the last 1,000 lines, for no other user).
 """
@@ -26,7 +26,10 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lib import classifier, files, flags, labels, models, promptfile, score, serve, talk, template
+from lib import files, flags, models, template
+from lib.chat import serve, talk
+from lib.measure import labels, prompts, score
+from lib.options import classifier
 
 
 def parse_args(argv=None):
@@ -209,9 +212,9 @@ def run(args):
         if args.serve:
             files.fail(f"--serve does not go with {folder}", "a classifier", "a language model")
         read, device = classifier.reader(args, folder)
-        return talk.classify(args, read, device) if args.out is None else promptfile.classify(args, read, folder)
+        return talk.classify(args, read, device) if args.out is None else prompts.classify(args, read, folder)
     if args.out is not None:
-        return promptfile.answer(args, lambda: Chat(args, *load(args)))
+        return prompts.answer(args, lambda: Chat(args, *load(args)))
     listening = serve.listen(args) if args.serve else None  # a port that is taken is said before the models are loaded
     student, teacher = both(args)
     if args.serve:

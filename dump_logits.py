@@ -5,8 +5,8 @@
 
 Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary; of rows with a class each, a classifier of these labels, whose
         own tokenizer reads the rows' texts: all its class logits are kept, so that --k, --values, --tail-rank, --vocab and --student are not asked.
-Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/logits.py says what they hold);
-        logits/NAME/basis.safetensors, once for all chunks: what the coefficients of the rest refer to (lib/basis.py).
+Writes  logits/NAME/chunk-0003/ (or val/): topk.npy, one record a target; done.npy; meta.json, last (lib/teacher/logits.py says what they hold);
+        logits/NAME/basis.safetensors, once for all chunks: what the coefficients of the rest refer to (lib/teacher/basis.py).
 Killed anywhere, the same command goes on with the rows that are missing, and the file is bit for bit the same.
 """
 import argparse
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import basis, classifier, files, flags, logits, models, plan
+from lib import files, flags, models, plan
 from lib import head as heads
 from lib.data import Dataset
-from lib.interrupt import Interrupt
-from lib.run import clock, versions
+from lib.options import classifier
+from lib.run import Interrupt, clock, versions
+from lib.teacher import basis, logits
 
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 

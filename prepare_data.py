@@ -13,10 +13,10 @@ Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file,
         --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that answers the prompts anew
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl, tokenizer/, meta.json last,
                      and report.png: how long rows are, where they come from, why others were dropped
-                     answers/: the teacher's, as parquet (see lib/answers.py); a run continues there, and --fresh keeps them
+                     answers/: the teacher's, as parquet (see lib/prepare/answers.py); a run continues there, and --fresh keeps them
         --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages or text, source, split, teacher)
 
---task classify: each row is a text with a label, and its class is its only target (lib/classes.py). Train and val, and what --limit keeps,
+--task classify: each row is a text with a label, and its class is its only target (lib/prepare/classes.py). Train and val, and what --limit keeps,
 hold the classes in the proportions of the data.
 
 A row is dropped, and counted by reason, when it is empty, too long, a duplicate, or holds nothing to learn. Which side of the
@@ -39,8 +39,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import answers, classes, data, export, files, flags, hub, mix, parallel, places, plots, sources, split, template
-from lib.store import Store
+from lib import data, files, flags, template
+from lib.measure import plots
+from lib.options import mix
+from lib.prepare import answers, classes, export, hub, places, sources, split, workers
+from lib.prepare.store import Store
 
 SHAPING = ("task", "source", "tokenizer", "columns", "system", "max_len", "long", "turns", "think", "val", "limit", "rows_per_chunk", "mix", "seed")
 PARTS = [f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
@@ -162,12 +165,12 @@ def stage(partial, numbered, work, args, val_rows, total, texts=None, names=()):
     Return the staged records, the rows read by (source, file), and those dropped by (source, reason).
     """
     seen, dropped, read, kept, begun = split.Seen(), collections.Counter(), collections.Counter(), 0, time.time()
-    workers = args.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    processes = args.workers or min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     tokens, answers, records = (files.NpyWriter(partial / f"staged.{part}.npy", dtype)
                                 for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", split.STAGED)))
     bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
     with bar, open(partial / "staged.prompts.jsonl", "w", encoding="utf-8") as prompts, \
-            contextlib.closing(parallel.encoded_rows(numbered, work, workers)) as encoded:
+            contextlib.closing(workers.encoded_rows(numbered, work, processes)) as encoded:
         for number, row, result in encoded:
             read[number] += 1
             bar.update()

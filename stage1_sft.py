@@ -12,9 +12,9 @@ import argparse
 import numpy as np
 import torch
 
-from lib import classifier, evaluate, flags, lora, losses, mix, models, plan, preflight, samples, sampling
-from lib import optimizer as optim
+from lib import evaluate, flags, losses, models, plan, train
 from lib.data import Dataset
+from lib.options import classifier, lora, mix, samples, sampling
 from lib.run import Run, clock
 
 METHOD = losses.Method(alpha=0.0)
@@ -90,13 +90,13 @@ def main(argv=None):
     mix.say(parts, dataset, steps_of_rows)
     if args.lora_rank:
         lora.attach(student.module, args, source)
-    if preflight.checkpointing_needed(student, args, amp):
+    if train.checkpointing_needed(student, args, amp):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
-    preflight.disk(args.out, student, whole=args.merge or not args.lora_rank)
+    train.disk(args.out, student, whole=args.merge or not args.lora_rank)
 
     run.begin()
     student.module.train()
-    optimizer = optim.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
+    optimizer = train.adamw(student.module, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     run.restore(student.module, optimizer, scaler)
     run.progress(steps)
@@ -135,11 +135,11 @@ def main(argv=None):
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         loss, ce, _ = (sums / targets).tolist()
         run.check_finite("loss", loss, step, rows)
-        lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
-        norm = optim.gradient_norm(optimizer, scaler, student.module, args.clip)
+        lr = train.cosine(run.updates, steps, args.lr, args.warmup)
+        norm = train.gradient_norm(optimizer, scaler, student.module, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite("gradient", norm, step, rows)
-        taken = optim.update(optimizer, scaler, lr)
+        taken = train.update(optimizer, scaler, lr)
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:

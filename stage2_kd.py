@@ -4,12 +4,12 @@
     python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out runs/try --steps 20    # CPU, after `make demo`
     python stage2_kd.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --out runs/live --steps 20    # nothing is stored
 
-Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) or the teacher itself (lib/live.py), and a
+Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) or the teacher itself (lib/teacher/live.py), and a
         causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
 Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets, divided once by the targets of the
         whole optimizer step. The divergence is over the teacher's top k as stored, and the exact mass of the rest spread over all other
-        tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/basis.py). With --teacher
+        tokens as the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py, lib/teacher/basis.py). With --teacher
         it is over all tokens, each exact; with --k, over the top k and one bucket.
 """
 import argparse
@@ -17,10 +17,11 @@ import re
 
 import torch
 
-from lib import balance, beside, classifier, evaluate, flags, live, logits, lora, losses, mix, models, plan, preflight, samples, sampling
-from lib import optimizer as optim
+from lib import evaluate, flags, losses, models, plan, train
 from lib.data import Dataset
+from lib.options import beside, classifier, gradnorm, lora, mix, samples, sampling
 from lib.run import Run, clock
+from lib.teacher import live, logits, worth
 
 
 def parse_args(argv=None):
@@ -123,17 +124,17 @@ def main(argv=None):
     for text in near.say():
         print(text)
     trained = torch.nn.ModuleList([student.module, near]) if near.weights else student.module
-    if preflight.checkpointing_needed(student, args, amp, store.memory_bytes(device) + near.memory_bytes(args.tokens_per_microbatch, line)):
+    if train.checkpointing_needed(student, args, amp, store.memory_bytes(device) + near.memory_bytes(args.tokens_per_microbatch, line)):
         student.module.activation_checkpointing_enable({"use_reentrant": False})
-    preflight.disk(args.out, student, whole=args.merge or not args.lora_rank)
+    train.disk(args.out, student, whole=args.merge or not args.lora_rank)
 
     run.begin()
     student.module.train()
-    optimizer = optim.adamw(trained, args.lr, args.weight_decay, args.beta2, device)
+    optimizer = train.adamw(trained, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     run.restore(trained, optimizer, scaler)
     every = args.balance_every if args.balance == "gradnorm" else 0
-    weigh = balance.Balance(near.weights, every, near.shared() if every else [], run.more.get("balance"))
+    weigh = gradnorm.Balance(near.weights, every, near.shared() if every else [], run.more.get("balance"))
     taught = samples.answers(store.model, dataset.val, tokenizer, args.samples, args.sample_tokens) if store.model else None
     run.progress(steps)
     measures = run.measures
@@ -147,9 +148,9 @@ def main(argv=None):
             steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
             if step == 0 and dataset.val.targets and (teachers := store.val_measures()):
                 run.log("teacher", 0, **teachers)
-                preflight.teacher_can_teach(teachers, measures, preflight.unigram_ce(dataset.train, dataset.val, head.vocab), run.say)
+                worth.teacher_can_teach(teachers, measures, worth.unigram_ce(dataset.train, dataset.val, head.vocab), run.say)
                 if dataset.labels:
-                    preflight.classifier_can_teach(teachers, measures, dataset, run.say)
+                    worth.classifier_can_teach(teachers, measures, dataset, run.say)
             if args.samples:
                 samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp, taught)
             if run.is_better(measures):
@@ -193,11 +194,11 @@ def main(argv=None):
         for name, value in {"loss": loss, **terms}.items():
             run.check_finite(name, value, step, rows)
         pulls = weigh.move() if weigh.due(step) else {}
-        lr = optim.cosine(run.updates, steps, args.lr, args.warmup)
-        norm = optim.gradient_norm(optimizer, scaler, trained, args.clip)
+        lr = train.cosine(run.updates, steps, args.lr, args.warmup)
+        norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite("gradient", norm, step, rows)
-        taken = optim.update(optimizer, scaler, lr)
+        taken = train.update(optimizer, scaler, lr)
         run.updates += taken
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0 or pulls:

@@ -25,8 +25,8 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lib import basis, data, head, logits, losses, models  # noqa: E402
-from lib import optimizer as optim  # noqa: E402
+from lib import data, head, losses, models, train  # noqa: E402
+from lib.teacher import basis, logits  # noqa: E402
 
 TEMPERATURES = [1.0, 2.0, 4.0]
 BUCKET, RANK32, DEFAULT = (32, 0, 0), (32, 32, 32), (16, 384, 128)  # k, dimensions of the basis, bytes of coefficients
@@ -97,7 +97,7 @@ def ratio(seconds: dict, above: str, below: str) -> float:
 def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
     student, micro = model(s, device), batch(s, device)
     student.module.train()
-    optimizer = optim.adamw(student.module, 1e-6, 0.05, 0.95, device)
+    optimizer = train.adamw(student.module, 1e-6, 0.05, 0.95, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     layer = student.head()
     shapes = {sides: random_basis(s, *sides[1:]) for sides in (BUCKET, RANK32, DEFAULT)}
@@ -113,8 +113,8 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
             hidden = student.hidden(micro)
         loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if sides else 0.0, temperature), amp)
         scaler.scale(loss / len(micro.labels)).backward()
-        optim.gradient_norm(optimizer, scaler, student.module, 1.0)
-        optim.update(optimizer, scaler, 1e-6)
+        train.gradient_norm(optimizer, scaler, student.module, 1.0)
+        train.update(optimizer, scaler, 1e-6)
 
     sides = {"stage1": step, "bucket_T1": lambda: step(BUCKET, 1.0), "bucket_T2": lambda: step(BUCKET, 2.0), "rank32_T2": lambda: step(RANK32, 2.0),
              "default_T1": lambda: step(DEFAULT, 1.0), "default_T2": lambda: step(DEFAULT, 2.0)}

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lib import basis, data, files, logits, losses, models, plan  # noqa: E402
+from lib import data, files, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
+from lib.teacher import basis, logits  # noqa: E402
 
 DUMPED = 3  # temperatures whose tails a record is counted with
 FEWER = [(16, 0, 0), (64, 0, 0), (24, 16, 16), (24, 64, 64), (16, 384, 128)]

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from lib import basis, data, files, logits, losses, models, plan  # noqa: E402
+from lib import data, files, losses, models, plan, train  # noqa: E402
 from lib import head as heads  # noqa: E402
-from lib import optimizer as optim  # noqa: E402
+from lib.teacher import basis, logits  # noqa: E402
 
 SETTINGS = ("keep_layers", "k", "values", "tail_rank", "tail_bytes", "alpha", "steps", "tokens_per_step", "rows", "val_rows", "lr")
 METHODS = ("ce", "renormalised", "bucket", "rank", "live")
@@ -89,13 +89,13 @@ def measure(student: models.Model, taught: heads.Head, hidden_t: torch.Tensor, s
     return {"kl": kl / count, "ce": ce / count, "targets": count}
 
 
-def train(args, dataset: data.Dataset, teacher: Teacher, val: torch.Tensor, val_rows: np.ndarray, rows: np.ndarray, method: str, temperature: float,
+def trained(args, dataset: data.Dataset, teacher: Teacher, val: torch.Tensor, val_rows: np.ndarray, rows: np.ndarray, method: str, temperature: float,
           seed: int) -> dict:
     """Train one student from the common start; return its measures."""
     student = models.load(args.student, torch.device("cpu"), dataset=dataset, keep_layers=args.keep_layers)
     head, lengths = student.head(teacher.head.vocab), dataset.train.rows["length"]
     steps = plan.whole_run(rows, lengths, seed, args.tokens_per_step, 1, args.steps)
-    optimizer = optim.adamw(student.module, args.lr, 0.01, 0.99, student.device)
+    optimizer = train.adamw(student.module, args.lr, 0.01, 0.99, student.device)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss = losses.Method(0.0) if method == "ce" else losses.Method(args.alpha, temperature)
     start = measure(student, teacher.head, val, dataset.val, val_rows)
@@ -107,8 +107,8 @@ def train(args, dataset: data.Dataset, teacher: Teacher, val: torch.Tensor, val_
             kept = None if method == "ce" else teacher.kept(method, batch.numbers, temperature)
             loss_sum, _, _ = losses.head_loss(student.hidden(batch), head, batch.labels, kept, loss)
             (loss_sum / targets).backward()
-        optim.gradient_norm(optimizer, scaler, student.module, 1.0)
-        optim.update(optimizer, scaler, optim.cosine(step, len(steps), args.lr, 0.1))
+        train.gradient_norm(optimizer, scaler, student.module, 1.0)
+        train.update(optimizer, scaler, train.cosine(step, len(steps), args.lr, 0.1))
     return {"start": start, **measure(student, teacher.head, val, dataset.val, val_rows)}
 
 
@@ -176,7 +176,7 @@ def main(argv=None):
               f"rank {args.tail_rank} in {args.tail_bytes} bytes", flush=True)
         for method, t, seed in todo:
             if not name(method, t, seed).exists():
-                result = train(args, dataset, teacher, val, val_rows, rows, method, t, seed)
+                result = trained(args, dataset, teacher, val, val_rows, rows, method, t, seed)
                 files.write_json(name(method, t, seed), result | {"args": vars(args)})
                 print(f"{method} T={t:g} seed {seed}: kl {result['start']['kl']:.4f} -> {result['kl']:.4f}  ce {result['ce']:.4f}", flush=True)
     print(table(out))

@@ -5,11 +5,11 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.tokens.npy   uint32 (tokens,)   all rows end to end
     SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and trained on
     SPLIT.rows.npy     ROW    (rows,)     one record a row
-    SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/classes.py): its number in meta.json's `labels`; the row's only target
+    SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/prepare/classes.py): its number in meta.json's `labels`; the row's only target
     SPLIT.texts.parquet                   ... and their texts, for a teacher with another tokenizer
     tokenizer/         the tokenizer itself, so that no later stage needs a network
-    report.png         how long rows are, where they come from, why others were dropped (lib/plots.py; without matplotlib there is none)
-    answers/ rows/     a teacher's answers (lib/answers.py), and the kept rows as text (lib/export.py), where they were asked for
+    report.png         how long rows are, where they come from, why others were dropped (lib/measure/plots.py; without matplotlib there is none)
+    answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the kept rows as text (lib/prepare/export.py), where they were asked for
     meta.json          written last: identities, counts, sources, what was dropped and why
 
 The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c is the rows
@@ -60,7 +60,7 @@ class Batch:
 
 
 class Split:
-    """The rows of train or val. labels: the class of each, where they have one (lib/classes.py), else None."""
+    """The rows of train or val. labels: the class of each, where they have one (lib/prepare/classes.py), else None."""
 
     labels = None
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, files, losses, models, plan, score
+from lib import data, files, losses, models, plan
+from lib.measure import score
 from lib.models import Model
 
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets

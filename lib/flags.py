@@ -2,7 +2,8 @@
 import argparse
 import re
 
-from lib import files, mix, track
+from lib import files
+from lib.options import mix, track
 
 SHARED = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -15,7 +16,7 @@ SHARED = {
     "--mix": dict(default=None, metavar="TEXT", help="shares of the sources in a step's tokens: 'a:0.7 b:0.3', or 'a:0.7->0.3 b:0.3->0.7' from first "
                   "step to last; off = every row once an epoch (default: what prepare_data.py stored, else off)"),
     "--eval-sampling": dict(action="store_true", help="at every evaluation, give more weight to the sources whose val loss fell least since the "
-                            "one before (lib/sampling.py says the rule)"),
+                            "one before (lib/options/sampling.py says the rule)"),
     "--tokens-per-step": dict(type=int, default=16384, metavar="N", help="tokens of one optimizer step, about (default: %(default)s)"),
     "--warmup": dict(type=float, default=0.1, help="share of the steps over which the rate rises; then a cosine to 0 (default: %(default)s)"),
     "--lora-rank": dict(type=int, default=0, metavar="R", help="train a LoRA adapter of this rank, the weights frozen; 0 = off, train all weights "

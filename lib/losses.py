@@ -15,7 +15,7 @@ of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the gradient at 
 
 So the gradient is computed in the forward pass, chunk by chunk of targets: no (targets, V) tensor for the batch, nothing recomputed.
 
-One bucket cannot say where in the vocabulary the tail lies. Where the teacher's dump has a basis (lib/basis.py), the categories are
+One bucket cannot say where in the vocabulary the tail lies. Where the teacher's dump has a basis (lib/teacher/basis.py), the categories are
 all V tokens: the top k as before, and the bucket's exact mass spread over the others like softmax(basis logits / T). The gradient is
 then T * dD/ds_j = g_j - q_j G everywhere: T (q - p) for the forward KL. So it is where a live teacher is taken whole: softmax(z / T).
 """
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.basis import Basis
 from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
+from lib.teacher.basis import Basis
 
 FLOOR = -70.0  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")

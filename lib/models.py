@@ -2,7 +2,7 @@
 
 Contract: `load` accepts a local folder or a hub id, safetensors only, or a GGUF file (with the gguf package); it refuses weights that
 are not finite, a vocabulary that is not the data's, and (by a probe: eight tokens through both roads) an architecture whose logits our
-head would not reproduce or whose packed rows would see each other. A folder with an adapter (lib/lora.py) is its base with the adapter
+head would not reproduce or whose packed rows would see each other. A folder with an adapter (lib/options/lora.py) is its base with the adapter
 merged in memory.
 """
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib import data, files, lora, template
+from lib import data, files, template
 from lib.head import Head
+from lib.options import lora
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

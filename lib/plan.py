@@ -3,7 +3,7 @@
 An epoch is a list of optimizer steps; a step is a list of micro-batches; a micro-batch is a list of lines; a line holds rows end
 to end. Rows on one line never see each other (position ids restart), so packing changes speed, not results.
 
-With a mix (lib/mix.py) there are no epochs: each source is an endless stream of its rows, and a step takes from it what its share
+With a mix (lib/options/mix.py) there are no epochs: each source is an endless stream of its rows, and a step takes from it what its share
 asks for: a pure function of (lengths, the sources' rows and shares, seed, number of steps).
 """
 import math
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lib import files
-from lib.mix import Part
+from lib.options.mix import Part
 
 
 def steps(rows: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int) -> list[np.ndarray]:

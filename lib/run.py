@@ -4,10 +4,10 @@
                                     seconds of training
                     last/           resume state: float32 weights, optimizer, counters; removed when the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
-                                    (LoRA: last/ holds the adapter's alone, best/ and final/ are adapter folders, lib/lora.py)
+                                    (LoRA: last/ holds the adapter's alone, best/ and final/ are adapter folders, lib/options/lora.py)
                     samples.md      the same few prompts answered at each evaluation
                     curves.png      the history as a picture
-                    tensorboard/ wandb/   the history once more, where --track asked for it (lib/track.py)
+                    tensorboard/ wandb/   the history once more, where --track asked for it (lib/options/track.py)
                     config.json     written last: arguments, versions, identities, git commit, final figures
 
 Kill it anywhere and run the same command again: it goes on from last/, and the final weights are those of a straight run, bit for
@@ -18,17 +18,19 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import files, lora, models, tags, track
-from lib.interrupt import Interrupt
+from lib import files, models
+from lib.options import lora, tags, track
 
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")  # and not config.json: any model has one
 FREE = {"tag", "track", "device", "threads", "fresh", "log_every", "save_every", "verify",  # arguments that may differ when a run is continued;
@@ -38,6 +40,27 @@ ADDED = {"eval_only": False, "lora_rank": 0, "lora_alpha": 32.0, "lora_dropout":
          "eval_sampling": False, "feature_weight": 0.0, "feature_layers": "last:last", "feature_loss": "mse", "attention_weight": 0.0,
          "attention_layers": "last:last", "contrastive_weight": 0.0, "contrastive_temperature": 0.1, "balance": "none", "balance_every": 10}
 # arguments that older runs do not name, with what these runs did
+
+
+class Interrupt:
+    """SIGTERM and SIGINT as a flag that a loop looks at: save, then leave. A second signal leaves at once. `number`: the one that came, or 0."""
+
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        self.number, self.say = 0, say
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.number:
+            raise SystemExit(128 + number)
+        self.number = number
+        self.say(f"{signal.Signals(number).name}: saving, then leaving (once more: leave at once)")
+
+    def leave(self, said: str) -> None:
+        """End the program with the shell's code for the signal (143 or 130), if one came."""
+        if self.number:
+            self.say(said)
+            raise SystemExit(128 + self.number)
 
 
 class Run:
@@ -217,7 +240,7 @@ class Run:
     def finish(self, steps: int, step: int, measures: dict, shares: dict) -> None:
         """Write config.json, which says that the run is complete, and drop the resume state. step: of `steps`, the one it ended at;
         shares: of the sources, where they were mixed."""
-        from lib import plots
+        from lib.measure import plots
 
         early = {}
         if step < steps:

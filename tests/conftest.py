@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOMS = ("core", "teacher", "options", "prepare", "measure", "chat", "pipeline")
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), *(str(ROOT / "tests" / room) for room in ROOMS)]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 # files that take longest begin first, so that no core waits for the last one
-LONGEST = ("test_road", "test_resume", "test_answers", "test_live", "test_lora", "test_bench", "test_beside", "test_beside_run", "test_sources",
+LONGEST = ("test_pipeline", "test_resume", "test_answers", "test_live", "test_lora", "test_bench", "test_beside", "test_beside_run", "test_sources",
            "test_train", "test_chat")
 
 
@@ -53,6 +54,6 @@ def tokenizer_dir(tmp_path_factory):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Prepare data without report.png, which takes half a second; test_plots.py draws it."""
-    from lib import plots
+    from lib.measure import plots
 
     monkeypatch.setattr(plots, "prepared", lambda folder: None)

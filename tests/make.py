@@ -16,7 +16,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lib import data, demo, files, logits, template
+from lib import data, files, template
+from lib.prepare import demo
+from lib.teacher import logits
 
 V = 61
 
@@ -201,7 +203,7 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     the n-th call (before the call, or after it, or so many seconds later; of calls on a path that ends in `source`, if it is given).
     """
     import dump_logits
-    from lib import plots
+    from lib.measure import plots
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
