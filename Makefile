@@ -121,8 +121,9 @@ serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:80
 test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
 	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: .venv/ready-test ## ruff
+lint: .venv/ready-test ## ruff: its rules, and its format at 100 columns
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
 	$(PY) bench/bench.py $(ARGS)

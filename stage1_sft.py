@@ -1,12 +1,19 @@
 """Stage 1, black-box distillation: fine-tune a student on answers that a teacher wrote.
 
-    python stage1_sft.py --data data/distilqwen --student Qwen/Qwen2.5-0.5B --out runs/distilqwen/stage1
-    python stage1_sft.py --data data/demo --student demo/student-config --out runs/try --lr 2e-3 --steps 20    # CPU, seconds, after `make demo`
+    python stage1_sft.py --data data/distilqwen --student Qwen/Qwen2.5-0.5B --out \
+        runs/distilqwen/stage1
+    # CPU, seconds, after `make demo`
+    python stage1_sft.py --data data/demo --student demo/student-config --out runs/try --lr \
+        2e-3 --steps 20
 
-Reads   data/NAME/ (prepare_data.py) and a causal LM: a folder, a hub id, or a folder with a config.json alone (a new model).
-Writes  runs/NAME/stage1/: best/ final/ last/ history.jsonl samples.md curves.png config.json (lib/run.py says what each is).
-Loss    cross-entropy of the answer tokens in nats, summed, divided once by the targets of the whole optimizer step.
+Reads   data/NAME/ (prepare_data.py) and a causal LM: a folder, a hub id, or a folder with a
+        config.json alone (a new model).
+Writes  runs/NAME/stage1/: best/ final/ last/ history.jsonl samples.md curves.png config.json
+        (lib/run.py says what each is).
+Loss    cross-entropy of the answer tokens in nats, summed, divided once by the targets of the whole
+        optimizer step.
 """
+
 import argparse
 
 import numpy as np
@@ -21,13 +28,30 @@ METHOD = losses.Method(alpha=0.0)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     group = parser.add_argument_group("read and write")
     flags.add(group, "--data", "--student", "--out", "--eval-only")
     group = parser.add_argument_group("the method")
-    group.add_argument("--keep-layers", default="", metavar="0,5,10", help="start from these layers of --student alone (default: all)")
-    group.add_argument("--best", type=flags.measure("ce", "acc1", "macro_f1"), default="ce", metavar="MEASURE",
-                       help="what best/ follows: ce, acc1, ce_NAME of one source, macro_f1 of classes (default: %(default)s)")
+    group.add_argument(
+        "--keep-layers",
+        default="",
+        metavar="0,5,10",
+        help="start from these layers of --student alone (default: all)",
+    )
+    group.add_argument(
+        "--best",
+        type=flags.measure("ce", "acc1", "macro_f1"),
+        default="ce",
+        metavar="MEASURE",
+        help=(
+            "what best/ follows: ce, acc1, ce_NAME of one source, macro_f1 of classes (default:"
+            " %(default)s)"
+        ),
+    )
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
@@ -36,9 +60,15 @@ def parse_args(argv=None):
     except ValueError:
         parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
     if args.keep_layers and args.eval_only:
-        parser.error("--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as it is")
+        parser.error(
+            "--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as"
+            " it is"
+        )
     if args.keep_layers and args.lora_rank:
-        parser.error("--keep-layers and --lora-rank exclude each other: an adapter's base must lie on the disk")
+        parser.error(
+            "--keep-layers and --lora-rank exclude each other: an adapter's base must lie on the"
+            " disk"
+        )
     return args
 
 
@@ -50,7 +80,11 @@ def main(argv=None):
     flags.check_labelled(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     args.mix = mix.chosen(args.mix, dataset)
-    rows_there, parts = (None, []) if args.eval_only else mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
+    rows_there, parts = (
+        (None, [])
+        if args.eval_only
+        else mix.divide(args.mix, dataset, np.arange(len(dataset.train.rows)))
+    )
     if args.eval_sampling and not parts and not args.eval_only:
         parts = mix.natural(dataset, rows_there)
     source = models.local_folder(args.student, args.trust_remote_code)
@@ -64,8 +98,19 @@ def main(argv=None):
     run = None if args.eval_only else Run(args, "stage1", inputs, args.best)
 
     load = classifier.load if dataset.labels else models.load
-    student = load(args.student, device, dataset=dataset, attn=args.attn, compiled=args.compile, amp=amp, pack=not args.no_pack,
-                   from_scratch=not args.eval_only, keep_layers=args.keep_layers, seed=args.seed, trust_remote_code=args.trust_remote_code)
+    student = load(
+        args.student,
+        device,
+        dataset=dataset,
+        attn=args.attn,
+        compiled=args.compile,
+        amp=amp,
+        pack=not args.no_pack,
+        from_scratch=not args.eval_only,
+        keep_layers=args.keep_layers,
+        seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
+    )
     if args.eval_only:
         return evaluate.alone(args, student, dataset, student.vocab, amp)
     tokenizer = dataset.tokenizer()
@@ -74,19 +119,37 @@ def main(argv=None):
 
     lengths = dataset.train.rows["length"]
     plan.check(lengths[rows_there], args.tokens_per_microbatch)
-    steps_of_rows = plan.whole_run(rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts)
+    steps_of_rows = plan.whole_run(
+        rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts
+    )
     line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
     steps = len(steps_of_rows)
     sampler = None
     if args.eval_sampling:
-        sampler = sampling.Sampler(parts, dataset, args.seed, args.tokens_per_step, steps, run.more.setdefault("sampling", {}))
+        sampler = sampling.Sampler(
+            parts,
+            dataset,
+            args.seed,
+            args.tokens_per_step,
+            steps,
+            run.more.setdefault("sampling", {}),
+        )
         steps_of_rows = sampler.steps_of_rows()
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
 
-    print(f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens, on {device}, {amp or 'float32'}")
-    print(f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets")
-    print(f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every {eval_every}")
+    print(
+        f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
+        f" on {device}, {amp or 'float32'}"
+    )
+    print(
+        f"data: {len(lengths):,} rows, {dataset.train.targets:,} targets; val"
+        f" {len(dataset.val.rows):,} rows, {dataset.val.targets:,} targets"
+    )
+    print(
+        f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every"
+        f" {eval_every}"
+    )
     mix.say(parts, dataset, steps_of_rows)
     if args.lora_rank:
         lora.attach(student.module, args, source)
@@ -102,15 +165,32 @@ def main(argv=None):
     run.progress(steps)
     measures = run.measures
 
-    # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the finished one
+    # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the
+    # finished one
     for step in range(run.step, steps + 1):
         last = step == steps
         if (last or step % eval_every == 0) and step != run.resumed:
-            measures = evaluate.evaluate(student, dataset.val, head.vocab, args.tokens_per_microbatch, amp, sources=dataset.sources)
+            measures = evaluate.evaluate(
+                student,
+                dataset.val,
+                head.vocab,
+                args.tokens_per_microbatch,
+                amp,
+                sources=dataset.sources,
+            )
             run.log("eval", step, **measures, **(sampler.hear(step, measures) if sampler else {}))
             steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
             if args.samples:
-                samples.write(run.out / "samples.md", student, dataset.val, tokenizer, step, args.samples, args.sample_tokens, amp)
+                samples.write(
+                    run.out / "samples.md",
+                    student,
+                    dataset.val,
+                    tokenizer,
+                    step,
+                    args.samples,
+                    args.sample_tokens,
+                    amp,
+                )
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures)
         last = last or run.gives_up
@@ -120,17 +200,22 @@ def main(argv=None):
             run.export("final", student, tokenizer, step, measures)
             break
 
-        # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole step
+        # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole
+        # step
         started = clock(device)
         rows = steps_of_rows[step]
         targets = int(dataset.train.rows["targets"][rows].sum())
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
         sums = torch.zeros(3, device=device)
-        for lines in plan.microbatches(rows, lengths, args.tokens_per_microbatch, line, not args.no_pack):
+        for lines in plan.microbatches(
+            rows, lengths, args.tokens_per_microbatch, line, not args.no_pack
+        ):
             batch = dataset.train.batch(lines).to(device)
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 hidden = student.hidden(batch)  # (N, D)
-            loss_sum, ce_sum, kd_sum = losses.head_loss(hidden, head, batch.labels, None, METHOD, amp)
+            loss_sum, ce_sum, kd_sum = losses.head_loss(
+                hidden, head, batch.labels, None, METHOD, amp
+            )
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         loss, ce, _ = (sums / targets).tolist()
@@ -143,11 +228,25 @@ def main(argv=None):
         run.updates += taken
         run.tick(clock(device) - started, int(lengths[rows].sum()))
         if step % args.log_every == 0:
-            run.log("train", step, loss=loss, ce=ce, lr=lr, grad_norm=norm, targets=targets,
-                    **mix.realised(parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every):step + 1]), **run.pace(steps - step - 1))
+            run.log(
+                "train",
+                step,
+                loss=loss,
+                ce=ce,
+                lr=lr,
+                grad_norm=norm,
+                targets=targets,
+                **mix.realised(
+                    parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every) : step + 1]
+                ),
+                **run.pace(steps - step - 1),
+            )
 
     run.finish(steps, step, measures, mix.realised(parts, dataset, steps_of_rows[:step]))
-    print(f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it: python chat.py --ckpt {run.out}")
+    print(
+        f"stage1: wrote {run.out}/best and final. Next: make logits, make stage2; or talk to it:"
+        f" python chat.py --ckpt {run.out}"
+    )
 
 
 if __name__ == "__main__":

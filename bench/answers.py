@@ -1,11 +1,15 @@
-"""Kill things while a teacher answers, and count: every prompt answered exactly --generations times, nothing asked twice but what was in flight.
+"""Kill things while a teacher answers, and count: every prompt answered exactly --generations
+times, nothing asked twice but what was in flight.
 
     python bench/answers.py --model real/smollm2 --source real/stdlib.parquet --out /tmp/answers
-    python bench/answers.py --model real/smollm2 --source real/stdlib.parquet --out /tmp/answers --server "transformers serve --port 8765 {model}"
+    python bench/answers.py --model real/smollm2 --source real/stdlib.parquet --out /tmp/answers
+    --server "transformers serve --port 8765 {model}"
 
-Without --server the teacher is run by prepare_data.py, which is sent SIGKILL twice; with it, the server is, and is started again each time.
-The server must take the chat completions of OpenAI at --url; {model} stands for --model.
+Without --server the teacher is run by prepare_data.py, which is sent SIGKILL twice; with it, the
+server is, and is started again each time. The server must take the chat completions of OpenAI at
+--url; {model} stands for --model.
 """
+
 import argparse
 import collections
 import json
@@ -24,9 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def written(out):
     """Return the answers on disk, in parts and in the journal, as (key, generation)."""
-    rows = [row for path in out.glob("answers/*/part-*.parquet") for row in pq.read_table(path).to_pylist()]
+    rows = [
+        row
+        for path in out.glob("answers/*/part-*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    ]
     for path in out.glob("answers/*/journal.jsonl"):
-        rows += [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        rows += [
+            json.loads(line)
+            for line in path.read_bytes().splitlines(keepends=True)
+            if line.endswith(b"\n")
+        ]
     return [(row["key"], row["generation"]) for row in rows]
 
 
@@ -35,7 +47,9 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--server", help="its command (default: none, the model is run by prepare_data.py)")
+    parser.add_argument(
+        "--server", help="its command (default: none, the model is run by prepare_data.py)"
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8765/v1")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--generations", type=int, default=2)
@@ -43,16 +57,49 @@ def main():
     parser.add_argument("--concurrency", type=int, default=8)
     args = parser.parse_args()
     out, total = Path(args.out), args.prompts * args.generations
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "--source", args.source, "--tokenizer", args.model, "--out", str(out),
-               "--limit", str(total), "--answers", "teacher", "--generations", str(args.generations),
-               "--max-new-tokens", str(args.max_new_tokens), "--keep-truncated",
-               "--teacher-temperature", "0.8", "--workers", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "prepare_data.py"),
+        "--source",
+        args.source,
+        "--tokenizer",
+        args.model,
+        "--out",
+        str(out),
+        "--limit",
+        str(total),
+        "--answers",
+        "teacher",
+        "--generations",
+        str(args.generations),
+        "--max-new-tokens",
+        str(args.max_new_tokens),
+        "--keep-truncated",
+        "--teacher-temperature",
+        "0.8",
+        "--workers",
+        "1",
+    ]
     if args.server:
-        command += ["--teacher-url", args.url, "--teacher-model", args.model, "--concurrency", str(args.concurrency)]
+        command += [
+            "--teacher-url",
+            args.url,
+            "--teacher-model",
+            args.model,
+            "--concurrency",
+            str(args.concurrency),
+        ]
     else:
         command += ["--teacher", args.model]
-    serve = lambda: subprocess.Popen(shlex.split(args.server.format(model=args.model)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                     start_new_session=True)
+
+    def serve():
+        return subprocess.Popen(
+            shlex.split(args.server.format(model=args.model)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
     begun, server = time.time(), serve() if args.server else None
     asking = subprocess.Popen(command)
     try:
@@ -70,7 +117,11 @@ def main():
                 asking.kill()
                 asking.wait()
                 asking = subprocess.Popen(command)
-            print(f"bench: killed {'the server' if server else 'prepare_data.py'} after {len(before)} of {total} answers", flush=True)
+            print(
+                f"bench: killed {'the server' if server else 'prepare_data.py'} after {len(before)}"
+                f" of {total} answers",
+                flush=True,
+            )
         code = asking.wait()
     finally:
         asking.kill()
@@ -78,8 +129,11 @@ def main():
             os.killpg(server.pid, signal.SIGKILL)
     times = collections.Counter(collections.Counter(written(out)).values())
     per_prompt = collections.Counter(collections.Counter(key for key, _ in written(out)).values())
-    print(f"bench: exit code {code}; {len(written(out))} answers; each (prompt, generation) so many times: {dict(times)}; "
-          f"prompts with so many answers: {dict(per_prompt)}; {time.time() - begun:.0f} s")
+    print(
+        f"bench: exit code {code}; {len(written(out))} answers; each (prompt, generation) so many"
+        f" times: {dict(times)}; prompts with so many answers: {dict(per_prompt)};"
+        f" {time.time() - begun:.0f} s"
+    )
     sys.exit(code or times != {1: total} or per_prompt != {args.generations: args.prompts})
 
 

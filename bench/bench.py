@@ -1,16 +1,21 @@
-"""Measure what this project promises, each figure a ratio of two things timed side by side in one run.
+"""Measure what this project promises, each figure a ratio of two things timed side by side in one
+run.
 
     python bench/bench.py                 # all; about 10 minutes on 2 CPU cores
-    python bench/bench.py head --quick    # one of step, dump, head; --quick: a small vocabulary, seconds, for the tests
+    python bench/bench.py head --quick    # one of step, dump, head; --quick: a small vocabulary,
+                                          seconds, for the tests
 
-step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a basis of 32 dimensions (k=32),
-      and the default one (k=16, rank 384)                       goal 1.10 and 1.20; a basis of 32 over the bucket 1.10
+step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a
+      basis of 32 dimensions (k=32), and the default one (k=16, rank 384)                       goal
+      1.10 and 1.20; a basis of 32 over the bucket 1.10
 dump  a bare teacher forward (body and head, nothing kept) over dump_logits.py      goal 0.90
 head  head and loss over F.cross_entropy on full logits: time and extra memory      goal 1.0 and 0.2
 
-The model has the shape of Qwen2.5-0.5B (width 896, 24 layers, 151,936 tokens) and random weights: speed does not depend on them.
-The two sides of a ratio take turns, and the ratio is the median over the turns, so that a busy machine bends both alike.
+The model has the shape of Qwen2.5-0.5B (width 896, 24 layers, 151,936 tokens) and random weights:
+speed does not depend on them. The two sides of a ratio take turns, and the ratio is the median over
+the turns, so that a busy machine bends both alike.
 """
+
 import argparse
 import json
 import statistics
@@ -29,7 +34,11 @@ from lib import data, head, losses, models, train  # noqa: E402
 from lib.teacher import basis, logits  # noqa: E402
 
 TEMPERATURES = [1.0, 2.0, 4.0]
-BUCKET, RANK32, DEFAULT = (32, 0, 0), (32, 32, 32), (16, 384, 128)  # k, dimensions of the basis, bytes of coefficients
+BUCKET, RANK32, DEFAULT = (
+    (32, 0, 0),
+    (32, 32, 32),
+    (16, 384, 128),
+)  # k, dimensions of the basis, bytes of coefficients
 
 
 def shape(quick: bool) -> dict:
@@ -41,8 +50,15 @@ def shape(quick: bool) -> dict:
 def model(s: dict, device: torch.device) -> models.Model:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    config = Qwen2Config(vocab_size=s["V"], hidden_size=s["D"], intermediate_size=s["D"] * 38 // 7, num_hidden_layers=s["layers"],
-                         num_attention_heads=s["D"] // 64, num_key_value_heads=max(1, s["D"] // 448), tie_word_embeddings=True)
+    config = Qwen2Config(
+        vocab_size=s["V"],
+        hidden_size=s["D"],
+        intermediate_size=s["D"] * 38 // 7,
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["D"] // 64,
+        num_key_value_heads=max(1, s["D"] // 448),
+        tie_word_embeddings=True,
+    )
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
     return models.Model(module, module.base_model, Path("random"))
 
@@ -50,10 +66,20 @@ def model(s: dict, device: torch.device) -> models.Model:
 def batch(s: dict, device: torch.device) -> data.Batch:
     """Return rows of which the second half are targets, as in instruction data."""
     tokens = torch.randint(0, s["V"], (s["rows"], s["length"]))
-    where = (torch.arange(s["rows"])[:, None] * s["length"] + torch.arange(s["length"] // 2 - 1, s["length"] - 1)).flatten()
+    where = (
+        torch.arange(s["rows"])[:, None] * s["length"]
+        + torch.arange(s["length"] // 2 - 1, s["length"] - 1)
+    ).flatten()
     positions = torch.arange(s["length"]).expand(s["rows"], -1).contiguous()
-    return data.Batch(tokens, positions, where, tokens.flatten()[where + 1], torch.arange(len(where)), list(range(s["rows"])),
-                      torch.arange(s["rows"])[:, None].expand_as(tokens)).to(device)
+    return data.Batch(
+        tokens,
+        positions,
+        where,
+        tokens.flatten()[where + 1],
+        torch.arange(len(where)),
+        list(range(s["rows"])),
+        torch.arange(s["rows"])[:, None].expand_as(tokens),
+    ).to(device)
 
 
 def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:
@@ -61,16 +87,30 @@ def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:
     if not rank:
         return None
     bits = torch.full((rank,), 8 * size // rank, dtype=torch.uint8)
-    bits[:8 * size - int(bits.sum())] += 1
+    bits[: 8 * size - int(bits.sum())] += 1
     rows = (torch.randn(rank, s["V"]) / rank**0.5).half()
-    return basis.Basis(torch.randn(s["V"]), rows, bits, torch.full((rank,), 0.5), torch.zeros(s["D"]), torch.randn(s["D"], rank))
+    return basis.Basis(
+        torch.randn(s["V"]),
+        rows,
+        bits,
+        torch.full((rank,), 0.5),
+        torch.zeros(s["D"]),
+        torch.randn(s["D"], rank),
+    )
 
 
 def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> np.ndarray:
     """Return records as dump_logits.py writes them, of random teacher logits."""
     ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, k, TEMPERATURES)
     coef = shape and shape.pack(torch.randn(64, len(shape.bits)))
-    records = logits.encode(ids.numpy(), gaps.numpy(), tails.numpy(), logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size), s["V"], coef)
+    records = logits.encode(
+        ids.numpy(),
+        gaps.numpy(),
+        tails.numpy(),
+        logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
+        s["V"],
+        coef,
+    )
     return np.resize(records, count)
 
 
@@ -101,27 +141,55 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     layer = student.head()
     shapes = {sides: random_basis(s, *sides[1:]) for sides in (BUCKET, RANK32, DEFAULT)}
-    records = {sides: kept(s, len(micro.labels), sides[0], shape, sides[2]) for sides, shape in shapes.items()}
+    records = {
+        sides: kept(s, len(micro.labels), sides[0], shape, sides[2])
+        for sides, shape in shapes.items()
+    }
     shapes = {sides: shape and shape.to(device) for sides, shape in shapes.items()}
 
     def step(sides=None, temperature=1.0):
         teacher = None
         if sides:
-            teacher = logits.decode(records[sides], s["V"], TEMPERATURES.index(temperature), shapes[sides])
-            teacher = replace(teacher, ids=teacher.ids.to(device), gap=teacher.gap.to(device), tail=teacher.tail.to(device))
+            teacher = logits.decode(
+                records[sides], s["V"], TEMPERATURES.index(temperature), shapes[sides]
+            )
+            teacher = replace(
+                teacher,
+                ids=teacher.ids.to(device),
+                gap=teacher.gap.to(device),
+                tail=teacher.tail.to(device),
+            )
         with torch.autocast(device.type, amp, enabled=amp is not None):
             hidden = student.hidden(micro)
-        loss, _, _ = losses.head_loss(hidden, layer, micro.labels, teacher, losses.Method(0.9 if sides else 0.0, temperature), amp)
+        loss, _, _ = losses.head_loss(
+            hidden,
+            layer,
+            micro.labels,
+            teacher,
+            losses.Method(0.9 if sides else 0.0, temperature),
+            amp,
+        )
         scaler.scale(loss / len(micro.labels)).backward()
         train.gradient_norm(optimizer, scaler, student.module, 1.0)
         train.update(optimizer, scaler, 1e-6)
 
-    sides = {"stage1": step, "bucket_T1": lambda: step(BUCKET, 1.0), "bucket_T2": lambda: step(BUCKET, 2.0), "rank32_T2": lambda: step(RANK32, 2.0),
-             "default_T1": lambda: step(DEFAULT, 1.0), "default_T2": lambda: step(DEFAULT, 2.0)}
+    sides = {
+        "stage1": step,
+        "bucket_T1": lambda: step(BUCKET, 1.0),
+        "bucket_T2": lambda: step(BUCKET, 2.0),
+        "rank32_T2": lambda: step(RANK32, 2.0),
+        "default_T1": lambda: step(DEFAULT, 1.0),
+        "default_T2": lambda: step(DEFAULT, 2.0),
+    }
     seconds = turns(sides, rounds, device)
-    return {"stage1_step_s": statistics.median(seconds["stage1"]), "tokens": s["rows"] * s["length"], "targets": len(micro.labels),
-            **{f"{name}_over_stage1": ratio(seconds, name, "stage1") for name in list(sides)[1:]},
-            "rank32_over_bucket_T2": ratio(seconds, "rank32_T2", "bucket_T2"), "default_over_bucket_T2": ratio(seconds, "default_T2", "bucket_T2")}
+    return {
+        "stage1_step_s": statistics.median(seconds["stage1"]),
+        "tokens": s["rows"] * s["length"],
+        "targets": len(micro.labels),
+        **{f"{name}_over_stage1": ratio(seconds, name, "stage1") for name in list(sides)[1:]},
+        "rank32_over_bucket_T2": ratio(seconds, "rank32_T2", "bucket_T2"),
+        "default_over_bucket_T2": ratio(seconds, "default_T2", "bucket_T2"),
+    }
 
 
 @torch.inference_mode()
@@ -133,15 +201,31 @@ def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
         teacher.module.to(amp)
     teacher.module.eval()
     k, rank, size = DEFAULT
-    layer, dtype, shape = teacher.head(), logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size), random_basis(s, rank, size).to(device)
+    layer, dtype, shape = (
+        teacher.head(),
+        logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
+        random_basis(s, rank, size).to(device),
+    )
     weight = layer.operand(next(teacher.module.parameters()).dtype)
 
     def bare():
         head.matmul(teacher.hidden(micro).to(weight.dtype), weight.t())
 
-    seconds = turns({"bare": bare, "dump": lambda: dump_logits.teacher_records(teacher, layer, micro, k, TEMPERATURES, dtype, shape)}, rounds, device)
-    return {"targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]), "bytes_per_target": dtype.itemsize,
-            "bare_over_dump": ratio(seconds, "bare", "dump")}
+    seconds = turns(
+        {
+            "bare": bare,
+            "dump": lambda: dump_logits.teacher_records(
+                teacher, layer, micro, k, TEMPERATURES, dtype, shape
+            ),
+        },
+        rounds,
+        device,
+    )
+    return {
+        "targets_per_s": len(micro.labels) / statistics.median(seconds["dump"]),
+        "bytes_per_target": dtype.itemsize,
+        "bare_over_dump": ratio(seconds, "bare", "dump"),
+    }
 
 
 def head_inputs(s: dict, count: int, device: torch.device):
@@ -152,13 +236,21 @@ def head_inputs(s: dict, count: int, device: torch.device):
 
 
 def taught(kind: str, s: dict, count: int, device: torch.device) -> losses.Kept | None:
-    """Return the teacher that a kind of head needs: "ours with a bucket", "ours with a basis", or none."""
-    k, rank, size = {"ours with a bucket": BUCKET, "ours with a basis": DEFAULT}.get(kind, (0, 0, 0))
+    """Return the teacher that a kind of head needs: "ours with a bucket", "ours with a basis", or
+    none."""
+    k, rank, size = {"ours with a bucket": BUCKET, "ours with a basis": DEFAULT}.get(
+        kind, (0, 0, 0)
+    )
     if not k:
         return None
     shape = random_basis(s, rank, size)
     teacher = logits.decode(kept(s, count, k, shape, size), s["V"], 1, shape and shape.to(device))
-    return replace(teacher, ids=teacher.ids.to(device), gap=teacher.gap.to(device), tail=teacher.tail.to(device))
+    return replace(
+        teacher,
+        ids=teacher.ids.to(device),
+        gap=teacher.gap.to(device),
+        tail=teacher.tail.to(device),
+    )
 
 
 def head_side(kind: str, s: dict, hidden, weight, labels, teacher=None) -> None:
@@ -166,37 +258,68 @@ def head_side(kind: str, s: dict, hidden, weight, labels, teacher=None) -> None:
         loss = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     else:
         method = losses.Method(0.9, 2.0) if teacher else losses.Method()
-        loss, _, _ = losses.head_loss(hidden, head.Head(weight, None, s["V"]), labels, teacher, method)
+        loss, _, _ = losses.head_loss(
+            hidden, head.Head(weight, None, s["V"]), labels, teacher, method
+        )
     loss.backward()
     weight.grad = hidden.grad = None
 
 
 def bench_head(s: dict, rounds: int, device: torch.device, amp) -> dict:
     inputs = head_inputs(s, s["targets"], device)
-    seconds = turns({kind: lambda kind=kind: head_side(kind, s, *inputs) for kind in ("plain", "ours")}, rounds, device)
-    result = {"targets": s["targets"], "plain_s": statistics.median(seconds["plain"]), "ours_over_plain_time": ratio(seconds, "ours", "plain")}
+    seconds = turns(
+        {kind: lambda kind=kind: head_side(kind, s, *inputs) for kind in ("plain", "ours")},
+        rounds,
+        device,
+    )
+    result = {
+        "targets": s["targets"],
+        "plain_s": statistics.median(seconds["plain"]),
+        "ours_over_plain_time": ratio(seconds, "ours", "plain"),
+    }
     for kind in ("plain", "ours", "ours with a bucket", "ours with a basis"):
         result[f"{kind} extra GB, {s['targets']} targets"] = memory(kind, s["targets"], s, device)
-    result["ours_over_plain_memory"] = result[f"ours extra GB, {s['targets']} targets"] / result[f"plain extra GB, {s['targets']} targets"]
+    result["ours_over_plain_memory"] = (
+        result[f"ours extra GB, {s['targets']} targets"]
+        / result[f"plain extra GB, {s['targets']} targets"]
+    )
     for kind in ("ours", "ours with a bucket", "ours with a basis", "plain"):
-        result[f"{kind} extra GB, {4 * s['targets']} targets"] = memory(kind, 4 * s["targets"], s, device)
+        result[f"{kind} extra GB, {4 * s['targets']} targets"] = memory(
+            kind, 4 * s["targets"], s, device
+        )
     return result
 
 
 def memory(kind: str, count: int, s: dict, device: torch.device) -> float:
-    """Return the peak memory (GB) of head and loss over its inputs and the weight's own gradient, in a process of its own."""
+    """Return the peak memory (GB) of head and loss over its inputs and the weight's own gradient,
+    in a process of its own."""
     here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import bench; bench.report_memory({kind!r}, {count}, {s!r}, {str(device)!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {here!r}); import bench; bench.report_memory({kind!r},"
+        f" {count}, {s!r}, {str(device)!r})"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if result.returncode and not (result.returncode in (-9, 137) or "OutOfMemory" in result.stderr or "can't allocate memory" in result.stderr):
+    if result.returncode and not (
+        result.returncode in (-9, 137)
+        or "OutOfMemory" in result.stderr
+        or "can't allocate memory" in result.stderr
+    ):
         raise SystemExit(result.stderr)
     return float("inf") if result.returncode else float(result.stdout)  # inf: more than there is
 
 
 def report_memory(kind: str, count: int, s: dict, device: str) -> None:
     tiny = s | {"V": 64}
-    head_side(kind, tiny, *head_inputs(tiny, 8, torch.device(device)), taught(kind, tiny, 8, torch.device(device)))  # libraries' own
-    inputs = *head_inputs(s, count, torch.device(device)), taught(kind, s, count, torch.device(device))
+    head_side(
+        kind,
+        tiny,
+        *head_inputs(tiny, 8, torch.device(device)),
+        taught(kind, tiny, 8, torch.device(device)),
+    )  # libraries' own
+    inputs = (
+        *head_inputs(s, count, torch.device(device)),
+        taught(kind, s, count, torch.device(device)),
+    )
     gradient = inputs[1].numel() * 4
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
@@ -204,7 +327,9 @@ def report_memory(kind: str, count: int, s: dict, device: str) -> None:
         head_side(kind, s, *inputs)
         print((torch.cuda.max_memory_allocated() - before - gradient) / 1e9)
         return
-    with open("/proc/self/clear_refs", "w") as reset:  # VmHWM starts again (ru_maxrss would be the parent's: exec inherits it)
+    with open(
+        "/proc/self/clear_refs", "w"
+    ) as reset:  # VmHWM starts again (ru_maxrss would be the parent's: exec inherits it)
         reset.write("5")
     before = status_bytes("VmRSS")
     head_side(kind, s, *inputs)
@@ -220,10 +345,16 @@ BENCHES = {"step": bench_step, "dump": bench_dump, "head": bench_head}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(BENCHES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each side (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     parser.add_argument("--amp", choices=["auto", "fp16", "bf16", "off"], default="auto")
     args = parser.parse_args(argv)
@@ -234,7 +365,17 @@ def main(argv=None):
     for name in args.what or BENCHES:
         result = BENCHES[name](shape(args.quick), args.rounds, device, amp)
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
-        print(json.dumps({"bench": name, "device": str(device), "threads": torch.get_num_threads(), **rounded}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "bench": name,
+                    "device": str(device),
+                    "threads": torch.get_num_threads(),
+                    **rounded,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

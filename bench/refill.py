@@ -1,10 +1,13 @@
-"""What refilling is worth: lib/generate.py against transformers' model.generate in sorted batches, on prompts whose answers differ in length.
+"""What refilling is worth: lib/generate.py against transformers' model.generate in sorted batches,
+on prompts whose answers differ in length.
 
     python bench/refill.py --model real/smollm2 --source real/stdlib.parquet
 
-Both answer greedily with the same number of rows in work, and both must write the same answers; CPU seconds of one thread, so that other
-work beside it does not count. model.generate waits for the longest answer of its batch.
+Both answer greedily with the same number of rows in work, and both must write the same answers; CPU
+seconds of one thread, so that other work beside it does not count. model.generate waits for the
+longest answer of its batch.
 """
+
 import argparse
 import sys
 import time
@@ -19,10 +22,15 @@ from lib import generate, template  # noqa: E402
 
 
 def prompts(source, count):
-    """Return questions with a column `instruction`, a fourth of them for a number, half of them for five words."""
+    """Return questions with a column `instruction`, a fourth of them for a number, half of them for
+    five words."""
     rows = pq.read_table(source)["instruction"].to_pylist()[:count]
-    asks = (lambda i, text: text, lambda i, text: f"What is {i} plus {i + 3}? Answer with the number only.",
-            lambda i, text: f"{text} Answer in five words.", lambda i, text: f"{text} Answer in five words.")
+    asks = (
+        lambda i, text: text,
+        lambda i, text: f"What is {i} plus {i + 3}? Answer with the number only.",
+        lambda i, text: f"{text} Answer in five words.",
+        lambda i, text: f"{text} Answer in five words.",
+    )
     return [asks[i % 4](i, text) for i, text in enumerate(rows)]
 
 
@@ -31,42 +39,78 @@ def batches(module, requests, how, rows):
     """Yield (request, answer) by model.generate, the longest prompts first."""
     requests = sorted(requests, key=lambda request: -len(request.ids))
     for start in range(0, len(requests), rows):
-        part = requests[start:start + rows]
+        part = requests[start : start + rows]
         width = max(len(request.ids) for request in part)
         pads = [width - len(request.ids) for request in part]
         ids = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, part)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        written = module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=part[0].max_new_tokens, do_sample=False,
-                                  eos_token_id=list(how.stops), pad_token_id=how.stops[0])[:, width:].tolist()
+        written = module.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=part[0].max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(how.stops),
+            pad_token_id=how.stops[0],
+        )[:, width:].tolist()
         for request, line in zip(part, written):
-            yield request, line[:next((place for place, token in enumerate(line) if token in how.stops), len(line))]
+            yield (
+                request,
+                line[
+                    : next(
+                        (place for place, token in enumerate(line) if token in how.stops), len(line)
+                    )
+                ],
+            )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", required=True)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=16, help="in work at once (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="in work at once (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    tokenizer, module = template.load_tokenizer(args.model), AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer, module = (
+        template.load_tokenizer(args.model),
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(),
+    )
     how = generate.sampling_of(module.generation_config, tokenizer, 0.0)
-    asked = [template.prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts(args.source, args.prompts)]
+    asked = [
+        template.prompt_ids(tokenizer, [{"role": "user", "content": text}])
+        for text in prompts(args.source, args.prompts)
+    ]
     requests = [generate.Request(i, ids, args.max_new_tokens) for i, ids in enumerate(asked)]
     rates, answers = {}, {}
-    for name, run in (("refill", lambda: ((a.request, a.ids) for a in generate.generate(module, generate.by_length(requests), how, args.rows))),
-                      ("sorted batches", lambda: batches(module, requests, how, args.rows))):
+    for name, run in (
+        (
+            "refill",
+            lambda: (
+                (a.request, a.ids)
+                for a in generate.generate(module, generate.by_length(requests), how, args.rows)
+            ),
+        ),
+        ("sorted batches", lambda: batches(module, requests, how, args.rows)),
+    ):
         begun = time.process_time()
         answers[name] = {request.key: ids for request, ids in run()}
         seconds, tokens = time.process_time() - begun, sum(map(len, answers[name].values()))
         rates[name] = tokens / seconds
         print(f"{name}: {tokens} tokens, {seconds:.1f} s, {rates[name]:.1f} tokens/s", flush=True)
     lengths = sorted(map(len, answers["refill"].values()))
-    same = sum(answers["refill"][key] == answers["sorted batches"][key] for key in answers["refill"])
-    print(f"{rates['refill'] / rates['sorted batches']:.2f} x; answers of {lengths[0]} to {lengths[-1]} tokens, half of them at most "
-          f"{lengths[len(lengths) // 2]}; {same} of {len(lengths)} the same")
+    same = sum(
+        answers["refill"][key] == answers["sorted batches"][key] for key in answers["refill"]
+    )
+    print(
+        f"{rates['refill'] / rates['sorted batches']:.2f} x; answers of {lengths[0]} to"
+        f" {lengths[-1]} tokens, half of them at most {lengths[len(lengths) // 2]}; {same} of"
+        f" {len(lengths)} the same"
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
-"""A prepared data set: what `prepare_data.py` wrote, read through memory maps, and cut into padded or packed batches.
+"""A prepared data set: what `prepare_data.py` wrote, read through memory maps, and cut into padded
+or packed batches.
 
 On disk, in data/NAME/ (SPLIT is train or val):
 
     SPLIT.tokens.npy   uint32 (tokens,)   all rows end to end
-    SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and trained on
+    SPLIT.answer.npy   bool   (tokens,)   True where the token is a target: to be predicted, and
+                       trained on
     SPLIT.rows.npy     ROW    (rows,)     one record a row
-    SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/prepare/classes.py): its number in meta.json's `labels`; the row's only target
+    SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/prepare/classes.py): its
+                       number in meta.json's `labels`; the row's only target
     SPLIT.texts.parquet                   ... and their texts, for a teacher with another tokenizer
     tokenizer/         the tokenizer itself, so that no later stage needs a network
-    report.png         how long rows are, where they come from, why others were dropped (lib/measure/plots.py; without matplotlib there is none)
-    answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the kept rows as text (lib/prepare/export.py), where they were asked for
+    report.png         how long rows are, where they come from, why others were dropped
+                       (lib/measure/plots.py; without matplotlib there is none)
+    answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the kept rows as text
+                       (lib/prepare/export.py), where they were asked for
     meta.json          written last: identities, counts, sources, what was dropped and why
 
-The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c is the rows
-[c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
+The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c
+is the rows [c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +30,29 @@ import torch
 from lib import files
 
 FORMAT = 1
-ROW = np.dtype([
-    ("start", "<u8"),         # first token's place in SPLIT.tokens.npy
-    ("length", "<u4"),        # tokens in the row
-    ("first_target", "<u8"),  # number of the row's first target, counting all targets of the split in order
-    ("targets", "<u4"),       # targets in the row
-    ("source", "<u2"),        # number of the source in meta.json's list
-])
+ROW = np.dtype(
+    [
+        ("start", "<u8"),  # first token's place in SPLIT.tokens.npy
+        ("length", "<u4"),  # tokens in the row
+        (
+            "first_target",
+            "<u8",
+        ),  # number of the row's first target, counting all targets of the split in order
+        ("targets", "<u4"),  # targets in the row
+        ("source", "<u2"),  # number of the source in meta.json's list
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: B lines of L tokens, each line holding one or more rows end to end.
 
-    tokens     (B, L) int64   padded with 0; padding is a row of its own, so nothing real attends to it
+    tokens     (B, L) int64   padded with 0; padding is a row of its own, so nothing real attends to
+               it
     positions  (B, L) int64   restart at 0 with every row: that is what keeps packed rows apart
-    where      (N,)   int64   index into the flattened (B * L) outputs of the position that predicts target n
+    where      (N,)   int64   index into the flattened (B * L) outputs of the position that predicts
+               target n
     labels     (N,)   int64   the target tokens; of rows with a class, the classes, one a row
     numbers    (N,)   int64   each target's number in its split: its record in a logits file
     rows       the row numbers, in order
@@ -55,26 +68,55 @@ class Batch:
     row_of: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        move = lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")  # what comes to the CPU is read there at once
-        return Batch(move(self.tokens), move(self.positions), move(self.where), move(self.labels), self.numbers, self.rows, self.row_of)
+        def move(tensor):
+            return tensor.to(
+                device, non_blocking=device.type == "cuda"
+            )  # what comes to the CPU is read there at once
+
+        return Batch(
+            move(self.tokens),
+            move(self.positions),
+            move(self.where),
+            move(self.labels),
+            self.numbers,
+            self.rows,
+            self.row_of,
+        )
 
 
 class Split:
-    """The rows of train or val. labels: the class of each, where they have one (lib/prepare/classes.py), else None."""
+    """The rows of train or val. labels: the class of each, where they have one
+    (lib/prepare/classes.py), else None."""
 
     labels = None
 
     def __init__(self, folder: Path, name: str) -> None:
         try:
-            self.tokens, self.answer, self.rows = (np.load(folder / f"{name}.{part}.npy", mmap_mode="r") for part in ("tokens", "answer", "rows"))
+            self.tokens, self.answer, self.rows = (
+                np.load(folder / f"{name}.{part}.npy", mmap_mode="r")
+                for part in ("tokens", "answer", "rows")
+            )
             if (labels := folder / f"{name}.labels.npy").exists():
                 self.labels = np.load(labels)
         except (OSError, ValueError) as broken:
-            files.fail(f"{folder}/{name}.*.npy cannot be read", seen=broken, mend="make data, with ARGS=--fresh")
-        if self.rows.dtype != ROW or len(self.tokens) != len(self.answer) or (
-                self.labels is not None and len(self.labels) != len(self.rows)) or self.targets and int(self.rows["targets"].sum()) != self.targets:
+            files.fail(
+                f"{folder}/{name}.*.npy cannot be read",
+                seen=broken,
+                mend="make data, with ARGS=--fresh",
+            )
+        if (
+            self.rows.dtype != ROW
+            or len(self.tokens) != len(self.answer)
+            or (self.labels is not None and len(self.labels) != len(self.rows))
+            or self.targets
+            and int(self.rows["targets"].sum()) != self.targets
+        ):
             seen = f"{len(self.tokens)} tokens, {len(self.answer)} mask entries"
-            files.fail(f"{folder}/{name}.*.npy do not fit together", seen, mend="make data, with ARGS=--fresh")
+            files.fail(
+                f"{folder}/{name}.*.npy do not fit together",
+                seen,
+                mend="make data, with ARGS=--fresh",
+            )
 
     @property
     def targets(self) -> int:
@@ -84,30 +126,39 @@ class Split:
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row's token ids and its answer mask, both (L,)."""
         start, length = int(self.rows[number]["start"]), int(self.rows[number]["length"])
-        return self.tokens[start:start + length], self.answer[start:start + length]
+        return self.tokens[start : start + length], self.answer[start : start + length]
 
     def end_tokens(self) -> list[int]:
-        """Return the tokens that end nine answers in ten, if there is such a one: what a generator must stop at."""
-        last = [int(self.row(row)[0][np.flatnonzero(self.row(row)[1])[-1]]) for row in range(min(1000, len(self.rows))) if self.rows[row]["targets"]]
+        """Return the tokens that end nine answers in ten, if there is such a one: what a generator
+        must stop at."""
+        last = [
+            int(self.row(row)[0][np.flatnonzero(self.row(row)[1])[-1]])
+            for row in range(min(1000, len(self.rows)))
+            if self.rows[row]["targets"]
+        ]
         return [token for token in set(last) if last.count(token) >= 0.9 * len(last)]
 
     def batch(self, lines: list[list[int]], pad_to: int = 1) -> Batch:
-        """Lay rows out as lines (see Batch). Worked example: rows A (3 tokens, the last 2 are targets) and B (2 tokens,
-        the last is a target) on one line give tokens A0 A1 A2 B0 B1, positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1, row_of 0 0 0 1 1.
+        """Lay rows out as lines (see Batch). Worked example: rows A (3 tokens, the last 2 are
+        targets) and B (2 tokens, the last is a target) on one line give tokens A0 A1 A2 B0 B1,
+        positions 0 1 2 0 1, where 0 1 3, labels A1 A2 B1, row_of 0 0 0 1 1.
         """
         lengths = self.rows["length"]
         width = max(sum(int(lengths[row]) for row in line) for line in lines)
         width = -(-width // pad_to) * pad_to
-        tokens, positions = np.zeros((len(lines), width), np.int64), np.zeros((len(lines), width), np.int64)
+        tokens, positions = (
+            np.zeros((len(lines), width), np.int64),
+            np.zeros((len(lines), width), np.int64),
+        )
         row_of = np.full((len(lines), width), -1, np.int64)
         where, labels, numbers, count = [], [], [], 0
         for b, line in enumerate(lines):
             at = 0
             for row in line:
                 ids, answer = self.row(row)
-                tokens[b, at:at + len(ids)] = ids
-                positions[b, at:at + len(ids)] = np.arange(len(ids))
-                row_of[b, at:at + len(ids)] = count
+                tokens[b, at : at + len(ids)] = ids
+                positions[b, at : at + len(ids)] = np.arange(len(ids))
+                row_of[b, at : at + len(ids)] = count
                 targets = np.flatnonzero(answer)
                 where.append(b * width + at + targets - 1)
                 labels.append(ids[targets] if self.labels is None else self.labels[[row]])
@@ -115,27 +166,49 @@ class Split:
                 at += len(ids)
                 count += 1
             positions[b, at:] = np.arange(width - at)
-        join = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+        def join(parts):
+            return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
         rows = [row for line in lines for row in line]
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(positions), join(where), join(labels), join(numbers), rows,
-                     torch.from_numpy(row_of))
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(positions),
+            join(where),
+            join(labels),
+            join(numbers),
+            rows,
+            torch.from_numpy(row_of),
+        )
 
 
 class Dataset:
-    """A folder that prepare_data.py finished. Raises the one-line error when it is missing, unfinished or of another format."""
+    """A folder that prepare_data.py finished. Raises the one-line error when it is missing,
+    unfinished or of another format."""
 
     def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
         self.folder, self.trust_remote_code = Path(folder), trust_remote_code
-        self.meta = files.read_json(self.folder / "meta.json", mend="make data (python prepare_data.py --help)")
+        self.meta = files.read_json(
+            self.folder / "meta.json", mend="make data (python prepare_data.py --help)"
+        )
         if self.meta.get("format") != FORMAT:
-            files.fail(f"{folder} has another format", seen=self.meta.get("format"), wanted=FORMAT, mend="make data, with ARGS=--fresh")
+            files.fail(
+                f"{folder} has another format",
+                seen=self.meta.get("format"),
+                wanted=FORMAT,
+                mend="make data, with ARGS=--fresh",
+            )
         self.train, self.val = Split(self.folder, "train"), Split(self.folder, "val")
         if not len(self.train.rows):
-            files.fail(f"{folder} holds no training row", mend="python prepare_data.py with other data or a larger --max-len")
+            files.fail(
+                f"{folder} holds no training row",
+                mend="python prepare_data.py with other data or a larger --max-len",
+            )
 
     @property
     def identities(self) -> dict:
-        """Hashes: `data` (token ids and masks), `vocabulary` (token -> id), `tokenizer` (vocabulary, special ids, chat template)."""
+        """Hashes: `data` (token ids and masks), `vocabulary` (token -> id), `tokenizer`
+        (vocabulary, special ids, chat template)."""
         return self.meta["identities"]
 
     @property

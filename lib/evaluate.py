@@ -1,7 +1,10 @@
-"""Measures on the val targets: cross-entropy, accuracy, calibration, and where the teacher is known the distance to it.
+"""Measures on the val targets: cross-entropy, accuracy, calibration, and where the teacher is known
+the distance to it.
 
-Sums and counts over all targets, never a mean of means: batch size, padding and row order change nothing.
+Sums and counts over all targets, never a mean of means: batch size, padding and row order change
+nothing.
 """
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +19,9 @@ from lib.models import Model
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
 BINS = 15  # of confidence, for the calibration error
 MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is kept
-MANY = 16  # sources above which none is measured by itself: log lines are to be read, and older data counts each file as a source
+# sources above which none is measured by itself: log lines are to be read, and older data counts
+# each file as a source
+MANY = 16
 
 GLOSSARY = {
     "ce": "cross-entropy of the reference token, nats a target",
@@ -24,25 +29,50 @@ GLOSSARY = {
     "acc1": "share of targets where the likeliest token is the reference token",
     "acc5": "share of targets whose reference token is among the five likeliest",
     "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
-    "kl": "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live with --k 0: over all tokens), nats a target",
+    "kl": (
+        "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live"
+        " with --k 0: over all tokens), nats a target"
+    ),
     "rkl": "the reverse, KL(student || teacher), over the same categories, nats a target",
     "agree": "share of targets where student and teacher have the same likeliest token",
-    "macro_f1": "of rows with a class each: the mean over classes of F1 (then there are no ppl and acc5; accuracy is acc1)",
-    "ce_NAME": "ce over the targets of one source, where val holds several; kl_NAME likewise (eval.json: by_source holds all measures of each)",
+    "macro_f1": (
+        "of rows with a class each: the mean over classes of F1 (then there are no ppl and acc5;"
+        " accuracy is acc1)"
+    ),
+    "ce_NAME": (
+        "ce over the targets of one source, where val holds several; kl_NAME likewise (eval.json:"
+        " by_source holds all measures of each)"
+    ),
 }
 
 
-def evaluate(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
-             store=None, sources: Sequence[str] = ()) -> dict:
-    """Return what `measure` does as one log line holds it: of the sources, ce_NAME and kl_NAME alone."""
+def evaluate(
+    model: Model,
+    split: data.Split,
+    vocab: int,
+    tokens_per_microbatch: int,
+    amp: torch.dtype | None = None,
+    store=None,
+    sources: Sequence[str] = (),
+) -> dict:
+    """Return what `measure` does as one log line holds it: of the sources, ce_NAME and kl_NAME
+    alone."""
     return flat(measure(model, split, vocab, tokens_per_microbatch, amp, store, sources))
 
 
 @torch.no_grad()
-def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: int, amp: torch.dtype | None = None,
-            store=None, sources: Sequence[str] = ()) -> dict:
-    """Return the measures of GLOSSARY over all targets of a split; `kl`, `rkl` and `agree` where `store`, a logits.Store or a live.Teacher,
-    knows the teacher there at T=1; "by_source": {NAME: the same} where the rows come from several of the `sources`; of rows with a class each
+def measure(
+    model: Model,
+    split: data.Split,
+    vocab: int,
+    tokens_per_microbatch: int,
+    amp: torch.dtype | None = None,
+    store=None,
+    sources: Sequence[str] = (),
+) -> dict:
+    """Return the measures of GLOSSARY over all targets of a split; `kl`, `rkl` and `agree` where
+    `store`, a logits.Store or a live.Teacher, knows the teacher there at T=1; "by_source": {NAME:
+    the same} where the rows come from several of the `sources`; of rows with a class each
     "predicted": the class numbers (rows,)."""
     if not split.targets:
         return {"targets": 0}
@@ -50,14 +80,22 @@ def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: 
     model.module.eval()
     head, device = model.head(vocab), model.device
     there, of_row = np.unique(split.rows["source"], return_inverse=True)  # S sources have rows
-    of_target = torch.from_numpy(np.repeat(of_row, split.rows["targets"]).astype(np.int64))  # (targets of the split,)
+    of_target = torch.from_numpy(
+        np.repeat(of_row, split.rows["targets"]).astype(np.int64)
+    )  # (targets of the split,)
     sums = torch.zeros(len(there), len(COLUMNS), dtype=torch.float64)
     bins = torch.zeros(len(there) * BINS, 2, dtype=torch.float64)  # confidence, right
     predicted = None if split.labels is None else np.zeros(len(split.rows), np.int64)
     lengths = split.rows["length"]
     compared = store is not None and store.compares
     longest = int(lengths.max())
-    for lines in plan.microbatches(np.arange(len(split.rows)), lengths, max(tokens_per_microbatch, longest), longest, pack=False):
+    for lines in plan.microbatches(
+        np.arange(len(split.rows)),
+        lengths,
+        max(tokens_per_microbatch, longest),
+        longest,
+        pack=False,
+    ):
         batch = split.batch(lines).to(device)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             hidden = model.hidden(batch)
@@ -76,72 +114,154 @@ def measure(model: Model, split: data.Split, vocab: int, tokens_per_microbatch: 
                 total, distances = z.exp_().sum(1), []
             confidence, ce = 1 / total, total.log() - at_label[:, 0]
             columns = [torch.ones_like(ce), ce, right, rank < 5, *distances, confidence]
-            values = torch.stack([column.to(ce.dtype) for column in columns], 1).cpu().double()  # (n, columns)
+            values = (
+                torch.stack([column.to(ce.dtype) for column in columns], 1).cpu().double()
+            )  # (n, columns)
             if not torch.isfinite(values).all():
-                files.fail("the model's logits on val are not finite", f"rows {batch.rows[:8]}", "numbers", "--amp off, or a checkpoint from before")
+                files.fail(
+                    "the model's logits on val are not finite",
+                    f"rows {batch.rows[:8]}",
+                    "numbers",
+                    "--amp off, or a checkpoint from before",
+                )
             number = of_target[batch.numbers[part]]
             if predicted is not None:
                 predicted[batch.numbers[part].numpy()] = top.cpu().numpy()
-            sums[:, :values.shape[1] - 1].index_add_(0, number, values[:, :-1])
-            bins.index_add_(0, number * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1), values[:, [-1, 2]])
+            sums[:, : values.shape[1] - 1].index_add_(0, number, values[:, :-1])
+            bins.index_add_(
+                0,
+                number * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1),
+                values[:, [-1, 2]],
+            )
     model.module.train(training)
     bins = bins.view(len(there), BINS, 2)
     apart_there = {name: np.searchsorted(there, number) for number, name in apart(split, sources)}
-    by_source = {name: shares(sums[place], bins[place], compared) for name, place in apart_there.items()}
+    by_source = {
+        name: shares(sums[place], bins[place], compared) for name, place in apart_there.items()
+    }
     whole = shares(sums.sum(0), bins.sum(0), compared)
     if predicted is not None:
         for measures in (whole, *by_source.values()):
             del measures["ppl"], measures["acc5"]
         of_classes = score.classification(split.labels, predicted, vocab)
-        whole = {"ce": whole.pop("ce"), "acc1": whole.pop("acc1"), "macro_f1": of_classes["macro_f1"], **whole, "predicted": predicted}
+        whole = {
+            "ce": whole.pop("ce"),
+            "acc1": whole.pop("acc1"),
+            "macro_f1": of_classes["macro_f1"],
+            **whole,
+            "predicted": predicted,
+        }
     return whole | ({"by_source": by_source} if by_source else {})
 
 
 def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
-    """Return the measures of one set of targets. sums (columns,) over them, in the order of COLUMNS; bins (BINS, 2) confidence, right."""
+    """Return the measures of one set of targets. sums (columns,) over them, in the order of
+    COLUMNS; bins (BINS, 2) confidence, right."""
     n = int(sums[0])
     result = dict(zip(COLUMNS[1:], (sums[1:] / n).tolist()))
     ce, distances = result["ce"], {name: result.pop(name) for name in ("kl", "rkl", "agree")}
     ece = (bins[:, 0] - bins[:, 1]).abs().sum().item() / n
-    return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), **result, "ece": ece, **(distances if compared else {}), "targets": n}
+    return {
+        "ce": ce,
+        "ppl": math.exp(min(ce, 700.0)),
+        **result,
+        "ece": ece,
+        **(distances if compared else {}),
+        "targets": n,
+    }
 
 
 def flat(measures: dict) -> dict:
     """Return measures as one log line holds them: of the sources, ce_NAME and kl_NAME alone."""
-    by_source, whole = measures.get("by_source", {}), {name: value for name, value in measures.items() if name not in ("by_source", "predicted")}
+    by_source, whole = (
+        measures.get("by_source", {}),
+        {name: value for name, value in measures.items() if name not in ("by_source", "predicted")},
+    )
     targets = whole.pop("targets")
-    return whole | {f"{name}_{source}": own[name] for name in ("ce", "kl") for source, own in by_source.items() if name in own} | {"targets": targets}
+    return (
+        whole
+        | {
+            f"{name}_{source}": own[name]
+            for name in ("ce", "kl")
+            for source, own in by_source.items()
+            if name in own
+        }
+        | {"targets": targets}
+    )
 
 
-def alone(args, model: Model, dataset: data.Dataset, vocab: int, amp: torch.dtype | None, store=None, **about) -> None:
-    """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about: what else eval.json is to hold."""
-    measures = measure(model, dataset.val, vocab, args.tokens_per_microbatch, amp, store, dataset.sources)
-    about = {"student": str(model.folder), "weights": models.identity(model.folder), "parameters": model.parameters,
-             "bytes": models.weight_bytes(model.folder), "data": dataset.identities["data"], **about}
+def alone(
+    args,
+    model: Model,
+    dataset: data.Dataset,
+    vocab: int,
+    amp: torch.dtype | None,
+    store=None,
+    **about,
+) -> None:
+    """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about:
+    what else eval.json is to hold."""
+    measures = measure(
+        model, dataset.val, vocab, args.tokens_per_microbatch, amp, store, dataset.sources
+    )
+    about = {
+        "student": str(model.folder),
+        "weights": models.identity(model.folder),
+        "parameters": model.parameters,
+        "bytes": models.weight_bytes(model.folder),
+        "data": dataset.identities["data"],
+        **about,
+    }
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    of_classes = score.classification(dataset.val.labels, measures["predicted"], dataset.labels) if dataset.labels and dataset.val.targets else {}
+    of_classes = (
+        score.classification(dataset.val.labels, measures["predicted"], dataset.labels)
+        if dataset.labels and dataset.val.targets
+        else {}
+    )
     if len(dataset.labels) > MOST_CONFUSED:
         of_classes.pop("confusion", None)
-    files.write_json(Path(args.out) / "eval.json", about | flat(measures) | of_classes | {"by_source": measures.get("by_source", {})})
+    files.write_json(
+        Path(args.out) / "eval.json",
+        about | flat(measures) | of_classes | {"by_source": measures.get("by_source", {})},
+    )
     print(f"eval {model.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in flat(measures).items()))
 
 
 def apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:
     """Return the number and name of the sources that are measured by themselves."""
-    there = [(number, sources[number]) for number in np.unique(split.rows["source"]).tolist() if number < len(sources)]
+    there = [
+        (number, sources[number])
+        for number in np.unique(split.rows["source"]).tolist()
+        if number < len(sources)
+    ]
     return there if 1 < len(there) <= MANY else []
 
 
 def check_best(best: str, dataset: data.Dataset, patience: int = 0) -> None:
-    """Refuse a --best by a source that is not measured by itself, and a --patience with nothing to look at."""
+    """Refuse a --best by a source that is not measured by itself, and a --patience with nothing to
+    look at."""
     if patience and not dataset.val.targets:
-        files.fail("--patience has nothing to look at", f"no val rows in {dataset.folder}", "val rows", "prepare_data.py with a larger --val")
+        files.fail(
+            "--patience has nothing to look at",
+            f"no val rows in {dataset.folder}",
+            "val rows",
+            "prepare_data.py with a larger --val",
+        )
     if best == "macro_f1":
         if not dataset.labels:
-            files.fail(f"--best macro_f1 does not go with the rows of {dataset.folder}", "rows of language", "rows with a class each", "--best ce")
+            files.fail(
+                f"--best macro_f1 does not go with the rows of {dataset.folder}",
+                "rows of language",
+                "rows with a class each",
+                "--best ce",
+            )
         return
     measure, _, source = best.partition("_")
     names = [name for _, name in apart(dataset.val, dataset.sources)]
     if source and source not in names:
-        files.fail(f"--best {best} names no source of the val rows of {dataset.folder}", source,
-                   ", ".join(f"{measure}_{name}" for name in names) or f"{measure}: val does not hold 2 to {MANY} named sources")
+        files.fail(
+            f"--best {best} names no source of the val rows of {dataset.folder}",
+            source,
+            ", ".join(f"{measure}_{name}" for name in names)
+            or f"{measure}: val does not hold 2 to {MANY} named sources",
+        )

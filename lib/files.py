@@ -1,8 +1,11 @@
-"""Files that are whole or absent: atomic writes, folders published by rename, growing .npy files, hashes, one-line errors.
+"""Files that are whole or absent: atomic writes, folders published by rename, growing .npy files,
+hashes, one-line errors.
 
-Contract: every write goes to a temporary name beside its target and is renamed; a reader sees the old file or the new one,
-never a half. A folder is complete when its `meta.json` / `config.json`, written last, exists.
+Contract: every write goes to a temporary name beside its target and is renamed; a reader sees the
+old file or the new one, never a half. A folder is complete when its `meta.json` / `config.json`,
+written last, exists.
 """
+
 import fcntl
 import hashlib
 import importlib.util
@@ -15,8 +18,11 @@ from typing import NoReturn
 import numpy as np
 
 
-def fail(wrong: str, seen: object = None, wanted: object = None, mend: str | None = None) -> NoReturn:
-    """End the program with exit code 1 and one line: what is wrong, what was seen, what was wanted, what mends it."""
+def fail(
+    wrong: str, seen: object = None, wanted: object = None, mend: str | None = None
+) -> NoReturn:
+    """End the program with exit code 1 and one line: what is wrong, what was seen, what was wanted,
+    what mends it."""
     parts = [f"error: {wrong}"]
     if seen is not None:
         parts.append(f"saw {seen}")
@@ -34,7 +40,8 @@ def need(package: str, what: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk, so that a power cut cannot reorder it after a later rename."""
+    """Force a file or folder to the disk, so that a power cut cannot reorder it after a later
+    rename."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,11 +84,14 @@ def sha256(*paths: Path) -> str:
 
 
 def beside(folder: Path, what: str) -> Path:
-    """Return the hidden name beside a folder for its unfinished (part) or replaced (old) self: no backup of a user's has it."""
+    """Return the hidden name beside a folder for its unfinished (part) or replaced (old) self: no
+    backup of a user's has it."""
     return folder.with_name(f".{folder.name}.{what}")
 
 
-KEPT = "answers"  # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's answers cost money
+# inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
+# answers cost money
+KEPT = "answers"
 
 
 def _drop(old: Path, folder: Path) -> None:
@@ -92,11 +102,16 @@ def _drop(old: Path, folder: Path) -> None:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between the renames."""
-    readers = partial.stat().st_mode & 0o444  # what the umask leaves: safetensors writes for its owner alone
+    """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between
+    the renames."""
+    readers = (
+        partial.stat().st_mode & 0o444
+    )  # what the umask leaves: safetensors writes for its owner alone
     for path in partial.rglob("*"):
         if path.is_file():
-            if readers & ~(mode := path.stat().st_mode):  # else untouched: some mounted drives refuse any chmod
+            if readers & ~(
+                mode := path.stat().st_mode
+            ):  # else untouched: some mounted drives refuse any chmod
                 path.chmod(mode | readers)
             sync(path)
     old = beside(folder, "old")
@@ -109,7 +124,8 @@ def publish(partial: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if need be) or absent."""
+    """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
+    need be) or absent."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
@@ -126,12 +142,17 @@ def partial_folder(folder: Path) -> Path:
 
 
 def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
-    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing), all but what is `KEPT`; refuse any other one."""
+    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing), all but
+    what is `KEPT`; refuse any other one."""
     if not folder.exists():
         return
     inside = [path for path in folder.iterdir() if path.name != KEPT]
     if inside and not any((folder / mark).exists() for mark in marks):
-        fail(f"--fresh would delete {folder}", seen="a folder that no script of ours made", wanted=f"one that holds {' or '.join(marks)}")
+        fail(
+            f"--fresh would delete {folder}",
+            seen="a folder that no script of ours made",
+            wanted=f"one that holds {' or '.join(marks)}",
+        )
     if (folder / ".lock").exists():
         lock(folder).close()  # refused while another process writes there
     if not (folder / KEPT).exists():
@@ -142,12 +163,17 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
 
 
 def lock(folder: Path, wait: bool = False):
-    """Hold a folder for this process until it ends; a second process is refused, or waits. Keep the value that is returned."""
+    """Hold a folder for this process until it ends; a second process is refused, or waits. Keep the
+    value that is returned."""
     handle = open(folder / ".lock", "w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
-        fail(f"{folder} is being written by another process", wanted="one process a folder", mend="wait for it, or choose another --out")
+        fail(
+            f"{folder} is being written by another process",
+            wanted="one process a folder",
+            mend="wait for it, or choose another --out",
+        )
     return handle
 
 
@@ -181,7 +207,8 @@ def human(size: float) -> str:
 class NpyWriter:
     """A one-dimensional .npy file that grows by `append`; its length enters the header at `close`.
 
-    numpy pads its header for a growing first axis, so that the header can be written again in place.
+    numpy pads its header for a growing first axis, so that the header can be written again in
+    place.
     """
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
@@ -192,7 +219,13 @@ class NpyWriter:
     def _header(self) -> None:
         self.file.seek(0)
         np.lib.format.write_array_header_1_0(
-            self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)})
+            self.file,
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": (self.count,),
+            },
+        )
 
     def append(self, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values, dtype=self.dtype)
@@ -202,5 +235,9 @@ class NpyWriter:
     def close(self) -> None:
         end = self.file.tell()
         self._header()
-        assert end == self.file.tell() + self.count * self.dtype.itemsize, (end, self.file.tell(), self.count)
+        assert end == self.file.tell() + self.count * self.dtype.itemsize, (
+            end,
+            self.file.tell(),
+            self.count,
+        )
         self.file.close()

@@ -1,21 +1,27 @@
-"""Answers of a local model, many at once: a row that is finished leaves, and a waiting prompt takes its place at once.
+"""Answers of a local model, many at once: a row that is finished leaves, and a waiting prompt takes
+its place at once.
 
-Contract: `generate` takes an iterable of requests and yields an answer for each as it is finished. What a request is answered does not
-depend on its company (up to the rounding of sums whose order a kernel chooses by shape): greedy is the argmax, and sampling reads one
-uniform number a token from the request's own seed.
+Contract: `generate` takes an iterable of requests and yields an answer for each as it is finished.
+What a request is answered does not depend on its company (up to the rounding of sums whose order a
+kernel chooses by shape): greedy is the argmax, and sampling reads one uniform number a token from
+the request's own seed.
 
-How the cache is laid out: every row has a slot in one buffer a layer, (slots, heads, columns, D), and all rows end at the same column `hi`,
-so that one forward pass appends one column. A row's tokens are the columns from its `start`; what lies before is masked. The model is
-shown columns lo..hi, lo = the smallest start of a living row: what is padding for all costs nothing. Nothing is copied from step to
-step; a new prompt is run alone and written into the free slot, so that it ends at `hi` too:
+How the cache is laid out: every row has a slot in one buffer a layer, (slots, heads, columns, D),
+and all rows end at the same column `hi`, so that one forward pass appends one column. A row's
+tokens are the columns from its `start`; what lies before is masked. The model is shown columns
+lo..hi, lo = the smallest start of a living row: what is padding for all costs nothing. Nothing is
+copied from step to step; a new prompt is run alone and written into the free slot, so that it ends
+at `hi` too:
 
     slot 0   . . . . p p p a a |        p prompt, a answer, . masked
     slot 1   p p p p p a a a a |        finished: slot 1 is given to a prompt of six tokens,
     slot 1   . . . p p p p p p |        and lo becomes 3
                                hi
 
-transformers' own continuous batching (5.23, `generate_batch`) has one seed for all requests: a sampled answer depends on its company.
+transformers' own continuous batching (5.23, `generate_batch`) has one seed for all requests: a
+sampled answer depends on its company.
 """
+
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -28,16 +34,31 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lib import files
 
-ROOM = 256          # columns added when the buffer is full
-NUCLEUS = 1024      # likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
+ROOM = 256  # columns added when the buffer is full
+# likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
+NUCLEUS = 1024
 # settings of a generation_config that would change an answer and that `Sampling` does not know
-UNKNOWN = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-           "sequence_bias", "typical_p", "epsilon_cutoff", "eta_cutoff", "guidance_scale", "encoder_repetition_penalty", "penalty_alpha")
+UNKNOWN = (
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sequence_bias",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "guidance_scale",
+    "encoder_repetition_penalty",
+    "penalty_alpha",
+)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. stops: tokens that end."""
+    """How a token is chosen. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0 and
+    repetition_penalty 1 are off. stops: tokens that end."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -49,8 +70,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers. how: its own way to sample, in place of the
-    batch's. top: with each token its log-probability comes, and those of the `top` likeliest; None: without."""
+    """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers.
+    how: its own way to sample, in place of the batch's. top: with each token its log-probability
+    comes, and those of the `top` likeliest; None: without.
+    """
 
     key: Hashable
     ids: list[int]
@@ -62,7 +85,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Likely:
-    """Log-probabilities, nats, of the model itself: at T=1, before any filter or penalty. top: (token, log p), the likeliest first."""
+    """Log-probabilities, nats, of the model itself: at T=1, before any filter or penalty. top:
+    (token, log p), the likeliest first."""
 
     logp: float
     top: list[tuple[int, float]]
@@ -70,43 +94,77 @@ class Likely:
 
 @dataclass(frozen=True)
 class Answer:
-    """ids: the tokens written, the one that ended it left out. finish: stop, or length (cut at max_new_tokens or at the model's context)."""
+    """ids: the tokens written, the one that ended it left out. finish: stop, or length (cut at
+    max_new_tokens or at the model's context)."""
 
     request: Request
     ids: list[int]
     finish: str
 
 
-def sampling_of(how, tokenizer, temperature: float | None = None, top_p: float | None = None) -> Sampling:
-    """Return a model's own way to sample (its generation_config `how`), with what is given in its place."""
-    own = lambda name, default: default if getattr(how, name, None) is None else getattr(how, name)
+def sampling_of(
+    how, tokenizer, temperature: float | None = None, top_p: float | None = None
+) -> Sampling:
+    """Return a model's own way to sample (its generation_config `how`), with what is given in its
+    place."""
+
+    def own(name, default):
+        return default if getattr(how, name, None) is None else getattr(how, name)
+
     for name in UNKNOWN:
         if own(name, None) not in (None, 0, 0.0, 1.0, [], {}):
-            files.fail(f"the model's generation_config.json sets {name}", seen=getattr(how, name), wanted="temperature, top_k, top_p, min_p or "
-                       "repetition_penalty", mend="another generation_config.json, or a server (--teacher-url)")
+            files.fail(
+                f"the model's generation_config.json sets {name}",
+                seen=getattr(how, name),
+                wanted="temperature, top_k, top_p, min_p or repetition_penalty",
+                mend="another generation_config.json, or a server (--teacher-url)",
+            )
     sampled = bool(own("do_sample", False)) or top_p is not None
     if temperature is None:
         temperature = own("temperature", 1.0) if sampled else 0.0
     stops = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
-    stops = tuple(dict.fromkeys(stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None))
+    stops = tuple(
+        dict.fromkeys(stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None)
+    )
     penalty = own("repetition_penalty", 1.0)
     if not temperature:
         return Sampling(0.0, repetition_penalty=penalty, stops=stops)
-    return Sampling(temperature, own("top_k", 50), own("top_p", 1.0) if top_p is None else top_p, own("min_p", 0.0), penalty, stops)
+    return Sampling(
+        temperature,
+        own("top_k", 50),
+        own("top_p", 1.0) if top_p is None else top_p,
+        own("min_p", 0.0),
+        penalty,
+        stops,
+    )
 
 
 def refuse_unknown_cache(module) -> None:
-    """End with one line where a model's memory is more than keys and values of every token (Mamba, linear or chunked attention)."""
+    """End with one line where a model's memory is more than keys and values of every token (Mamba,
+    linear or chunked attention)."""
     config = module.config.get_text_config()
-    strange = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    strange |= {kind for kind in getattr(config, "layer_types", None) or () if kind not in ("full_attention", "sliding_attention")}
+    strange = {
+        type(layer).__name__
+        for layer in DynamicCache(config=config).layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    strange |= {
+        kind
+        for kind in getattr(config, "layer_types", None) or ()
+        if kind not in ("full_attention", "sliding_attention")
+    }
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
-        files.fail(f"{type(module).__name__} cannot be answered with here", seen=", ".join(sorted(strange)) or "a state that is no cache",
-                   wanted="a decoder whose cache is keys and values", mend="an OpenAI-compatible server for it, and --teacher-url")
+        files.fail(
+            f"{type(module).__name__} cannot be answered with here",
+            seen=", ".join(sorted(strange)) or "a state that is no cache",
+            wanted="a decoder whose cache is keys and values",
+            mend="an OpenAI-compatible server for it, and --teacher-url",
+        )
 
 
 class Slots(DynamicLayer):
-    """One layer's keys and values, (slots, heads, columns, D). `span` is shared by all layers: [lo, hi]."""
+    """One layer's keys and values, (slots, heads, columns, D). `span` is shared by all layers: [lo,
+    hi]."""
 
     def __init__(self, span: list[int], keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -123,12 +181,13 @@ class Slots(DynamicLayer):
         return self.span[1] - self.span[0]
 
     def move(self, slots: Tensor | None, shape: tuple[int, int], lo: int, hi: int, to: int) -> None:
-        """Bring the columns lo..hi of some slots (None: none) to a new buffer of (slots, columns), ending at column `to`."""
+        """Bring the columns lo..hi of some slots (None: none) to a new buffer of (slots, columns),
+        ending at column `to`."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros((shape[0], old.shape[1], shape[1], old.shape[3]))
             if slots is not None:
-                new[:len(slots), :, to - (hi - lo):to] = old[slots, :, lo:hi]
+                new[: len(slots), :, to - (hi - lo) : to] = old[slots, :, lo:hi]
             setattr(self, name, new)
 
 
@@ -145,13 +204,21 @@ class Row:
 
 
 def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) -> Tensor:
-    """Return the next token of each row, (B,). logits (B, V); uniform (B,) in [0, 1); seen (B, V): tokens of the prompt and the answer so far.
+    """Return the next token of each row, (B,). logits (B, V); uniform (B,) in [0, 1); seen (B, V):
+    tokens of the prompt and the answer so far.
 
-    The filters come in the order of transformers: repetition penalty, temperature, top_k, top_p, min_p.
+    The filters come in the order of transformers: repetition penalty, temperature, top_k, top_p,
+    min_p.
     """
     logits = logits.float()
     if seen is not None:
-        logits = torch.where(seen, torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty), logits)
+        logits = torch.where(
+            seen,
+            torch.where(
+                logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty
+            ),
+            logits,
+        )
     if not how.temperature:
         return logits.argmax(-1)
     logits = logits / how.temperature
@@ -163,27 +230,44 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
         values, ids = logits.topk(count)  # sorted, the largest first
         total = values.logsumexp(-1, True) if how.top_k else logits.logsumexp(-1, True)
         p = (values - total).exp()
-        enough = (p.sum(-1) >= how.top_p) | (p[:, -1] < how.min_p * p[:, 0])  # no token beyond these could be drawn
+        enough = (p.sum(-1) >= how.top_p) | (
+            p[:, -1] < how.min_p * p[:, 0]
+        )  # no token beyond these could be drawn
         if not how.top_k and not bool(enough.all()):
             values, ids = logits.sort(descending=True)
             p = (values - total).exp()
         # a top_p that is 0 in float32 would leave no token at all
-        p = p * ((p.cumsum(-1) - p < max(how.top_p, torch.finfo(p.dtype).tiny)) & (p >= how.min_p * p[:, :1]))
+        p = p * (
+            (p.cumsum(-1) - p < max(how.top_p, torch.finfo(p.dtype).tiny))
+            & (p >= how.min_p * p[:, :1])
+        )
     mass = p.double().cumsum(-1)
-    place = torch.searchsorted(mass, (uniform.double() * mass[:, -1])[:, None], right=True).clamp_max(mass.shape[-1] - 1)
+    place = torch.searchsorted(
+        mass, (uniform.double() * mass[:, -1])[:, None], right=True
+    ).clamp_max(mass.shape[-1] - 1)
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
 class Batch:
-    """The rows in work. Beside `rows`, a tenant or None for each slot, (slots,) tensors: last (the newest token), lengths (tokens in the cache),
-    starts (first column); seen (slots, V): tokens of prompt and answer, once a repetition penalty has asked for them."""
+    """The rows in work. Beside `rows`, a tenant or None for each slot, (slots,) tensors: last (the
+    newest token), lengths (tokens in the cache), starts (first column); seen (slots, V): tokens of
+    prompt and answer, once a repetition penalty has asked for them.
+    """
 
     def __init__(self, module, how: Sampling, slots: int) -> None:
         self.module, self.how, self.slots, self.device = module, how, slots, module.device
-        self.context = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.context = (
+            getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        )
         self.rows: list[Row | None] = []
-        self.span, self.layers, self.columns = [0, 0], [], 0  # [lo, hi] of the columns in use; their number in the buffers
-        self.last, self.lengths, self.starts = (torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(3))
+        self.span, self.layers, self.columns = (
+            [0, 0],
+            [],
+            0,
+        )  # [lo, hi] of the columns in use; their number in the buffers
+        self.last, self.lengths, self.starts = (
+            torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(3)
+        )
         self.seen: Tensor | None = None
         self.likely: dict[int, Likely] = {}  # of the newest tokens, by place
 
@@ -191,41 +275,67 @@ class Batch:
         return [place for place, row in enumerate(self.rows) if row]
 
     def choose(self, logits: Tensor, places: list[int], seen: Tensor | None) -> Tensor:
-        """Return the next token of the rows in these places, (B,), each in its own way, and note in `likely` what is asked about it."""
+        """Return the next token of the rows in these places, (B,), each in its own way, and note in
+        `likely` what is asked about it."""
         rows = [self.rows[place] for place in places]
-        uniform = torch.tensor([0.0 if row is None or row.uniform is None else row.uniform[len(row.ids)] for row in rows], device=self.device)
+        uniform = torch.tensor(
+            [
+                0.0 if row is None or row.uniform is None else row.uniform[len(row.ids)]
+                for row in rows
+            ],
+            device=self.device,
+        )
         ways = list(dict.fromkeys(row.how for row in rows if row)) or [self.how]
         if len(ways) == 1:
             chosen = choose(logits, ways[0], uniform, seen)
         else:
             chosen = torch.zeros(len(rows), dtype=torch.long, device=self.device)
             for how in ways:
-                at = torch.tensor([i for i, row in enumerate(rows) if row and row.how == how], device=self.device)
-                chosen[at] = choose(logits[at], how, uniform[at], None if seen is None else seen[at])
+                at = torch.tensor(
+                    [i for i, row in enumerate(rows) if row and row.how == how], device=self.device
+                )
+                chosen[at] = choose(
+                    logits[at], how, uniform[at], None if seen is None else seen[at]
+                )
         self.likely = {}
         if asking := [i for i, row in enumerate(rows) if row and row.request.top is not None]:
             logp = logits[asking].float().log_softmax(-1)
             values, ids = logp.topk(min(logp.shape[-1], max(rows[i].request.top for i in asking)))
             own = logp.gather(1, chosen[asking, None])[:, 0].tolist()
-            for i, one, line in zip(asking, own, [list(zip(*pair)) for pair in zip(ids.tolist(), values.tolist())]):
-                self.likely[places[i]] = Likely(one, line[:rows[i].request.top])
+            for i, one, line in zip(
+                asking, own, [list(zip(*pair)) for pair in zip(ids.tolist(), values.tolist())]
+            ):
+                self.likely[places[i]] = Likely(one, line[: rows[i].request.top])
         return chosen
 
     def remember(self, vocabulary: int) -> None:
         """Have `seen` say, from now on, which tokens each row has."""
         self.seen = torch.zeros((len(self.rows), vocabulary), dtype=torch.bool, device=self.device)
         for place in self.alive():
-            self.seen[place, torch.tensor(self.rows[place].request.ids + self.rows[place].ids, device=self.device)] = True
+            self.seen[
+                place,
+                torch.tensor(
+                    self.rows[place].request.ids + self.rows[place].ids, device=self.device
+                ),
+            ] = True
 
     def arrange(self, keep: list[int], count: int, hi: int) -> None:
-        """Build the buffers anew: the slots `keep` first, of `count`, ending at column `hi`, with room for more columns."""
+        """Build the buffers anew: the slots `keep` first, of `count`, ending at column `hi`, with
+        room for more columns."""
         at = torch.tensor(keep, device=self.device, dtype=torch.long)
         self.columns = -(-(hi + 1) // ROOM) * ROOM
         for layer in self.layers:
             layer.move(at, (count, self.columns), *self.span, hi)
         fresh, shift = count - len(keep), hi - self.span[1]
-        grow = lambda old, value: torch.cat([old[at], old.new_full((fresh, *old.shape[1:]), value)])
-        self.last, self.lengths, self.starts = grow(self.last, 0), grow(self.lengths, 1), grow(self.starts + shift, hi)
+
+        def grow(old, value):
+            return torch.cat([old[at], old.new_full((fresh, *old.shape[1:]), value)])
+
+        self.last, self.lengths, self.starts = (
+            grow(self.last, 0),
+            grow(self.lengths, 1),
+            grow(self.starts + shift, hi),
+        )
         self.seen = None if self.seen is None else grow(self.seen, False)
         self.rows = [self.rows[place] for place in keep] + [None] * fresh
         for row in filter(None, self.rows):
@@ -233,31 +343,55 @@ class Batch:
         self.span[:] = [self.span[0] + shift, hi]
 
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
-        """Run the prompts `new` and give them places. Return the first token of each: (place, id)."""
+        """Run the prompts `new` and give them places. Return the first token of each: (place,
+        id)."""
         width = max(len(request.ids) for request in new)
         pads = [width - len(request.ids) for request in new]
-        tokens = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, new)], device=self.device)  # (N, width)
-        mask = torch.arange(width, device=self.device) >= torch.tensor(pads, device=self.device)[:, None]
+        tokens = torch.tensor(
+            [[0] * pad + request.ids for pad, request in zip(pads, new)], device=self.device
+        )  # (N, width)
+        mask = (
+            torch.arange(width, device=self.device)
+            >= torch.tensor(pads, device=self.device)[:, None]
+        )
         cache = DynamicCache()
-        logits = self.module(input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache,
-                             use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.module(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         if not self.layers:
-            self.layers = [Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers]
+            self.layers = [
+                Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers
+            ]
         alive = self.alive()
         self.span[0] = min((self.rows[place].start for place in alive), default=self.span[1])
         if len(alive) + len(new) > len(self.rows) or width > self.span[1]:
-            self.arrange(alive, max(len(alive) + len(new), min(self.slots, len(self.rows))), max(width, self.span[1] - self.span[0]))
-        free = [place for place, row in enumerate(self.rows) if row is None][:len(new)]
+            self.arrange(
+                alive,
+                max(len(alive) + len(new), min(self.slots, len(self.rows))),
+                max(width, self.span[1] - self.span[0]),
+            )
+        free = [place for place, row in enumerate(self.rows) if row is None][: len(new)]
         at, hi = torch.tensor(free, device=self.device), self.span[1]
         for layer, fresh in zip(self.layers, cache.layers):
-            # zeros where nothing is: a masked column still takes part with weight 0, and 0 times infinity would be NaN
-            layer.keys[at, :, hi - width:hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
-            layer.values[at, :, hi - width:hi] = fresh.values.masked_fill(~mask[:, None, :, None], 0)
+            # zeros where nothing is: a masked column still takes part with weight 0, and 0 times
+            # infinity would be NaN
+            layer.keys[at, :, hi - width : hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
+            layer.values[at, :, hi - width : hi] = fresh.values.masked_fill(
+                ~mask[:, None, :, None], 0
+            )
         hows = [request.how or self.how for request in new]
         if self.seen is None and any(how.repetition_penalty != 1 for how in hows):
             self.remember(logits.shape[-1])
         for place, request, how in zip(free, new, hows):
-            start, limit = hi - len(request.ids), min(request.max_new_tokens, self.context - len(request.ids))
+            start, limit = (
+                hi - len(request.ids),
+                min(request.max_new_tokens, self.context - len(request.ids)),
+            )
             uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
             self.rows[place] = Row(request, how, start, limit, uniform)
             self.lengths[place], self.starts[place] = len(request.ids), start
@@ -272,7 +406,8 @@ class Batch:
 
     def step(self) -> list[tuple[int, int]]:
         """Write one token of every row in work. Return them: (place, id)."""
-        # rows that left for good are carried along until they are an eighth; then, and where the buffer is full, it is built anew
+        # rows that left for good are carried along until they are an eighth; then, and where the
+        # buffer is full, it is built anew
         alive = self.alive()
         self.span[0] = min(self.rows[place].start for place in alive)
         crowded = len(self.rows) - len(alive) > len(self.rows) // 8
@@ -282,12 +417,22 @@ class Batch:
             self.span[0] = 0
             alive = self.alive()
         lo, hi = self.span
-        mask = torch.arange(lo, hi + 1, device=self.device) >= self.starts[:, None]  # (slots, columns shown)
+        mask = (
+            torch.arange(lo, hi + 1, device=self.device) >= self.starts[:, None]
+        )  # (slots, columns shown)
         cache = DynamicCache()
         cache.layers = self.layers
-        places = self.lengths.clamp_max(self.context - 1)[:, None]  # rows that are done count on, past the last place where there is one
-        logits = self.module(input_ids=self.last[:, None], attention_mask=mask.long(), position_ids=places, past_key_values=cache, use_cache=True,
-                             logits_to_keep=1).logits[:, -1]
+        places = self.lengths.clamp_max(self.context - 1)[
+            :, None
+        ]  # rows that are done count on, past the last place where there is one
+        logits = self.module(
+            input_ids=self.last[:, None],
+            attention_mask=mask.long(),
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         self.span[1] += 1
         self.lengths += 1
         self.last = self.choose(logits, list(range(len(self.rows))), self.seen)
@@ -298,22 +443,36 @@ class Batch:
 
 
 @torch.inference_mode()
-def generate(module, requests: Iterable[Request | None], how: Sampling, slots: int = 32,
-             token: Callable[[Request, int, Likely | None], bool | None] | None = None, turn: AbstractContextManager | None = None,
-             batch: Batch | None = None) -> Iterator[Answer]:
-    """Yield the answers to requests in the order in which they are finished; at most `slots` are in work.
+def generate(
+    module,
+    requests: Iterable[Request | None],
+    how: Sampling,
+    slots: int = 32,
+    token: Callable[[Request, int, Likely | None], bool | None] | None = None,
+    turn: AbstractContextManager | None = None,
+    batch: Batch | None = None,
+) -> Iterator[Answer]:
+    """Yield the answers to requests in the order in which they are finished; at most `slots` are in
+    work.
 
-    requests are read only as places fall free, neighbours best of like length (see `by_length`). One that is None says "none for now" (a
-    server's queue): it is asked again after the next token; an iterable that has none while nothing is in work had better block.
-    token(request, id, likely), if given, hears of every token as it is written; where it returns True, that answer ends there (finish: stop).
-    turn is held during each pass of the model, and at no other time. batch: an empty one, for who wants to look at it meanwhile.
+    requests are read only as places fall free, neighbours best of like length (see `by_length`).
+    One that is None says "none for now" (a server's queue): it is asked again after the next token;
+    an iterable that has none while nothing is in work had better block. token(request, id, likely),
+    if given, hears of every token as it is written; where it returns True, that answer ends there
+    (finish: stop). turn is held during each pass of the model, and at no other time. batch: an
+    empty one, for who wants to look at it meanwhile.
     """
     refuse_unknown_cache(module)
     batch, waiting, more = batch or Batch(module, how, slots), iter(requests), True
     while True:
-        # --- waiting prompts take the free places, a few together: a pass costs as much for one row as for several
+        # --- waiting prompts take the free places, a few together: a pass costs as much for one row
+        # as for several
         busy, new = len(batch.alive()), []
-        while more and len(new) < slots - busy and (new or not busy or slots - busy >= max(1, slots // 16)):
+        while (
+            more
+            and len(new) < slots - busy
+            and (new or not busy or slots - busy >= max(1, slots // 16))
+        ):
             try:
                 request = next(waiting)
             except StopIteration:
@@ -321,7 +480,10 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
                 break
             if request is None:
                 break
-            assert request.ids and len(request.ids) < batch.context, (len(request.ids), batch.context)
+            assert request.ids and len(request.ids) < batch.context, (
+                len(request.ids),
+                batch.context,
+            )
             new.append(request)
         if not busy and not new:
             if more:
@@ -344,7 +506,8 @@ def generate(module, requests: Iterable[Request | None], how: Sampling, slots: i
 
 
 def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Request]:
-    """Reorder requests so that neighbours are of like length, the longest first (what does not fit into memory shows at once), a window at a time."""
+    """Reorder requests so that neighbours are of like length, the longest first (what does not fit
+    into memory shows at once), a window at a time."""
     pool: list[Request] = []
     for request in requests:
         pool.append(request)

@@ -1,8 +1,11 @@
-"""The output layer of a language model: hidden states to float32 logits, a chunk of targets at a time.
+"""The output layer of a language model: hidden states to float32 logits, a chunk of targets at a
+time.
 
-Contract: logits are always float32 (float64 for float64 inputs) over the first `vocab` tokens, with the model's own scale and
-soft cap applied. No function here or above holds logits for more than one chunk.
+Contract: logits are always float32 (float64 for float64 inputs) over the first `vocab` tokens, with
+the model's own scale and soft cap applied. No function here or above holds logits for more than one
+chunk.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +17,11 @@ CHUNK_BYTES = 1 << 27  # one buffer of (chunk, V) logits: 128 MiB, 220 targets a
 
 @dataclass(frozen=True)
 class Head:
-    """weight (V', D), bias (V',) or None; logits = softcap(scale * (hidden @ weight[:vocab].T + bias)).
+    """weight (V', D), bias (V',) or None; logits = softcap(scale * (hidden @ weight[:vocab].T +
+    bias)).
 
-    `softcap` c maps z to c * tanh(z / c) (Gemma 2, eq. in section 2 of arXiv:2408.00118); 0 = none. `vocab` = V tokens both models know.
+    `softcap` c maps z to c * tanh(z / c) (Gemma 2, eq. in section 2 of arXiv:2408.00118); 0 = none.
+    `vocab` = V tokens both models know.
     """
 
     weight: Tensor
@@ -30,10 +35,11 @@ class Head:
         return max(1, CHUNK_BYTES // (4 * self.vocab))
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return logits (n, V) of hidden (n, D), in `out` if given; `weight` is `self.operand(...)`."""
+        """Return logits (n, V) of hidden (n, D), in `out` if given; `weight` is
+        `self.operand(...)`."""
         z = matmul(hidden, weight.t(), out)
         if self.bias is not None:
-            z += self.bias[:self.vocab]
+            z += self.bias[: self.vocab]
         if self.scale != 1.0:
             z *= self.scale
         if self.softcap:
@@ -41,25 +47,30 @@ class Head:
         return z
 
     def operand(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (V, D) in the dtype that products are computed in: made once, used for every chunk.
+        """Return the weight (V, D) in the dtype that products are computed in: made once, used for
+        every chunk.
 
-        A half-precision product gives float32 logits on CUDA only (its sums and its output are float32 there); elsewhere
-        the operands are widened first, since logits rounded to bfloat16 cost 2.3e-2 nats of KL.
+        A half-precision product gives float32 logits on CUDA only (its sums and its output are
+        float32 there); elsewhere the operands are widened first, since logits rounded to bfloat16
+        cost 2.3e-2 nats of KL.
         """
-        weight = self.weight.detach()[:self.vocab]
+        weight = self.weight.detach()[: self.vocab]
         return weight.to(compute_dtype(dtype, weight.device))
 
     @torch.no_grad()
     def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (which targets, their logits (n, V)); the logits' buffer is used again for the next chunk."""
+        """Yield (which targets, their logits (n, V)); the logits' buffer is used again for the next
+        chunk."""
         weight = self.operand(hidden.dtype)
         buffer = None
         for start in range(0, len(hidden), self.chunk()):
             part = slice(start, min(start + self.chunk(), len(hidden)))
             rows = hidden[part].to(weight.dtype)
             if buffer is None:
-                buffer = torch.empty(len(rows), self.vocab, dtype=wide(weight.dtype), device=hidden.device)
-            yield part, self.logits(rows, weight, buffer[:len(rows)])
+                buffer = torch.empty(
+                    len(rows), self.vocab, dtype=wide(weight.dtype), device=hidden.device
+                )
+            yield part, self.logits(rows, weight, buffer[: len(rows)])
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -73,17 +84,20 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a @ b summed and stored in float32 or wider, whatever the operands' (common) dtype; half operands need CUDA."""
+    """Return a @ b summed and stored in float32 or wider, whatever the operands' (common) dtype;
+    half operands need CUDA."""
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b, out=out)
 
 
 def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Summarise teacher logits z (n, V), which are overwritten, by the k largest and the exact mass of the others.
+    """Summarise teacher logits z (n, V), which are overwritten, by the k largest and the exact mass
+    of the others.
 
-    Returns ids (n, k) int64 and gaps (n, k) = z_max - z_i >= 0, largest logit first, and tails (n, len(temperatures)):
-    log of the sum over the other V - k tokens of exp((z_j - z_max) / T), -inf where there is none.
+    Returns ids (n, k) int64 and gaps (n, k) = z_max - z_i >= 0, largest logit first, and tails (n,
+    len(temperatures)): log of the sum over the other V - k tokens of exp((z_j - z_max) / T), -inf
+    where there is none.
     """
     values, ids = z.topk(k, dim=1)
     top = values[:, :1]

@@ -1,20 +1,26 @@
 """From a conversation to token ids and an answer mask, through the tokenizer's own chat template.
 
-Contract: `encode` marks as targets exactly the tokens that the model must write itself: the text of every assistant turn and
-its end-of-turn token; nothing that the generation prompt supplies, nothing after the end of turn.
+Contract: `encode` marks as targets exactly the tokens that the model must write itself: the text of
+every assistant turn and its end-of-turn token; nothing that the generation prompt supplies, nothing
+after the end of turn.
 
-How an answer is found, with no help from the template (most have no `{% generation %}`): the conversation up to the turn, rendered
-with its generation prompt, must be a prefix of the whole rendered conversation, and so must the conversation up to and with the
-turn; what lies between the two is the answer. Where a template rewrites earlier turns (Qwen3), that fails, and the turn is context only.
+How an answer is found, with no help from the template (most have no `{% generation %}`): the
+conversation up to the turn, rendered with its generation prompt, must be a prefix of the whole
+rendered conversation, and so must the conversation up to and with the turn; what lies between the
+two is the answer. Where a template rewrites earlier turns (Qwen3), that fails, and the turn is
+context only.
 
-Reasoning traces (`traces`) are targets like the rest, or dropped from the text, or masked: they stay in the text and are no targets.
+Reasoning traces (`traces`) are targets like the rest, or dropped from the text, or masked: they
+stay in the text and are no targets.
 
 Worked example (ChatML):
 
     whole    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     prompt   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    targets                                                         Hello!<|im_end|>        and not the last \\n
+    targets                                                         Hello!<|im_end|>        and not
+    the last \\n
 """
+
 import hashlib
 import json
 import re
@@ -25,16 +31,23 @@ import numpy as np
 from lib import files
 
 ROLES = ("system", "user", "assistant", "tool")
-OPEN, CLOSE = "<think>", "</think>"  # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
-BROKEN = re.compile("[\ud800-\udfff]")  # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
+OPEN, CLOSE = (
+    "<think>",
+    "</think>",
+)  # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
+BROKEN = re.compile(
+    "[\ud800-\udfff]"
+)  # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 
-# For a tokenizer without a template of its own: plain headings, and eos_token as the end of an assistant's turn. Every heading
-# ends in a line break, which no common tokenizer merges with the word after it. `{bos}` becomes bos_token where the tokenizer adds one.
+# For a tokenizer without a template of its own: plain headings, and eos_token as the end of an
+# assistant's turn. Every heading
+# ends in a line break, which no common tokenizer merges with the word after it. `{bos}` becomes
+# bos_token where the tokenizer adds one.
 FALLBACK = (
-    "{bos}{% for message in messages %}"
-    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant', 'tool': 'Tool'}[message['role']] + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+    "{bos}{% for message in messages %}{{ {'system': 'System', 'user': 'User', 'assistant':"
+    " 'Assistant', 'tool': 'Tool'}[message['role']] + ':\\n' + message['content'] }}{% if"
+    " message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
 
@@ -43,60 +56,98 @@ def load_tokenizer(name, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     if str(name).endswith(".gguf"):
-        files.fail(f"{name} is a GGUF file", wanted="a checkpoint's folder, or a hub id", mend="--teacher of stage2_kd.py for it, and no other flag")
+        files.fail(
+            f"{name} is a GGUF file",
+            wanted="a checkpoint's folder, or a hub id",
+            mend="--teacher of stage2_kd.py for it, and no other flag",
+        )
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:
-        files.fail(f"no tokenizer could be loaded from {name}", seen=str(missing)[:200], wanted="a folder with tokenizer.json, or a hub id")
+        files.fail(
+            f"no tokenizer could be loaded from {name}",
+            seen=str(missing)[:200],
+            wanted="a folder with tokenizer.json, or a hub id",
+        )
 
 
 def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def identities(tokenizer) -> dict:
-    """Return `vocabulary` (which token has which id: what logits mean) and `tokenizer` (that, special ids and chat template).
+    """Return `vocabulary` (which token has which id: what logits mean) and `tokenizer` (that,
+    special ids and chat template).
 
-    Stages must agree on the vocabulary. Templates may differ: one data set, made with one of them, serves teacher and student
-    (the templates of Qwen2.5-Coder 0.5B and 1.5B differ in their tools block).
+    Stages must agree on the vocabulary. Templates may differ: one data set, made with one of them,
+    serves teacher and student (the templates of Qwen2.5-Coder 0.5B and 1.5B differ in their tools
+    block).
     """
     vocabulary = tokenizer.get_vocab()
-    special = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return {"vocabulary": _hash(vocabulary), "tokenizer": _hash([vocabulary, special, tokenizer.chat_template])}
+    special = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str)
+    }
+    return {
+        "vocabulary": _hash(vocabulary),
+        "tokenizer": _hash([vocabulary, special, tokenizer.chat_template]),
+    }
 
 
 def adds_bos(tokenizer) -> bool:
     """Return whether the tokenizer puts bos_token before plain text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def ensure_template(tokenizer) -> bool:
-    """Give the tokenizer the `FALLBACK` template if it has none, and return whether that was so; save_pretrained keeps it."""
+    """Give the tokenizer the `FALLBACK` template if it has none, and return whether that was so;
+    save_pretrained keeps it."""
     if tokenizer.chat_template is not None:
         try:
             tokenizer.get_chat_template()
         except ValueError as several:
-            files.fail(f"the tokenizer {tokenizer.name_or_path} has several chat templates", seen=several, wanted="one named default")
+            files.fail(
+                f"the tokenizer {tokenizer.name_or_path} has several chat templates",
+                seen=several,
+                wanted="one named default",
+            )
         return False
     if tokenizer.eos_token is None:
-        files.fail(f"the tokenizer {tokenizer.name_or_path} cannot end an answer", seen="neither a chat template nor an eos_token",
-                   wanted="one of them in tokenizer_config.json", mend="--tokenizer of an instruct model of the same family")
-    tokenizer.chat_template = FALLBACK.replace("{bos}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+        files.fail(
+            f"the tokenizer {tokenizer.name_or_path} cannot end an answer",
+            seen="neither a chat template nor an eos_token",
+            wanted="one of them in tokenizer_config.json",
+            mend="--tokenizer of an instruct model of the same family",
+        )
+    tokenizer.chat_template = FALLBACK.replace(
+        "{bos}", "{{ bos_token }}" if adds_bos(tokenizer) else ""
+    )
     return True
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Return the ids of all special tokens, those of the chat template (<|im_end|>, <|eot_id|>) among them."""
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    """Return the ids of all special tokens, those of the chat template (<|im_end|>, <|eot_id|>)
+    among them."""
+    return {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    } | set(tokenizer.all_special_ids)
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """Return the conversation as the text that the chat template makes of it."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """Return the token ids to generate an answer from: exactly what training saw before the answer's first target."""
+    """Return the token ids to generate an answer from: exactly what training saw before the
+    answer's first target."""
     try:
         text = render(tokenizer, messages, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError) as refused:
@@ -105,23 +156,32 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def is_conversation(messages: object) -> bool:
-    """Return whether a value from JSON is a list of at least one {"role": "...", "content": "..."}."""
-    whole = lambda message: isinstance(message, dict) and all(isinstance(message.get(field), str) for field in ("role", "content"))
+    """Return whether a value from JSON is a list of at least one {"role": "...", "content":
+    "..."}."""
+
+    def whole(message):
+        return isinstance(message, dict) and all(
+            isinstance(message.get(field), str) for field in ("role", "content")
+        )
+
     return isinstance(messages, list) and bool(messages) and all(map(whole, messages))
 
 
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
-    """Return the messages with the system prompt before them, where there is one and they bring none of their own."""
+    """Return the messages with the system prompt before them, where there is one and they bring
+    none of their own."""
     if system and [message["role"] for message in messages[:1]] != ["system"]:
         return [{"role": "system", "content": system}, *messages]
     return messages
 
 
 def traces(text: str) -> list[tuple[int, int]] | None:
-    """Return the (start, end) characters of the reasoning traces in an answer, or None if one of them is never closed.
+    """Return the (start, end) characters of the reasoning traces in an answer, or None if one of
+    them is never closed.
 
-    A trace goes from <think> to </think> and the blanks that follow. Where </think> comes first, the generation prompt had opened the
-    trace (DeepSeek-R1), and it begins with the answer: traces("hm</think>\\n\\nYes") == [(0, 12)].
+    A trace goes from <think> to </think> and the blanks that follow. Where </think> comes first,
+    the generation prompt had opened the trace (DeepSeek-R1), and it begins with the answer:
+    traces("hm</think>\\n\\nYes") == [(0, 12)].
     """
     found, end = [], 0
     start = text.find(OPEN)
@@ -139,13 +199,22 @@ def traces(text: str) -> list[tuple[int, int]] | None:
 
 
 def without_think(messages: list[dict]) -> list[dict]:
-    """Return the conversation without the reasoning traces of its assistant turns: what --think drop renders."""
+    """Return the conversation without the reasoning traces of its assistant turns: what --think
+    drop renders."""
+
     def drop(text):
         for start, end in reversed(traces(text)):
             text = text[:start] + text[end:]
         return text
 
-    return [{**message, "content": drop(message["content"])} if message["role"] == "assistant" else message for message in messages]
+    return [
+        (
+            {**message, "content": drop(message["content"])}
+            if message["role"] == "assistant"
+            else message
+        )
+        for message in messages
+    ]
 
 
 def fault(messages: list[dict], think: str = "keep") -> str | None:
@@ -157,63 +226,100 @@ def fault(messages: list[dict], think: str = "keep") -> str | None:
     if any(BROKEN.search(message["content"]) for message in messages):
         return "broken Unicode"
     if think != "keep":
-        if any(message["role"] == "assistant" and traces(message["content"]) is None for message in messages):
+        if any(
+            message["role"] == "assistant" and traces(message["content"]) is None
+            for message in messages
+        ):
             return "unclosed think"
         messages = without_think(messages)
     asked = [message["content"].strip() for message in messages if message["role"] == "user"]
-    answered = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+    answered = [
+        message["content"].strip() for message in messages if message["role"] == "assistant"
+    ]
     return "empty" if not any(answered) or asked and not any(asked) else None
 
 
 def last_answer(messages: list[dict]) -> int:
-    """Return the place of the last assistant's turn that says something; what comes after it is not used."""
-    return max(place for place, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip())
+    """Return the place of the last assistant's turn that says something; what comes after it is not
+    used."""
+    return max(
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and message["content"].strip()
+    )
 
 
 def coda(tokenizer) -> str:
-    """Return eos_token if the template closes every conversation with it, after the end of turn and whoever spoke last (Phi-3).
+    """Return eos_token if the template closes every conversation with it, after the end of turn and
+    whoever spoke last (Phi-3).
 
-    It belongs to no turn: `answer_spans` leaves it out, or no earlier answer would be a prefix, and the model would learn to go on
-    after the token that ends its turn.
+    It belongs to no turn: `answer_spans` leaves it out, or no earlier answer would be a prefix, and
+    the model would learn to go on after the token that ends its turn.
     """
     eos, asked = tokenizer.eos_token, [{"role": "user", "content": "x"}]
     try:
-        closed, prompt = render(tokenizer, asked), render(tokenizer, asked, add_generation_prompt=True)
+        closed, prompt = (
+            render(tokenizer, asked),
+            render(tokenizer, asked, add_generation_prompt=True),
+        )
     except (jinja2.TemplateError, TypeError):
         return ""
     if not eos or not closed.endswith(eos) or prompt.startswith(closed):
         return ""
-    return eos if closed.removesuffix(eos).rstrip().endswith(tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)))) else ""
+    return (
+        eos
+        if closed.removesuffix(eos)
+        .rstrip()
+        .endswith(tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))))
+        else ""
+    )
 
 
-def answer_spans(tokenizer, messages: list[dict], turns: str = "all", closing: str = "") -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation up to its last answer; return the text and the (start, end) characters of each answer to learn.
+def answer_spans(
+    tokenizer, messages: list[dict], turns: str = "all", closing: str = ""
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation up to its last answer; return the text and the (start, end) characters
+    of each answer to learn.
 
-    Left out: a turn that fails the prefix rule (see the module), a blank one, one with nothing before it, and with turns="last"
-    all but the last. `closing`: the template's `coda`.
-    Raises jinja2.TemplateError or TypeError where the template refuses the conversation (a system message in Gemma 2).
+    Left out: a turn that fails the prefix rule (see the module), a blank one, one with nothing
+    before it, and with turns="last" all but the last. `closing`: the template's `coda`. Raises
+    jinja2.TemplateError or TypeError where the template refuses the conversation (a system message
+    in Gemma 2).
     """
     last = last_answer(messages)
-    messages = messages[:last + 1]
-    show = lambda some: render(tokenizer, some).removesuffix(closing)
-    ask = lambda some: render(tokenizer, some, add_generation_prompt=True)
+    messages = messages[: last + 1]
+
+    def show(some):
+        return render(tokenizer, some).removesuffix(closing)
+
+    def ask(some):
+        return render(tokenizer, some, add_generation_prompt=True)
+
     whole, spans, prompt = show(messages), [], ask(messages[:last]) if last else ""
     if not whole.startswith(prompt) and messages[last - 1]["role"] == "user":
-        # Mistral writes the system message into the last question, and nowhere once that is answered: take the prompt that chat
+        # Mistral writes the system message into the last question, and nowhere once that is
+        # answered: take the prompt that chat
         # would send, and behind it the answer as the template writes it after its question alone
-        question, both = ask(messages[last - 1:last]), show(messages[last - 1:])
+        question, both = ask(messages[last - 1 : last]), show(messages[last - 1 :])
         whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
     for turn in [last] if turns == "last" else range(1, last + 1):
-        if messages[turn]["role"] != "assistant" or turn == 0 or not messages[turn]["content"].strip():
+        if (
+            messages[turn]["role"] != "assistant"
+            or turn == 0
+            or not messages[turn]["content"].strip()
+        ):
             continue
-        before, end = (prompt, whole) if turn == last else (ask(messages[:turn]), show(messages[:turn + 1]))
+        before, end = (
+            (prompt, whole) if turn == last else (ask(messages[:turn]), show(messages[: turn + 1]))
+        )
         if whole.startswith(before) and whole.startswith(end) and len(before) < len(end):
             spans.append((len(before), len(end)))
     return whole, spans
 
 
 def rewrites(tokenizer) -> bool:
-    """Return whether the template shows an earlier answer otherwise than it was given (Qwen3), so that only the last can be learnt."""
+    """Return whether the template shows an earlier answer otherwise than it was given (Qwen3), so
+    that only the last can be learnt."""
     talk = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     try:
         return len(answer_spans(tokenizer, talk, closing=coda(tokenizer))[1]) == 1
@@ -221,20 +327,29 @@ def rewrites(tokenizer) -> bool:
         return False
 
 
-def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans: list[tuple[int, int]], special: set[int],
-                masked: list[tuple[int, int]] = ()) -> np.ndarray:
-    """Return which tokens are targets, (L,) bool: those that start inside a span, up to the span's end-of-turn token.
+def answer_mask(
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    text: str,
+    spans: list[tuple[int, int]],
+    special: set[int],
+    masked: list[tuple[int, int]] = (),
+) -> np.ndarray:
+    """Return which tokens are targets, (L,) bool: those that start inside a span, up to the span's
+    end-of-turn token.
 
-    The end of turn is the last special token of the span if only blanks follow it there (ChatML's line break). All tokens of an
-    emoji or a rare character share one offset pair, and all count. A token with no characters where a span begins (the lone space
-    that GPT-2's offsets trim away) belongs to the prompt: hence `end > first`. A token all of whose characters are `masked` is no target.
+    The end of turn is the last special token of the span if only blanks follow it there (ChatML's
+    line break). All tokens of an emoji or a rare character share one offset pair, and all count. A
+    token with no characters where a span begins (the lone space that GPT-2's offsets trim away)
+    belongs to the prompt: hence `end > first`. A token all of whose characters are `masked` is no
+    target.
     """
     begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T  # (L,) each
     answer = np.zeros(len(ids), bool)
     for first, stop in spans:
         inside = np.flatnonzero((begins >= first) & (begins < stop) & (ends > first))
         closers = [place for place in inside if ids[place] in special]
-        if closers and not text[ends[closers[-1]]:stop].strip():
+        if closers and not text[ends[closers[-1]] : stop].strip():
             inside = inside[inside <= closers[-1]]
         answer[inside] = True
     for first, stop in masked:
@@ -243,53 +358,91 @@ def answer_mask(ids: list[int], offsets: list[tuple[int, int]], text: str, spans
     return answer
 
 
-def encode(tokenizer, rows: list[list[dict] | str], turns: str = "all", think: str = "keep") -> list[tuple[np.ndarray, np.ndarray] | str]:
-    """Turn conversations (or plain texts) into (ids (L,) uint32, answer (L,) bool); a row that cannot be used into the reason why.
+def encode(
+    tokenizer, rows: list[list[dict] | str], turns: str = "all", think: str = "keep"
+) -> list[tuple[np.ndarray, np.ndarray] | str]:
+    """Turn conversations (or plain texts) into (ids (L,) uint32, answer (L,) bool); a row that
+    cannot be used into the reason why.
 
-    A conversation is tokenized once, as a whole and with add_special_tokens=False: the template wrote its BOS, if there is one.
-    A plain text gets BOS where the tokenizer adds it, and eos where there is one; every token but the first is a target.
+    A conversation is tokenized once, as a whole and with add_special_tokens=False: the template
+    wrote its BOS, if there is one. A plain text gets BOS where the tokenizer adds it, and eos where
+    there is one; every token but the first is a target.
 
     turns  "all": every answer of a conversation is learnt, "last": the last one only.
-    think  "keep": traces are learnt like the rest; "drop": they are taken out before the template sees the answer; "mask": they stay
-           in the text, and everything from <think> to </think> and the blanks that follow is no target. The tags too: a student that
-           learnt </think> alone would be taught to end a thought that it was never taught to begin. An empty block that the template
-           itself puts before an answer (Qwen3) is a trace like any other, and no part of what "drop" takes out.
+    think  "keep": traces are learnt like the rest; "drop": they are taken out before the template
+           sees the answer; "mask": they stay in the text, and everything from <think> to </think>
+           and the blanks that follow is no target. The tags too: a student that learnt </think>
+           alone would be taught to end a thought that it was never taught to begin. An empty block
+           that the template itself puts before an answer (Qwen3) is a trace like any other, and no
+           part of what "drop" takes out.
     """
     if not tokenizer.is_fast:
-        files.fail(f"the tokenizer {tokenizer.name_or_path} gives no character offsets", seen="a slow tokenizer", wanted="one with tokenizer.json")
+        files.fail(
+            f"the tokenizer {tokenizer.name_or_path} gives no character offsets",
+            seen="a slow tokenizer",
+            wanted="one with tokenizer.json",
+        )
     found: list = [None] * len(rows)
     texts, spans, masked = {}, {}, {}
     closing = coda(tokenizer) if any(not isinstance(row, str) for row in rows) else ""
     for number, row in enumerate(rows):
         if isinstance(row, str):
             texts[number] = row
-            found[number] = "empty" if not row.strip() else "broken Unicode" if BROKEN.search(row) else None
+            found[number] = (
+                "empty" if not row.strip() else "broken Unicode" if BROKEN.search(row) else None
+            )
         elif (reason := fault(row, think)) is not None:
             found[number] = reason
         else:
             try:
-                texts[number], spans[number] = answer_spans(tokenizer, without_think(row) if think == "drop" else row, turns, closing)
-                found[number] = None if spans[number] else "rewritten by the chat template" if last_answer(row) else "no target"
+                texts[number], spans[number] = answer_spans(
+                    tokenizer, without_think(row) if think == "drop" else row, turns, closing
+                )
+                found[number] = (
+                    None
+                    if spans[number]
+                    else "rewritten by the chat template"
+                    if last_answer(row)
+                    else "no target"
+                )
             except (jinja2.TemplateError, TypeError) as refused:
-                found[number] = f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
+                found[number] = (
+                    f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
+                )
                 continue
             if think == "mask":
                 found_in = [traces(texts[number][start:stop]) for start, stop in spans[number]]
                 if None in found_in:  # the template cut the end off
                     found[number] = "unclosed think"
                     continue
-                masked[number] = [(start + begin, start + end) for (start, _), blocks in zip(spans[number], found_in) for begin, end in blocks]
+                masked[number] = [
+                    (start + begin, start + end)
+                    for (start, _), blocks in zip(spans[number], found_in)
+                    for begin, end in blocks
+                ]
     usable = [number for number in texts if found[number] is None]
     if not usable:
         return found
-    special, bos, eos = special_ids(tokenizer), tokenizer.bos_token_id if adds_bos(tokenizer) else None, tokenizer.eos_token_id
-    encodings = tokenizer([texts[number] for number in usable], add_special_tokens=False, verbose=False).encodings
+    special, bos, eos = (
+        special_ids(tokenizer),
+        tokenizer.bos_token_id if adds_bos(tokenizer) else None,
+        tokenizer.eos_token_id,
+    )
+    encodings = tokenizer(
+        [texts[number] for number in usable], add_special_tokens=False, verbose=False
+    ).encodings
     for number, encoding in zip(usable, encodings):
         ids = encoding.ids
         if number in spans:
-            answer = answer_mask(ids, encoding.offsets, texts[number], spans[number], special, masked.get(number, ()))
+            answer = answer_mask(
+                ids, encoding.offsets, texts[number], spans[number], special, masked.get(number, ())
+            )
         else:
-            ids = ([bos] if bos is not None and ids[:1] != [bos] else []) + ids + ([eos] if eos is not None and ids[-1:] != [eos] else [])
+            ids = (
+                ([bos] if bos is not None and ids[:1] != [bos] else [])
+                + ids
+                + ([eos] if eos is not None and ids[-1:] != [eos] else [])
+            )
             answer = np.arange(len(ids)) > 0
         found[number] = (np.array(ids, np.uint32), answer) if answer.any() else "no target"
     return found

@@ -1,6 +1,7 @@
-"""What both trainers set up: AdamW with decay on matrices only, linear warm-up, cosine to zero, clipping, and fp16's scaler; and before
-the first step, whether it will fit in memory and on disk.
+"""What both trainers set up: AdamW with decay on matrices only, linear warm-up, cosine to zero,
+clipping, and fp16's scaler; and before the first step, whether it will fit in memory and on disk.
 """
+
 import math
 import os
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import nn
 
 from lib import files, head, models
 
-ACTIVATION_WIDTHS = 34  # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4; no attention maps)
+# floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4;
+# no attention maps)
+ACTIVATION_WIDTHS = 34
 
 
 def available_bytes(device: torch.device) -> int:
@@ -19,73 +22,118 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
     except OSError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def training_bytes(model: models.Model, tokens: int, amp: torch.dtype | None, checkpointing: bool) -> int:
-    """Return about how many more bytes training takes once float32 weights are loaded: gradients, AdamW, activations, the head's buffers."""
+def training_bytes(
+    model: models.Model, tokens: int, amp: torch.dtype | None, checkpointing: bool
+) -> int:
+    """Return about how many more bytes training takes once float32 weights are loaded: gradients,
+    AdamW, activations, the head's buffers."""
     config, half = model.module.config.get_text_config(), 2 if amp else 4
     widths = 1 if checkpointing else ACTIVATION_WIDTHS
-    layers = config.num_hidden_layers + (ACTIVATION_WIDTHS if checkpointing else 0)  # the layer being recomputed is whole
+    layers = config.num_hidden_layers + (
+        ACTIVATION_WIDTHS if checkpointing else 0
+    )  # the layer being recomputed is whole
     activations = tokens * config.hidden_size * widths * half * layers
     if (output := model.module.get_output_embeddings()) is None:  # a classifier
         return 12 * model.trained + activations
     layer = output.weight
-    return 12 * model.trained + activations + 3 * head.CHUNK_BYTES + layer.numel() * (4 * layer.requires_grad + half * bool(amp))
+    return (
+        12 * model.trained
+        + activations
+        + 3 * head.CHUNK_BYTES
+        + layer.numel() * (4 * layer.requires_grad + half * bool(amp))
+    )
 
 
 def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, more: int = 0) -> bool:
-    """Return whether to checkpoint gradients: on request, or when memory is short without. Says what is needed and there; `more` bytes on top."""
+    """Return whether to checkpoint gradients: on request, or when memory is short without. Says
+    what is needed and there; `more` bytes on top."""
     have = available_bytes(model.device)
-    plain, saved = (more + training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True))
+    plain, saved = (
+        more + training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True)
+    )
     use = args.checkpointing or plain > have
     if plain > have and not args.checkpointing:
         print("memory: short, so gradient checkpointing is on (or lower --tokens-per-microbatch)")
     need = saved if use else plain
-    print(f"memory: about {files.human(need)} more needed, {files.human(have)} free on {model.device}")
+    print(
+        f"memory: about {files.human(need)} more needed, {files.human(have)} free on {model.device}"
+    )
     if need > have:
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     return use
 
 
 def disk(out, model: models.Model, saved_bytes: int = 4, whole: bool = True) -> None:
-    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a trained weight, best/ and final/ at 4 a
-    weight; of these the trained ones alone, unless the `whole` model is saved."""
-    there = [path for name in ("last", "best", "final") for path in (Path(out) / name).rglob("*") if path.is_file()]
+    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a
+    trained weight, best/ and final/ at 4 a weight; of these the trained ones alone, unless the
+    `whole` model is saved."""
+    there = [
+        path
+        for name in ("last", "best", "final")
+        for path in (Path(out) / name).rglob("*")
+        if path.is_file()
+    ]
     saved = model.parameters if whole else model.trained
-    need, have = 2 * 12 * model.trained + 3 * saved_bytes * saved, files.free_bytes(out) + sum(path.stat().st_size for path in there)
+    need, have = (
+        2 * 12 * model.trained + 3 * saved_bytes * saved,
+        files.free_bytes(out) + sum(path.stat().st_size for path in there),
+    )
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     if need > have:
-        files.fail(f"the disk of {out} is too small", files.human(have) + " free", files.human(need), "another --out, or delete old runs")
+        files.fail(
+            f"the disk of {out} is too small",
+            files.human(have) + " free",
+            files.human(need),
+            "another --out, or delete old runs",
+        )
 
 
-
-def adamw(module: nn.Module, lr: float, weight_decay: float, beta2: float, device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW (arXiv:1711.05101): fused where there is a fused kernel; vectors (norms, biases) are not decayed."""
+def adamw(
+    module: nn.Module, lr: float, weight_decay: float, beta2: float, device: torch.device
+) -> torch.optim.AdamW:
+    """Return AdamW (arXiv:1711.05101): fused where there is a fused kernel; vectors (norms, biases)
+    are not decayed."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=lr,
+        betas=(0.9, beta2),
+        eps=1e-8,
+        fused=device.type in ("cpu", "cuda"),
+    )
 
 
 def cosine(update: int, updates: int, lr: float, warmup: float) -> float:
-    """Return the learning rate of update number `update` of `updates`: a linear rise over the first share `warmup`, then a cosine to 0."""
+    """Return the learning rate of update number `update` of `updates`: a linear rise over the first
+    share `warmup`, then a cosine to 0."""
     rise = max(1, round(warmup * updates))
     if update < rise:
         return lr * (update + 1) / rise
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (update - rise) / max(1, updates - rise))))
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, module: nn.Module, clip: float) -> float:
+def gradient_norm(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, module: nn.Module, clip: float
+) -> float:
     """Unscale the gradient, return its norm, and clip it to the norm `clip` (0 = not at all)."""
     scaler.unscale_(optimizer)
     return nn.utils.clip_grad_norm_(module.parameters(), clip if clip else math.inf).item()
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> bool:
-    """Step with the gradient that `gradient_norm` has unscaled and clipped. Returns whether the step was taken.
+    """Step with the gradient that `gradient_norm` has unscaled and clipped. Returns whether the
+    step was taken.
 
     A step that fp16 overflow makes the scaler skip is not taken, and must not advance the schedule.
     """

@@ -1,4 +1,6 @@
-"""Tests run from anywhere, with one thread (two fight where others use the cores), without network, and each in a folder of its own."""
+"""Tests run from anywhere, with one thread (two fight where others use the cores), without network,
+and each in a folder of its own."""
+
 import os
 import shutil
 import signal
@@ -14,8 +16,19 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 # files that take longest begin first, so that no core waits for the last one
-LONGEST = ("test_pipeline", "test_resume", "test_answers", "test_live", "test_lora", "test_bench", "test_beside", "test_beside_run", "test_sources",
-           "test_train", "test_chat")
+LONGEST = (
+    "test_pipeline",
+    "test_resume",
+    "test_answers",
+    "test_live",
+    "test_lora",
+    "test_bench",
+    "test_beside",
+    "test_beside_run",
+    "test_sources",
+    "test_train",
+    "test_chat",
+)
 
 
 def pytest_collection_modifyitems(items):

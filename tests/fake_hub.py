@@ -1,4 +1,6 @@
-"""A Hugging Face hub on loopback, as far as data sets need it: listings, ranged downloads that can be cut, errors, uploads."""
+"""A Hugging Face hub on loopback, as far as data sets need it: listings, ranged downloads that can
+be cut, errors, uploads."""
+
 import base64
 import hashlib
 import json
@@ -9,7 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos`: {(repo, revision): {path: bytes}}; `private` and `gated` repos need `token`. `requests` lists what was asked."""
+    """`repos`: {(repo, revision): {path: bytes}}; `private` and `gated` repos need `token`.
+    `requests` lists what was asked."""
 
     daemon_threads = True
 
@@ -52,9 +55,19 @@ class Handler(BaseHTTPRequestHandler):
         right = self.headers.get("Authorization") == f"Bearer {hub.token}"
         if not known or repo in hub.private and not right:
             # like the hub: without a token it does not even tell whether there is such a repository
-            self.reply({"error": "Repository not found"}, 404 if right else 401, X_Error_Code="RepoNotFound", X_Error_Message="not found")
+            self.reply(
+                {"error": "Repository not found"},
+                404 if right else 401,
+                X_Error_Code="RepoNotFound",
+                X_Error_Message="not found",
+            )
         elif repo in hub.gated and not right:
-            self.reply({"error": "gated"}, 403, X_Error_Code="GatedRepo", X_Error_Message="Access to this dataset is restricted")
+            self.reply(
+                {"error": "gated"},
+                403,
+                X_Error_Code="GatedRepo",
+                X_Error_Message="Access to this dataset is restricted",
+            )
         else:
             return True
 
@@ -66,21 +79,53 @@ class Handler(BaseHTTPRequestHandler):
             if not self.allowed(repo):
                 return
             if (there := hub.find(repo, revision)) is None:
-                return self.reply({"error": "no"}, 404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {revision}")
+                return self.reply(
+                    {"error": "no"},
+                    404,
+                    X_Error_Code="RevisionNotFound",
+                    X_Error_Message=f"Invalid rev id: {revision}",
+                )
             commit, inside = there
             if kind == "tree":
-                return self.reply([{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                                   for name, data in inside.items()])
-            return self.reply({"id": repo, "sha": commit, "private": False, "siblings": [{"rfilename": name} for name in inside]})
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
+                return self.reply(
+                    [
+                        {
+                            "type": "file",
+                            "path": name,
+                            "size": len(data),
+                            "oid": hashlib.sha1(data).hexdigest(),
+                        }
+                        for name, data in inside.items()
+                    ]
+                )
+            return self.reply(
+                {
+                    "id": repo,
+                    "sha": commit,
+                    "private": False,
+                    "siblings": [{"rfilename": name} for name in inside],
+                }
+            )
+        if found := re.fullmatch(
+            r"/datasets/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path
+        ):
             if not self.allowed(found[1]):
                 return
             commit, inside = hub.find(found[1], found[2])
             whole = inside[found[3]]
-            headers = {"ETag": f'"{hashlib.sha1(whole).hexdigest()}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+            headers = {
+                "ETag": f'"{hashlib.sha1(whole).hexdigest()}"',
+                "X_Repo_Commit": commit,
+                "Accept_Ranges": "bytes",
+            }
             start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
             if start:
-                return self.reply(whole[start:], 206, Content_Range=f"bytes {start}-{len(whole) - 1}/{len(whole)}", **headers)
+                return self.reply(
+                    whole[start:],
+                    206,
+                    Content_Range=f"bytes {start}-{len(whole) - 1}/{len(whole)}",
+                    **headers,
+                )
             if self.command == "GET" and hub.cut_after:
                 cut, hub.cut_after = hub.cut_after, 0
                 self.send_response(200)
@@ -104,17 +149,37 @@ class Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             hub.created.append(asked)
             hub.repos.setdefault((f"{asked.get('organization')}/{asked['name']}", "main"), {})
-            return self.reply({"url": f"{hub.url}/datasets/{asked.get('organization')}/{asked['name']}"})
+            return self.reply(
+                {"url": f"{hub.url}/datasets/{asked.get('organization')}/{asked['name']}"}
+            )
         if "/preupload/" in path:
             paths = [file["path"] for file in json.loads(body)["files"]]
-            return self.reply({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]})
+            return self.reply(
+                {
+                    "files": [
+                        {"path": path, "uploadMode": "regular", "shouldIgnore": False}
+                        for path in paths
+                    ]
+                }
+            )
         if "/commit/" in path:
             repo = re.match(r"/api/datasets/([^/]+/[^/]+)/", path)[1]
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    hub.pushed[repo, line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    hub.pushed[repo, line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
                     hub.repos[repo, "main"][line["value"]["path"]] = b"pushed"
                 elif line["key"] == "deletedFile":
-                    del hub.pushed[repo, line["value"]["path"]], hub.repos[repo, "main"][line["value"]["path"]]
-            return self.reply({"commitUrl": f"{hub.url}/datasets/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40, "hookOutput": ""})
+                    del (
+                        hub.pushed[repo, line["value"]["path"]],
+                        hub.repos[repo, "main"][line["value"]["path"]],
+                    )
+            return self.reply(
+                {
+                    "commitUrl": f"{hub.url}/datasets/{repo}/commit/{'0' * 40}",
+                    "commitOid": "0" * 40,
+                    "hookOutput": "",
+                }
+            )
         return self.reply({"error": "not found"}, 404)

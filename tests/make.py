@@ -1,4 +1,6 @@
-"""Tiny tokenizers, data sets, models and logits, made in the test: 61 tokens, width 32, two layers; and scripts run in-process."""
+"""Tiny tokenizers, data sets, models and logits, made in the test: 61 tokens, width 32, two layers;
+and scripts run in-process."""
+
 import gc
 import importlib
 import json
@@ -27,14 +29,28 @@ def tokenizer(prefix: str = "w", size: int = V) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<user>", "<assistant>", "<end>", *(f"{prefix}{i}" for i in range(size - 4))]
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
-    made.chat_template = ("{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<assistant> ' }}{{ m.content }}{{ ' <end> ' }}{% endfor %}"
-                          "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<assistant> ' }}{{ m.content"
+        " }}{{ ' <end> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{%"
+        " endif %}"
+    )
     return made
 
 
-def dataset(folder: Path, rows: int = 40, val: int = 8, rows_per_chunk: int = 20000, seed: int = 0, longest: int = 20, maker=None) -> data.Dataset:
-    """Write a prepared data set of random rows (no prepare_data.py): the last third or so of each row are targets, ended by <end>."""
+def dataset(
+    folder: Path,
+    rows: int = 40,
+    val: int = 8,
+    rows_per_chunk: int = 20000,
+    seed: int = 0,
+    longest: int = 20,
+    maker=None,
+) -> data.Dataset:
+    """Write a prepared data set of random rows (no prepare_data.py): the last third or so of each
+    row are targets, ended by <end>."""
     rng, folder = np.random.default_rng(seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made = maker or tokenizer()
@@ -53,26 +69,54 @@ def dataset(folder: Path, rows: int = 40, val: int = 8, rows_per_chunk: int = 20
             start, first = start + length, first + int(mask.sum())
             tokens.append(ids)
             answer.append(mask)
-        join = lambda parts, dtype: np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+        def join(parts, dtype):
+            return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
         np.save(folder / f"{name}.tokens.npy", join(tokens, np.uint32))
         np.save(folder / f"{name}.answer.npy", join(answer, bool))
         np.save(folder / f"{name}.rows.npy", records)
         counts[name], targets[name] = count, first
     made.save_pretrained(folder / "tokenizer")
-    parts = [folder / f"{name}.{part}.npy" for name in ("train", "val") for part in ("tokens", "answer", "rows")]
-    files.write_json(folder / "meta.json", {"format": data.FORMAT, "identities": template.identities(made) | {"data": files.sha256(*parts)},
-                                            "rows": counts, "targets": targets, "rows_per_chunk": rows_per_chunk, "seed": seed})
+    parts = [
+        folder / f"{name}.{part}.npy"
+        for name in ("train", "val")
+        for part in ("tokens", "answer", "rows")
+    ]
+    files.write_json(
+        folder / "meta.json",
+        {
+            "format": data.FORMAT,
+            "identities": template.identities(made) | {"data": files.sha256(*parts)},
+            "rows": counts,
+            "targets": targets,
+            "rows_per_chunk": rows_per_chunk,
+            "seed": seed,
+        },
+    )
     return data.Dataset(folder)
 
 
 def config(vocab: int = V, width: int = 32, layers: int = 2, **more) -> LlamaConfig:
-    options = dict(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-                   num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=3, pad_token_id=3)
+    options = dict(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=3,
+        pad_token_id=3,
+    )
     return LlamaConfig(**options | more)
 
 
 def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, **options) -> Path:
-    """Save a random model whose logits are spread enough (times `scale`) that its softmax is far from flat."""
+    """Save a random model whose logits are spread enough (times `scale`) that its softmax is far
+    from flat."""
     torch.manual_seed(seed)
     made = AutoModelForCausalLM.from_config(config(**options))
     with torch.no_grad():
@@ -84,10 +128,19 @@ def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, 
 
 
 def chat_run(folder: Path, picture: bytes) -> Path:
-    """Write a run's folder, stage2/ and teacher/: random models of the demo's tokens, their weights large enough that their answers wander."""
+    """Write a run's folder, stage2/ and teacher/: random models of the demo's tokens, their weights
+    large enough that their answers wander."""
     for seed, name in enumerate(("stage2", "teacher")):
         torch.manual_seed(seed)
-        made = demo.config({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
+        made = demo.config(
+            {
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+        )
         made.initializer_range = 0.3
         AutoModelForCausalLM.from_config(made).save_pretrained(folder / name / "best")
         demo.tokenizer().save_pretrained(folder / name / "best")
@@ -97,12 +150,30 @@ def chat_run(folder: Path, picture: bytes) -> Path:
     return folder
 
 
-CPU = ("--device", "cpu", "--threads", "1")  # two threads only wait for one another on models this small
-QUICK = ("--samples", "0", "--tokens-per-step", "128", "--tokens-per-microbatch", "64", "--lr", "1e-2", "--log-every", "1", *CPU)  # ten rows a step
+CPU = (
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+)  # two threads only wait for one another on models this small
+QUICK = (
+    "--samples",
+    "0",
+    "--tokens-per-step",
+    "128",
+    "--tokens-per-microbatch",
+    "64",
+    "--lr",
+    "1e-2",
+    "--log-every",
+    "1",
+    *CPU,
+)  # ten rows a step
 
 
 def call(main, *argv) -> None:
-    """Run a script's main(argv) in this process, and let go of its lock and signal handlers afterwards, however it ends."""
+    """Run a script's main(argv) in this process, and let go of its lock and signal handlers
+    afterwards, however it ends."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         main([str(word) for word in argv])
@@ -113,7 +184,8 @@ def call(main, *argv) -> None:
 
 
 def ends(main, *argv) -> tuple[int, str]:
-    """Run a script that is to end by SystemExit: return its exit code, and its last words if they are its code."""
+    """Run a script that is to end by SystemExit: return its exit code, and its last words if they
+    are its code."""
     try:
         call(main, *argv)
     except SystemExit as end:
@@ -133,41 +205,92 @@ def world(folder: Path, **options) -> Path:
 
 
 def sourced(folder: Path, bounds=(0, 30), names=("general", "finance"), **more) -> Path:
-    """Make the rows of a `world` those of named sources: source j begins at row bounds[j] of train; val rows take turns."""
+    """Make the rows of a `world` those of named sources: source j begins at row bounds[j] of train;
+    val rows take turns."""
     for name in ("train", "val"):
         rows = np.load(folder / "data" / f"{name}.rows.npy")
         count = np.arange(len(rows))
-        rows["source"] = np.searchsorted(bounds, count, side="right") - 1 if name == "train" else count % len(names)
+        rows["source"] = (
+            np.searchsorted(bounds, count, side="right") - 1
+            if name == "train"
+            else count % len(names)
+        )
         np.save(folder / "data" / f"{name}.rows.npy", rows)
     meta = files.read_json(folder / "data" / "meta.json")
-    files.write_json(folder / "data" / "meta.json", meta | {"sources": [{"name": name} for name in names]} | more)
+    files.write_json(
+        folder / "data" / "meta.json", meta | {"sources": [{"name": name} for name in names]} | more
+    )
     return folder
 
 
 def stage1(folder: Path, *more, out: str = "stage1") -> list:
     """Return stage1_sft.py's arguments for a `world`."""
-    return ["--data", folder / "data", "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+    return [
+        "--data",
+        folder / "data",
+        "--student",
+        folder / "student",
+        "--out",
+        folder / out,
+        *QUICK,
+        *more,
+    ]
 
 
 def dump(folder: Path, *more, out: str = "logits") -> list:
     """Return dump_logits.py's arguments for a `world`."""
-    return ["--data", folder / "data", "--teacher", folder / "teacher", "--out", folder / out, "--k", 8, *CPU, *more]
+    return [
+        "--data",
+        folder / "data",
+        "--teacher",
+        folder / "teacher",
+        "--out",
+        folder / out,
+        "--k",
+        8,
+        *CPU,
+        *more,
+    ]
 
 
 def stage2(folder: Path, *more, out: str = "stage2", logits: str = "logits") -> list:
     """Return stage2_kd.py's arguments for a `world`."""
-    return ["--data", folder / "data", "--logits", folder / logits, "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+    return [
+        "--data",
+        folder / "data",
+        "--logits",
+        folder / logits,
+        "--student",
+        folder / "student",
+        "--out",
+        folder / out,
+        *QUICK,
+        *more,
+    ]
 
 
 def live(folder: Path, *more, out: str = "live") -> list:
     """Return stage2_kd.py's arguments for a `world` whose teacher runs beside the student."""
-    return ["--data", folder / "data", "--teacher", folder / "teacher", "--student", folder / "student", "--out", folder / out, *QUICK, *more]
+    return [
+        "--data",
+        folder / "data",
+        "--teacher",
+        folder / "teacher",
+        "--student",
+        folder / "student",
+        "--out",
+        folder / out,
+        *QUICK,
+        *more,
+    ]
 
 
 TIMES = {"tok_per_s", "left_s", "time_s"}
 
 
-def store(folder: Path, temperature: float | None = 2.0, name: str = "logits", **options) -> logits.Store:
+def store(
+    folder: Path, temperature: float | None = 2.0, name: str = "logits", **options
+) -> logits.Store:
     """Open the dump of a world."""
     return logits.Store(folder / name, data.Dataset(folder / "data"), temperature, **options)
 
@@ -175,19 +298,36 @@ def store(folder: Path, temperature: float | None = 2.0, name: str = "logits", *
 def history(folder: Path, event: str | None = None) -> list[dict]:
     """Return a run's log lines without what is a matter of time."""
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines if event in (None, line["event"])]
+    return [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in lines
+        if event in (None, line["event"])
+    ]
 
 
 def processes():
-    """Return a context whose processes are forked, in milliseconds, from one that has imported everything and run nothing."""
+    """Return a context whose processes are forked, in milliseconds, from one that has imported
+    everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
-    context.set_forkserver_preload(["make", "stage1_sft", "stage2_kd", "dump_logits", "chat", "transformers.models.llama.modeling_llama"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+    )
+    context.set_forkserver_preload(
+        [
+            "make",
+            "stage1_sft",
+            "stage2_kd",
+            "dump_logits",
+            "chat",
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
     return context
 
 
 def never_ends(module: str, owner: str, method: str, name: str, argv: list, log: Path) -> None:
     """Run a script in which a method of lib/`module` computes for ever."""
+
     def forever(*_):
         while True:
             torch.rand(300, 300) @ torch.rand(300, 300)
@@ -199,8 +339,9 @@ def never_ends(module: str, owner: str, method: str, name: str, argv: list, log:
 def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     """Run a script in a process of `processes()`, its words into `log`.
 
-    hook: `where` "module.function", `number` n, `signal`, `after` False, `source` "", `delay` 0: the process sends itself the signal at
-    the n-th call (before the call, or after it, or so many seconds later; of calls on a path that ends in `source`, if it is given).
+    hook: `where` "module.function", `number` n, `signal`, `after` False, `source` "", `delay` 0:
+    the process sends itself the signal at the n-th call (before the call, or after it, or so many
+    seconds later; of calls on a path that ends in `source`, if it is given).
     """
     import dump_logits
     from lib.measure import plots
@@ -215,7 +356,9 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
 
         def counted(*args, **options):
             nonlocal count
-            count += not hook.get("source") or Path(args[0]).as_posix().endswith("/" + hook["source"])
+            count += not hook.get("source") or Path(args[0]).as_posix().endswith(
+                "/" + hook["source"]
+            )
             now = count == hook["number"]
             if now and hook.get("delay"):
                 threading.Timer(hook["delay"], os.kill, (os.getpid(), hook["signal"])).start()

@@ -1,8 +1,11 @@
-"""Requests in OpenAI's form, their jobs (lib/chat/engine.py), and the answers in that form, whole or as a stream of server-sent events.
+"""Requests in OpenAI's form, their jobs (lib/chat/engine.py), and the answers in that form, whole
+or as a stream of server-sent events.
 
-Contract: lib/chat/openapi.json says what is asked and answered; a body is checked against it before anything else happens. Whatever is wrong
-with a request raises Refused, whose body is {"error": {"message", "type", "param", "code"}}, as OpenAI's clients expect.
+Contract: lib/chat/openapi.json says what is asked and answered; a body is checked against it before
+anything else happens. Whatever is wrong with a request raises Refused, whose body is {"error":
+{"message", "type", "param", "code"}}, as OpenAI's clients expect.
 """
+
 import dataclasses
 import json
 import secrets
@@ -14,19 +17,36 @@ from queue import Empty, SimpleQueue
 from lib import generate, template
 from lib.chat.engine import Engine, Event, Job
 
-ANSWERS = 16    # most answers of one request
-PACE_S = 0.02   # least time between two writes of one stream: nobody reads faster, and a small model is not held up by its own announcements
+ANSWERS = 16  # most answers of one request
+# least time between two writes of one stream: nobody reads faster, and a small model is not held up
+# by its own announcements
+PACE_S = 0.02
 VALUES = 10_000  # most values in a body; to check one against the schema takes 0.1 ms
-WATCH_S = 0.5   # how often an answer that waits looks whether its client is still there
+WATCH_S = 0.5  # how often an answer that waits looks whether its client is still there
 
 
 class Refused(Exception):
     """A request that gets an error."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> None:
-        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            status, "invalid_request_error" if status < 500 else "server_error")
-        self.status, self.headers, self.body = status, headers, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ) -> None:
+        kind = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+        }.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.status, self.headers, self.body = (
+            status,
+            headers,
+            {"error": {"message": message, "type": kind, "param": param, "code": code}},
+        )
 
 
 @dataclass(frozen=True)
@@ -40,17 +60,38 @@ class Side:
 
     def describe(self, created: int) -> dict:
         module = self.chat.module
-        return {"id": self.id, "object": "model", "created": created, "owned_by": "distil", "role": self.role, "context": self.chat.context,
-                "parameters": sum(p.numel() for p in module.parameters()), "memory_bytes": self.engine.memory_bytes(), "device": str(module.device),
-                "dtype": str(module.dtype).removeprefix("torch.")}
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": created,
+            "owned_by": "distil",
+            "role": self.role,
+            "context": self.chat.context,
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "memory_bytes": self.engine.memory_bytes(),
+            "device": str(module.device),
+            "dtype": str(module.dtype).removeprefix("torch."),
+        }
 
     def sampling(self, body: dict) -> generate.Sampling:
-        """Return how a request wants to be answered; what it leaves out is the checkpoint's own way, or chat.py's flags."""
-        how, asked = self.engine.how, {name: body[name] for name in ("top_k", "min_p", "repetition_penalty") if body.get(name) is not None}
+        """Return how a request wants to be answered; what it leaves out is the checkpoint's own
+        way, or chat.py's flags."""
+        how, asked = (
+            self.engine.how,
+            {
+                name: body[name]
+                for name in ("top_k", "min_p", "repetition_penalty")
+                if body.get(name) is not None
+            },
+        )
         if body.get("temperature") is not None or body.get("top_p") is not None:
             temperature = body.get("temperature")
-            cold = temperature is not None and temperature < 1e-4  # nothing but the likeliest token; the division would overflow
-            how = generate.sampling_of(self.chat.how, self.chat.tokenizer, 0.0 if cold else temperature, body.get("top_p"))
+            cold = (
+                temperature is not None and temperature < 1e-4
+            )  # nothing but the likeliest token; the division would overflow
+            how = generate.sampling_of(
+                self.chat.how, self.chat.tokenizer, 0.0 if cold else temperature, body.get("top_p")
+            )
         return dataclasses.replace(how, **asked)
 
 
@@ -58,8 +99,9 @@ class Side:
 
 
 def outline(body: object) -> object:
-    """Return a body as the schema is to see it: three or more whole numbers (a prompt's tokens) are their smallest and their largest there.
-    Raises Refused where it has too many values nevertheless."""
+    """Return a body as the schema is to see it: three or more whole numbers (a prompt's tokens) are
+    their smallest and their largest there. Raises Refused where it has too many values
+    nevertheless."""
     left = VALUES
 
     def cut(value: object) -> object:
@@ -70,7 +112,11 @@ def outline(body: object) -> object:
         if isinstance(value, dict):
             return {name: cut(inner) for name, inner in value.items()}
         if isinstance(value, list):
-            return [min(value), max(value)] if len(value) > 2 and {*map(type, value)} == {int} else [cut(inner) for inner in value]
+            return (
+                [min(value), max(value)]
+                if len(value) > 2 and {*map(type, value)} == {int}
+                else [cut(inner) for inner in value]
+            )
         return value
 
     return cut(body)
@@ -81,7 +127,11 @@ def checked(request, validator) -> dict:
     import jsonschema
 
     if request.mimetype != "application/json":
-        raise Refused(415, f"the body is {request.mimetype or 'of no type'}, wanted Content-Type: application/json")
+        raise Refused(
+            415,
+            f"the body is {request.mimetype or 'of no type'}, wanted Content-Type:"
+            " application/json",
+        )
 
     def not_a_number(name: str) -> None:
         raise ValueError(f"{name} is no number")
@@ -91,34 +141,51 @@ def checked(request, validator) -> dict:
         return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
 
     try:
-        body = json.loads(request.get_data().decode("utf-8"), parse_constant=not_a_number, parse_float=number)
-        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair can be written in JSON, and is no text
+        body = json.loads(
+            request.get_data().decode("utf-8"), parse_constant=not_a_number, parse_float=number
+        )
+        json.dumps(body, ensure_ascii=False).encode(
+            "utf-8"
+        )  # half a surrogate pair can be written in JSON, and is no text
         fault = jsonschema.exceptions.best_match(validator.iter_errors(outline(body)))
     except (ValueError, RecursionError) as broken:
         raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
     if fault is not None:
         where = ".".join(map(str, fault.absolute_path)) or None
-        said = fault.message if len(fault.message) <= 200 else f"{fault.message[:100]} ... {fault.message[-100:]}"
+        said = (
+            fault.message
+            if len(fault.message) <= 200
+            else f"{fault.message[:100]} ... {fault.message[-100:]}"
+        )
         raise Refused(400, f"{where}: {said}" if where else said, where)
     return {name: value for name, value in body.items() if value is not None}
 
 
 def plain(messages: list[dict]) -> list[dict]:
     """Return messages as chat templates know them: text alone, and system for developer."""
-    text = lambda content: content if isinstance(content, str) else "".join(part["text"] for part in content)
-    return [{"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])} for m in messages]
+
+    def text(content):
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+    return [
+        {"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])}
+        for m in messages
+    ]
 
 
-def prompt_of(side: Side, messages: list[dict], system: str | None, fit: bool = False) -> tuple[list[int], list[dict], int]:
-    """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit` the oldest turns, if they leave no room for an
-    answer. Raises Refused where the chat template does not take these messages."""
+def prompt_of(
+    side: Side, messages: list[dict], system: str | None, fit: bool = False
+) -> tuple[list[int], list[dict], int]:
+    """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit`
+    the oldest turns, if they leave no room for an answer. Raises Refused where the chat template
+    does not take these messages."""
     messages = template.with_system(plain(messages), system)
     try:
         ids, dropped = side.chat.fit(messages) if fit else (side.chat.ids(messages), 0)
     except SystemExit as refused:
         raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
     first = int(messages[0]["role"] == "system")
-    return ids, messages[:first] + messages[first + dropped:], dropped
+    return ids, messages[:first] + messages[first + dropped :], dropped
 
 
 def prompts_of(side: Side, asked) -> list[list[int]]:
@@ -127,39 +194,81 @@ def prompts_of(side: Side, asked) -> list[list[int]]:
     vocabulary = side.chat.module.config.get_text_config().vocab_size
     for prompt in several:
         if not isinstance(prompt, str) and max(prompt) >= vocabulary:
-            raise Refused(400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt")
-    return [side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt for prompt in several]
+            raise Refused(
+                400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt"
+            )
+    return [
+        side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        for prompt in several
+    ]
 
 
-def jobs_of(side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str) -> list[Job]:
-    """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises Refused."""
+def jobs_of(
+    side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str
+) -> list[Job]:
+    """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises
+    Refused."""
     context, count = side.chat.context, body.get("n", 1)
     if len(prompts) * count > ANSWERS:
-        raise Refused(400, f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at most {ANSWERS}", "n")
+        raise Refused(
+            400,
+            f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at"
+            f" most {ANSWERS}",
+            "n",
+        )
     for prompt in prompts:
         if not prompt:
             raise Refused(400, "the prompt is empty", param)
         if context and len(prompt) >= context:
-            raise Refused(400, f"the prompt has {len(prompt)} tokens, and the model sees {context} with the answer", param, "context_length_exceeded")
-    limit = min(body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens)), args.longest)
+            raise Refused(
+                400,
+                f"the prompt has {len(prompt)} tokens, and the model sees {context} with the"
+                " answer",
+                param,
+                "context_length_exceeded",
+            )
+    limit = min(
+        body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens)),
+        args.longest,
+    )
     stops = body.get("stop", ())
     seed = body.get("seed", secrets.randbits(32)) % (1 << 63)
     how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
-    return [Job(prompt, limit, how, seed + number, deadline, events, at * count + number, (stops,) if isinstance(stops, str) else tuple(stops), top)
-            for at, prompt in enumerate(prompts) for number in range(count)]
+    return [
+        Job(
+            prompt,
+            limit,
+            how,
+            seed + number,
+            deadline,
+            events,
+            at * count + number,
+            (stops,) if isinstance(stops, str) else tuple(stops),
+            top,
+        )
+        for at, prompt in enumerate(prompts)
+        for number in range(count)
+    ]
 
 
 def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
-    """Yield the events of jobs until each has its last, those that come within pace_s as one; give the jobs up when the client has gone (then nothing
-    more is yielded)."""
+    """Yield the events of jobs until each has its last, those that come within pace_s as one; give
+    the jobs up when the client has gone (then nothing more is yielded)."""
     try:
         missing, due = {job.index: job for job in jobs}, 0.0
         while missing:
             if gone():
                 return
             events = soon(jobs[0].events, due)
-            if not events and any(job.first is None and time.monotonic() > job.deadline for job in missing.values()):
-                raise Refused(503, "no answer was begun in time: the server is busy", code="timeout", **{"Retry-After": "10"})
+            if not events and any(
+                job.first is None and time.monotonic() > job.deadline for job in missing.values()
+            ):
+                raise Refused(
+                    503,
+                    "no answer was begun in time: the server is busy",
+                    code="timeout",
+                    **{"Retry-After": "10"},
+                )
             due = time.monotonic() + pace_s
             for event in joined(events):
                 if event.error:
@@ -172,7 +281,8 @@ def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
 
 
 def soon(events: SimpleQueue, due: float) -> list[Event]:
-    """Return the next event, and those that come after it until `due` (time.monotonic()) or an answer's end; none where none comes within WATCH_S."""
+    """Return the next event, and those that come after it until `due` (time.monotonic()) or an
+    answer's end; none where none comes within WATCH_S."""
     found = []
     try:
         found.append(events.get(timeout=WATCH_S))
@@ -187,7 +297,13 @@ def joined(events: list[Event]) -> Iterator[Event]:
     """Yield one event for each job that has some."""
     for index in dict.fromkeys(event.index for event in events):
         own = [event for event in events if event.index == index]
-        yield Event(index, "".join(event.text for event in own), sum((event.tokens for event in own), ()), own[-1].finish, own[-1].error)
+        yield Event(
+            index,
+            "".join(event.text for event in own),
+            sum((event.tokens for event in own), ()),
+            own[-1].finish,
+            own[-1].error,
+        )
 
 
 def give_up(jobs: list[Job]) -> None:
@@ -199,32 +315,62 @@ def give_up(jobs: list[Job]) -> None:
 
 
 def numbers(side: Side, jobs: list[Job], prompts: list[list[int]], dropped: int) -> dict:
-    """Return what an answer cost: OpenAI's `usage`, and ours: `speed` (of the first of several answers) and the messages `dropped` by `fit`."""
+    """Return what an answer cost: OpenAI's `usage`, and ours: `speed` (of the first of several
+    answers) and the messages `dropped` by `fit`."""
     read, written = sum(map(len, prompts)), sum(job.count for job in jobs)
-    return {"usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
-            "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()}} | ({"dropped": dropped} if dropped else {})
+    return {
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        },
+        "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()},
+    } | ({"dropped": dropped} if dropped else {})
 
 
 def name_of(side: Side, token: int) -> dict:
     """Return a token's text and bytes (None where it is a part of a character)."""
     text = side.chat.tokenizer.decode([token])
-    return {"token": text, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
+    return {
+        "token": text,
+        "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode()),
+    }
 
 
 def logprobs(side: Side, chat: bool, tokens) -> dict | None:
-    """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None where they were not asked for."""
+    """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None
+    where they were not asked for."""
     if not tokens or tokens[0].likely is None:
         return None
-    entry = lambda token, logp: name_of(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
+
+    def entry(token, logp):
+        return name_of(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
+
     if chat:
-        return {"content": [entry(t.id, t.likely.logp) | {"top_logprobs": [entry(*pair) for pair in t.likely.top]} for t in tokens]}
-    return {"tokens": [name_of(side, t.id)["token"] for t in tokens], "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
-            "text_offset": [t.offset for t in tokens],
-            "top_logprobs": [{name_of(side, token)["token"]: max(logp, -9999.0) for token, logp in reversed(t.likely.top)} for t in tokens]}
+        return {
+            "content": [
+                entry(t.id, t.likely.logp)
+                | {"top_logprobs": [entry(*pair) for pair in t.likely.top]}
+                for t in tokens
+            ]
+        }
+    return {
+        "tokens": [name_of(side, t.id)["token"] for t in tokens],
+        "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
+        "text_offset": [t.offset for t in tokens],
+        "top_logprobs": [
+            {
+                name_of(side, token)["token"]: max(logp, -9999.0)
+                for token, logp in reversed(t.likely.top)
+            }
+            for t in tokens
+        ],
+    }
 
 
 def whole(side: Side, chat: bool, head: dict, jobs: list[Job], cost, gone) -> dict | None:
-    """Return the answers once all of them are there; None where the client has gone. cost(): what they cost, see `numbers`."""
+    """Return the answers once all of them are there; None where the client has gone. cost(): what
+    they cost, see `numbers`."""
     text, tokens, finish = [""] * len(jobs), [[] for _ in jobs], [None] * len(jobs)
     for event in heard(jobs, gone):
         text[event.index] += event.text
@@ -232,19 +378,55 @@ def whole(side: Side, chat: bool, head: dict, jobs: list[Job], cost, gone) -> di
         finish[event.index] = event.finish
     if None in finish:
         return None
-    said = lambda i: {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
-    choices = [{"index": i, **said(i), "logprobs": logprobs(side, chat, tokens[i]), "finish_reason": finish[i]} for i in range(len(jobs))]
-    return head | {"object": "chat.completion" if chat else "text_completion", "choices": choices} | cost()
+
+    def said(i):
+        return {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
+
+    choices = [
+        {
+            "index": i,
+            **said(i),
+            "logprobs": logprobs(side, chat, tokens[i]),
+            "finish_reason": finish[i],
+        }
+        for i in range(len(jobs))
+    ]
+    return (
+        head
+        | {"object": "chat.completion" if chat else "text_completion", "choices": choices}
+        | cost()
+    )
 
 
-def stream(side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: bool, gone) -> Iterator[str]:
-    """Yield server-sent events: the answers as they are written, then what they cost, then [DONE]."""
-    line = lambda value: f"data: {json.dumps(value)}\n\n"  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
-    head = head | {"object": "chat.completion.chunk" if chat else "text_completion"} | ({"usage": None} if usage else {})
+def stream(
+    side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: bool, gone
+) -> Iterator[str]:
+    """Yield server-sent events: the answers as they are written, then what they cost, then
+    [DONE]."""
 
-    def chunk(index: int, delta: dict, text: str = "", likely: dict | None = None, finish: str | None = None) -> str:
+    def line(value):
+        return (  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
+            f"data: {json.dumps(value)}\n\n"
+        )
+
+    head = (
+        head
+        | {"object": "chat.completion.chunk" if chat else "text_completion"}
+        | ({"usage": None} if usage else {})
+    )
+
+    def chunk(
+        index: int,
+        delta: dict,
+        text: str = "",
+        likely: dict | None = None,
+        finish: str | None = None,
+    ) -> str:
         said = {"delta": delta} if chat else {"text": text}
-        return line(head | {"choices": [{"index": index, **said, "logprobs": likely, "finish_reason": finish}]})
+        return line(
+            head
+            | {"choices": [{"index": index, **said, "logprobs": likely, "finish_reason": finish}]}
+        )
 
     if chat:
         for job in jobs:
@@ -253,7 +435,12 @@ def stream(side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: boo
         missing = len(jobs)
         for event in heard(jobs, gone, PACE_S):
             if event.text or event.tokens:
-                yield chunk(event.index, {"content": event.text}, event.text, logprobs(side, chat, event.tokens))
+                yield chunk(
+                    event.index,
+                    {"content": event.text},
+                    event.text,
+                    logprobs(side, chat, event.tokens),
+                )
             if event.finish:
                 missing -= 1
                 yield chunk(event.index, {}, finish=event.finish)

@@ -1,10 +1,13 @@
 """A model that answers many requests at once: one thread that decodes, a bounded queue before it.
 
-Contract: `Engine.ask` never waits. It takes jobs (or raises Busy), and the jobs' events come by their own queue, in order, the last one with
-a `finish`. A job may be given up at any time (`job.cancelled = True`): it ends at its next token, or is never begun. Each answer is what
-lib/generate.py promises: the same alone and in company. Several engines share one `Turns`, so that their models' passes take turns instead of
-fighting for the same cores; each counts only its own time.
+Contract: `Engine.ask` never waits. It takes jobs (or raises Busy), and the jobs' events come by
+their own queue, in order, the last one with a `finish`. A job may be given up at any time
+(`job.cancelled = True`): it ends at its next token, or is never begun. Each answer is what
+lib/generate.py promises: the same alone and in company. Several engines share one `Turns`, so that
+their models' passes take turns instead of fighting for the same cores; each counts only its own
+time.
 """
+
 import threading
 import time
 from collections import deque
@@ -23,7 +26,8 @@ class Busy(Exception):
 
 
 class Turns:
-    """A lock that goes to whoever has waited longest. (A plain Lock mostly goes back to the thread that has just let go of it.)"""
+    """A lock that goes to whoever has waited longest. (A plain Lock mostly goes back to the thread
+    that has just let go of it.)"""
 
     def __init__(self) -> None:
         self.inner, self.taken, self.waiting = threading.Lock(), False, deque()
@@ -57,7 +61,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Event:
-    """text: what can be shown now; tokens: those that begin in it. finish: stop, length, or error (then `error` says what); None: more comes."""
+    """text: what can be shown now; tokens: those that begin in it. finish: stop, length, or error
+    (then `error` says what); None: more comes."""
 
     index: int
     text: str = ""
@@ -68,8 +73,9 @@ class Event:
 
 @dataclass(eq=False)
 class Job:
-    """One answer that is asked for. ids: the prompt; limit: most tokens; deadline: by time.monotonic(), when it is cut; events: where it is
-    heard of (several jobs may share one queue: `index` tells them apart)."""
+    """One answer that is asked for. ids: the prompt; limit: most tokens; deadline: by
+    time.monotonic(), when it is cut; events: where it is heard of (several jobs may share one
+    queue: `index` tells them apart)."""
 
     ids: list[int]
     limit: int
@@ -81,7 +87,8 @@ class Job:
     stops: tuple[str, ...] = ()
     top: int | None = None
     cancelled: bool = False
-    # what the engine notes: tokens written, characters shown, cut by its deadline; when it was asked and had its first token; and
+    # what the engine notes: tokens written, characters shown, cut by its deadline; when it was
+    # asked and had its first token; and
     # the engine's busy seconds when it was begun, had its first token, and its last
     count: int = 0
     shown: int = 0
@@ -93,20 +100,34 @@ class Job:
     last: float = 0.0
 
     def speed(self) -> dict[str, float | None]:
-        """Return tokens a second after the first, seconds of reading the prompt, and seconds until the first token (waiting counts)."""
-        return {"tok_per_s": (self.count - 1) / (self.last - self.read) if self.count > 1 else None,
-                "prompt_s": None if self.first is None else self.read - self.begun,
-                "first_token_s": None if self.first is None else self.first - self.asked}
+        """Return tokens a second after the first, seconds of reading the prompt, and seconds until
+        the first token (waiting counts)."""
+        return {
+            "tok_per_s": (self.count - 1) / (self.last - self.read) if self.count > 1 else None,
+            "prompt_s": None if self.first is None else self.read - self.begun,
+            "first_token_s": None if self.first is None else self.first - self.asked,
+        }
 
 
 class Engine:
     """slots: answers in work at once; room: jobs that may wait."""
 
-    def __init__(self, module, tokenizer, how: generate.Sampling, slots: int, room: int, turns: Turns) -> None:
+    def __init__(
+        self, module, tokenizer, how: generate.Sampling, slots: int, room: int, turns: Turns
+    ) -> None:
         generate.refuse_unknown_cache(module)
-        self.module, self.tokenizer, self.how, self.slots, self.room, self.turns = module, tokenizer, how, slots, room, turns
+        self.module, self.tokenizer, self.how, self.slots, self.room, self.turns = (
+            module,
+            tokenizer,
+            how,
+            slots,
+            room,
+            turns,
+        )
         self.waiting: deque[Job] = deque()
-        self.working: dict[Job, tuple[Text, list[Written]]] = {}  # with the tokens whose text is not shown yet
+        self.working: dict[
+            Job, tuple[Text, list[Written]]
+        ] = {}  # with the tokens whose text is not shown yet
         self.more, self.closed, self.dead = threading.Condition(), False, False
         self.busy_s, self.prompt_tokens, self.answer_tokens = 0.0, 0, 0
         self.batch = generate.Batch(module, how, slots)
@@ -117,7 +138,11 @@ class Engine:
         """Queue all jobs, or none of them. Raises Busy."""
         with self.more:
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
-            if self.closed or self.dead or len(self.waiting) + len(self.working) + len(jobs) > self.slots + self.room:
+            if (
+                self.closed
+                or self.dead
+                or len(self.waiting) + len(self.working) + len(jobs) > self.slots + self.room
+            ):
                 raise Busy
             self.waiting.extend(jobs)
             self.more.notify()
@@ -141,7 +166,9 @@ class Engine:
     def memory_bytes(self) -> int:
         """Return the bytes of weights and cache in memory."""
         held = [*self.module.parameters(), *self.module.buffers()]
-        return sum(value.nbytes for value in held) + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.batch.layers)
+        return sum(value.nbytes for value in held) + sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in self.batch.layers
+        )
 
     # --- in its own thread
 
@@ -149,13 +176,23 @@ class Engine:
         try:
             while not self.closed:
                 try:
-                    for answer in generate.generate(self.module, self.requests(), self.how, self.slots, self.token, self, self.batch):
+                    for answer in generate.generate(
+                        self.module,
+                        self.requests(),
+                        self.how,
+                        self.slots,
+                        self.token,
+                        self,
+                        self.batch,
+                    ):
                         self.finish(answer)
                 except torch.OutOfMemoryError:
                     self.fail(f"{self.module.device} is out of memory")
                     self.working.clear()
                     self.batch = generate.Batch(self.module, self.how, self.slots)
-        finally:  # where it was not closed, the thread ends with its traceback, and nobody may wait for an answer
+        # where it was not closed, the thread ends with its traceback, and nobody may wait for an
+        # answer
+        finally:
             self.dead = True
             self.fail("the model failed; the server's log says how")
 
@@ -168,7 +205,8 @@ class Engine:
         self.turns.__exit__()
 
     def requests(self) -> Iterator[generate.Request | None]:
-        """Yield what waits; None while nothing does and other answers are in work; block while there is nothing at all."""
+        """Yield what waits; None while nothing does and other answers are in work; block while
+        there is nothing at all."""
         while True:
             with self.more:
                 while not (self.waiting or self.working or self.closed):
@@ -202,8 +240,16 @@ class Engine:
         job.late = now > job.deadline
         return text.stopped or job.late
 
-    def tell(self, job: Job, tokens: list[Written], shown: str, finish: str | None = None, every: bool = False) -> None:
-        """Put an event for what is shown now, with the tokens that begin in it, or with every one (special tokens have no text)."""
+    def tell(
+        self,
+        job: Job,
+        tokens: list[Written],
+        shown: str,
+        finish: str | None = None,
+        every: bool = False,
+    ) -> None:
+        """Put an event for what is shown now, with the tokens that begin in it, or with every one
+        (special tokens have no text)."""
         job.shown += len(shown)
         ready = [token for token in tokens if every or token.offset < job.shown]
         tokens[:] = [token for token in tokens if token.offset >= job.shown]
@@ -216,4 +262,10 @@ class Engine:
             text, tokens = self.working.pop(job)
         if not job.cancelled:
             rest = text.end()
-            self.tell(job, tokens, rest, "stop" if text.stopped else "length" if job.late else answer.finish, every=not text.stopped)
+            self.tell(
+                job,
+                tokens,
+                rest,
+                "stop" if text.stopped else "length" if job.late else answer.finish,
+                every=not text.stopped,
+            )

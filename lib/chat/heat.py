@@ -1,8 +1,11 @@
-"""A student beside its teacher at every token of an answer that stands already: how far apart they are, and what each would have written.
+"""A student beside its teacher at every token of an answer that stands already: how far apart they
+are, and what each would have written.
 
-Contract: both read the same answer, each after its own prompt, in one pass; their output layers are cut to the tokens that both know, and
-logits are made a chunk of places at a time (lib/head.py). KL(teacher || student) is over all these tokens, at T = 1, in nats.
+Contract: both read the same answer, each after its own prompt, in one pass; their output layers are
+cut to the tokens that both know, and logits are made a chunk of places at a time (lib/head.py).
+KL(teacher || student) is over all these tokens, at T = 1, in nats.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +17,10 @@ from lib.chat.text import Text
 
 @dataclass(frozen=True)
 class Place:
-    """A token of an answer. text: its piece of the answer's text; of a special token its name. kl: KL(teacher || student), nats. student,
-    teacher: the tokens that each finds likeliest there, with their probabilities, the likeliest first. student_p, teacher_p: the token's own."""
+    """A token of an answer. text: its piece of the answer's text; of a special token its name. kl:
+    KL(teacher || student), nats. student, teacher: the tokens that each finds likeliest there, with
+    their probabilities, the likeliest first. student_p, teacher_p: the token's own.
+    """
 
     id: int
     text: str
@@ -27,25 +32,50 @@ class Place:
 
 
 @torch.inference_mode()
-def places(student: nn.Module, teacher: nn.Module, tokenizer, prompt: list[int], answer: list[int], top: int = 5,
-           teacher_prompt: list[int] | None = None) -> list[Place]:
-    """Return a Place for every token of `answer`. prompt: the tokens before it; `teacher_prompt`, where the teacher's template writes others."""
+def places(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer,
+    prompt: list[int],
+    answer: list[int],
+    top: int = 5,
+    teacher_prompt: list[int] | None = None,
+) -> list[Place]:
+    """Return a Place for every token of `answer`. prompt: the tokens before it; `teacher_prompt`,
+    where the teacher's template writes others."""
     if not answer:
         return []
     # made by models.load, whose probe knows that body and head are the module
     mine, other = (models.Model(module, module.base_model, None) for module in (student, teacher))
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
-        files.fail("the answer cannot be compared", f"token {max(answer)}", f"those that both models know, below {vocab}")
-    chunks = zip(mine.head(vocab).chunks(hidden(mine, prompt, answer)), other.head(vocab).chunks(hidden(other, teacher_prompt or prompt, answer)))
+        files.fail(
+            "the answer cannot be compared",
+            f"token {max(answer)}",
+            f"those that both models know, below {vocab}",
+        )
+    chunks = zip(
+        mine.head(vocab).chunks(hidden(mine, prompt, answer)),
+        other.head(vocab).chunks(hidden(other, teacher_prompt or prompt, answer)),
+    )
     texts, word, found = pieces(tokenizer, answer), namer(tokenizer), []
-    for (part, z), (_, z_teacher) in chunks:  # (n, V) each, of the same places: a chunk is as long as V lets it be
+    for (part, z), (
+        _,
+        z_teacher,
+    ) in chunks:  # (n, V) each, of the same places: a chunk is as long as V lets it be
         logq, logp = logarithms(z), logarithms(z_teacher.to(z.device, z.dtype))
-        kls = losses.divergence(logp, logq, "fkl").clamp_min(0).tolist()  # rounding leaves -1e-8 of two that are almost equal
+        kls = (
+            losses.divergence(logp, logq, "fkl").clamp_min(0).tolist()
+        )  # rounding leaves -1e-8 of two that are almost equal
         here = torch.tensor(answer[part], device=z.device)[:, None]
         own = [logs.gather(1, here)[:, 0].exp().tolist() for logs in (logq, logp)]
-        best = [[[(word(token), p) for token, p in zip(ids, ps)] for ids, ps in zip(indices.tolist(), values.exp().tolist())]
-                for values, indices in (logs.topk(min(top, vocab)) for logs in (logq, logp))]
+        best = [
+            [
+                [(word(token), p) for token, p in zip(ids, ps)]
+                for ids, ps in zip(indices.tolist(), values.exp().tolist())
+            ]
+            for values, indices in (logs.topk(min(top, vocab)) for logs in (logq, logp))
+        ]
         found += map(Place, answer[part], texts[part], kls, *best, *own)
     return found
 
@@ -53,16 +83,18 @@ def places(student: nn.Module, teacher: nn.Module, tokenizer, prompt: list[int],
 def hidden(model: models.Model, prompt: list[int], answer: list[int]) -> Tensor:
     """Return the last hidden states (N, D) from which the N tokens of the answer are predicted."""
     tokens = torch.tensor([prompt + answer[:-1]], device=model.device)
-    return model.body(input_ids=tokens, use_cache=False).last_hidden_state[0, len(prompt) - 1:]
+    return model.body(input_ids=tokens, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
 
 
 def logarithms(z: Tensor) -> Tensor:
-    """Return log-probabilities of logits (n, V), which are overwritten; torch's own float32 log_softmax is 1.5e-5 off on the CPU at V = 49,152."""
+    """Return log-probabilities of logits (n, V), which are overwritten; torch's own float32
+    log_softmax is 1.5e-5 off on the CPU at V = 49,152."""
     return z.sub_(z.logsumexp(1, keepdim=True))
 
 
 def pieces(tokenizer, ids: list[int]) -> list[str]:
-    """Return what each token adds to the text; of a special token its name. Joined without special tokens they are the text of all.
+    """Return what each token adds to the text; of a special token its name. Joined without special
+    tokens they are the text of all.
 
     A character of several tokens is the last one's: pieces(of "né" in bytes) == ["n", "", "é"].
     """
@@ -80,22 +112,43 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
 
 
 def namer(tokenizer):
-    """Return a function from a token to its text inside of a sentence: some tokenizers drop the blank of a first one, so it is read off a second."""
+    """Return a function from a token to its text inside of a sentence: some tokenizers drop the
+    blank of a first one, so it is read off a second."""
     special, decode, known = template.special_ids(tokenizer), tokenizer.decode, {}
 
     def word(token: int) -> str:
         if token not in known:
-            known[token] = tokenizer.convert_ids_to_tokens(token) if token in special else decode([token, token])[len(decode([token])):]
+            known[token] = (
+                tokenizer.convert_ids_to_tokens(token)
+                if token in special
+                else decode([token, token])[len(decode([token])) :]
+            )
         return known[token]
 
     return word
 
 
 def apart(student_tokenizer, teacher_tokenizer) -> str | None:
-    """Return why the tokens of two tokenizers cannot be compared (the first that stands for something else), or None where they can."""
-    one, two = ({number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (student_tokenizer, teacher_tokenizer))
-    token = next((number for number in sorted(one.keys() | two.keys()) if one.get(number) != two.get(number)), None)
+    """Return why the tokens of two tokenizers cannot be compared (the first that stands for
+    something else), or None where they can."""
+    one, two = (
+        {number: token for token, number in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    )
+    token = next(
+        (
+            number
+            for number in sorted(one.keys() | two.keys())
+            if one.get(number) != two.get(number)
+        ),
+        None,
+    )
     if token is None:
         return None
-    seen = [repr(vocabulary[token]) if token in vocabulary else "nothing" for vocabulary in (one, two)]
-    return f"the teacher has other tokens than the student: number {token} is {seen[1]} to it, {seen[0]} to the student"
+    seen = [
+        repr(vocabulary[token]) if token in vocabulary else "nothing" for vocabulary in (one, two)
+    ]
+    return (
+        f"the teacher has other tokens than the student: number {token} is {seen[1]} to it,"
+        f" {seen[0]} to the student"
+    )

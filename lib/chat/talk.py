@@ -1,8 +1,11 @@
-"""A conversation in a terminal, or in a pipe: messages come from stdin, answers go to stdout while they are written.
+"""A conversation in a terminal, or in a pipe: messages come from stdin, answers go to stdout while
+they are written.
 
-Contract: where stdin or stdout is no terminal, stdout holds the answers (beside a teacher labelled) and what commands say, and nothing else:
-no colour, no prompt, no numbers. On a terminal no control character of a model reaches it (`visible`).
+Contract: where stdin or stdout is no terminal, stdout holds the answers (beside a teacher labelled)
+and what commands say, and nothing else: no colour, no prompt, no numbers. On a terminal no control
+character of a model reaches it (`visible`).
 """
+
 import argparse
 import glob
 import json
@@ -36,16 +39,27 @@ A line that ends in a backslash goes on in the next one; a block between two lin
 With --teacher both answer each question, after one history, whose answers are the student's; Ctrl-C stops one of the two."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 HISTORY_LINES = 1000  # kept over starts
-RAMP = ((0.0, None), (0.1, 224), (0.5, 217), (1.0, 210), (2.0, 203))  # nats of KL, and the background (of 256 colours) from there on: pale to red
+RAMP = (
+    (0.0, None),
+    (0.1, 224),
+    (0.5, 217),
+    (1.0, 210),
+    (2.0, 203),
+)  # nats of KL, and the background (of 256 colours) from there on: pale to red
 MARKED = 0.5  # nats above which a token is marked where there are no colours
-CONTROL = {number: chr(0x2400 + number) for number in range(32) if number not in b"\n\t"} | {127: "\u2421"} | {
-    number: f"\\x{number:02x}" for number in range(128, 160)}
+CONTROL = (
+    {number: chr(0x2400 + number) for number in range(32) if number not in b"\n\t"}
+    | {127: "\u2421"}
+    | {number: f"\\x{number:02x}" for number in range(128, 160)}
+)
 
 
 @dataclass
 class Conversation:
-    """student, teacher: chat.Chat, the second or None. args: how they sample. asked: the messages up to the last question, which /retry takes.
-    said: (messages sent, prompt's tokens, tokens written) of the student's last answer. terminal: whether a person reads along."""
+    """student, teacher: chat.Chat, the second or None. args: how they sample. asked: the messages
+    up to the last question, which /retry takes. said: (messages sent, prompt's tokens, tokens
+    written) of the student's last answer. terminal: whether a person reads along.
+    """
 
     student: object
     teacher: object
@@ -64,8 +78,13 @@ class Conversation:
 
 
 def colours() -> bool:
-    """Return whether stdout takes colours: a terminal that is not dumb, and nobody who wants none (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    """Return whether stdout takes colours: a terminal that is not dumb, and nobody who wants none
+    (no-color.org)."""
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def paint(text: str, code: str) -> str:
@@ -74,19 +93,28 @@ def paint(text: str, code: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a model's text with its control characters, line ends and tabs apart, as pictures: visible("\\x1b[2J") == "\u241b[2J".
+    """Return a model's text with its control characters, line ends and tabs apart, as pictures:
+    visible("\\x1b[2J") == "\u241b[2J".
 
-    An escape sequence of a model could clear the screen, rename the window, or, in some terminals, type.
+    An escape sequence of a model could clear the screen, rename the window, or, in some terminals,
+    type.
     """
     return text.translate(CONTROL)
 
 
 class Printer(BaseStreamer):
-    """Prints an answer while it is written. `text` is what stands there, of `tokens`. times: when the prompt was given, when the first token came,
-    and when the last. stopped: whether it is cut off."""
+    """Prints an answer while it is written. `text` is what stands there, of `tokens`. times: when
+    the prompt was given, when the first token came, and when the last. stopped: whether it is cut
+    off."""
 
     def __init__(self, tokenizer):
-        self.writing, self.tokens, self.text, self.times, self.stopped = Text(tokenizer), None, "", [], False
+        self.writing, self.tokens, self.text, self.times, self.stopped = (
+            Text(tokenizer),
+            None,
+            "",
+            [],
+            False,
+        )
         self.shown = visible if sys.stdout.isatty() else str
 
     def put(self, value):
@@ -108,7 +136,8 @@ class Printer(BaseStreamer):
 
 
 def numbers(chat, prompt: list[int], printer: Printer) -> str:
-    """Return the line below an answer: its tokens, tokens/s after the first one, how they were chosen, and why it ended if it was cut."""
+    """Return the line below an answer: its tokens, tokens/s after the first one, how they were
+    chosen, and why it ended if it was cut."""
     count = len(printer.tokens)
     said = [f"{count} token{'s' * (count != 1)}"]
     if count > 1:
@@ -123,14 +152,19 @@ def numbers(chat, prompt: list[int], printer: Printer) -> str:
 
 
 def sampling(chat) -> str:
-    return f"temperature {1.0 if chat.how.temperature is None else chat.how.temperature:g}" if chat.how.do_sample else "greedy"
+    return (
+        f"temperature {1.0 if chat.how.temperature is None else chat.how.temperature:g}"
+        if chat.how.do_sample
+        else "greedy"
+    )
 
 
 # --- what is read
 
 
 def read_message(ask, more):
-    """Return one message of the user, which may span lines (see HELP); None at the end of the input."""
+    """Return one message of the user, which may span lines (see HELP); None at the end of the
+    input."""
     try:
         line = input(ask)
         if line.startswith('"""'):
@@ -146,22 +180,35 @@ def read_message(ask, more):
 
 
 def history_file() -> Path:
-    """Return where typed lines are kept over starts (the XDG rules: a relative folder counts as none)."""
+    """Return where typed lines are kept over starts (the XDG rules: a relative folder counts as
+    none)."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    return Path(state if os.path.isabs(state) else os.path.expanduser("~/.local/state"), "distil", "chat_history")
+    return Path(
+        state if os.path.isabs(state) else os.path.expanduser("~/.local/state"),
+        "distil",
+        "chat_history",
+    )
 
 
 def line_editing() -> Callable[[], None]:
-    """Give input() line editing, Tab, and the lines of earlier starts. Return what keeps the newest lines: called after each, nothing is lost
-    however the program ends. Where the file cannot be had, that is said once, and the conversation goes on."""
+    """Give input() line editing, Tab, and the lines of earlier starts. Return what keeps the newest
+    lines: called after each, nothing is lost however the program ends. Where the file cannot be
+    had, that is said once, and the conversation goes on.
+    """
     try:
         import readline
     except ImportError:
         return lambda: None
     path = history_file()
-    readline.set_completer(lambda text, state: dict(enumerate(completions(readline.get_line_buffer(), text))).get(state))
+    readline.set_completer(
+        lambda text, state: dict(enumerate(completions(readline.get_line_buffer(), text))).get(
+            state
+        )
+    )
     readline.set_completer_delims(" ")
-    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+    readline.parse_and_bind(
+        "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
+    )
     readline.set_history_length(HISTORY_LINES)
     kept = None  # lines of the history that the file holds; None: there is no file
 
@@ -169,9 +216,14 @@ def line_editing() -> Callable[[], None]:
         nonlocal kept
         if kept is None:
             return
-        fresh, kept = readline.get_current_history_length() - kept, readline.get_current_history_length()
+        fresh, kept = (
+            readline.get_current_history_length() - kept,
+            readline.get_current_history_length(),
+        )
         try:
-            if fresh and hasattr(readline, "append_history_file"):  # what another conversation wrote meanwhile stays
+            if fresh and hasattr(
+                readline, "append_history_file"
+            ):  # what another conversation wrote meanwhile stays
                 readline.append_history_file(fresh, path)
             elif fresh:
                 readline.write_history_file(path)
@@ -194,7 +246,8 @@ def line_editing() -> Callable[[], None]:
 
 
 def completions(line: str, word: str) -> list[str]:
-    """Return what Tab offers for the last word of a line: commands, and file names behind /save and /load."""
+    """Return what Tab offers for the last word of a line: commands, and file names behind /save and
+    /load."""
     command, space, _ = line.partition(" ")
     if not space:
         return [name for name in COMMANDS if name.startswith(word or "/")]
@@ -210,11 +263,19 @@ def completions(line: str, word: str) -> list[str]:
 def converse(args, student, teacher=None):
     """Read messages and answer them until the user leaves."""
     here = Conversation(student, teacher, args, terminal=sys.stdin.isatty() and sys.stdout.isatty())
-    keep = lambda: None
+
+    def keep():
+        return None
+
     if here.terminal:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a ? for what it does not know
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that is not UTF-8 shows a ? for what it does not know
         keep = line_editing()
-        print(f"{args.ckpt} on {student.device}{f', beside {args.teacher}' if teacher else ''}; /help for help, Ctrl-D to leave")
+        print(
+            f"{args.ckpt} on {student.device}{f', beside {args.teacher}' if teacher else ''}; /help"
+            " for help, Ctrl-D to leave"
+        )
     # readline must know which characters take no room on the line: \001 ... \002
     ask = ("\001\033[1;32m\002>\001\033[0m\002 " if colours() else "> ") if here.terminal else ""
     while True:
@@ -239,7 +300,9 @@ def obey(here: Conversation, message: str) -> None:
     rest = rest.strip()
     if not command:
         return
-    if template.BROKEN.search(message):  # a byte that is no UTF-8, as Python reads it from a terminal
+    if template.BROKEN.search(
+        message
+    ):  # a byte that is no UTF-8, as Python reads it from a terminal
         print("that was no UTF-8")
     elif not message.startswith("/"):
         say(here, message)
@@ -254,17 +317,39 @@ def obey(here: Conversation, message: str) -> None:
     elif command == "/retry":
         answer(here, here.asked) if here.asked else print("there is nothing to answer again")
     elif command == "/save":
-        save(rest, template.with_system(here.messages, here.system)) if rest else print("/save needs a file name")
+        (
+            save(rest, template.with_system(here.messages, here.system))
+            if rest
+            else print("/save needs a file name")
+        )
     elif command == "/load":
         load(here, rest) if rest else print("/load needs a file name")
     elif command == "/temp":
-        change(here, "temperature", rest, float, lambda x: math.isfinite(x) and x >= 0, "a number of 0 (greedy) or more, like 0.7", sampling)
+        change(
+            here,
+            "temperature",
+            rest,
+            float,
+            lambda x: math.isfinite(x) and x >= 0,
+            "a number of 0 (greedy) or more, like 0.7",
+            sampling,
+        )
     elif command == "/tokens":
-        change(here, "max_new_tokens", rest, int, lambda n: n > 0, "a whole number above 0", lambda chat: f"at most {chat.how.max_new_tokens} tokens")
+        change(
+            here,
+            "max_new_tokens",
+            rest,
+            int,
+            lambda n: n > 0,
+            "a whole number above 0",
+            lambda chat: f"at most {chat.how.max_new_tokens} tokens",
+        )
     elif command == "/diff":
         diff(here)
     else:
-        print(f"unknown command {command}; /help lists them (a space before it sends it to the model)")
+        print(
+            f"unknown command {command}; /help lists them (a space before it sends it to the model)"
+        )
 
 
 def say(here: Conversation, message: str) -> bool:
@@ -273,15 +358,19 @@ def say(here: Conversation, message: str) -> bool:
 
 
 def answer(here: Conversation, asked: list[dict]) -> bool:
-    """Print the answer to the last of these messages, below the teacher's if there is one, and go on from it; return whether the student
-    gave one. Where it gave none, the conversation is as it was before."""
+    """Print the answer to the last of these messages, below the teacher's if there is one, and go
+    on from it; return whether the student gave one. Where it gave none, the conversation is as it
+    was before."""
     here.asked = asked
     sent = template.with_system(asked, here.system)
     ids, dropped = fitted(here.student, sent)
     if ids is None:
         return False
     if dropped:
-        print(f"(the {dropped} oldest messages no longer fit into {here.student.context} tokens and are forgotten)")
+        print(
+            f"(the {dropped} oldest messages no longer fit into {here.student.context} tokens and"
+            " are forgotten)"
+        )
         sent = template.with_system(asked[dropped:], here.system)
     if here.teacher is not None:
         print(paint("teacher:", "1;35"))
@@ -298,10 +387,13 @@ def answer(here: Conversation, asked: list[dict]) -> bool:
 
 
 def fitted(chat, sent: list[dict]) -> tuple[list[int] | None, int]:
-    """Return the prompt's tokens and how many messages had to go; no tokens where a model cannot take the messages, which is said."""
+    """Return the prompt's tokens and how many messages had to go; no tokens where a model cannot
+    take the messages, which is said."""
     try:
         ids, dropped = chat.fit(sent)
-    except SystemExit as refused:  # the chat template's one-line error must not end the conversation
+    except (
+        SystemExit
+    ) as refused:  # the chat template's one-line error must not end the conversation
         print(visible(str(refused)))
         return None, 0
     if chat.context and len(ids) >= chat.context:
@@ -311,7 +403,8 @@ def fitted(chat, sent: list[dict]) -> tuple[list[int] | None, int]:
 
 
 def write(here: Conversation, chat, ids: list[int]) -> Printer:
-    """Print a model's answer while it is written, until Ctrl-C stops it; below it, for a person, its numbers."""
+    """Print a model's answer while it is written, until Ctrl-C stops it; below it, for a person,
+    its numbers."""
     printer = Printer(chat.tokenizer)
     try:
         printer.text = chat.answer([ids], printer)[0]
@@ -320,14 +413,18 @@ def write(here: Conversation, chat, ids: list[int]) -> Printer:
         print(" (stopped)", flush=True)
     except torch.OutOfMemoryError as full:
         printer.stopped = True
-        print(f"\nthe GPU has too little memory for this conversation ({str(full).splitlines()[0][:100]}); /reset, or /save")
+        print(
+            "\nthe GPU has too little memory for this conversation"
+            f" ({str(full).splitlines()[0][:100]}); /reset, or /save"
+        )
     if here.terminal and printer.tokens:
         print(paint(numbers(chat, ids, printer), "2"))
     return printer
 
 
 def save(name: str, messages: list[dict]) -> None:
-    """Write the conversation; a path that cannot be written is said, and the conversation goes on."""
+    """Write the conversation; a path that cannot be written is said, and the conversation goes
+    on."""
     try:
         files.write_json(Path(os.path.expanduser(name)), {"messages": messages})
         print(f"saved {len(messages)} messages in {name}")
@@ -336,8 +433,12 @@ def save(name: str, messages: list[dict]) -> None:
 
 
 def load(here: Conversation, name: str) -> None:
-    """Go on with the conversation in a file; one that cannot be had is said, and the conversation here goes on."""
-    wanted = '{"messages": [{"role": "user", "content": "..."}, ...]} with a question in it, its system prompt first'
+    """Go on with the conversation in a file; one that cannot be had is said, and the conversation
+    here goes on."""
+    wanted = (
+        '{"messages": [{"role": "user", "content": "..."}, ...]} with a question in it, its system'
+        " prompt first"
+    )
     try:
         text = Path(os.path.expanduser(name)).read_text(encoding="utf-8")
         if name.endswith(".jsonl"):
@@ -352,13 +453,23 @@ def load(here: Conversation, name: str) -> None:
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
     if "user" not in roles or "system" in roles or not {*roles} <= {*template.ROLES}:
-        return print(f"not loaded: {name} has the roles {', '.join(roles) or 'system'}; wanted {wanted}")
-    if any(template.BROKEN.search(text) for text in (system or "", *(message["content"] for message in messages))):
-        return print(f"not loaded: {name} holds half a character (\\ud800 to \\udfff); wanted Unicode")
+        return print(
+            f"not loaded: {name} has the roles {', '.join(roles) or 'system'}; wanted {wanted}"
+        )
+    if any(
+        template.BROKEN.search(text)
+        for text in (system or "", *(message["content"] for message in messages))
+    ):
+        return print(
+            f"not loaded: {name} holds half a character (\\ud800 to \\udfff); wanted Unicode"
+        )
     last = len(roles) - roles[::-1].index("user")
     here.system, here.asked, here.said = system, messages[:last], None
     here.messages = messages if last < len(messages) else messages[:-1]
-    print(f"loaded {len(messages) + (system is not None)} messages from {name}" + "; /retry answers the last one" * (last == len(messages)))
+    print(
+        f"loaded {len(messages) + (system is not None)} messages from {name}"
+        + "; /retry answers the last one" * (last == len(messages))
+    )
 
 
 def change(here: Conversation, name: str, rest: str, kind, good, wanted: str, now) -> None:
@@ -371,7 +482,9 @@ def change(here: Conversation, name: str, rest: str, kind, good, wanted: str, no
         return print(f"{rest!r} is not {wanted}")
     each = [chat for chat in (here.student, here.teacher) if chat is not None]
     if value is not None:
-        here.args = argparse.Namespace(**vars(here.args) | {name: value} | ({"greedy": False} if name == "temperature" else {}))
+        here.args = argparse.Namespace(
+            **vars(here.args) | {name: value} | ({"greedy": False} if name == "temperature" else {})
+        )
         for chat in each:
             chat.choose(here.args)
     said = [now(chat) for chat in each]
@@ -382,7 +495,8 @@ def change(here: Conversation, name: str, rest: str, kind, good, wanted: str, no
 
 
 def diff(here: Conversation) -> None:
-    """Print the student's last answer with each token coloured by its KL, the mean, and the places where the two are furthest apart."""
+    """Print the student's last answer with each token coloured by its KL, the mean, and the places
+    where the two are furthest apart."""
     if here.teacher is None:
         return print("/diff needs a teacher: start with --teacher DIR")
     if here.said is None:
@@ -393,8 +507,18 @@ def diff(here: Conversation) -> None:
             return print(f"/diff cannot be: {why}")
         before = here.teacher.ids(sent)
         if here.teacher.context and len(before) + len(tokens) > here.teacher.context:
-            return print(f"/diff cannot be: {len(before) + len(tokens)} tokens, and the teacher sees {here.teacher.context}")
-        found = heat.places(here.student.module, here.teacher.module, here.student.tokenizer, ids, tokens, teacher_prompt=before)
+            return print(
+                f"/diff cannot be: {len(before) + len(tokens)} tokens, and the teacher sees"
+                f" {here.teacher.context}"
+            )
+        found = heat.places(
+            here.student.module,
+            here.teacher.module,
+            here.student.tokenizer,
+            ids,
+            tokens,
+            teacher_prompt=before,
+        )
     except SystemExit as refused:
         return print(visible(str(refused)))
     except torch.OutOfMemoryError as full:
@@ -402,12 +526,16 @@ def diff(here: Conversation) -> None:
     print(heated(found))
     if colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))
-    print(f"mean KL {sum(place.kl for place in found) / max(1, len(found)):.3f} nats over {len(found)} tokens; where they differ most:")
+    print(
+        f"mean KL {sum(place.kl for place in found) / max(1, len(found)):.3f} nats over"
+        f" {len(found)} tokens; where they differ most:"
+    )
     print(furthest(found))
 
 
 def shaded(text: str, kl: float) -> str:
-    """Return a token with its background; where there are no colours, with its KL behind it if that is large."""
+    """Return a token with its background; where there are no colours, with its KL behind it if that
+    is large."""
     if not colours():
         end = len(text.rstrip("\n"))
         return f"{text[:end]}[{kl:.1f}]{text[end:]}" if kl > MARKED else text
@@ -415,11 +543,14 @@ def shaded(text: str, kl: float) -> str:
     if shade is None:
         return text
     # a line end has no background of its own, and would give its colour to the rest of the line
-    return "\n".join(paint(line, f"38;5;16;48;5;{shade}") for line in text.replace("\n", "\u21b5\n").split("\n"))
+    return "\n".join(
+        paint(line, f"38;5;16;48;5;{shade}") for line in text.replace("\n", "\u21b5\n").split("\n")
+    )
 
 
 def heated(found: list[heat.Place]) -> str:
-    """Return the answer, each token shaded by its KL; a character of several tokens by the largest of theirs."""
+    """Return the answer, each token shaded by its KL; a character of several tokens by the largest
+    of theirs."""
     parts, most = [], 0.0
     for place in found:
         most = max(most, place.kl)
@@ -430,32 +561,59 @@ def heated(found: list[heat.Place]) -> str:
 
 
 def furthest(found: list[heat.Place], count: int = 3) -> str:
-    """Return a table of the places with the largest KL, in the order of the answer: what each of the two finds likeliest there."""
+    """Return a table of the places with the largest KL, in the order of the answer: what each of
+    the two finds likeliest there."""
     worst = sorted(sorted(range(len(found)), key=lambda place: -found[place].kl)[:count])
     rows = [["", "token", "KL", "", "p", "likeliest"]]
     for number in worst:
         place = found[number]
-        for who, p, best in (("student", place.student_p, place.student), ("teacher", place.teacher_p, place.teacher)):
-            first = [str(number + 1), repr(place.text), f"{place.kl:.2f}"] if who == "student" else ["", "", ""]
-            rows.append([*first, who, f"{p:.2f}", *(f"{token!r} {chance:.2f}" for token, chance in best)])
-    widths = [max(width(row[column]) if column < len(row) else 0 for row in rows) for column in range(max(map(len, rows)))]
-    return "\n".join("  ".join(cell + " " * (room - width(cell)) for cell, room in zip(row, widths)).rstrip() for row in rows)
+        for who, p, best in (
+            ("student", place.student_p, place.student),
+            ("teacher", place.teacher_p, place.teacher),
+        ):
+            first = (
+                [str(number + 1), repr(place.text), f"{place.kl:.2f}"]
+                if who == "student"
+                else ["", "", ""]
+            )
+            rows.append(
+                [*first, who, f"{p:.2f}", *(f"{token!r} {chance:.2f}" for token, chance in best)]
+            )
+    widths = [
+        max(width(row[column]) if column < len(row) else 0 for row in rows)
+        for column in range(max(map(len, rows)))
+    ]
+    return "\n".join(
+        "  ".join(cell + " " * (room - width(cell)) for cell, room in zip(row, widths)).rstrip()
+        for row in rows
+    )
 
 
 def width(text: str) -> int:
     """Return the columns that a text takes in a terminal."""
-    return sum(0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
+    return sum(
+        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in text
+    )
 
 
 # --- a classifier
 
 
 def classify(args, read, device):
-    """Print the classes of --prompt, or of every message that is typed, the likeliest first. read: see classifier.reader."""
+    """Print the classes of --prompt, or of every message that is typed, the likeliest first. read:
+    see classifier.reader."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and args.prompt is None:
-        print(f"{args.ckpt} on {device}, a classifier: a line of text is answered with its classes; Ctrl-D to leave")
+        print(
+            f"{args.ckpt} on {device}, a classifier: a line of text is answered with its classes;"
+            " Ctrl-D to leave"
+        )
     typed = iter(lambda: read_message("> " if terminal else "", ". " if terminal else ""), None)
     for text in typed if args.prompt is None else [args.prompt]:
         if text.strip():
-            print("   ".join(f"{entry['label']} {entry['score']:.3f}" for entry in read([text])[0][:5]))
+            print(
+                "   ".join(
+                    f"{entry['label']} {entry['score']:.3f}" for entry in read([text])[0][:5]
+                )
+            )

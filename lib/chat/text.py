@@ -1,32 +1,45 @@
-"""The text of an answer while it is written, token by token: no half characters, and nothing of a stop string or beyond."""
+"""The text of an answer while it is written, token by token: no half characters, and nothing of a
+stop string or beyond."""
+
 from collections.abc import Sequence
 
 
 class Text:
-    """Worked example, stop string "END": tokens "a", "b E", "ND c" show "a", "b ", "" and `stopped` is True: "ab " is the answer.
+    """Worked example, stop string "END": tokens "a", "b E", "ND c" show "a", "b ", "" and `stopped`
+    is True: "ab " is the answer.
 
-    The pieces shown, joined, are the decoding of all tokens at once (special tokens left out), up to a stop string. A character that spans several
-    tokens is shown with its last one; what may be the beginning of a stop string is held back until the next token tells.
+    The pieces shown, joined, are the decoding of all tokens at once (special tokens left out), up
+    to a stop string. A character that spans several tokens is shown with its last one; what may be
+    the beginning of a stop string is held back until the next token tells.
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops, self.stopped = tokenizer, stops, False
-        self.ids: list[int] = []  # the window that is decoded: tokens that are shown, for what stands before a token changes its text, and new ones
+        self.ids: list[
+            int
+            # the window that is decoded: tokens that are shown, for what stands before a token changes
+            # its text, and new ones
+        ] = []
         self.known, self.held = 0, ""  # how many of them are shown; text that is not
 
     def add(self, token: int) -> str:
         """Return what can be shown once this token is written."""
         self.ids.append(token)
-        before, now = self.decode(self.ids[:self.known]), self.decode(self.ids)
-        if now == before or now.endswith("\N{REPLACEMENT CHARACTER}"):  # a special token adds nothing, and must not become what stands before
+        before, now = self.decode(self.ids[: self.known]), self.decode(self.ids)
+        if now == before or now.endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):  # a special token adds nothing, and must not become what stands before
             return ""
-        if len(now) > len(before):  # a special token says nothing about the blank that some tokenizers drop at the beginning
-            self.ids, self.known = self.ids[self.known:], len(self.ids) - self.known
-        return self.show(now[len(before):], False)
+        if (
+            len(now) > len(before)
+            # a special token says nothing about the blank that some tokenizers drop at the beginning
+        ):
+            self.ids, self.known = self.ids[self.known :], len(self.ids) - self.known
+        return self.show(now[len(before) :], False)
 
     def end(self) -> str:
         """Return what is left once no more tokens come."""
-        return self.show(self.decode(self.ids)[len(self.decode(self.ids[:self.known])):], True)
+        return self.show(self.decode(self.ids)[len(self.decode(self.ids[: self.known])) :], True)
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -37,8 +50,19 @@ class Text:
         text = self.held + text
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.stopped, self.held = True, ""
-            return text[:min(found)]
+            return text[: min(found)]
         longest = max((len(stop) for stop in self.stops), default=1) - 1
-        keep = 0 if last else next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
-        self.held = text[len(text) - keep:]
-        return text[:len(text) - keep]
+        keep = (
+            0
+            if last
+            else next(
+                (
+                    n
+                    for n in range(min(longest, len(text)), 0, -1)
+                    if any(stop.startswith(text[-n:]) for stop in self.stops)
+                ),
+                0,
+            )
+        )
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,7 +1,10 @@
-"""The comparison as one HTML file: table, pictures, curves, answers side by side. No script, nothing from outside; light, dark, narrow or on paper.
+"""The comparison as one HTML file: table, pictures, curves, answers side by side. No script,
+nothing from outside; light, dark, narrow or on paper.
 
-What models and data wrote is text of others: all of it is escaped, and the page's own policy lets nothing run or load.
+What models and data wrote is text of others: all of it is escaped, and the page's own policy lets
+nothing run or load.
 """
+
 import json
 import re
 import shlex
@@ -77,8 +80,13 @@ def chip(name: str, result: dict) -> str:
 
 
 def best_of(measure: str, models: dict, teacher: str | None) -> set[str]:
-    """Return which models, the teacher apart, have the best value of a row; none where nothing is better or all are alike."""
-    values = {name: at(model, measure) for name, model in models.items() if name != teacher and at(model, measure) is not None}
+    """Return which models, the teacher apart, have the best value of a row; none where nothing is
+    better or all are alike."""
+    values = {
+        name: at(model, measure)
+        for name, model in models.items()
+        if name != teacher and at(model, measure) is not None
+    }
     if measure not in (*HIGHER, *LOWER) or len(values) < 2 or len(set(values.values())) == 1:
         return set()
     top = (max if measure in HIGHER else min)(values.values())
@@ -86,27 +94,59 @@ def best_of(measure: str, models: dict, teacher: str | None) -> set[str]:
 
 
 def big_table(result: dict) -> str:
-    """Return the table of all measures: a model a column, then what the student has of the teacher."""
+    """Return the table of all measures: a model a column, then what the student has of the
+    teacher."""
     models, roles, compared = result["models"], result["roles"], result["comparison"]
-    teacher, said = roles.get("teacher"), {"teacher": "teacher", "before": "student before", "control": result["control"], "student": "student"}
+    teacher, said = (
+        roles.get("teacher"),
+        {
+            "teacher": "teacher",
+            "before": "student before",
+            "control": result["control"],
+            "student": "student",
+        },
+    )
     role_of = {name: said[role] for role, name in roles.items()}
-    small = lambda text: f"<small>{escape(text)}</small>" if text else ""
-    head = "".join(f'<th scope="col"{_class(teacher=name == teacher)}>{chip(name, result)}{escape(name)}'
-                   f'{small(role_of.get(name, "") if role_of.get(name) != name else "")}</th>' for name in models)
-    head += '<th scope="col" class="gap">difference<small>student less teacher</small></th><th scope="col">retention</th>' if compared else ""
+
+    def small(text):
+        return f"<small>{escape(text)}</small>" if text else ""
+
+    head = "".join(
+        f'<th scope="col"{_class(teacher=name == teacher)}>{chip(name, result)}{escape(name)}'
+        f"{small(role_of.get(name, '') if role_of.get(name) != name else '')}</th>"
+        for name in models
+    )
+    head += (
+        '<th scope="col" class="gap">difference<small>student less teacher</small></th><th'
+        ' scope="col">retention</th>'
+        if compared
+        else ""
+    )
     body = []
     for measure in results.present(models):
         best, cells = best_of(measure, models, teacher), ""
         for name, model in models.items():
             between = (model.get("intervals") or {}).get(measure)
-            cells += (f'<td data-measure="{measure}" data-model="{escape(name)}"{_class(teacher=name == teacher, best=name in best)}>'
-                      f'{say(measure, at(model, measure))}{small(f"{between[0]:.3f} to {between[1]:.3f}" if between else "")}</td>')
+            cells += (
+                f'<td data-measure="{measure}"'
+                f' data-model="{escape(name)}"{_class(teacher=name == teacher, best=name in best)}>'
+                f"{say(measure, at(model, measure))}{small(f'{between[0]:.3f} to {between[1]:.3f}' if between else '')}</td>"
+            )
         if compared:
             one = compared.get(measure, {})
-            for part, text in (("difference", results.signed(measure, one.get("difference"))), ("retention", results.share(one.get("retention")))):
-                cells += f'<td{_class(gap=part == "difference")} data-measure="{measure}" data-part="{part}">{text}</td>'
+            for part, text in (
+                ("difference", results.signed(measure, one.get("difference"))),
+                ("retention", results.share(one.get("retention"))),
+            ):
+                cells += (
+                    f'<td{_class(gap=part == "difference")} data-measure="{measure}"'
+                    f' data-part="{part}">{text}</td>'
+                )
         body.append(f'<tr><th scope="row">{ROWS[measure][0]}</th>{cells}</tr>')
-    return (f'<div class="wide"><table id="measures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
+    return (
+        '<div class="wide"><table'
+        f' id="measures"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 
 def _class(**those: bool) -> str:
@@ -115,55 +155,117 @@ def _class(**those: bool) -> str:
 
 
 def columns(panels: int) -> int:
-    """Return how many panels stand side by side where there is room: columns(6) == 3, so that no row is nearly empty."""
+    """Return how many panels stand side by side where there is room: columns(6) == 3, so that no
+    row is nearly empty."""
     return -(-panels // -(-panels // 5))
 
 
 def plain_table(head: list[str], rows: list[list[str]], words: bool = False) -> str:
-    """Return a table of text; all of it is escaped. The first cell of a row is its head; what is no number stands at the left."""
-    cell = lambda text: f"<td{_class(word=not re.fullmatch('[-+.,0-9]*', text))}>{escape(text)}</td>"
-    line = lambda cells, tag: "".join(f"<{tag}>{escape(text)}</{tag}>" for text in cells)
-    body = "".join(f"<tr><th>{escape(row[0])}</th>{''.join(map(cell, row[1:]))}</tr>" for row in rows)
-    return f'<div class="wide{" words" if words else ""}"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    """Return a table of text; all of it is escaped. The first cell of a row is its head; what is no
+    number stands at the left."""
+
+    def cell(text):
+        return f"<td{_class(word=not re.fullmatch('[-+.,0-9]*', text))}>{escape(text)}</td>"
+
+    def line(cells, tag):
+        return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in cells)
+
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(map(cell, row[1:]))}</tr>" for row in rows
+    )
+    return (
+        "<div"
+        f' class="wide{" words" if words else ""}"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def prompt_of(row: dict) -> str:
-    """Return a prompt as text: the words of its messages, with their roles where there are several."""
+    """Return a prompt as text: the words of its messages, with their roles where there are
+    several."""
     messages = row.get("messages")
     if not isinstance(messages, list):
         return str(row.get("prompt", ""))
-    return "\n".join((f"{m.get('role')}: " if len(messages) > 1 else "") + str(m.get("content")) for m in messages)
+    return "\n".join(
+        (f"{m.get('role')}: " if len(messages) > 1 else "") + str(m.get("content"))
+        for m in messages
+    )
 
 
 def samples(result: dict, rows: dict[str, list[dict]]) -> str:
-    """Return the first prompts with the reference and the answers of the models with a role; of all, where nobody has one."""
-    shown = [name for name in result["roles"].values() if rows[name]] or [name for name in rows if rows[name]]
+    """Return the first prompts with the reference and the answers of the models with a role; of
+    all, where nobody has one."""
+    shown = [name for name in result["roles"].values() if rows[name]] or [
+        name for name in rows if rows[name]
+    ]
     shown = [name for name in rows if name in shown]  # in the table's order
     if not shown:
         return ""
     cards = []
     for number in range(min(PROMPTS, len(rows[shown[0]]))):
         first = rows[shown[0]][number]
-        answers = [f'<div><h3>reference</h3><p class="text">{escape(str(first.get("reference", "")))}</p></div>'] if "reference" in first else []
+        answers = (
+            [
+                "<div><h3>reference</h3><p"
+                f' class="text">{escape(str(first.get("reference", "")))}</p></div>'
+            ]
+            if "reference" in first
+            else []
+        )
         for name in shown:
             row = rows[name][number]
             scores = row.get("scores") or {}
-            marked = next((scores[m] for m in ("exact", "accuracy") if isinstance(scores.get(m), (int, float))), None)
-            mark = "" if marked is None else ' <span class="right">✓ right</span>' if marked >= 1 else ' <span class="wrong">✗ wrong</span>'
-            answers.append(f'<div><h3>{chip(name, result)}{escape(name)}{mark}</h3><p class="text">{escape(str(row.get("answer", "")))}</p></div>')
-        cards.append(f'<article><p class="text asked">{escape(prompt_of(first))}</p><div class="answers">{"".join(answers)}</div></article>')
+            marked = next(
+                (
+                    scores[m]
+                    for m in ("exact", "accuracy")
+                    if isinstance(scores.get(m), (int, float))
+                ),
+                None,
+            )
+            mark = (
+                ""
+                if marked is None
+                else (
+                    ' <span class="right">✓ right</span>'
+                    if marked >= 1
+                    else ' <span class="wrong">✗ wrong</span>'
+                )
+            )
+            answers.append(
+                f"<div><h3>{chip(name, result)}{escape(name)}{mark}</h3><p"
+                f' class="text">{escape(str(row.get("answer", "")))}</p></div>'
+            )
+        cards.append(
+            f'<article><p class="text asked">{escape(prompt_of(first))}</p><div'
+            f' class="answers">{"".join(answers)}</div></article>'
+        )
     of = f"The first {len(cards)} of {len(rows[shown[0]]):,} held-out prompts, not chosen."
     return f'<h2>Answers side by side</h2><p class="note">{of}</p>{"".join(cards)}'
 
 
 def confusion(name: str, model: dict) -> str:
-    """Return a confusion matrix as a heat map: a row a reference, a column a prediction, shaded by the share of its row."""
+    """Return a confusion matrix as a heat map: a row a reference, a column a prediction, shaded by
+    the share of its row."""
     labels, counts = model["labels"], model["confusion"]
-    shade = lambda count, row: f' style="background:rgba(var(--heat), {0.85 * count / max(1, sum(row)):.3f})"' if count else ""
-    cells = lambda row: "".join(f"<td{shade(count, row)}>{count:,}</td>" for count in row)
-    body = "".join(f"<tr><th>{escape(str(label))}</th>{cells(row)}</tr>" for label, row in zip(labels, counts))
+
+    def shade(count, row):
+        return (
+            f' style="background:rgba(var(--heat), {0.85 * count / max(1, sum(row)):.3f})"'
+            if count
+            else ""
+        )
+
+    def cells(row):
+        return "".join(f"<td{shade(count, row)}>{count:,}</td>" for count in row)
+
+    body = "".join(
+        f"<tr><th>{escape(str(label))}</th>{cells(row)}</tr>" for label, row in zip(labels, counts)
+    )
     head = "".join(f"<th>{escape(str(label))}</th>" for label in labels)
-    return (f'<div class="wide"><table class="heat"><thead><tr><th>{escape(name)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return (
+        '<div class="wide"><table'
+        f' class="heat"><thead><tr><th>{escape(name)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def setting(value) -> str:
@@ -171,64 +273,139 @@ def setting(value) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        return value[:12] if len(value) == 64 and not set(value) - set("0123456789abcdef") else value
+        return (
+            value[:12] if len(value) == 64 and not set(value) - set("0123456789abcdef") else value
+        )
     return json.dumps(value)
 
 
-def html(result: dict, read: dict, rows: dict, lines: dict, sources: list[list[str]], classes: list[list[str]], paired: list[str]) -> str:
-    """Return the page. result: what OUT.json holds; read: what the runs' folders say; rows: answered prompts; lines: report.curves; sources,
-    classes, paired: rows of tables and lines of text, as report.markdown has them."""
+def html(
+    result: dict,
+    read: dict,
+    rows: dict,
+    lines: dict,
+    sources: list[list[str]],
+    classes: list[list[str]],
+    paired: list[str],
+) -> str:
+    """Return the page. result: what OUT.json holds; read: what the runs' folders say; rows:
+    answered prompts; lines: report.curves; sources, classes, paired: rows of tables and lines of
+    text, as report.markdown has them."""
     models, roles = result["models"], result["roles"]
     names = list(models)
     parts = [big_table(result)]
-    counts = [f"{value:,} {what}" for what, key in (("held-out targets", "targets"), ("held-out prompts", "answers"))
-              if (value := next((m[key] for m in models.values() if key in m), None)) is not None]
+    counts = [
+        f"{value:,} {what}"
+        for what, key in (("held-out targets", "targets"), ("held-out prompts", "answers"))
+        if (value := next((m[key] for m in models.values() if key in m), None)) is not None
+    ]
     apart = ", the teacher apart" if "teacher" in roles else ""
-    where = {f"{m['speed'].get('device')}, threads {m['speed'].get('threads')}" for m in models.values() if m.get("speed")}
-    notes = [f"{', '.join(counts)}." if counts else "", f"Bold: the best of a row{apart}." if len(models) > 1 else "",
-             "Small numbers: 95 % intervals." if any(m.get("intervals") for m in models.values()) else "",
-             f"Speed: one prompt at a time, {' / '.join(sorted(where))}; what else the machine did shows." if where else ""]
+    where = {
+        f"{m['speed'].get('device')}, threads {m['speed'].get('threads')}"
+        for m in models.values()
+        if m.get("speed")
+    }
+    notes = [
+        f"{', '.join(counts)}." if counts else "",
+        f"Bold: the best of a row{apart}." if len(models) > 1 else "",
+        (
+            "Small numbers: 95 % intervals."
+            if any(m.get("intervals") for m in models.values())
+            else ""
+        ),
+        (
+            f"Speed: one prompt at a time, {' / '.join(sorted(where))}; what else the machine did"
+            " shows."
+            if where
+            else ""
+        ),
+    ]
     parts.append(f'<p class="note">{escape(" ".join(filter(None, notes)))}</p>')
     parts += [f'<p class="note">{escape(text)}.</p>' for text in paired]
     bars, curves = panels.svgs(result, lines)
     if bars:
-        parts.append(f'<h2>Measures</h2><div class="panels" style="--columns:{columns(len(bars))}">{"".join(bars)}</div>')
+        parts.append(
+            '<h2>Measures</h2><div class="panels"'
+            f' style="--columns:{columns(len(bars))}">{"".join(bars)}</div>'
+        )
     if curves:
-        legend = "".join(f"<span>{chip(name, result)}{escape(name)}</span>" for name in lines["runs"])
+        legend = "".join(
+            f"<span>{chip(name, result)}{escape(name)}</span>" for name in lines["runs"]
+        )
         legend += '<span><i class="dash"></i>the teacher’s level</span>' if lines["level"] else ""
-        left = f"Not drawn, for they were evaluated on other held-out rows, or never: {', '.join(lines['left'])}." if lines["left"] else ""
+        left = (
+            "Not drawn, for they were evaluated on other held-out rows, or never:"
+            f" {', '.join(lines['left'])}."
+            if lines["left"]
+            else ""
+        )
         left = f'<p class="note">{escape(left)}</p>' if left else ""
-        wide = f'<div class="panels broad" style="--columns:{min(3, len(curves))}">{"".join(curves)}</div>'
+        wide = (
+            '<div class="panels broad"'
+            f' style="--columns:{min(3, len(curves))}">{"".join(curves)}</div>'
+        )
         parts.append(f'<h2>Over training</h2><p class="legend">{legend}</p>{wide}{left}')
     if sources:
         parts.append("<h2>By source</h2>" + plain_table(["source", "", *names], sources))
     if classes:
-        parts.append("<h2>By class</h2>" + plain_table(["class", "rows", *(f"F1 {name}" for name in names)], classes))
-    heats = [confusion(name, model) for name, model in models.items() if 0 < len(model.get("labels") or ()) <= MANY and model.get("confusion")]
+        parts.append(
+            "<h2>By class</h2>"
+            + plain_table(["class", "rows", *(f"F1 {name}" for name in names)], classes)
+        )
+    heats = [
+        confusion(name, model)
+        for name, model in models.items()
+        if 0 < len(model.get("labels") or ()) <= MANY and model.get("confusion")
+    ]
     if heats:
-        parts.append('<p class="note">Rows are references, columns what was predicted; the stronger the colour, the larger the share of its row.</p>'
-                     f'<div class="heats">{"".join(heats)}</div>')
+        parts.append(
+            '<p class="note">Rows are references, columns what was predicted; the stronger the'
+            " colour, the larger the share of its row.</p><div"
+            f' class="heats">{"".join(heats)}</div>'
+        )
     parts.append(samples(result, rows))
     if result["settings_that_differ"]:
-        value = lambda values, name: setting(values[name]) if name in values else ""
-        table = [[key, *(value(values, name) for name in names)] for key, values in result["settings_that_differ"].items()]
+
+        def value(values, name):
+            return setting(values[name]) if name in values else ""
+
+        table = [
+            [key, *(value(values, name) for name in names)]
+            for key, values in result["settings_that_differ"].items()
+        ]
         parts.append("<h2>Settings that differ</h2>" + plain_table(["", *names], table, words=True))
     if read:
-        made = [f"<dt>{chip(name, result)}{escape(name)}</dt><dd><code>{command(run)}</code></dd><dd class=note>{escape(versions(run))}</dd>"
-                for name, run in read.items()]
+        made = [
+            f"<dt>{chip(name, result)}{escape(name)}</dt><dd><code>{command(run)}</code></dd><dd"
+            f" class=note>{escape(versions(run))}</dd>"
+            for name, run in read.items()
+        ]
         parts.append(f"<h2>How they were made</h2><dl>{''.join(made)}</dl>")
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    title = f"{roles['student']} and its teacher" if {"student", "teacher"} <= set(roles) else ", ".join(names)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{CSS}</style></head>\n<body>'
-            f'<h1>{escape(title)}</h1><p class="verdict">{escape(result["verdict"])}</p>\n' + "\n".join(parts) + "\n</body></html>\n")
+    title = (
+        f"{roles['student']} and its teacher"
+        if {"student", "teacher"} <= set(roles)
+        else ", ".join(names)
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta'
+        f' http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport"'
+        ' content="width=device-width,'
+        f' initial-scale=1"><title>{escape(title)}</title><style>{CSS}</style></head>\n<body><h1>{escape(title)}</h1><p'
+        f' class="verdict">{escape(result["verdict"])}</p>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def command(run: dict) -> str:
-    """Return the command line that made a run, as HTML whose lines break between words alone; what is known of one that is not finished."""
+    """Return the command line that made a run, as HTML whose lines break between words alone; what
+    is known of one that is not finished."""
     if not run["command"]:
         return escape(f"{run['state']} ({run['folder']})")
-    return " ".join(f"<span>{escape(shlex.quote(word))}</span>" for word in ["python", *run["command"]])
+    return " ".join(
+        f"<span>{escape(shlex.quote(word))}</span>" for word in ["python", *run["command"]]
+    )
 
 
 def versions(run: dict) -> str:

@@ -1,24 +1,35 @@
-r"""Scores of answers against references: exact match, BLEU, ROUGE, accuracy and macro-F1, with bootstrap intervals and a paired test.
+r"""Scores of answers against references: exact match, BLEU, ROUGE, accuracy and macro-F1, with
+bootstrap intervals and a paired test.
 
-    python -m lib.measure.score runs/demo/stage2-eval/answers.jsonl                                           # a table
-    python -m lib.measure.score runs/demo/control-eval/answers.jsonl runs/demo/stage2-eval/answers.jsonl      # is the second better than the first?
+    # a table
+    python -m lib.measure.score runs/demo/stage2-eval/answers.jsonl
+    # is the second better than the first?
+    python -m lib.measure.score runs/demo/control-eval/answers.jsonl \
+        runs/demo/stage2-eval/answers.jsonl
 
-Reads   .jsonl files, one object a line with "reference" and "answer": chat.py --score writes them, and so may anybody
+Reads   .jsonl files, one object a line with "reference" and "answer": chat.py --score writes them,
+        and so may anybody
 
-All measures are shares from 0 to 1. Corpus BLEU is no mean over rows, and macro-F1 neither, so every metric is a function of the rows' weights
-(`measures`): how often a bootstrap sample drew each of them.
+All measures are shares from 0 to 1. Corpus BLEU is no mean over rows, and macro-F1 neither, so
+every metric is a function of the rows' weights (`measures`): how often a bootstrap sample drew each
+of them.
 
-Exact match compares final answers (`final_answer`): what follows the last `####`, or stands in the last \boxed{}, or follows "Answer:" or "the
-answer is"; without one of them the last number where the reference is a number, else the whole text. Numbers compare by value (1,234 = $1234.00);
-what the reference has in a box as LaTeX without its spaces; other text as in SQuAD (arXiv:1606.05250): case, articles, punctuation and blanks
-do not count.
+Exact match compares final answers (`final_answer`): what follows the last `####`, or stands in the
+last \boxed{}, or follows "Answer:" or "the answer is"; without one of them the last number where
+the reference is a number, else the whole text. Numbers compare by value (1,234 = $1234.00); what
+the reference has in a box as LaTeX without its spaces; other text as in SQuAD (arXiv:1606.05250):
+case, articles, punctuation and blanks do not count.
 
-BLEU is sacrebleu's (13a tokens, exp smoothing; its "zh" tokens where most letters of the references are Chinese), ROUGE the F-measure of rouge-score
-without its stemmer. rouge-score's own tokenizer knows a-z and 0-9 alone, so that any two Chinese texts score 0; `words` gives the same tokens
-for Latin script, a token a character where words have no spaces between them, and a token a word elsewhere.
+BLEU is sacrebleu's (13a tokens, exp smoothing; its "zh" tokens where most letters of the references
+are Chinese), ROUGE the F-measure of rouge-score without its stemmer. rouge-score's own tokenizer
+knows a-z and 0-9 alone, so that any two Chinese texts score 0; `words` gives the same tokens for
+Latin script, a token a character where words have no spaces between them, and a token a word
+elsewhere.
 
-Accuracy and macro-F1 take the whole texts as labels. A written answer that no row has as its reference falls into the class `OTHER`.
+Accuracy and macro-F1 take the whole texts as labels. A written answer that no row has as its
+reference falls into the class `OTHER`.
 """
+
 import argparse
 import json
 import logging
@@ -38,31 +49,41 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 OTHER = "(other)"
 MARK = re.compile(r"####[ \t]*(\S[^\n]*)")
 PHRASE = re.compile(
-    r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(?!not\b)(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)", re.I)
-# a minus behind a letter, a digit or a bracket subtracts: 78-22 holds 78 and 22. Bounded, for a model may write digits without end
-NUMBER = re.compile(r"(?:(?<![\w.)\]])-)?(?:\d{1,300}(?:\.\d{1,300})?|(?<![\w.])\.\d{1,300})(?:/0{0,9}[1-9]\d{0,300})?")
+    r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(?!not\b)(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)",
+    re.I,
+)
+# a minus behind a letter, a digit or a bracket subtracts: 78-22 holds 78 and 22. Bounded, for a
+# model may write digits without end
+NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])-)?(?:\d{1,300}(?:\.\d{1,300})?|(?<![\w.])\.\d{1,300})(?:/0{0,9}[1-9]\d{0,300})?"
+)
 BARE, UNIT = r"\s*%?\.?", r"\s*%?(?:(?!(?i:hundred|thousand|[mbt]r?illion)\b)[^\W\d]+)?\.?"
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Thai to Khmer, CJK
+# Thai to Khmer, CJK
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")  # as rouge-score, none for é
+WORD = re.compile(
+    rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+"
+)  # as rouge-score, none for é
 
 
 # --- exact match
 
 
 def boxed(text: str) -> str | None:
-    r"""Return what stands in the last \boxed{}, whatever braces it holds: boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
+    r"""Return what stands in the last \boxed{}, whatever braces it holds: boxed(r"so
+    \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
     start = text.rfind("\\boxed{")
     depth = 0
     for place in range(start + 6, len(text)) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if not depth:
-            return text[start + 7:place]
+            return text[start + 7 : place]
     return None
 
 
 def final_answer(text: str) -> str | None:
-    """Return the final answer that a text marks as such, or None: final_answer("... makes 56.\\n#### 56") == "56"."""
+    """Return the final answer that a text marks as such, or None: final_answer("... makes
+    56.\\n#### 56") == "56"."""
     if found := MARK.findall(text):
         return found[-1].strip()
     if (found := boxed(text)) is not None:
@@ -72,7 +93,8 @@ def final_answer(text: str) -> str | None:
 
 
 def digits(text: str) -> str:
-    r"""Return the text with its numbers as `NUMBER` reads them: digits("\$1,234 or \frac{3}{4}") == "1234 or 3/4"."""
+    r"""Return the text with its numbers as `NUMBER` reads them: digits("\$1,234 or \frac{3}{4}") ==
+    "1234 or 3/4"."""
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
     text = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", text)
     text = re.sub(r"\\?[$€£¥] ?", "", text)
@@ -80,37 +102,59 @@ def digits(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text without case, articles, punctuation and spare blanks (SQuAD's rule); one that is nothing else stays as it is.
+    """Return a text without case, articles, punctuation and spare blanks (SQuAD's rule); one that
+    is nothing else stays as it is.
 
-    Unlike SQuAD's, what tells numbers and names apart stays: plain("In C++, 3.5 is not 35.") == "in c++ 3.5 is not 35".
+    Unlike SQuAD's, what tells numbers and names apart stays: plain("In C++, 3.5 is not 35.") == "in
+    c++ 3.5 is not 35".
     """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text).lower().strip())
-    kept = set(m.start() for m in re.finditer(r"(?<=\d)[.,:/-](?=\d)|(?<=[^\W_])#|(?<=[^\W_])\+|(?<=[^\W_]\+)\+", text))
-    kept = "".join(c for i, c in enumerate(text) if i in kept or c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    text = re.sub(
+        r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text).lower().strip()
+    )
+    kept = set(
+        m.start()
+        for m in re.finditer(
+            r"(?<=\d)[.,:/-](?=\d)|(?<=[^\W_])#|(?<=[^\W_])\+|(?<=[^\W_]\+)\+", text
+        )
+    )
+    kept = "".join(
+        c
+        for i, c in enumerate(text)
+        if i in kept or c not in string.punctuation and not unicodedata.category(c).startswith("P")
+    )
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or " ".join(kept.split()) or text
 
 
 def latex(text: str) -> str:
-    """Return a formula without what does not change its value: spaces, \\left, \\text{}, the d of \\dfrac, a last full stop."""
+    """Return a formula without what does not change its value: spaces, \\left, \\text{}, the d of
+    \\dfrac, a last full stop."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\.$", "", text).replace("dfrac", "frac").replace("tfrac", "frac")
+    return (
+        re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\.$", "", text)
+        .replace("dfrac", "frac")
+        .replace("tfrac", "frac")
+    )
 
 
 def number(text: str, unit: bool = False) -> Fraction | None:
-    """Return the value of a text that is a number and nothing else (with `unit`: and one word behind it), or None."""
+    """Return the value of a text that is a number and nothing else (with `unit`: and one word
+    behind it), or None."""
     whole = re.fullmatch(f"({NUMBER.pattern}){UNIT if unit else BARE}", digits(text).strip())
     return Fraction(whole[1]) if whole else None
 
 
 def exact_match(reference: str, answer: str) -> bool:
-    """Return whether the final answers agree (see the module). An answer that marks none is judged by its last number, or as a whole."""
+    """Return whether the final answers agree (see the module). An answer that marks none is judged
+    by its last number, or as a whole."""
     marked, said = final_answer(reference), final_answer(answer)
     value = number(reference if marked is None else marked, marked is not None)
     if value is not None:
         found = NUMBER.findall(digits(answer if said is None else said.rpartition("=")[2]))
         return bool(found) and Fraction(found[-1 if said is None else 0]) == value
     compared = latex if boxed(reference) is not None else plain
-    return compared(reference if marked is None else marked) == compared(answer if said is None else said)
+    return compared(reference if marked is None else marked) == compared(
+        answer if said is None else said
+    )
 
 
 # --- BLEU and ROUGE, by the libraries
@@ -150,8 +194,11 @@ def rouge_of():
 # --- classification
 
 
-def confusion(reference: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return how often each class (a row) was predicted to be each class (a column), (classes, classes)."""
+def confusion(
+    reference: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return how often each class (a row) was predicted to be each class (a column), (classes,
+    classes)."""
     cells = np.asarray(reference, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(cells, weights, classes * classes).reshape(classes, classes)
 
@@ -159,16 +206,24 @@ def confusion(reference: np.ndarray, predicted: np.ndarray, classes: int, weight
 def class_scores(table: np.ndarray) -> tuple[float, float, np.ndarray]:
     """Return accuracy, macro-F1, and (3, classes) precision, recall and F1 of a confusion table.
 
-    As scikit-learn has them: 0 where there is nothing to divide by, and the mean is over classes that were asked for or predicted.
+    As scikit-learn has them: 0 where there is nothing to divide by, and the mean is over classes
+    that were asked for or predicted.
     """
     right, said, true = np.diag(table), table.sum(0), table.sum(1)
     f1 = 2 * right / np.maximum(said + true, 1)
     each = np.stack([right / np.maximum(said, 1), right / np.maximum(true, 1), f1])
-    return float(right.sum() / max(table.sum(), 1)), float(f1[said + true > 0].mean()) if table.any() else 0.0, each
+    return (
+        float(right.sum() / max(table.sum(), 1)),
+        float(f1[said + true > 0].mean()) if table.any() else 0.0,
+        each,
+    )
 
 
-def classification(reference: np.ndarray, predicted: np.ndarray, labels: int | Sequence[str]) -> dict:
-    """Return accuracy, macro_f1, labels, confusion (row = reference, column = predicted) and per_class of two arrays of class numbers (N,).
+def classification(
+    reference: np.ndarray, predicted: np.ndarray, labels: int | Sequence[str]
+) -> dict:
+    """Return accuracy, macro_f1, labels, confusion (row = reference, column = predicted) and
+    per_class of two arrays of class numbers (N,).
 
     labels: the classes' names, or how many they are (then they are named by their numbers).
     """
@@ -176,18 +231,32 @@ def classification(reference: np.ndarray, predicted: np.ndarray, labels: int | S
     table = confusion(reference, predicted, len(names))
     accuracy, macro_f1, each = class_scores(table)
     rows = zip(names, *each.tolist(), table.sum(1).tolist())
-    return {"accuracy": accuracy, "macro_f1": macro_f1, "labels": names, "confusion": table.tolist(),
-            "per_class": {name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, *row in rows}}
+    return {
+        "accuracy": accuracy,
+        "macro_f1": macro_f1,
+        "labels": names,
+        "confusion": table.tolist(),
+        "per_class": {
+            name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, *row in rows
+        },
+    }
 
 
-def classes_of(rows: Sequence[dict], labels: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Return the class numbers of references and answers, (N,) each, and the names: `labels`, else those that rows were chosen among ("logp"),
-    else the references, sorted; and `OTHER` at need."""
-    names = list(labels or rows[0].get("logp") or sorted({row["reference"].strip() for row in rows}))
+def classes_of(
+    rows: Sequence[dict], labels: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the class numbers of references and answers, (N,) each, and the names: `labels`, else
+    those that rows were chosen among ("logp"), else the references, sorted; and `OTHER` at need."""
+    names = list(
+        labels or rows[0].get("logp") or sorted({row["reference"].strip() for row in rows})
+    )
     place = {name: i for i, name in enumerate(names)}
     if any(row[field].strip() not in place for row in rows for field in ("reference", "answer")):
         names.append(OTHER)
-    numbers = lambda field: np.array([place.get(row[field].strip(), len(place)) for row in rows], np.int64)
+
+    def numbers(field):
+        return np.array([place.get(row[field].strip(), len(place)) for row in rows], np.int64)
+
     return numbers("reference"), numbers("answer"), names
 
 
@@ -195,12 +264,15 @@ def classes_of(rows: Sequence[dict], labels: Sequence[str] | None = None) -> tup
 
 
 def chosen(metrics: str, references: Sequence[str]) -> list[str]:
-    """Return the metrics of a list like "bleu,rougeL". "auto": exact where most references mark a final answer or are numbers, else BLEU and ROUGE.
+    """Return the metrics of a list like "bleu,rougeL". "auto": exact where most references mark a
+    final answer or are numbers, else BLEU and ROUGE.
 
     Raises ValueError for an unknown name.
     """
     if metrics == "auto":
-        exact = sum(final_answer(text) is not None or number(text) is not None for text in references)
+        exact = sum(
+            final_answer(text) is not None or number(text) is not None for text in references
+        )
         return ["exact"] if 2 * exact > len(references) else ["bleu", *ROUGE]
     names = [name.strip() for name in metrics.split(",")]
     if unknown := [name for name in names if name not in METRICS]:
@@ -208,8 +280,11 @@ def chosen(metrics: str, references: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def scorer(metrics: Sequence[str], references: Sequence[str]) -> Callable[[str, str], dict[str, float]]:
-    """Return the function (reference, answer) -> {metric: the row's own score}; a row's bleu is its sentence BLEU. `references`: of all rows."""
+def scorer(
+    metrics: Sequence[str], references: Sequence[str]
+) -> Callable[[str, str], dict[str, float]]:
+    """Return the function (reference, answer) -> {metric: the row's own score}; a row's bleu is its
+    sentence BLEU. `references`: of all rows."""
     bleu = bleu_of(references) if "bleu" in metrics else None
     rouge = rouge_of() if set(metrics) & set(ROUGE) else None
 
@@ -227,11 +302,17 @@ def scorer(metrics: Sequence[str], references: Sequence[str]) -> Callable[[str, 
     return scores
 
 
-def measures(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, Callable[[np.ndarray], float]]:
-    """Return for each metric the function from how often each row counts, (N,) of whole numbers, to the metric's value."""
+def measures(
+    rows: Sequence[dict], metrics: Sequence[str]
+) -> dict[str, Callable[[np.ndarray], float]]:
+    """Return for each metric the function from how often each row counts, (N,) of whole numbers, to
+    the metric's value."""
     found: dict[str, Callable[[np.ndarray], float]] = {}
     references = [row["reference"] for row in rows]
-    mean = lambda column: lambda weights: float(weights @ column / weights.sum())
+
+    def mean(column):
+        return lambda weights: float(weights @ column / weights.sum())
+
     if simple := [name for name in metrics if name not in ("bleu", "macro_f1")]:
         score = scorer(simple, references)
         each = [score(row["reference"], row["answer"]) for row in rows]
@@ -239,7 +320,9 @@ def measures(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, Callable
     if "bleu" in metrics:
         bleu = bleu_of(references)
         parts = [bleu.sentence_score(row["answer"], [row["reference"]]) for row in rows]
-        counts = np.array([[part.sys_len, part.ref_len, *part.counts, *part.totals] for part in parts], np.int64)  # (N, 10)
+        counts = np.array(
+            [[part.sys_len, part.ref_len, *part.counts, *part.totals] for part in parts], np.int64
+        )  # (N, 10)
 
         def corpus(weights: np.ndarray) -> float:
             answer, reference, *grams = (weights @ counts).tolist()
@@ -248,7 +331,9 @@ def measures(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, Callable
         found["bleu"] = corpus
     if "macro_f1" in metrics:
         reference, predicted, names = classes_of(rows)
-        found["macro_f1"] = lambda weights: class_scores(confusion(reference, predicted, len(names), weights))[1]
+        found["macro_f1"] = lambda weights: class_scores(
+            confusion(reference, predicted, len(names), weights)
+        )[1]
     return {name: found[name] for name in metrics}
 
 
@@ -259,35 +344,74 @@ def samples(count: int, seed: int, rounds: int):
         yield np.bincount(rng.integers(count, size=count), minlength=count)
 
 
-def summarise(rows: Sequence[dict], metrics: Sequence[str], seed: int = 0, rounds: int = 1000) -> dict[str, dict]:
-    """Return {metric: {"value", "low", "high", "n"}} of rows with a reference and an answer; low and high: the percentile bootstrap's 95 %."""
+def summarise(
+    rows: Sequence[dict], metrics: Sequence[str], seed: int = 0, rounds: int = 1000
+) -> dict[str, dict]:
+    """Return {metric: {"value", "low", "high", "n"}} of rows with a reference and an answer; low
+    and high: the percentile bootstrap's 95 %."""
     found = measures(rows, metrics)
-    drawn = np.array([[value(weights) for value in found.values()] for weights in samples(len(rows), seed, rounds)])  # (rounds, metrics)
+    drawn = np.array(
+        [
+            [value(weights) for value in found.values()]
+            for weights in samples(len(rows), seed, rounds)
+        ]
+    )  # (rounds, metrics)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
     whole = np.ones(len(rows), np.int64)
-    return {name: {"value": value(whole), "low": low[i], "high": high[i], "n": len(rows)} for i, (name, value) in enumerate(found.items())}
+    return {
+        name: {"value": value(whole), "low": low[i], "high": high[i], "n": len(rows)}
+        for i, (name, value) in enumerate(found.items())
+    }
 
 
-def paired(a: Sequence[dict], b: Sequence[dict], metrics: Sequence[str], seed: int = 0, rounds: int = 1000) -> dict[str, dict]:
-    """Return {metric: {"difference": b - a, "low", "high", "p", "n"}} of two models' answers to the same prompts in the same order.
+def paired(
+    a: Sequence[dict], b: Sequence[dict], metrics: Sequence[str], seed: int = 0, rounds: int = 1000
+) -> dict[str, dict]:
+    """Return {metric: {"difference": b - a, "low", "high", "p", "n"}} of two models' answers to the
+    same prompts in the same order.
 
-    Every sample draws the same prompts for both. p, two-sided: twice the share of samples in which the difference is 0 or has the other
-    sign, and never 0: (count + 1) / (rounds + 1), nor below 2^(1-N), the least that N signs can say. Source: Koehn 2004, "Statistical
-    significance tests for machine translation evaluation".
+    Every sample draws the same prompts for both. p, two-sided: twice the share of samples in which
+    the difference is 0 or has the other sign, and never 0: (count + 1) / (rounds + 1), nor below
+    2^(1-N), the least that N signs can say. Source: Koehn 2004, "Statistical significance tests for
+    machine translation evaluation".
     """
-    asked = lambda row: (row.get("messages"), row.get("prompt"), row["reference"])
+
+    def asked(row):
+        return (row.get("messages"), row.get("prompt"), row["reference"])
+
     if len(a) != len(b):
-        files.fail("the answers are to different prompts", f"{len(a)} and {len(b)} answers", "the same prompts in the same order")
+        files.fail(
+            "the answers are to different prompts",
+            f"{len(a)} and {len(b)} answers",
+            "the same prompts in the same order",
+        )
     if other := [i for i in range(len(a)) if asked(a[i]) != asked(b[i])]:
-        files.fail("the answers are to different prompts", f"others in answer {other[0] + 1} of {len(a)}", "the same prompts in the same order")
+        files.fail(
+            "the answers are to different prompts",
+            f"others in answer {other[0] + 1} of {len(a)}",
+            "the same prompts in the same order",
+        )
     pairs = list(zip(measures(a, metrics).values(), measures(b, metrics).values()))
-    drawn = np.array([[new(weights) - old(weights) for old, new in pairs] for weights in samples(len(a), seed, rounds)])  # (rounds, metrics)
+    drawn = np.array(
+        [
+            [new(weights) - old(weights) for old, new in pairs]
+            for weights in samples(len(a), seed, rounds)
+        ]
+    )  # (rounds, metrics)
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
     p = np.minimum(1, 2 * (np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0)) + 1) / (rounds + 1))
     p = np.maximum(p, 2.0 ** (1 - len(a))).tolist()
     whole = np.ones(len(a), np.int64)
-    return {name: {"difference": new(whole) - old(whole), "low": low[i], "high": high[i], "p": p[i], "n": len(a)}
-            for i, (name, (old, new)) in enumerate(zip(metrics, pairs))}
+    return {
+        name: {
+            "difference": new(whole) - old(whole),
+            "low": low[i],
+            "high": high[i],
+            "p": p[i],
+            "n": len(a),
+        }
+        for i, (name, (old, new)) in enumerate(zip(metrics, pairs))
+    }
 
 
 # --- tables, and the command
@@ -296,31 +420,56 @@ def paired(a: Sequence[dict], b: Sequence[dict], metrics: Sequence[str], seed: i
 def columns(table: Sequence[Sequence[str]]) -> str:
     """Return a table for a terminal: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in table)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in table
+    )
 
 
 def show(metrics: dict[str, dict], per_class: dict[str, dict] | None = None) -> str:
-    """Return the table of `summarise`, or of `paired`, and one of the classes where there are any."""
-    first = [name for name in ("value", "difference") if all(name in m for m in metrics.values())][0]
+    """Return the table of `summarise`, or of `paired`, and one of the classes where there are
+    any."""
+    first = [name for name in ("value", "difference") if all(name in m for m in metrics.values())][
+        0
+    ]
     more = ["p"] if first == "difference" else []
     table = [["metric", first, "95 % from", "to", *more, "rows"]]
     for name, m in metrics.items():
         sign, p = "+" if more else "", [f"{m[field]:.3f}" for field in more]
-        table.append([name, f"{m[first]:{sign}.4f}", f"{m['low']:{sign}.4f}", f"{m['high']:{sign}.4f}", *p, f"{m['n']:,}"])
+        table.append(
+            [
+                name,
+                f"{m[first]:{sign}.4f}",
+                f"{m['low']:{sign}.4f}",
+                f"{m['high']:{sign}.4f}",
+                *p,
+                f"{m['n']:,}",
+            ]
+        )
     text = columns(table)
     if per_class:
         fields = ("precision", "recall", "f1")
-        rows = [[name, *(f"{scores[field]:.4f}" for field in fields), f"{scores['support']:,}"] for name, scores in per_class.items()]
+        rows = [
+            [name, *(f"{scores[field]:.4f}" for field in fields), f"{scores['support']:,}"]
+            for name, scores in per_class.items()
+        ]
         text += "\n\n" + columns([["class", *fields, "rows"], *rows])
     return text
 
 
 def read(path: str) -> list[dict]:
-    """Return the lines of a file of answers; the first one without a reference or an answer ends the program, by its number."""
+    """Return the lines of a file of answers; the first one without a reference or an answer ends
+    the program, by its number."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as broken:
-        files.fail(f"{path} cannot be read", broken, 'a UTF-8 file of lines like {"reference": "...", "answer": "..."}')
+        files.fail(
+            f"{path} cannot be read",
+            broken,
+            'a UTF-8 file of lines like {"reference": "...", "answer": "..."}',
+        )
     rows = []
     for at, line in enumerate(lines, 1):
         if not line.strip():
@@ -331,7 +480,9 @@ def read(path: str) -> list[dict]:
             files.fail(f"{path} line {at} is not JSON", broken)
         for field in ("reference", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                files.fail(f"{path} line {at} has no {field}", line[:60], f'a text in the field "{field}"')
+                files.fail(
+                    f"{path} line {at} has no {field}", line[:60], f'a text in the field "{field}"'
+                )
         rows.append(row)
     if not rows:
         files.fail(f"{path} holds no answer", wanted="at least one line")
@@ -339,27 +490,62 @@ def read(path: str) -> list[dict]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("answers", nargs="+", metavar="FILE.jsonl", help="one file of answers, or two to the same prompts")
-    parser.add_argument("--metrics", default="auto", metavar="NAMES", help=f"auto, or names of {', '.join(METRICS)} (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1000, metavar="N", help="samples of the bootstrap (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "answers",
+        nargs="+",
+        metavar="FILE.jsonl",
+        help="one file of answers, or two to the same prompts",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="auto",
+        metavar="NAMES",
+        help=f"auto, or names of {', '.join(METRICS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples of the bootstrap (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if len(args.answers) > 2:
         parser.error(f"{len(args.answers)} files, wanted one or two")
     if args.rounds < 1 or args.seed < 0:
         parser.error("--rounds must be above 0 and --seed 0 or more")
     sets = [read(path) for path in args.answers]
-    labelled = args.metrics == "auto" and all("logp" in row for row in sets[0])  # chosen among labels (lib/measure/labels.py)
+    labelled = args.metrics == "auto" and all(
+        "logp" in row for row in sets[0]
+    )  # chosen among labels (lib/measure/labels.py)
     try:
-        metrics = ["accuracy", "macro_f1"] if labelled else chosen(args.metrics, [row["reference"] for row in sets[0]])
+        metrics = (
+            ["accuracy", "macro_f1"]
+            if labelled
+            else chosen(args.metrics, [row["reference"] for row in sets[0]])
+        )
     except ValueError as wrong:
         parser.error(f"--metrics: {wrong}")
     for path, rows in zip(args.answers, sets):
-        classes = classification(*classes_of(rows))["per_class"] if {"accuracy", "macro_f1"} & set(metrics) else None
+        classes = (
+            classification(*classes_of(rows))["per_class"]
+            if {"accuracy", "macro_f1"} & set(metrics)
+            else None
+        )
         print(f"{path}\n{show(summarise(rows, metrics, args.seed, args.rounds), classes)}\n")
     if len(sets) == 2:
-        print(f"the second less the first, over the same prompts\n{show(paired(*sets, metrics, args.seed, args.rounds))}")
+        print(
+            "the second less the first, over the same"
+            f" prompts\n{show(paired(*sets, metrics, args.seed, args.rounds))}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""A client of any OpenAI-compatible endpoint: many requests at a time, and a server that is busy, broken or restarted is waited for.
+"""A client of any OpenAI-compatible endpoint: many requests at a time, and a server that is busy,
+broken or restarted is waited for.
 
-Contract: `ask` yields one answer for each request, in the order in which they come. A request is one POST to URL/chat/completions (n = 1).
-429 (its Retry-After is honoured), 5xx, a hung or closed connection and an unreadable reply are tried again, with a pause that doubles,
-up to `LONGEST` seconds, and is drawn at random. The program ends with one line where no request at all succeeded for `patience` seconds,
-and at once where trying again cannot help: no or a wrong key, an unknown model, a URL that is no such endpoint, errors and nothing else.
+Contract: `ask` yields one answer for each request, in the order in which they come. A request is
+one POST to URL/chat/completions (n = 1). 429 (its Retry-After is honoured), 5xx, a hung or closed
+connection and an unreadable reply are tried again, with a pause that doubles, up to `LONGEST`
+seconds, and is drawn at random. The program ends with one line where no request at all succeeded
+for `patience` seconds, and at once where trying again cannot help: no or a wrong key, an unknown
+model, a URL that is no such endpoint, errors and nothing else.
 
-The key comes from the environment, goes into the header of a request and nowhere else: a server that quotes it is quoted without it.
+The key comes from the environment, goes into the header of a request and nowhere else: a server
+that quotes it is quoted without it.
 """
+
 import os
 import queue
 import random
@@ -19,9 +24,9 @@ from email.utils import parsedate_to_datetime
 from lib import files
 
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")
-FIRST, LONGEST = 0.5, 30.0     # seconds of pause
-TRIES = 8                      # of one request that fails while others succeed
-REFUSED = 16                   # requests that the server may refuse (400) before it has answered any
+FIRST, LONGEST = 0.5, 30.0  # seconds of pause
+TRIES = 8  # of one request that fails while others succeed
+REFUSED = 16  # requests that the server may refuse (400) before it has answered any
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """finish: the server's finish_reason, "refused" (the server would not take the prompt), or "failed" (errors only; worth asking again)."""
+    """finish: the server's finish_reason, "refused" (the server would not take the prompt), or
+    "failed" (errors only; worth asking again)."""
 
     request: Request
     text: str
@@ -46,33 +52,52 @@ class Answer:
 
 
 class Down(Exception):
-    """This try failed; another may succeed. after: seconds the server asked for. down: no server was reached. busy: it will pass (429, 502-504)."""
+    """This try failed; another may succeed. after: seconds the server asked for. down: no server
+    was reached. busy: it will pass (429, 502-504)."""
 
-    def __init__(self, said: str, after: float = 0.0, busy: bool = False, down: bool = False) -> None:
+    def __init__(
+        self, said: str, after: float = 0.0, busy: bool = False, down: bool = False
+    ) -> None:
         super().__init__(said)
         self.after, self.busy, self.down = after, busy, down
 
 
 def key() -> str | None:
     """Return the key from the environment, or None."""
-    found = next((os.environ[name].strip() for name in KEYS if os.environ.get(name, "").strip()), None)
+    found = next(
+        (os.environ[name].strip() for name in KEYS if os.environ.get(name, "").strip()), None
+    )
     if found and not (found.isascii() and found.isprintable() and " " not in found):
-        files.fail(f"{' or '.join(KEYS)} is no key", seen="characters that no key has", wanted="one line of printable ASCII")
+        files.fail(
+            f"{' or '.join(KEYS)} is no key",
+            seen="characters that no key has",
+            wanted="one line of printable ASCII",
+        )
     return found
 
 
 class Client:
-    """A connection pool to one endpoint. how: temperature, top_p, max_tokens; those that are None are the server's to choose."""
+    """A connection pool to one endpoint. how: temperature, top_p, max_tokens; those that are None
+    are the server's to choose."""
 
     def __init__(self, url: str, model: str, how: dict, concurrency: int, timeout: float) -> None:
         import httpx2
 
         self.errors = httpx2
-        self.url, self.model, self.how = url.rstrip("/"), model, {name: value for name, value in how.items() if value is not None}
+        self.url, self.model, self.how = (
+            url.rstrip("/"),
+            model,
+            {name: value for name, value in how.items() if value is not None},
+        )
         self.key = key()
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-                                  limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency))
+        self.http = httpx2.Client(
+            headers=headers,
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            limits=httpx2.Limits(
+                max_connections=concurrency, max_keepalive_connections=concurrency
+            ),
+        )
         self.renamed = False  # newer models of OpenAI's want max_completion_tokens
         self.answered = False  # once it has answered, what it refuses is the prompt
 
@@ -87,29 +112,57 @@ class Client:
             names = [entry["id"] for entry in self.http.get(f"{self.url}/models").json()["data"]]
         except (self.errors.HTTPError, ValueError, KeyError, TypeError):
             return "a server that does not list its models"
-        return self.clean(f"the models {', '.join(names[:20])}" if names else "a server that lists no model")
+        return self.clean(
+            f"the models {', '.join(names[:20])}" if names else "a server that lists no model"
+        )
 
     def stop(self, status: int, said: str) -> None:
         """End the program for a status that another try cannot mend; return for any other."""
         at = f"{self.url}/chat/completions"
         if status in (401, 402, 403):
-            files.fail(f"{at} refuses {'the key' if self.key else 'a request without a key'} ({status})", said, "a key that may use the model",
-                       f"export {KEYS[0]}=...")
+            files.fail(
+                f"{at} refuses {'the key' if self.key else 'a request without a key'} ({status})",
+                said,
+                "a key that may use the model",
+                f"export {KEYS[0]}=...",
+            )
         if status == 404 or status == 400 and "model" in said and self.model in said:
-            files.fail(f"{at} has no model {self.model}, or is no such endpoint ({status})", f"{said}; {self.models()}",
-                       "a URL up to and with /v1, and a model that it serves", "--teacher-url, --teacher-model")
+            files.fail(
+                f"{at} has no model {self.model}, or is no such endpoint ({status})",
+                f"{said}; {self.models()}",
+                "a URL up to and with /v1, and a model that it serves",
+                "--teacher-url, --teacher-model",
+            )
         if status < 400 or status in (405, 410):
-            files.fail(f"{at} is no chat endpoint ({status})", said, "a URL up to and with /v1", "--teacher-url")
+            files.fail(
+                f"{at} is no chat endpoint ({status})",
+                said,
+                "a URL up to and with /v1",
+                "--teacher-url",
+            )
 
     def once(self, request: Request) -> Answer:
         """Ask once. Raises Down where another try may succeed."""
-        body = {"model": self.model, "messages": request.messages, "seed": request.seed % 2**31, **self.how}
+        body = {
+            "model": self.model,
+            "messages": request.messages,
+            "seed": request.seed % 2**31,
+            **self.how,
+        }
         if self.renamed:
             body["max_completion_tokens"] = body.pop("max_tokens")
         try:
             reply = self.http.post(f"{self.url}/chat/completions", json=body)
-        except (self.errors.UnsupportedProtocol, self.errors.InvalidURL, self.errors.LocalProtocolError) as wrong:
-            files.fail(f"--teacher-url {self.url} is no URL to ask", self.clean(wrong), "http://HOST:PORT/v1")
+        except (
+            self.errors.UnsupportedProtocol,
+            self.errors.InvalidURL,
+            self.errors.LocalProtocolError,
+        ) as wrong:
+            files.fail(
+                f"--teacher-url {self.url} is no URL to ask",
+                self.clean(wrong),
+                "http://HOST:PORT/v1",
+            )
         except self.errors.RequestError as broken:
             down = isinstance(broken, self.errors.ConnectError | self.errors.ConnectTimeout)
             raise Down(self.clean(f"{type(broken).__name__}: {broken}"), down=down) from None
@@ -117,7 +170,11 @@ class Client:
         if status != 200:
             said = self.clean(reply.text) or reply.reason_phrase
             if status in (408, 409, 425, 429) or status >= 500:
-                raise Down(f"{status}: {said}", retry_after(reply.headers.get("retry-after")), busy=status in (429, 502, 503, 504))
+                raise Down(
+                    f"{status}: {said}",
+                    retry_after(reply.headers.get("retry-after")),
+                    busy=status in (429, 502, 503, 504),
+                )
             if status == 400 and "max_completion_tokens" in said and "max_tokens" in body:
                 self.renamed = True
                 return self.once(request)
@@ -132,13 +189,26 @@ class Client:
             if isinstance(text, list):  # of parts
                 text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
             if thought := message.get("reasoning_content") or message.get("reasoning"):
-                text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"  # as the teacher wrote it, before the server took it apart
-            finish, *counts = choice.get("finish_reason") or "stop", usage.get("prompt_tokens"), usage.get("completion_tokens")
+                text = (  # as the teacher wrote it, before the server took it apart
+                    f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+                )
+            finish, *counts = (
+                choice.get("finish_reason") or "stop",
+                usage.get("prompt_tokens"),
+                usage.get("completion_tokens"),
+            )
             if not isinstance(text, str) or not isinstance(finish, str):
-                raise TypeError(f"content {type(text).__name__}, finish_reason {type(finish).__name__}")
-            return Answer(request, text, finish, *(count if type(count) is int else None for count in counts))
+                raise TypeError(
+                    f"content {type(text).__name__}, finish_reason {type(finish).__name__}"
+                )
+            return Answer(
+                request, text, finish, *(count if type(count) is int else None for count in counts)
+            )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as garbage:
-            raise Down(f"a reply that is no chat completion ({type(garbage).__name__}): {self.clean(reply.text)[:80]!r}") from None
+            raise Down(
+                f"a reply that is no chat completion ({type(garbage).__name__}):"
+                f" {self.clean(reply.text)[:80]!r}"
+            ) from None
 
 
 def retry_after(value: str | None) -> float:
@@ -152,10 +222,22 @@ def retry_after(value: str | None) -> float:
             return 0.0
 
 
-def ask(client: Client, requests: Iterable[Request], concurrency: int, patience: float, say=print) -> Iterator[Answer]:
-    """Yield the answers to all requests, at most `concurrency` in flight; requests are read only as they are sent."""
-    results, source, reading, over = queue.Queue(), iter(requests), threading.Lock(), threading.Event()
-    state = {"success": time.monotonic(), "any": False, "down": False}  # when a request last succeeded; whether one ever did; whether that was said
+def ask(
+    client: Client, requests: Iterable[Request], concurrency: int, patience: float, say=print
+) -> Iterator[Answer]:
+    """Yield the answers to all requests, at most `concurrency` in flight; requests are read only as
+    they are sent."""
+    results, source, reading, over = (
+        queue.Queue(),
+        iter(requests),
+        threading.Lock(),
+        threading.Event(),
+    )
+    state = {
+        "success": time.monotonic(),
+        "any": False,
+        "down": False,
+    }  # when a request last succeeded; whether one ever did; whether that was said
 
     def stubborn(request: Request) -> Answer | None:
         pause, tries = FIRST, 0
@@ -173,20 +255,45 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
             except Down as failed:
                 now = time.monotonic()
                 waited = now - max(begun, state["success"])
-                counts = not failed.busy and (state["success"] > begun or not state["any"])  # in an outage all fail, and that is waited out
+                counts = not failed.busy and (
+                    state["success"] > begun or not state["any"]
+                )  # in an outage all fail, and that is waited out
                 tries = 0 if failed.down else tries + counts
                 if tries >= TRIES and not state["any"]:
-                    files.fail(f"{client.url} fails whatever is asked", failed, "a server that answers", f"its log; {client.models()}")
+                    files.fail(
+                        f"{client.url} fails whatever is asked",
+                        failed,
+                        "a server that answers",
+                        f"its log; {client.models()}",
+                    )
                 if tries >= TRIES:
                     return Answer(request, "", "failed", said=str(failed))
                 if waited > patience or failed.after > max(patience, LONGEST):
-                    wait = f"asks to wait {failed.after:.3g} s" if failed.after > patience else f"has not answered for {waited:.0f} s"
-                    files.fail(f"{client.url} {wait}", seen=failed, wanted="a server that answers",
-                               mend="the same command when it does: it continues (--retry-for waits longer)")
+                    wait = (
+                        f"asks to wait {failed.after:.3g} s"
+                        if failed.after > patience
+                        else f"has not answered for {waited:.0f} s"
+                    )
+                    files.fail(
+                        f"{client.url} {wait}",
+                        seen=failed,
+                        wanted="a server that answers",
+                        mend=(
+                            "the same command when it does: it continues (--retry-for waits longer)"
+                        ),
+                    )
                 if failed.down and not state["down"]:
                     state["down"] = True
-                    say(f"answers: the server is not reached ({failed}); trying for {patience:.0f} s")
-                over.wait(max(failed.after, min(random.uniform(0.5, 1) * pause, max(0.05, patience - waited))))
+                    say(
+                        f"answers: the server is not reached ({failed}); trying for"
+                        f" {patience:.0f} s"
+                    )
+                over.wait(
+                    max(
+                        failed.after,
+                        min(random.uniform(0.5, 1) * pause, max(0.05, patience - waited)),
+                    )
+                )
                 pause = min(2 * pause, LONGEST if not failed.down else 5.0)
         return None
 
@@ -199,14 +306,19 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
                     break
                 if (answer := stubborn(request)) is not None:
                     results.put(answer)
-        except BaseException as end:  # the main thread raises it again: files.fail's one line, or a defect with its traceback
+        # the main thread raises it again: files.fail's one line, or a defect with its traceback
+        except BaseException as end:
             results.put(end)
         results.put(None)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(concurrency)]
     for thread in threads:
         thread.start()
-    held: list[Answer] = []  # refused prompts, until the server has answered one: a server that refuses all has another fault
+    held: list[
+        Answer
+        # refused prompts, until the server has answered one: a server that refuses all has another
+        # fault
+    ] = []
     try:
         running = len(threads)
         while running:
@@ -225,8 +337,12 @@ def ask(client: Client, requests: Iterable[Request], concurrency: int, patience:
             held = []
             yield result
         if held and not state["any"]:
-            files.fail(f"{client.url} refuses every request", seen=held[0].said, wanted="a server that takes these settings",
-                       mend="other --teacher-model or sampling flags")
+            files.fail(
+                f"{client.url} refuses every request",
+                seen=held[0].said,
+                wanted="a server that takes these settings",
+                mend="other --teacher-model or sampling flags",
+            )
         yield from held
     finally:
         over.set()

@@ -1,13 +1,17 @@
-"""Embedded data of `make demo`: grade-school word problems with worked answers, a tokenizer for them, two small model configs.
+"""Embedded data of `make demo`: grade-school word problems with worked answers, a tokenizer for
+them, two small model configs.
 
     python -m lib.prepare.demo --out demo --seed 0
-    python -m lib.prepare.demo --out /tmp/demo --teacher-rows 200 --student-rows 50    # a second or two
+    # a second or two
+    python -m lib.prepare.demo --out /tmp/demo --teacher-rows 200 --student-rows 50
 
 Writes, in --out (the same flags give the same bytes):
 
     teacher.parquet          instruction, output: what the teacher is trained on
-    student.parquet          the same columns, other problems, far fewer: the data set that is distilled on, and held-out rows
-    tokenizer/               one token a word, a digit or a mark; closed: it knows every generated word
+    student.parquet          the same columns, other problems, far fewer: the data set that is
+                             distilled on, and held-out rows
+    tokenizer/               one token a word, a digit or a mark; closed: it knows every generated
+                             word
     teacher-config/config.json, student-config/config.json
     meta.json                written last: the flags, the counts
 
@@ -15,13 +19,17 @@ A problem and three of the answers it may get:
 
     Ann has 38 apples. She buys 45 more. How many apples does Ann have now?
 
-    Ones: 8+5=13, carry 1. Tens: 3+4+1=8. So Ann has 83 apples.     |  38+45: 5+8=13, 4+3+1=8, makes 83.   |  38+40=78, 78+5=83. The answer is 83.
-    #### 83                                                         |  #### 83                             |  #### 83
+    Ones: 8+5=13, carry 1. Tens: 3+4+1=8. So Ann has 83 apples.     |  38+45: 5+8=13, 4+3+1=8, makes
+    83.   |  38+40=78, 78+5=83. The answer is 83.
+    #### 83                                                         |  #### 83
+    |  #### 83
 
-Style, wording and order of the summands are drawn at random, with the weights below; given these, the arithmetic is forced. So
-a teacher that has learned the data is certain at some places and soft at others: a sampled answer shows the student one
-throw of the dice, the teacher's distribution shows it all of them.
+Style, wording and order of the summands are drawn at random, with the weights below; given these,
+the arithmetic is forced. So a teacher that has learned the data is certain at some places and soft
+at others: a sampled answer shows the student one throw of the dice, the teacher's distribution
+shows it all of them.
 """
+
 import argparse
 import os
 import random
@@ -31,25 +39,94 @@ from pathlib import Path
 from lib import files, flags
 
 # 0.69M and 0.10M parameters
-TEACHER = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
-STUDENT = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+TEACHER = {
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+STUDENT = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 CONTEXT = 256
 
-PEOPLE = {"Ann": "She", "Mia": "She", "Eva": "She", "Lena": "She", "Sara": "She", "Nora": "She", "Zoe": "She", "Ruth": "She",
-          "Tom": "He", "Ben": "He", "Max": "He", "Leo": "He", "Paul": "He", "Omar": "He", "Ivan": "He", "Hugo": "He"}
-THINGS = ["apples", "books", "coins", "shells", "stamps", "marbles", "pens", "cards", "stones", "eggs", "nuts", "toys",
-          "plums", "beads", "roses", "cakes"]
+PEOPLE = {
+    "Ann": "She",
+    "Mia": "She",
+    "Eva": "She",
+    "Lena": "She",
+    "Sara": "She",
+    "Nora": "She",
+    "Zoe": "She",
+    "Ruth": "She",
+    "Tom": "He",
+    "Ben": "He",
+    "Max": "He",
+    "Leo": "He",
+    "Paul": "He",
+    "Omar": "He",
+    "Ivan": "He",
+    "Hugo": "He",
+}
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "shells",
+    "stamps",
+    "marbles",
+    "pens",
+    "cards",
+    "stones",
+    "eggs",
+    "nuts",
+    "toys",
+    "plums",
+    "beads",
+    "roses",
+    "cakes",
+]
 
 # how often, signs of the steps, the problem
 PROBLEMS = [
     (20, "+", "{P} has {a} {things}. {She} {gains} {b} more. How many {things} does {P} have now?"),
     (12, "+", "{P} has {a} {things} and {Q} has {b}. How many {things} do they have together?"),
-    (8, "+", "There are {a} {things} in a box. {P} puts {b} more into it. How many {things} are in the box?"),
+    (
+        8,
+        "+",
+        (
+            "There are {a} {things} in a box. {P} puts {b} more into it. How many {things} are in"
+            " the box?"
+        ),
+    ),
     (20, "-", "{P} has {a} {things}. {She} {drops} {b} of them. How many {things} are left?"),
     (12, "-", "{P} has {a} {things} and {Q} has {b}. How many more {things} does {P} have?"),
-    (8, "-", "There are {a} {things} in a box. {P} takes {b} out. How many {things} are in the box?"),
-    (12, "+-", "{P} has {a} {things}, {gains} {b} more and {drops} {c}. How many {things} does {P} have now?"),
-    (8, "-+", "{P} has {a} {things}, {drops} {b} and {gains} {c} more. How many {things} does {P} have now?"),
+    (
+        8,
+        "-",
+        "There are {a} {things} in a box. {P} takes {b} out. How many {things} are in the box?",
+    ),
+    (
+        12,
+        "+-",
+        (
+            "{P} has {a} {things}, {gains} {b} more and {drops} {c}. How many {things} does {P}"
+            " have now?"
+        ),
+    ),
+    (
+        8,
+        "-+",
+        (
+            "{P} has {a} {things}, {drops} {b} and {gains} {c} more. How many {things} does {P}"
+            " have now?"
+        ),
+    ),
 ]
 GAINS = ["buys", "finds", "gets", "wins", "picks"]
 DROPS = ["sells", "loses", "breaks", "spends", "hides"]
@@ -67,14 +144,22 @@ CHAINS = [
     (40, ["{a}{sign}{b}: {ones}, {tens}.", " {a}{sign}{b}: {ones}, {tens}."]),
 ]
 ENDINGS = [(50, " So {P} has {n} {things}."), (30, " That makes {n}."), (20, " The answer is {n}.")]
-ENDING_ELSEWHERE = [(50, " So the answer is {n}."), (30, " That makes {n}."), (20, " The answer is {n} {things}.")]
+ENDING_ELSEWHERE = [
+    (50, " So the answer is {n}."),
+    (30, " That makes {n}."),
+    (20, " The answer is {n} {things}."),
+]
 SWAP = 0.3  # chance that a sum is written with its second number first
 
-PIECES = r" ?[A-Za-z]+|####|[^A-Za-z]"  # a word carries the space before it; a digit, a mark, a line end or a lone space is a token of its own
+# a word carries the space before it; a digit, a mark, a line end or a lone space is a token of its
+# own
+PIECES = r" ?[A-Za-z]+|####|[^A-Za-z]"
 SPECIAL = ["<unk>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-TEMPLATE = ("{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-            "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def draw(rng: random.Random, weighted: list[tuple]) -> tuple:
@@ -98,7 +183,8 @@ def numbers(rng: random.Random, signs: str) -> list[int]:
 
 
 def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
-    """Fill a style in for one step. Worked example: 71 - 48 has the ones 11-8=3 and, one ten being borrowed, the tens 7-4-1=2."""
+    """Fill a style in for one step. Worked example: 71 - 48 has the ones 11-8=3 and, one ten being
+    borrowed, the tens 7-4-1=2."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
     if sign == "+":
         result, moved = a + b, a_ones + b_ones > 9
@@ -106,15 +192,29 @@ def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
             pair = f"{b_ones}+{a_ones}", f"{b_tens}+{a_tens}"
         else:
             pair = f"{a_ones}+{b_ones}", f"{a_tens}+{b_tens}"
-        ones, tens = f"{pair[0]}={a_ones + b_ones}", f"{pair[1]}{'+1' * moved}={a_tens + b_tens + moved}"
+        ones, tens = (
+            f"{pair[0]}={a_ones + b_ones}",
+            f"{pair[1]}{'+1' * moved}={a_tens + b_tens + moved}",
+        )
     else:
         result, moved = a - b, a_ones < b_ones
         ones = f"{a_ones + 10 * moved}-{b_ones}={a_ones + 10 * moved - b_ones}"
         tens = f"{a_tens}-{b_tens}{'-1' * moved}={a_tens - b_tens - moved}"
     carry = moved * (", carry 1" if sign == "+" else ", borrow 1")
     between = a + 10 * b_tens if sign == "+" else a - 10 * b_tens
-    return style.format(a=a, b=b, sign=sign, ones=ones, tens=tens, carry=carry, result=result, between=between, b_tens=10 * b_tens, b_ones=b_ones,
-                        Add="Add" if sign == "+" else "Subtract")
+    return style.format(
+        a=a,
+        b=b,
+        sign=sign,
+        ones=ones,
+        tens=tens,
+        carry=carry,
+        result=result,
+        between=between,
+        b_tens=10 * b_tens,
+        b_ones=b_ones,
+        Add="Add" if sign == "+" else "Subtract",
+    )
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
@@ -122,7 +222,14 @@ def problem(rng: random.Random) -> tuple[str, str]:
     _, signs, text = draw(rng, PROBLEMS)
     drawn = numbers(rng, signs)
     person, other = rng.sample(list(PEOPLE), 2)
-    words = dict(P=person, Q=other, She=PEOPLE[person], things=rng.choice(THINGS), gains=rng.choice(GAINS), drops=rng.choice(DROPS))
+    words = dict(
+        P=person,
+        Q=other,
+        She=PEOPLE[person],
+        things=rng.choice(THINGS),
+        gains=rng.choice(GAINS),
+        drops=rng.choice(DROPS),
+    )
     words |= dict(zip("abc", drawn))
     styles = [draw(rng, STYLES)[1]] if len(signs) == 1 else draw(rng, CHAINS)[1]
     answer, total = "", drawn[0]
@@ -135,12 +242,30 @@ def problem(rng: random.Random) -> tuple[str, str]:
 
 
 def vocabulary() -> dict[str, int]:
-    """Return token -> id: the special tokens, every mark of the keyboard, every word of the tables above with and without its space."""
-    texts = [*PEOPLE, *PEOPLE.values(), *THINGS, *GAINS, *DROPS, "carry borrow Add Subtract", *(entry[2] for entry in PROBLEMS)]
-    texts += [entry[1] for entry in STYLES + ENDINGS + ENDING_ELSEWHERE] + [step for entry in CHAINS for step in entry[1]]
-    words = sorted({word for text in texts for word in re.findall("[A-Za-z]+", re.sub(r"{\w+}", " ", text))})
+    """Return token -> id: the special tokens, every mark of the keyboard, every word of the tables
+    above with and without its space."""
+    texts = [
+        *PEOPLE,
+        *PEOPLE.values(),
+        *THINGS,
+        *GAINS,
+        *DROPS,
+        "carry borrow Add Subtract",
+        *(entry[2] for entry in PROBLEMS),
+    ]
+    texts += [entry[1] for entry in STYLES + ENDINGS + ENDING_ELSEWHERE] + [
+        step for entry in CHAINS for step in entry[1]
+    ]
+    words = sorted(
+        {word for text in texts for word in re.findall("[A-Za-z]+", re.sub(r"{\w+}", " ", text))}
+    )
     marks = [chr(code) for code in range(32, 127) if not chr(code).isalpha()]
-    return {token: number for number, token in enumerate([*SPECIAL, "\n", "####", *marks, *words, *(" " + word for word in words)])}
+    return {
+        token: number
+        for number, token in enumerate(
+            [*SPECIAL, "\n", "####", *marks, *words, *(" " + word for word in words)]
+        )
+    }
 
 
 def tokenizer():
@@ -152,9 +277,16 @@ def tokenizer():
     core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=TEMPLATE,
-        model_max_length=CONTEXT, padding_side="right", clean_up_tokenization_spaces=False)
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=TEMPLATE,
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def config(sizes: dict):
@@ -162,9 +294,18 @@ def config(sizes: dict):
     from transformers import LlamaConfig
 
     ids = vocabulary()
-    return LlamaConfig(architectures=["LlamaForCausalLM"], vocab_size=len(ids), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-                       initializer_range=0.06,  # small matrices learn from larger weights several times sooner than from the usual 0.02
-                       bos_token_id=None, eos_token_id=ids["<|end|>"], pad_token_id=ids["<pad>"], **sizes)
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(ids),
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        # small matrices learn from larger weights several times sooner than from the usual 0.02
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=ids["<|end|>"],
+        pad_token_id=ids["<pad>"],
+        **sizes,
+    )
 
 
 def write_parquet(path: Path, rows: list[tuple[str, str]]) -> None:
@@ -173,15 +314,32 @@ def write_parquet(path: Path, rows: list[tuple[str, str]]) -> None:
     from pyarrow import parquet
 
     partial = path.with_name(path.name + ".part")
-    parquet.write_table(pyarrow.table({"instruction": [row[0] for row in rows], "output": [row[1] for row in rows]}), partial)
+    parquet.write_table(
+        pyarrow.table(
+            {"instruction": [row[0] for row in rows], "output": [row[1] for row in rows]}
+        ),
+        partial,
+    )
     os.replace(partial, path)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flags.add(parser, "--out", "--seed")
-    parser.add_argument("--teacher-rows", type=int, default=30000, metavar="N", help="problems of teacher.parquet (default: %(default)s)")
-    parser.add_argument("--student-rows", type=int, default=1300, metavar="N", help="problems of student.parquet (default: %(default)s)")
+    parser.add_argument(
+        "--teacher-rows",
+        type=int,
+        default=30000,
+        metavar="N",
+        help="problems of teacher.parquet (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--student-rows",
+        type=int,
+        default=1300,
+        metavar="N",
+        help="problems of student.parquet (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     flags.positive(parser, args, "teacher_rows", "student_rows")
     return args
@@ -200,16 +358,21 @@ def main(argv=None):
     while len(rows) < args.teacher_rows + args.student_rows:
         rows.setdefault(*problem(rng))
     rows = list(rows.items())
-    write_parquet(out / "teacher.parquet", rows[:args.teacher_rows])
-    write_parquet(out / "student.parquet", rows[args.teacher_rows:])
+    write_parquet(out / "teacher.parquet", rows[: args.teacher_rows])
+    write_parquet(out / "student.parquet", rows[args.teacher_rows :])
     words = tokenizer()
     words.save_pretrained(out / "tokenizer")
     for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
         config(sizes).save_pretrained(out / f"{name}-config")
     files.write_json(out / "meta.json", {"demo": done})
-    lengths = [len(words(instruction + output).input_ids) + 3 for instruction, output in rows[-1000:]]
-    print(f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student; "
-          f"{len(words)} tokens in the vocabulary, {min(lengths)} to {max(lengths)} in a row, {sum(lengths) / len(lengths):.0f} on average")
+    lengths = [
+        len(words(instruction + output).input_ids) + 3 for instruction, output in rows[-1000:]
+    ]
+    print(
+        f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student;"
+        f" {len(words)} tokens in the vocabulary, {min(lengths)} to {max(lengths)} in a row,"
+        f" {sum(lengths) / len(lengths):.0f} on average"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Which rows are kept and on which side: duplicates, the stable train / val split, and the copying of staged rows to both sides."""
+"""Which rows are kept and on which side: duplicates, the stable train / val split, and the copying
+of staged rows to both sides."""
+
 import collections
 import heapq
 import json
@@ -9,11 +11,14 @@ import numpy as np
 from lib import data, files
 
 BLOCK_TOKENS = 1 << 22  # tokens copied at once
-STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])  # one row before it has a side; prompt: its hash
+STAGED = np.dtype(
+    [("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")]
+)  # one row before it has a side; prompt: its hash
 
 
 class Seen:
-    """A set of 64-bit hashes at about 8 bytes each: a sorted array, and a small set of those that are not merged into it yet."""
+    """A set of 64-bit hashes at about 8 bytes each: a sorted array, and a small set of those that
+    are not merged into it yet."""
 
     def __init__(self):
         self.old, self.new = np.empty(0, np.uint64), set()
@@ -31,10 +36,14 @@ class Seen:
 
 
 class ValRows:
-    """Which rows are validation rows: those whose prompts have the smallest hashes, up to a share of all hashes or a count of rows."""
+    """Which rows are validation rows: those whose prompts have the smallest hashes, up to a share
+    of all hashes or a count of rows."""
 
     def __init__(self, val):
-        self.val, self.smallest = val, []  # a heap of negated hashes: its top is the largest of the `val` smallest so far
+        self.val, self.smallest = (
+            val,
+            [],
+        )  # a heap of negated hashes: its top is the largest of the `val` smallest so far
 
     def candidate(self, prompt):
         """Return False for a row that can no longer become a validation row, whatever follows."""
@@ -47,7 +56,8 @@ class ValRows:
         return prompt <= -self.smallest[0]
 
     def chosen(self, prompts):
-        """Return the mask of validation rows. A count takes whole groups of equal prompts, so that it may stay a little below."""
+        """Return the mask of validation rows. A count takes whole groups of equal prompts, so that
+        it may stay a little below."""
         if self.val < 1:
             return prompts < np.uint64(int(self.val * 2**64))
         values, counts = np.unique(prompts, return_counts=True)
@@ -56,7 +66,8 @@ class ValRows:
 
 
 def by_reason(lost: collections.Counter) -> dict[str, int]:
-    """Return how many rows were dropped for each reason, the commonest first; lost counts them by (source, reason)."""
+    """Return how many rows were dropped for each reason, the commonest first; lost counts them by
+    (source, reason)."""
     dropped = collections.Counter()
     for (_, reason), count in lost.items():
         dropped[reason] += count
@@ -71,7 +82,10 @@ def divide(partial: Path, staged: np.ndarray, is_val: np.ndarray) -> None:
             version = np.lib.format.read_magic(source)
             assert version == (1, 0), version
             np.lib.format.read_array_header_1_0(source)
-            writers = [files.NpyWriter(partial / f"{split}.{part}.npy", dtype) for split in ("train", "val")]
+            writers = [
+                files.NpyWriter(partial / f"{split}.{part}.npy", dtype)
+                for split in ("train", "val")
+            ]
             ends = np.cumsum(staged["length"], dtype=np.int64)
             row = 0
             while row < len(staged):
@@ -95,7 +109,10 @@ def divide(partial: Path, staged: np.ndarray, is_val: np.ndarray) -> None:
         writer.append(records)
         writer.close()
     if (partial / "staged.prompts.jsonl").stat().st_size:
-        with open(partial / "staged.prompts.jsonl", encoding="utf-8") as source, open(partial / "val.prompts.jsonl", "w", encoding="utf-8") as target:
+        with (
+            open(partial / "staged.prompts.jsonl", encoding="utf-8") as source,
+            open(partial / "val.prompts.jsonl", "w", encoding="utf-8") as target,
+        ):
             for number, prompt in map(json.loads, source):
                 if is_val[number]:
                     target.write(json.dumps(prompt, ensure_ascii=False) + "\n")

@@ -1,11 +1,15 @@
-"""The answers that a teacher wrote: each kept exactly once, named by (prompt key, generation), whatever is killed when.
+"""The answers that a teacher wrote: each kept exactly once, named by (prompt key, generation),
+whatever is killed when.
 
-Answers made with other settings lie in another folder, and --fresh of prepare_data.py deletes none. OUT/answers/HASH/ (HASH of the
-settings, all that an answer depends on) holds
-- settings.json   the teacher, its weights' hash or (of the first run) its server's host, the sampling settings, the seed
+Answers made with other settings lie in another folder, and --fresh of prepare_data.py deletes none.
+OUT/answers/HASH/ (HASH of the settings, all that an answer depends on) holds
+- settings.json   the teacher, its weights' hash or (of the first run) its server's host, the
+                  sampling settings, the seed
 - part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set
-- journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn by a kill, and is then ignored
+- journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn
+                  by a kill, and is then ignored
 """
+
 import hashlib
 import json
 import os
@@ -19,14 +23,36 @@ from lib import files
 
 PART_ROWS = 1000
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
-ABOUT = pa.schema([("reference", pa.string()), ("generation", pa.int32()), ("finish_reason", pa.string()), ("prompt_tokens", pa.int32()),
-                   ("answer_tokens", pa.int32()), ("teacher", pa.string()), ("sampling", pa.string())])  # an answer, for those it is passed on to
-SCHEMA = pa.schema([("source", pa.string()), ("prompt", pa.list_(MESSAGE)), ("answer", pa.string()), *ABOUT, ("key", pa.string())])
+ABOUT = pa.schema(
+    [
+        ("reference", pa.string()),
+        ("generation", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()),
+        ("teacher", pa.string()),
+        ("sampling", pa.string()),
+    ]
+)  # an answer, for those it is passed on to
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("prompt", pa.list_(MESSAGE)),
+        ("answer", pa.string()),
+        *ABOUT,
+        ("key", pa.string()),
+    ]
+)
 
 
 def name_of(made: dict) -> str:
-    """Return the name of the settings' folder. Where the teacher lies or is served does not matter: its weights, or its name there, do."""
-    told = {name: value for name, value in made.items() if name != ("teacher" if "weights" in made else "host")}
+    """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
+    its weights, or its name there, do."""
+    told = {
+        name: value
+        for name, value in made.items()
+        if name != ("teacher" if "weights" in made else "host")
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -37,7 +63,11 @@ class Store:
         self.folder, self.made = folder / name_of(made), made
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(folder)
-        others = [path.parent.name for path in sorted(folder.glob("*/settings.json")) if path.parent != self.folder]
+        others = [
+            path.parent.name
+            for path in sorted(folder.glob("*/settings.json"))
+            if path.parent != self.folder
+        ]
         new = not (self.folder / "settings.json").exists()
         if new:
             files.write_json(self.folder / "settings.json", made)
@@ -50,7 +80,12 @@ class Store:
             try:
                 table = pq.read_table(path, columns=["key", "generation"])
             except (pa.ArrowException, OSError, KeyError) as broken:
-                files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", f"move it away; its {PART_ROWS} are asked again")
+                files.fail(
+                    f"{path} cannot be read",
+                    broken,
+                    "answers as this program wrote them",
+                    f"move it away; its {PART_ROWS} are asked again",
+                )
             self.have.update(zip(table["key"].to_pylist(), table["generation"].to_pylist()))
         self.fresh: list[dict] = []  # what is in the journal and in no part
         whole = 0
@@ -63,20 +98,28 @@ class Store:
                 if row is None:
                     break  # torn, or what a power cut left of the end
                 whole += len(line)
-                if (name := (row["key"], row["generation"])) not in self.have:  # it is in both where the kill came between part and journal
+                if (
+                    name := (row["key"], row["generation"])
+                ) not in self.have:  # it is in both where the kill came between part and journal
                     self.have.add(name)
                     self.fresh.append(row)
             os.truncate(self.journal, whole)
         self.file = open(self.journal, "ab")
         if new and others:
-            print(f"answers: those of other settings stay in {', '.join(f'{folder}/{name}' for name in others)}; "
-                  f"these settings begin {self.folder}", flush=True)
+            print(
+                "answers: those of other settings stay in"
+                f" {', '.join(f'{folder}/{name}' for name in others)}; these settings begin"
+                f" {self.folder}",
+                flush=True,
+            )
 
     def add(self, row: dict) -> None:
         """Keep an answer: once this returns, no kill loses it."""
         name = row["key"], row["generation"]
         assert name not in self.have, name
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")  # half a surrogate pair becomes "?"
+        line = json.dumps(row, ensure_ascii=False).encode(
+            "utf-8", "replace"
+        )  # half a surrogate pair becomes "?"
         self.file.write(line + b"\n")
         self.file.flush()
         self.have.add(name)
@@ -89,11 +132,18 @@ class Store:
         if self.fresh:
             self.parts.append(path := self.folder / f"part-{len(self.parts):05d}.parquet")
             if path.exists():  # parts that were moved away leave gaps
-                path = self.parts[-1] = self.folder / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
+                path = self.parts[-1] = (
+                    self.folder
+                    / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
+                )
             told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
             same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
-            pq.write_table(pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA), partial, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA),
+                partial,
+                compression="zstd",
+            )
             files.sync(partial)
             os.replace(partial, path)
             files.sync(self.folder)
@@ -106,7 +156,8 @@ class Store:
         self.journal.unlink()
 
     def rows(self) -> Iterator[dict]:
-        """Yield all answers, a part at a time. (The newest are among them once the store is closed.)"""
+        """Yield all answers, a part at a time. (The newest are among them once the store is
+        closed.)"""
         for path in self.parts:
             yield from pq.read_table(path).to_pylist()
 

@@ -13,17 +13,30 @@ from lib.chat import talk
 from lib.measure import prompts, score
 from lib.prepare import demo
 
-QUESTIONS = ["Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
-             "Tom has 71 pens and Eva has 12. How many pens do they have together?", "Leo has 69 eggs.",
-             "There are 50 toys in a box. Mia takes 21 out. How many toys are in the box?", "How many?"]
+QUESTIONS = [
+    "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
+    "Tom has 71 pens and Eva has 12. How many pens do they have together?",
+    "Leo has 69 eggs.",
+    "There are 50 toys in a box. Mia takes 21 out. How many toys are in the box?",
+    "How many?",
+]
 SHORT = ["--device", "cpu", "--threads", "1", "--max-new-tokens", "12"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random model of 2 layers and width 32, its weights large enough that its answers wander, with the tokenizer of the demo."""
+    """A random model of 2 layers and width 32, its weights large enough that its answers wander,
+    with the tokenizer of the demo."""
     torch.manual_seed(0)
-    config = demo.config({"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
+    config = demo.config(
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+    )
     config.initializer_range = 0.3
     model = LlamaForCausalLM(config)
     folder = tmp_path_factory.mktemp("model") / "tiny"
@@ -35,17 +48,30 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def prompt_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": question, "reference": str(number)}) + "\n" for number, question in enumerate(QUESTIONS)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": question, "reference": str(number)}) + "\n"
+            for number, question in enumerate(QUESTIONS)
+        )
+    )
     return path
 
 
 def plain(folder, question, **options):
     """What transformers itself answers to a question, or to the last of several messages."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     ids = torch.tensor([template.prompt_ids(tokenizer, messages)])
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **({"do_sample": False} | options))
-    return tokenizer.decode(written[0, ids.shape[1]:], skip_special_tokens=True)
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        **({"do_sample": False} | options),
+    )
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def answers(path):
@@ -66,7 +92,9 @@ def refused(capsys, argv, code):
     if code == 2:
         assert stop.value.code == 2
         return capsys.readouterr().err.strip().splitlines()[-1]
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code  # a string leaves with exit code 1
+    assert (
+        isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    )  # a string leaves with exit code 1
     return stop.value.code
 
 
@@ -76,24 +104,68 @@ def test_greedy_answer_equals_plain_transformers(checkpoint, capsys):
         assert capsys.readouterr().out == plain(checkpoint, question) + "\n"
 
 
-def test_batched_answers_equal_single_ones_in_the_order_of_the_file(checkpoint, prompt_file, tmp_path):
-    chat.main(["--ckpt", str(checkpoint), "--greedy", "--prompts", str(prompt_file), "--out", str(tmp_path / "out.jsonl"), "--batch-size", "3", *SHORT])
-    assert answers(tmp_path / "out.jsonl") == [{"prompt": q, "reference": str(n), "answer": plain(checkpoint, q)} for n, q in enumerate(QUESTIONS)]
+def test_batched_answers_equal_single_ones_in_the_order_of_the_file(
+    checkpoint, prompt_file, tmp_path
+):
+    chat.main(
+        [
+            "--ckpt",
+            str(checkpoint),
+            "--greedy",
+            "--prompts",
+            str(prompt_file),
+            "--out",
+            str(tmp_path / "out.jsonl"),
+            "--batch-size",
+            "3",
+            *SHORT,
+        ]
+    )
+    assert answers(tmp_path / "out.jsonl") == [
+        {"prompt": q, "reference": str(n), "answer": plain(checkpoint, q)}
+        for n, q in enumerate(QUESTIONS)
+    ]
 
 
 def test_messages_are_answered_as_prompts_are(checkpoint, prompt_file, tmp_path):
-    lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n" for question in QUESTIONS]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n"
+        for question in QUESTIONS
+    ]
     (tmp_path / "messages.jsonl").write_text("".join(lines))
     for name in ("prompts", "messages"):
-        paths = ["--prompts", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / f"{name}.out")]
+        paths = [
+            "--prompts",
+            str(tmp_path / f"{name}.jsonl"),
+            "--out",
+            str(tmp_path / f"{name}.out"),
+        ]
         chat.main(["--ckpt", str(checkpoint), "--greedy", *paths, *SHORT])
-    assert [a["answer"] for a in answers(tmp_path / "messages.out")] == [a["answer"] for a in answers(tmp_path / "prompts.out")]
+    assert [a["answer"] for a in answers(tmp_path / "messages.out")] == [
+        a["answer"] for a in answers(tmp_path / "prompts.out")
+    ]
 
 
-@pytest.mark.parametrize("whole_lines, torn", [(2, b'{"prompt": "torn'), (3, b""), (0, b"{"), (5, b"")])
-def test_a_killed_file_continues_to_the_bytes_of_a_straight_run(checkpoint, prompt_file, tmp_path, capsys, whole_lines, torn):
+@pytest.mark.parametrize(
+    "whole_lines, torn", [(2, b'{"prompt": "torn'), (3, b""), (0, b"{"), (5, b"")]
+)
+def test_a_killed_file_continues_to_the_bytes_of_a_straight_run(
+    checkpoint, prompt_file, tmp_path, capsys, whole_lines, torn
+):
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    command = ["--ckpt", str(checkpoint), "--prompts", str(prompt_file), "--out", str(out), "--batch-size", "2", "--temperature", "1.5", *SHORT]
+    command = [
+        "--ckpt",
+        str(checkpoint),
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(out),
+        "--batch-size",
+        "2",
+        "--temperature",
+        "1.5",
+        *SHORT,
+    ]
     chat.main(command)
     straight = out.read_bytes()
     out.unlink()
@@ -104,17 +176,41 @@ def test_a_killed_file_continues_to_the_bytes_of_a_straight_run(checkpoint, prom
 
 def test_a_continued_file_does_not_answer_again_what_it_has(checkpoint, prompt_file, tmp_path):
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    command = ["--ckpt", str(checkpoint), "--greedy", "--prompts", str(prompt_file), "--out", str(out), "--batch-size", "2", *SHORT]
+    command = [
+        "--ckpt",
+        str(checkpoint),
+        "--greedy",
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(out),
+        "--batch-size",
+        "2",
+        *SHORT,
+    ]
     chat.main(command)
     lines = out.read_text().splitlines(keepends=True)
     out.unlink()
     part.write_text('{"answer": "kept 0"}\n{"answer": "kept 1"}\n' + lines[2])
     chat.main(command)
-    assert [a["answer"] for a in answers(out)] == ["kept 0", "kept 1", *(json.loads(line)["answer"] for line in lines[2:])]
+    assert [a["answer"] for a in answers(out)] == [
+        "kept 0",
+        "kept 1",
+        *(json.loads(line)["answer"] for line in lines[2:]),
+    ]
 
 
 def test_a_finished_file_is_left_alone(checkpoint, prompt_file, tmp_path, capsys):
-    command = ["--ckpt", str(checkpoint), "--greedy", "--prompts", str(prompt_file), "--out", str(tmp_path / "out.jsonl"), *SHORT]
+    command = [
+        "--ckpt",
+        str(checkpoint),
+        "--greedy",
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        *SHORT,
+    ]
     chat.main(command)
     before = (tmp_path / "out.jsonl").stat().st_mtime_ns
     with pytest.raises(SystemExit) as stop:
@@ -126,7 +222,16 @@ def test_a_finished_file_is_left_alone(checkpoint, prompt_file, tmp_path, capsys
 @pytest.mark.parametrize("change", ["--max-new-tokens=5", "--system=Add", "prompts", "weights"])
 def test_other_settings_are_refused_until_fresh(checkpoint, prompt_file, tmp_path, capsys, change):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    command = ["--ckpt", str(folder), "--greedy", "--prompts", str(prompt_file), "--out", str(tmp_path / "out.jsonl"), *SHORT]
+    command = [
+        "--ckpt",
+        str(folder),
+        "--greedy",
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+        *SHORT,
+    ]
     chat.main(command)
     if change == "prompts":
         prompt_file.write_text(prompt_file.read_text() + '{"prompt": "one more"}\n')
@@ -141,13 +246,36 @@ def test_other_settings_are_refused_until_fresh(checkpoint, prompt_file, tmp_pat
     chat.main([*command, "--fresh"])
 
 
-def test_a_file_that_chat_did_not_write_is_never_overwritten(checkpoint, prompt_file, tmp_path, capsys):
+def test_a_file_that_chat_did_not_write_is_never_overwritten(
+    checkpoint, prompt_file, tmp_path, capsys
+):
     (tmp_path / "thesis.txt").write_text("three years of work")
-    refused(capsys, ["--ckpt", str(checkpoint), "--prompts", str(prompt_file), "--out", str(tmp_path / "thesis.txt"), "--fresh", *SHORT], 1)
+    refused(
+        capsys,
+        [
+            "--ckpt",
+            str(checkpoint),
+            "--prompts",
+            str(prompt_file),
+            "--out",
+            str(tmp_path / "thesis.txt"),
+            "--fresh",
+            *SHORT,
+        ],
+        1,
+    )
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
 
 
-@pytest.mark.parametrize("made, asked", [("stage2/best", "stage2"), ("stage2/final", "stage2"), ("stage2/best", "stage2/best"), ("plain", "plain")])
+@pytest.mark.parametrize(
+    "made, asked",
+    [
+        ("stage2/best", "stage2"),
+        ("stage2/final", "stage2"),
+        ("stage2/best", "stage2/best"),
+        ("plain", "plain"),
+    ],
+)
 def test_stage_folders_and_plain_checkpoints_are_found(checkpoint, tmp_path, capsys, made, asked):
     shutil.copytree(checkpoint, tmp_path / made)
     if made != "plain":
@@ -166,7 +294,13 @@ def test_best_is_preferred_to_final(checkpoint, tmp_path, capsys):
 
 def test_defaults_come_from_the_checkpoints_generation_config(checkpoint, tmp_path, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    own = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 12, "eos_token_id": 5, "pad_token_id": 1}
+    own = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "max_new_tokens": 12,
+        "eos_token_id": 5,
+        "pad_token_id": 1,
+    }
     (folder / "generation_config.json").write_text(json.dumps(own))
     torch.manual_seed(3)
     wanted = plain(folder, QUESTIONS[0], do_sample=True)
@@ -179,14 +313,28 @@ def test_an_answer_stops_at_every_end_token(checkpoint, tmp_path, capsys):
     whole = tokenizer(plain(checkpoint, QUESTIONS[0]), add_special_tokens=False).input_ids
     stop = next(number for number in whole[2:] if number not in whole[:2])
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, stop], "pad_token_id": 1}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [5, stop], "pad_token_id": 1})
+    )
     chat.main(["--ckpt", str(folder), "--greedy", "--prompt", QUESTIONS[0], *SHORT])
-    assert capsys.readouterr().out == tokenizer.decode(whole[:whole.index(stop) + 1]) + "\n"
+    assert capsys.readouterr().out == tokenizer.decode(whole[: whole.index(stop) + 1]) + "\n"
 
 
 def test_seed_decides_a_sampled_answer(checkpoint, capsys):
     def sampled(seed):
-        chat.main(["--ckpt", str(checkpoint), "--temperature", "3", "--seed", seed, "--prompt", "How many?", *SHORT])
+        chat.main(
+            [
+                "--ckpt",
+                str(checkpoint),
+                "--temperature",
+                "3",
+                "--seed",
+                seed,
+                "--prompt",
+                "How many?",
+                *SHORT,
+            ]
+        )
         return capsys.readouterr().out
 
     assert sampled("1") == sampled("1") != sampled("2")
@@ -194,32 +342,79 @@ def test_seed_decides_a_sampled_answer(checkpoint, capsys):
 
 def test_conversation_answers_with_its_history(monkeypatch, capsys, checkpoint):
     first = plain(checkpoint, QUESTIONS[2])
-    history = [{"role": "user", "content": QUESTIONS[2]}, {"role": "assistant", "content": first}, {"role": "user", "content": QUESTIONS[4]}]
+    history = [
+        {"role": "user", "content": QUESTIONS[2]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": QUESTIONS[4]},
+    ]
     second = plain(checkpoint, history)
     assert second != plain(checkpoint, QUESTIONS[4])
-    assert conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[2], QUESTIONS[4]]) == f"{first}\n{second}\n"
+    assert (
+        conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[2], QUESTIONS[4]])
+        == f"{first}\n{second}\n"
+    )
 
 
 def test_reset_forgets_the_conversation(monkeypatch, capsys, checkpoint):
-    said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[2], "/reset", QUESTIONS[4], "/exit", QUESTIONS[0]])
-    assert said == f"{plain(checkpoint, QUESTIONS[2])}\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[4])}\n"
+    said = conversation(
+        monkeypatch,
+        capsys,
+        checkpoint,
+        [QUESTIONS[2], "/reset", QUESTIONS[4], "/exit", QUESTIONS[0]],
+    )
+    assert (
+        said == f"{plain(checkpoint, QUESTIONS[2])}\nthe conversation is"
+        f" forgotten\n{plain(checkpoint, QUESTIONS[4])}\n"
+    )
 
 
-@pytest.mark.parametrize("lines", [["Leo has\\", "69 eggs."], ['"""', "Leo has", "69 eggs.", '"""'], ['"""Leo has', '69 eggs."""']])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Leo has\\", "69 eggs."],
+        ['"""', "Leo has", "69 eggs.", '"""'],
+        ['"""Leo has', '69 eggs."""'],
+    ],
+)
 def test_a_message_may_span_lines(monkeypatch, capsys, checkpoint, lines):
-    assert conversation(monkeypatch, capsys, checkpoint, lines) == plain(checkpoint, "Leo has\n69 eggs.") + "\n"
+    assert (
+        conversation(monkeypatch, capsys, checkpoint, lines)
+        == plain(checkpoint, "Leo has\n69 eggs.") + "\n"
+    )
 
 
-def test_save_writes_the_conversation_with_its_system_prompt(monkeypatch, capsys, checkpoint, tmp_path):
-    conversation(monkeypatch, capsys, checkpoint, ["/system Add the ones", "How many?", f"/save {tmp_path / 'talk.json'}"])
+def test_save_writes_the_conversation_with_its_system_prompt(
+    monkeypatch, capsys, checkpoint, tmp_path
+):
+    conversation(
+        monkeypatch,
+        capsys,
+        checkpoint,
+        ["/system Add the ones", "How many?", f"/save {tmp_path / 'talk.json'}"],
+    )
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    assert messages[:2] == [{"role": "system", "content": "Add the ones"}, {"role": "user", "content": "How many?"}]
+    assert messages[:2] == [
+        {"role": "system", "content": "Add the ones"},
+        {"role": "user", "content": "How many?"},
+    ]
     assert messages[2] == {"role": "assistant", "content": plain(checkpoint, messages[:2])}
 
 
-def test_unknown_commands_and_bad_paths_do_not_end_the_conversation(monkeypatch, capsys, checkpoint, tmp_path):
-    said = conversation(monkeypatch, capsys, checkpoint, ["/quit", f"/save {tmp_path}/none/x.json", "/save", "/help", "", QUESTIONS[2]])
-    assert "unknown command /quit" in said and "not saved" in said and "needs a file name" in said and talk.HELP in said
+def test_unknown_commands_and_bad_paths_do_not_end_the_conversation(
+    monkeypatch, capsys, checkpoint, tmp_path
+):
+    said = conversation(
+        monkeypatch,
+        capsys,
+        checkpoint,
+        ["/quit", f"/save {tmp_path}/none/x.json", "/save", "/help", "", QUESTIONS[2]],
+    )
+    assert (
+        "unknown command /quit" in said
+        and "not saved" in said
+        and "needs a file name" in said
+        and talk.HELP in said
+    )
     assert said.endswith(plain(checkpoint, QUESTIONS[2]) + "\n")
 
 
@@ -234,15 +429,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkp
 
     monkeypatch.setattr(talk.Printer, "show", interrupted)
     said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
-    assert said == f"{''.join(shown[:4])} (stopped)\nthe conversation is forgotten\n{plain(checkpoint, QUESTIONS[2])}\n"
+    assert (
+        said == f"{''.join(shown[:4])} (stopped)\nthe conversation is"
+        f" forgotten\n{plain(checkpoint, QUESTIONS[2])}\n"
+    )
 
 
-def test_oldest_turns_are_dropped_when_the_context_is_full(monkeypatch, capsys, checkpoint, tmp_path):
+def test_oldest_turns_are_dropped_when_the_context_is_full(
+    monkeypatch, capsys, checkpoint, tmp_path
+):
     long = " ".join(["Ann has 38 apples."] * 8)  # 56 tokens; the context is 256
-    said = conversation(monkeypatch, capsys, checkpoint, [long] * 5 + [f"/save {tmp_path / 'talk.json'}"])
+    said = conversation(
+        monkeypatch, capsys, checkpoint, [long] * 5 + [f"/save {tmp_path / 'talk.json'}"]
+    )
     assert said.count("no longer fit") >= 1
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    assert messages[0]["role"] == "user" and messages[-1]["role"] == "assistant" and len(messages) < 10
+    assert (
+        messages[0]["role"] == "user" and messages[-1]["role"] == "assistant" and len(messages) < 10
+    )
 
 
 def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint):
@@ -250,14 +454,21 @@ def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint)
     talking = chat.Chat(args, *chat.load(args))
     messages = [{"role": "system", "content": "Add the ones"}]
     for name in demo.PEOPLE:
-        messages.append({"role": "user", "content": f"{name} has 38 apples. How many apples does {name} have now?"})
+        messages.append(
+            {
+                "role": "user",
+                "content": f"{name} has 38 apples. How many apples does {name} have now?",
+            }
+        )
         messages.append({"role": "assistant", "content": "#### 38"})
     ids, dropped = talking.fit(messages[:-1])
-    assert ids == template.prompt_ids(talking.tokenizer, [messages[0], *messages[1 + dropped:-1]])
+    assert ids == template.prompt_ids(talking.tokenizer, [messages[0], *messages[1 + dropped : -1]])
     assert dropped % 2 == 0 and 0 < dropped < 30 and len(ids) + 12 <= 256
 
 
-def test_a_message_longer_than_the_context_is_refused_and_the_next_one_answered(monkeypatch, capsys, checkpoint):
+def test_a_message_longer_than_the_context_is_refused_and_the_next_one_answered(
+    monkeypatch, capsys, checkpoint
+):
     said = conversation(monkeypatch, capsys, checkpoint, ["apples " * 300, QUESTIONS[2]])
     assert "too long" in said and said.endswith(plain(checkpoint, QUESTIONS[2]) + "\n")
 
@@ -277,33 +488,69 @@ def test_streamed_text_is_the_decoding_of_all_tokens(capsys):
 
 # --- scores
 
+
 def scoring(checkpoint, source, out, *more):
-    return ["--ckpt", str(checkpoint), "--score", str(source), "--out", str(out), "--batch-size", "2", *SHORT, *more]
+    return [
+        "--ckpt",
+        str(checkpoint),
+        "--score",
+        str(source),
+        "--out",
+        str(out),
+        "--batch-size",
+        "2",
+        *SHORT,
+        *more,
+    ]
 
 
 @pytest.fixture
 def asked(tmp_path):
-    """Prompts with references: what the model answers for the first two, something else for the others."""
+    """Prompts with references: what the model answers for the first two, something else for the
+    others."""
     path = tmp_path / "asked.jsonl"
 
     def write(checkpoint, references=None):
-        references = references or [*(plain(checkpoint, question) for question in QUESTIONS[:2]), "#### 69", "#### 29", "#### 0"]
-        path.write_text("".join(json.dumps({"prompt": q, "reference": r}) + "\n" for q, r in zip(QUESTIONS, references)))
+        references = references or [
+            *(plain(checkpoint, question) for question in QUESTIONS[:2]),
+            "#### 69",
+            "#### 29",
+            "#### 0",
+        ]
+        path.write_text(
+            "".join(
+                json.dumps({"prompt": q, "reference": r}) + "\n"
+                for q, r in zip(QUESTIONS, references)
+            )
+        )
         return path
 
     return write
 
 
 def test_scored_answers_are_the_greedy_ones_with_their_scores(checkpoint, asked, tmp_path, capsys):
-    folder, out = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "new" / "answers.jsonl"
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 2.0, "eos_token_id": 5, "pad_token_id": 1}))
+    folder, out = (
+        shutil.copytree(checkpoint, tmp_path / "model"),
+        tmp_path / "new" / "answers.jsonl",
+    )
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 2.0, "eos_token_id": 5, "pad_token_id": 1})
+    )
     chat.main(scoring(folder, asked(checkpoint), out, "--metrics", "exact,bleu"))
     rows = answers(out)
-    assert [row["answer"] for row in rows] == [plain(checkpoint, question) for question in QUESTIONS]
-    assert [row["scores"]["exact"] for row in rows][:2] == [1, 1] and all(set(row["scores"]) == {"exact", "bleu"} for row in rows)
+    assert [row["answer"] for row in rows] == [
+        plain(checkpoint, question) for question in QUESTIONS
+    ]
+    assert [row["scores"]["exact"] for row in rows][:2] == [1, 1] and all(
+        set(row["scores"]) == {"exact", "bleu"} for row in rows
+    )
     made = json.loads((tmp_path / "new" / "answers.scores.json").read_text())
     assert made["metrics"] == score.summarise(rows, ["exact", "bleu"]) and made["count"] == 5
-    assert made["prompts"] == files.sha256(asked(checkpoint)) and made["weights"] == models.identity(folder) and made["ckpt"] == str(folder)
+    assert (
+        made["prompts"] == files.sha256(asked(checkpoint))
+        and made["weights"] == models.identity(folder)
+        and made["ckpt"] == str(folder)
+    )
     assert "bleu" in (said := capsys.readouterr().out) and "answers.scores.json" in said
 
 
@@ -311,7 +558,11 @@ def test_a_finished_scored_file_shows_its_scores_again(checkpoint, asked, tmp_pa
     command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
     chat.main(command)
     table = capsys.readouterr().out.split("answers/s)")[1]
-    assert "finished already" in (said := finished(command, capsys)) and said.endswith(table) and "exact" in table
+    assert (
+        "finished already" in (said := finished(command, capsys))
+        and said.endswith(table)
+        and "exact" in table
+    )
 
 
 def finished(command, capsys):
@@ -321,9 +572,18 @@ def finished(command, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--metrics", "exact"], ["--metrics", "bleu", "--temperature", "1.5"], ["--labels", "auto"],
-                                  ["--labels", "auto", "--calibrate", "prior"]])
-def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(checkpoint, asked, tmp_path, capsys, more):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--metrics", "exact"],
+        ["--metrics", "bleu", "--temperature", "1.5"],
+        ["--labels", "auto"],
+        ["--labels", "auto", "--calibrate", "prior"],
+    ],
+)
+def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(
+    checkpoint, asked, tmp_path, capsys, more
+):
     out, source = tmp_path / "a.jsonl", asked(checkpoint, ["Ann", "Tom", "Leo", "Mia", "Ann"])
     command = scoring(checkpoint, source, out, *more)
     chat.main(command)
@@ -331,7 +591,9 @@ def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(checkpoin
     for kept in (0, 3):  # killed at the beginning, and within a batch
         (tmp_path / "a.scores.json").unlink()
         out.unlink()
-        (tmp_path / "a.jsonl.part").write_bytes(b"".join(straight.splitlines(keepends=True)[:kept]) + b'{"torn')
+        (tmp_path / "a.jsonl.part").write_bytes(
+            b"".join(straight.splitlines(keepends=True)[:kept]) + b'{"torn'
+        )
         chat.main(command)
         assert out.read_bytes() == straight
     (tmp_path / "a.scores.json").unlink()  # killed before the summary
@@ -341,46 +603,111 @@ def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(checkpoin
     assert {**again, "speed": 0} == {**summary, "speed": 0}
 
 
-def test_labels_are_chosen_by_likelihood_and_told_apart_in_the_summary(checkpoint, asked, tmp_path, capsys):
+def test_labels_are_chosen_by_likelihood_and_told_apart_in_the_summary(
+    checkpoint, asked, tmp_path, capsys
+):
     references = ["Ann", "Tom", "Leo", "Ann", "Tom"]
-    chat.main(scoring(checkpoint, asked(checkpoint, references), tmp_path / "a.jsonl", "--labels", "Tom,Ann,Leo,Eva"))
+    chat.main(
+        scoring(
+            checkpoint,
+            asked(checkpoint, references),
+            tmp_path / "a.jsonl",
+            "--labels",
+            "Tom,Ann,Leo,Eva",
+        )
+    )
     rows, made = answers(tmp_path / "a.jsonl"), json.loads((tmp_path / "a.scores.json").read_text())
     for row in rows:
-        assert list(row["logp"]) == ["Tom", "Ann", "Leo", "Eva"] and row["answer"] == max(row["logp"], key=row["logp"].get)
+        assert list(row["logp"]) == ["Tom", "Ann", "Leo", "Eva"] and row["answer"] == max(
+            row["logp"], key=row["logp"].get
+        )
         assert row["scores"] == {"accuracy": float(row["answer"] == row["reference"])}
-    assert made["labels"] == ["Tom", "Ann", "Leo", "Eva"] == list(made["per_class"]) and np.array(made["confusion"]).sum(1).tolist() == [2, 2, 1, 0]
-    assert made["metrics"]["accuracy"]["value"] == np.mean([row["scores"]["accuracy"] for row in rows]) and "macro_f1" in made["metrics"]
+    assert made["labels"] == ["Tom", "Ann", "Leo", "Eva"] == list(made["per_class"]) and np.array(
+        made["confusion"]
+    ).sum(1).tolist() == [2, 2, 1, 0]
+    assert (
+        made["metrics"]["accuracy"]["value"] == np.mean([row["scores"]["accuracy"] for row in rows])
+        and "macro_f1" in made["metrics"]
+    )
     assert "precision" in capsys.readouterr().out
 
 
 def test_calibration_changes_what_is_chosen_and_not_the_likelihoods(checkpoint, asked, tmp_path):
     source, made = asked(checkpoint, ["Ann", "Ann has 38 apples", "Leo", "Ann", "Leo"]), {}
     for how in ("off", "length", "prior"):
-        chat.main(scoring(checkpoint, source, tmp_path / f"{how}.jsonl", "--labels", "auto", "--calibrate", how))
+        chat.main(
+            scoring(
+                checkpoint,
+                source,
+                tmp_path / f"{how}.jsonl",
+                "--labels",
+                "auto",
+                "--calibrate",
+                how,
+            )
+        )
         made[how] = answers(tmp_path / f"{how}.jsonl")
-    assert [row["logp"] for row in made["off"]] == [row["logp"] for row in made["length"]] == [row["logp"] for row in made["prior"]]
+    assert (
+        [row["logp"] for row in made["off"]]
+        == [row["logp"] for row in made["length"]]
+        == [row["logp"] for row in made["prior"]]
+    )
     picked = {how: [row["answer"] for row in rows] for how, rows in made.items()}
-    assert picked["length"] == [max(row["logp"], key=lambda label: row["logp"][label] / (2 + 4 * (len(label) > 3))) for row in made["off"]]
+    assert picked["length"] == [
+        max(row["logp"], key=lambda label: row["logp"][label] / (2 + 4 * (len(label) > 3)))
+        for row in made["off"]
+    ]
     assert len(set(map(tuple, picked.values()))) > 1
 
 
-def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(checkpoint, asked, tmp_path, capsys):
+def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(
+    checkpoint, asked, tmp_path, capsys
+):
     (tmp_path / "data").mkdir()
     shutil.copy(asked(checkpoint), tmp_path / "data" / "val.prompts.jsonl")
     chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "all.jsonl", "--metrics", "exact"))
-    chat.main(scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact", "--limit", "2"))
+    chat.main(
+        scoring(
+            checkpoint,
+            tmp_path / "data",
+            tmp_path / "few.jsonl",
+            "--metrics",
+            "exact",
+            "--limit",
+            "2",
+        )
+    )
     assert answers(tmp_path / "few.jsonl") == answers(tmp_path / "all.jsonl")[:2]
     assert json.loads((tmp_path / "few.scores.json").read_text())["metrics"]["exact"]["n"] == 2
-    assert "--fresh" in refused(capsys, scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact"), 1)
+    assert "--fresh" in refused(
+        capsys,
+        scoring(checkpoint, tmp_path / "data", tmp_path / "few.jsonl", "--metrics", "exact"),
+        1,
+    )
 
 
-def test_a_file_of_answers_without_settings_of_scores_is_still_known(checkpoint, prompt_file, tmp_path, capsys):
+def test_a_file_of_answers_without_settings_of_scores_is_still_known(
+    checkpoint, prompt_file, tmp_path, capsys
+):
     """What chat.py wrote before there were scores: its meta.json has none of their settings."""
     out = tmp_path / "out.jsonl"
-    command = ["--ckpt", str(checkpoint), "--greedy", "--prompts", str(prompt_file), "--out", str(out), *SHORT]
+    command = [
+        "--ckpt",
+        str(checkpoint),
+        "--greedy",
+        "--prompts",
+        str(prompt_file),
+        "--out",
+        str(out),
+        *SHORT,
+    ]
     chat.main(command)
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
-    older = {name: value for name, value in meta.items() if name not in ("limit", "metrics", "labels", "calibrate")}
+    older = {
+        name: value
+        for name, value in meta.items()
+        if name not in ("limit", "metrics", "labels", "calibrate")
+    }
     (tmp_path / "out.jsonl.meta.json").write_text(json.dumps(older))
     assert "finished already" in finished(command, capsys)
 
@@ -394,37 +721,73 @@ def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path,
     assert list(json.loads((tmp_path / "a.scores.json").read_text())["metrics"]) == ["bleu"]
 
 
-@pytest.mark.parametrize("references, more, says", [
-    (["1", "2", None], [], "line 3 has no reference"), (["1", " "], [], "line 2 has no reference"),
-    (["Ann", "Zoe"], ["--labels", "Ann,Tom"], "line 2: the reference is no label; saw 'Zoe'; wanted Ann, Tom")])
-def test_references_that_are_missing_or_no_label_are_refused_by_line_number(checkpoint, asked, tmp_path, capsys, references, more, says):
-    assert says in refused(capsys, scoring(checkpoint, asked(checkpoint, references), tmp_path / "a.jsonl", *more), 1)
+@pytest.mark.parametrize(
+    "references, more, says",
+    [
+        (["1", "2", None], [], "line 3 has no reference"),
+        (["1", " "], [], "line 2 has no reference"),
+        (
+            ["Ann", "Zoe"],
+            ["--labels", "Ann,Tom"],
+            "line 2: the reference is no label; saw 'Zoe'; wanted Ann, Tom",
+        ),
+    ],
+)
+def test_references_that_are_missing_or_no_label_are_refused_by_line_number(
+    checkpoint, asked, tmp_path, capsys, references, more, says
+):
+    assert says in refused(
+        capsys, scoring(checkpoint, asked(checkpoint, references), tmp_path / "a.jsonl", *more), 1
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "asked.jsonl"]
 
 
-def test_a_label_that_does_not_fit_behind_its_prompt_is_refused_by_line_number(checkpoint, tmp_path, capsys):
-    lines = [{"prompt": "How many?", "reference": "Ann"}, {"prompt": "apples " * 245, "reference": "Tom"}]  # the context is 256
+def test_a_label_that_does_not_fit_behind_its_prompt_is_refused_by_line_number(
+    checkpoint, tmp_path, capsys
+):
+    lines = [
+        {"prompt": "How many?", "reference": "Ann"},
+        {"prompt": "apples " * 245, "reference": "Tom"},
+    ]  # the context is 256
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels")
     chat.main([*command, "Ann,Tom"])
-    assert "line 2 leaves no room for an answer" in refused(capsys, [*command, "Ann,Tom," + "Ann has " * 10, "--fresh"], 1)
+    assert "line 2 leaves no room for an answer" in refused(
+        capsys, [*command, "Ann,Tom," + "Ann has " * 10, "--fresh"], 1
+    )
 
 
 def test_references_that_are_too_many_to_be_labels_are_refused(checkpoint, tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": "How many?", "reference": str(i)}) + "\n" for i in range(201)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": "How many?", "reference": str(i)}) + "\n" for i in range(201))
+    )
     command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels", "auto")
     assert "201 distinct ones; wanted at most 200" in refused(capsys, command, 1)
 
 
 def test_one_class_only_is_warned_of(checkpoint, asked, tmp_path, capsys):
-    chat.main(scoring(checkpoint, asked(checkpoint, ["Ann"] * 5), tmp_path / "a.jsonl", "--labels", "Ann,Tom"))
+    chat.main(
+        scoring(
+            checkpoint, asked(checkpoint, ["Ann"] * 5), tmp_path / "a.jsonl", "--labels", "Ann,Tom"
+        )
+    )
     assert "WARNING: every reference is 'Ann'" in capsys.readouterr().out
-    chat.main(scoring(checkpoint, asked(checkpoint, ["Ann", "Tom", "Ann", "Ann", "Tom"]), tmp_path / "b.jsonl", "--labels", "Ann,Tom"))
+    chat.main(
+        scoring(
+            checkpoint,
+            asked(checkpoint, ["Ann", "Tom", "Ann", "Ann", "Tom"]),
+            tmp_path / "b.jsonl",
+            "--labels",
+            "Ann,Tom",
+        )
+    )
     assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_data_folder_without_held_out_prompts_is_refused(checkpoint, tmp_path, capsys):
-    assert "holds no val.prompts.jsonl" in refused(capsys, scoring(checkpoint, tmp_path, tmp_path / "a.jsonl"), 1)
+    assert "holds no val.prompts.jsonl" in refused(
+        capsys, scoring(checkpoint, tmp_path, tmp_path / "a.jsonl"), 1
+    )
 
 
 @pytest.mark.parametrize("context", [256, 40, 3])
@@ -439,25 +802,59 @@ def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(ch
         return forward(input_ids=input_ids, **options)
 
     talking.module.forward = counted
-    made, (read, written) = prompts.speed(talking, [7, 8, 9]), {256: (128, 32), 40: (20, 20), 3: (2, 1)}[context]
-    assert lengths == ([read] + [1] * written) * 3 and made["prompt_tok_per_s"] > 0 < made["tok_per_s"]
+    made, (read, written) = (
+        prompts.speed(talking, [7, 8, 9]),
+        {256: (128, 32), 40: (20, 20), 3: (2, 1)}[context],
+    )
+    assert (
+        lengths == ([read] + [1] * written) * 3 and made["prompt_tok_per_s"] > 0 < made["tok_per_s"]
+    )
     weights = sum(p.numel() * 4 for p in talking.module.parameters())
-    cache = 2 * 2 * 16 * 4 * (read + written)  # keys and values of two layers, two heads of width 8, float32
-    assert 0 <= made["memory_bytes"] - weights - cache < 1000 and made["threads"] == 1 and made["device"] == "cpu"  # what is left: rotary tables
+    cache = (
+        2 * 2 * 16 * 4 * (read + written)
+    )  # keys and values of two layers, two heads of width 8, float32
+    assert (
+        0 <= made["memory_bytes"] - weights - cache < 1000
+        and made["threads"] == 1
+        and made["device"] == "cpu"
+    )  # what is left: rotary tables
 
 
-@pytest.mark.parametrize("line, says", [
-    ("{", "not JSON"), ("[]", "[]"), ('{"text": "x"}', "text"), ('{"prompt": 3}', "3"), ('{"messages": []}', "[]"),
-    ('{"prompt": "x", "answer": "y"}', "overwrite"),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', "end with an answer"), (json.dumps({"prompt": "apples " * 300}), "no room")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("{", "not JSON"),
+        ("[]", "[]"),
+        ('{"text": "x"}', "text"),
+        ('{"prompt": 3}', "3"),
+        ('{"messages": []}', "[]"),
+        ('{"prompt": "x", "answer": "y"}', "overwrite"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "end with an answer"),
+        (json.dumps({"prompt": "apples " * 300}), "no room"),
+    ],
+)
 def test_a_broken_prompts_file_is_refused_by_line_number(checkpoint, tmp_path, capsys, line, says):
     (tmp_path / "p.jsonl").write_text('{"prompt": "How many?"}\n' + line + "\n")
-    said = refused(capsys, ["--ckpt", str(checkpoint), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT], 1)
+    said = refused(
+        capsys,
+        [
+            "--ckpt",
+            str(checkpoint),
+            "--prompts",
+            str(tmp_path / "p.jsonl"),
+            "--out",
+            str(tmp_path / "o.jsonl"),
+            *SHORT,
+        ],
+        1,
+    )
     assert "line 2" in said and says in said and not (tmp_path / "o.jsonl").exists()
 
 
 @pytest.mark.parametrize("ckpt", ["none/such/folder", "./none", "empty", "weightless", "torn"])
-def test_a_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path, capsys, monkeypatch, ckpt):
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(
+    checkpoint, tmp_path, capsys, monkeypatch, ckpt
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name in ("weightless", "torn"):
@@ -467,12 +864,31 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line(checkpoint, tmp_path, ca
     assert ckpt in refused(capsys, ["--ckpt", ckpt, "--prompt", "x", *SHORT], 1)
 
 
-@pytest.mark.parametrize("argv", [
-    ["--prompts", "x.jsonl"], ["--out", "y"], ["--prompt", "x", "--prompts", "y", "--out", "z"], ["--greedy", "--temperature", "1"],
-    ["--temperature", "-1"], ["--top-p", "0"], ["--top-p", "1.1"], ["--top-k", "-1"], ["--max-new-tokens", "0"],
-    ["--batch-size", "0"], ["--promp", "x"], ["--score", "x"], ["--score", "x", "--prompts", "y", "--out", "z"], ["--limit", "3"],
-    ["--score", "x", "--out", "z", "--limit", "-1"], ["--score", "x", "--out", "z", "--metrics", "blue"], ["--metrics", "bleu"],
-    ["--score", "x", "--out", "z", "--labels", "a,,b"], ["--prompts", "x", "--out", "z", "--labels", "a,b"],
-    ["--score", "x", "--out", "z", "--labels", "a,b", "--metrics", "bleu"], ["--score", "x", "--out", "z", "--calibrate", "prior"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--prompts", "x.jsonl"],
+        ["--out", "y"],
+        ["--prompt", "x", "--prompts", "y", "--out", "z"],
+        ["--greedy", "--temperature", "1"],
+        ["--temperature", "-1"],
+        ["--top-p", "0"],
+        ["--top-p", "1.1"],
+        ["--top-k", "-1"],
+        ["--max-new-tokens", "0"],
+        ["--batch-size", "0"],
+        ["--promp", "x"],
+        ["--score", "x"],
+        ["--score", "x", "--prompts", "y", "--out", "z"],
+        ["--limit", "3"],
+        ["--score", "x", "--out", "z", "--limit", "-1"],
+        ["--score", "x", "--out", "z", "--metrics", "blue"],
+        ["--metrics", "bleu"],
+        ["--score", "x", "--out", "z", "--labels", "a,,b"],
+        ["--prompts", "x", "--out", "z", "--labels", "a,b"],
+        ["--score", "x", "--out", "z", "--labels", "a,b", "--metrics", "bleu"],
+        ["--score", "x", "--out", "z", "--calibrate", "prior"],
+    ],
+)
 def test_bad_arguments_are_refused_with_exit_code_2(capsys, argv):
     assert "error: " in refused(capsys, ["--ckpt", "x", *argv], 2)

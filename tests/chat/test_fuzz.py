@@ -1,7 +1,10 @@
-"""Any request that lib/chat/openapi.json can think of, right or wrong: status, type and body of the answer are those of the file; the server lives.
+"""Any request that lib/chat/openapi.json can think of, right or wrong: status, type and body of the
+answer are those of the file; the server lives.
 
-    FUZZ=500 python -m pytest tests/chat/test_fuzz.py      # that many of each kind and route; the suite takes 12
+FUZZ=500 python -m pytest tests/chat/test_fuzz.py      # that many of each kind and route; the suite
+                                                       takes 12
 """
+
 import json
 import os
 import resource
@@ -14,9 +17,20 @@ from test_serve import GOOD, ask, served
 from test_serve import run as run  # noqa: F401  a fixture
 
 EXAMPLES = int(os.environ.get("FUZZ", 12))
-MODES = {"right": schemathesis.GenerationMode.POSITIVE, "wrong": schemathesis.GenerationMode.NEGATIVE}
+MODES = {
+    "right": schemathesis.GenerationMode.POSITIVE,
+    "wrong": schemathesis.GenerationMode.NEGATIVE,
+}
 POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/heatmap"]
-GETS = ["/v1/models", "/run.json", "/run/curves.png", "/run/comparison.html", "/run/samples.md", "/healthz", "/metrics"]
+GETS = [
+    "/v1/models",
+    "/run.json",
+    "/run/curves.png",
+    "/run/comparison.html",
+    "/run/samples.md",
+    "/healthz",
+    "/metrics",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +53,25 @@ def test_what_comes_back_is_what_the_file_says(server, schema, path, mode):
     if path in GETS and mode == "wrong":
         return  # nothing about them can be wrong
     operation = schema[path]["POST" if path in POSTS else "GET"]
-    names = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance"]
-    wanted = [checks.CHECKS.get_one(name) for name in names + ["negative_data_rejection"] * (mode == "wrong")]
+    names = [
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_schema_conformance",
+    ]
+    wanted = [
+        checks.CHECKS.get_one(name)
+        for name in names + ["negative_data_rejection"] * (mode == "wrong")
+    ]
     seen = set()
 
-    @hypothesis.settings(max_examples=EXAMPLES if path in POSTS else 1, deadline=None, database=None, derandomize=True,
-                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=EXAMPLES if path in POSTS else 1,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(case=operation.as_strategy(generation_mode=MODES[mode]))
     def every(case):
         if mode == "right" and path in POSTS and "model" in case.body:
@@ -56,12 +83,22 @@ def test_what_comes_back_is_what_the_file_says(server, schema, path, mode):
     every()
     assert ask(server.url, "/healthz")[0] == 200
     if path in POSTS:
-        assert seen <= ({200, 400} if mode == "right" else {400, 415}) and (mode == "right") == (200 in seen), seen
+        assert seen <= ({200, 400} if mode == "right" else {400, 415}) and (mode == "right") == (
+            200 in seen
+        ), seen
 
 
 def test_memory_is_flat_whatever_is_asked(server):
     good = {"model": server.sides[0].id} | GOOD
-    bodies = [good, good | {"stream": True}, good | {"n": 4}, good | {"n": -1}, b"[" * 10_000, b"x" * 500_000, good | {"model": "x" * 100_000}]
+    bodies = [
+        good,
+        good | {"stream": True},
+        good | {"n": 4},
+        good | {"n": -1},
+        b"[" * 10_000,
+        b"x" * 500_000,
+        good | {"model": "x" * 100_000},
+    ]
 
     def many(rounds):
         for _ in range(rounds):

@@ -1,4 +1,6 @@
-"""The page of chat.py --serve in a browser, before the real server with random models; where a server must misbehave, the test plays it."""
+"""The page of chat.py --serve in a browser, before the real server with random models; where a
+server must misbehave, the test plays it."""
+
 import json
 import shutil
 import time
@@ -10,38 +12,68 @@ import torch
 import chat
 from lib.chat import serve
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 SHORT = "Tom has 71 pens."  # the random student ends its answer to this one itself
 LONG = "Leo has 69 eggs."
-EVIL = ("<script>document.title = 'owned'</script>\n\n<img src=x onerror=\"document.title = 'owned'\"> [click](javascript:alert(1)) "
-        "[data](data:text/html,x) **<b>bold</b>** [good](https://example.com/a?b=c)\n\n```html\n<iframe src=//example.com></iframe>")
-PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f64540"
-                    "0000000049454e44ae426082")
+EVIL = (
+    "<script>document.title = 'owned'</script>\n\n<img src=x onerror=\"document.title = 'owned'\">"
+    " [click](javascript:alert(1)) [data](data:text/html,x) **<b>bold</b>**"
+    " [good](https://example.com/a?b=c)\n\n```html\n<iframe src=//example.com></iframe>"
+)
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001a5f64540"
+    "0000000049454e44ae426082"
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder whose student and teacher are random models, their weights large enough that their answers wander."""
+    """A run folder whose student and teacher are random models, their weights large enough that
+    their answers wander."""
     folder = make.chat_run(tmp_path_factory.mktemp("runs") / "demo", PNG)
-    (folder / "stage2" / "samples.md").write_text("## Prompt 1\n\nHow many?\n\n### Step 0, prompt 1\n\n    <b>8</b>\n")
-    (folder / "comparison.html").write_text("<title>comparison</title><style>p { color: red }</style><p>compared")
+    (folder / "stage2" / "samples.md").write_text(
+        "## Prompt 1\n\nHow many?\n\n### Step 0, prompt 1\n\n    <b>8</b>\n"
+    )
+    (folder / "comparison.html").write_text(
+        "<title>comparison</title><style>p { color: red }</style><p>compared"
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(run):
     torch.set_num_threads(1)
-    args = chat.parse_args(["--ckpt", str(run / "stage2"), "--teacher", str(run / "teacher"), "--serve", "--port", "0", "--device", "cpu", "--greedy",
-                            "--max-new-tokens", "24"])
+    args = chat.parse_args(
+        [
+            "--ckpt",
+            str(run / "stage2"),
+            "--teacher",
+            str(run / "teacher"),
+            "--serve",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            "--greedy",
+            "--max-new-tokens",
+            "24",
+        ]
+    )
     listening = serve.listen(args)
-    made = serve.Server(args, dict(zip(("student", "teacher"), chat.both(args))), run / "stage2" / "best", listening)
+    made = serve.Server(
+        args, dict(zip(("student", "teacher"), chat.both(args))), run / "stage2" / "best", listening
+    )
     yield made
     made.stop()
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install playwright"
+    )
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
     with playwright.sync_playwright() as running:
@@ -51,25 +83,37 @@ def browser():
 
 
 def watched(page, server, wrong):
-    """Note what a page must never do, in any test: a breach of its policy, an error, a request to elsewhere, a script of others."""
-    page.on("console", lambda said: wrong.append(said.text) if "Security Policy" in said.text else None)
+    """Note what a page must never do, in any test: a breach of its policy, an error, a request to
+    elsewhere, a script of others."""
+    page.on(
+        "console", lambda said: wrong.append(said.text) if "Security Policy" in said.text else None
+    )
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: wrong.append("a script ran"))
-    page.on("request", lambda asked: None if asked.url.startswith((server.url, "blob:", "data:")) else wrong.append(asked.url))
+    page.on(
+        "request",
+        lambda asked: (
+            None
+            if asked.url.startswith((server.url, "blob:", "data:"))
+            else wrong.append(asked.url)
+        ),
+    )
     page.set_default_timeout(15000)
     return page
 
 
 @pytest.fixture(scope="module")
 def tab(browser, server):
-    """One page for all visitors to a desktop, a new one takes its time; and what went wrong in it."""
+    """One page for all visitors to a desktop, a new one takes its time; and what went wrong in
+    it."""
     wrong = []
     return watched(browser.new_page(viewport={"width": 1280, "height": 800}), server, wrong), wrong
 
 
 @pytest.fixture
 def visit(browser, server, tab):
-    """Open the page as a new visitor, visit(); with more about his browser, visit(color_scheme="dark"), in one of his own."""
+    """Open the page as a new visitor, visit(); with more about his browser,
+    visit(color_scheme="dark"), in one of his own."""
     (page, wrong), own = tab, []
 
     def opened(**more):
@@ -78,7 +122,10 @@ def visit(browser, server, tab):
             own.append(browser.new_context(**more))
             visitor = watched(own[-1].new_page(), server, wrong)
         else:
-            page.goto(server.url + "/healthz")  # of the same origin, and without the page that would keep its conversation on leaving
+            page.goto(
+                server.url + "/healthz"
+                # of the same origin, and without the page that would keep its conversation on leaving
+            )
             page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
         visitor.goto(server.url)
         visitor.locator("#models li").nth(1).wait_for(state="attached")
@@ -98,7 +145,9 @@ def slow(server, monkeypatch):
     """Let the student take its time: 40 tokens a second."""
     module = server.sides[0].chat.module
     plain = module.forward
-    monkeypatch.setattr(module, "forward", lambda *args, **options: (time.sleep(0.025), plain(*args, **options))[1])
+    monkeypatch.setattr(
+        module, "forward", lambda *args, **options: (time.sleep(0.025), plain(*args, **options))[1]
+    )
 
 
 def say(page, text):
@@ -107,7 +156,8 @@ def say(page, text):
 
 
 def until(page, what, patience_s=15):
-    """Wait until an expression is true; page.wait_for_function would use eval(), which the page's policy refuses."""
+    """Wait until an expression is true; page.wait_for_function would use eval(), which the page's
+    policy refuses."""
     end = time.monotonic() + patience_s
     while not page.evaluate(what):
         assert time.monotonic() < end, what
@@ -116,14 +166,23 @@ def until(page, what, patience_s=15):
 
 def finished(page):
     """Wait until nobody writes any more; return the texts of the last turn's answers."""
-    until(page, "document.querySelector('#go').textContent === 'Send' && document.querySelector('.turn') !== null")
-    return page.evaluate("(turn => ROLES.filter(role => turn[role]).map(role => turn[role].text))(state.chat.turns.at(-1))")
+    until(
+        page,
+        "document.querySelector('#go').textContent === 'Send' && document.querySelector('.turn')"
+        " !== null",
+    )
+    return page.evaluate(
+        "(turn => ROLES.filter(role => turn[role]).map(role =>"
+        " turn[role].text))(state.chat.turns.at(-1))"
+    )
 
 
 def answer(server, messages, side=0, **more):
     """What the API answers."""
     body = {"model": server.sides[side].id, "messages": messages, **more}
-    made = server.app.test_client().post("/v1/chat/completions", json=body, headers={"Host": "localhost"})
+    made = server.app.test_client().post(
+        "/v1/chat/completions", json=body, headers={"Host": "localhost"}
+    )
     return made.json["choices"][0]["message"]["content"]
 
 
@@ -133,19 +192,27 @@ def user(text):
 
 def stream(*pieces, finish="stop"):
     """A stream of server-sent events, as the API has them."""
-    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+        for piece in pieces
+    ]
     chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] if finish else []
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if finish else "")
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + (
+        "data: [DONE]\n\n" if finish else ""
+    )
 
 
 def answers_with(page, *answers):
-    """Let the browser get these (status, headers, body) instead of the server's answers, one after the other; return what was asked."""
+    """Let the browser get these (status, headers, body) instead of the server's answers, one after
+    the other; return what was asked."""
     asked, left = [], list(answers)
 
     def fulfil(route):
         asked.append(route.request)
         status, headers, body = left.pop(0) if len(left) > 1 else left[0]
-        route.fulfill(status=status, headers={"Content-Type": "text/event-stream", **headers}, body=body)
+        route.fulfill(
+            status=status, headers={"Content-Type": "text/event-stream", **headers}, body=body
+        )
 
     page.route("**/v1/chat/completions", fulfil)
     return asked
@@ -160,7 +227,10 @@ def test_a_message_is_answered_and_a_reload_keeps_it_beside_a_new_conversation(v
     say(page, SHORT)
     wanted = answer(server, [user(SHORT)])
     assert finished(page) == [wanted] and page.locator(".body").inner_text() == wanted
-    assert "tokens/s" in page.locator(".numbers").inner_text() and page.locator("#say").inner_text() == f"stage2: {wanted}"
+    assert (
+        "tokens/s" in page.locator(".numbers").inner_text()
+        and page.locator("#say").inner_text() == f"stage2: {wanted}"
+    )
     say(page, "How\nmany?")
     history = [user(SHORT), {"role": "assistant", "content": wanted}, user("How\nmany?")]
     assert finished(page) == [answer(server, history)], "the model is shown what was said before"
@@ -170,7 +240,9 @@ def test_a_message_is_answered_and_a_reload_keeps_it_beside_a_new_conversation(v
     say(page, LONG)
     finished(page)
     page.reload()
-    assert page.locator(".asked p").evaluate_all("all => all.map(node => node.lastChild.data)") == [LONG], "the one that was open is open again"
+    assert page.locator(".asked p").evaluate_all("all => all.map(node => node.lastChild.data)") == [
+        LONG
+    ], "the one that was open is open again"
     assert page.locator("#chats li > button").all_inner_texts() == [LONG, SHORT], "the latest first"
     page.click(f"#chats button:text-is('{SHORT}')")
     assert page.locator(".turn").count() == 2 and page.locator(".body").first.inner_text() == wanted
@@ -187,11 +259,17 @@ def test_an_answer_is_streamed_and_escape_stops_it_here_and_on_the_server(visit,
     page.keyboard.press("Escape")
     [text] = finished(page)
     whole = answer(server, [user(LONG)], max_tokens=60)
-    assert 10 < len(text) < len(whole) and whole.startswith(text) and "Stopped." in page.locator(".body").inner_text()
+    assert (
+        10 < len(text) < len(whole)
+        and whole.startswith(text)
+        and "Stopped." in page.locator(".body").inner_text()
+    )
     patience = time.monotonic() + 3
     while server.sides[0].engine.working and time.monotonic() < patience:
         time.sleep(0.01)
-    assert not server.sides[0].engine.working, "the server goes on with an answer that nobody waits for"
+    assert not server.sides[0].engine.working, (
+        "the server goes on with an answer that nobody waits for"
+    )
     page.click("text=Retry")
     until(page, "document.querySelector('.body').textContent.length > 10")
     page.click("#go")
@@ -206,7 +284,9 @@ def test_the_last_question_is_edited_and_asked_anew(visit):
     assert page.input_value("#input") == SHORT
     say(page, LONG)
     finished(page)
-    assert page.locator(".asked p").evaluate_all("all => all.map(node => node.lastChild.data)") == [LONG]
+    assert page.locator(".asked p").evaluate_all("all => all.map(node => node.lastChild.data)") == [
+        LONG
+    ]
 
 
 def test_options_are_sent_and_kept_and_empty_ones_are_the_servers(visit):
@@ -215,17 +295,35 @@ def test_options_are_sent_and_kept_and_empty_ones_are_the_servers(visit):
     say(page, "a")
     finished(page)
     page.click("#options-button")
-    assert page.get_attribute("[name=temperature]", "placeholder") == "0" and page.get_attribute("[name=max_tokens]", "placeholder") == "24"
-    for name, value in (("temperature", "0.5"), ("top_p", "0.9"), ("max_tokens", "7"), ("seed", "3")):
+    assert (
+        page.get_attribute("[name=temperature]", "placeholder") == "0"
+        and page.get_attribute("[name=max_tokens]", "placeholder") == "24"
+    )
+    for name, value in (
+        ("temperature", "0.5"),
+        ("top_p", "0.9"),
+        ("max_tokens", "7"),
+        ("seed", "3"),
+    ):
         page.fill(f"[name={name}]", value)
     page.fill("#system", "Be brief.")
     page.keyboard.press("Escape")
     say(page, "b")
     finished(page)
     first, second = (request.post_data_json for request in asked)
-    assert first.keys() == {"model", "messages", "fit", "stream", "stream_options"} and first["messages"] == [user("a")]
-    assert {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "seed": 3}.items() <= {**second, "messages": None}.items()
-    assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
+    assert first.keys() == {"model", "messages", "fit", "stream", "stream_options"} and first[
+        "messages"
+    ] == [user("a")]
+    assert {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7, "seed": 3}.items() <= {
+        **second,
+        "messages": None,
+    }.items()
+    assert [message["role"] for message in second["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
     page.reload()
     page.click("#options-button")
     assert (page.input_value("[name=seed]"), page.input_value("#system")) == ("3", "Be brief.")
@@ -243,7 +341,9 @@ def test_conversations_are_renamed_exported_deleted_and_brought_back(visit):
     with page.expect_download() as download:
         page.click("text=Export")
     assert download.value.suggested_filename == "an-i-apple-i.json"
-    assert json.loads(download.value.path().read_text()) == {"messages": [user("a"), {"role": "assistant", "content": "fine"}]}
+    assert json.loads(download.value.path().read_text()) == {
+        "messages": [user("a"), {"role": "assistant", "content": "fine"}]
+    }
     page.click("text=Delete")
     assert page.locator("#chats li").count() == 0 and page.locator(".turn").count() == 0
     page.click("text=Undo")
@@ -255,7 +355,10 @@ def test_conversations_are_renamed_exported_deleted_and_brought_back(visit):
 
 def test_a_browser_that_keeps_nothing_says_so_and_answers(visit):
     page = visit()
-    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }; }")
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full',"
+        " 'QuotaExceededError'); }; }"
+    )
     say(page, SHORT)
     assert finished(page)[0] and "QuotaExceededError" in page.locator("#note").inner_text()
 
@@ -268,11 +371,21 @@ def test_student_and_teacher_answer_side_by_side_each_with_its_own_past(visit, s
     page.check("#beside")
     say(page, SHORT)
     first = finished(page)
-    assert first == [answer(server, [user(SHORT)], side) for side in (0, 1)] and first[0] != first[1]
+    assert (
+        first == [answer(server, [user(SHORT)], side) for side in (0, 1)] and first[0] != first[1]
+    )
     say(page, LONG)
     second = finished(page)
-    assert second == [answer(server, [user(SHORT), {"role": "assistant", "content": first[side]}, user(LONG)], side) for side in (0, 1)]
-    student, teacher = (page.locator(f".turn:last-child .{role}.answer").bounding_box() for role in ("student", "teacher"))
+    assert second == [
+        answer(
+            server, [user(SHORT), {"role": "assistant", "content": first[side]}, user(LONG)], side
+        )
+        for side in (0, 1)
+    ]
+    student, teacher = (
+        page.locator(f".turn:last-child .{role}.answer").bounding_box()
+        for role in ("student", "teacher")
+    )
     assert student["y"] == teacher["y"] and student["x"] + student["width"] <= teacher["x"]
     for role in ("student", "teacher"):
         said = page.locator(f".turn:last-child .{role}.answer .numbers").inner_text()
@@ -291,12 +404,24 @@ def test_the_keyboard_alone_asks_opens_the_heat_map_and_moves_in_it(visit, serve
     page.keyboard.press("Enter")
     page.locator(".tokens").wait_for()
     asked = {"messages": [user(SHORT)], "answer": text, "finished": True}
-    tokens = server.app.test_client().post("/v1/heatmap", json=asked, headers={"Host": "localhost"}).json["tokens"]
-    assert page.locator(".tokens span").all_inner_texts() == [token["text"].replace("\n", "⏎\n") for token in tokens]
-    assert page.locator(".tokens span.special").count() == 1, "the end of the answer is none of its text"
-    shares = page.locator(".tokens span").evaluate_all("all => all.map(node => Number(node.style.getPropertyValue('--share')))")
+    tokens = (
+        server.app.test_client()
+        .post("/v1/heatmap", json=asked, headers={"Host": "localhost"})
+        .json["tokens"]
+    )
+    assert page.locator(".tokens span").all_inner_texts() == [
+        token["text"].replace("\n", "⏎\n") for token in tokens
+    ]
+    assert page.locator(".tokens span.special").count() == 1, (
+        "the end of the answer is none of its text"
+    )
+    shares = page.locator(".tokens span").evaluate_all(
+        "all => all.map(node => Number(node.style.getPropertyValue('--share')))"
+    )
     order = sorted(range(len(tokens)), key=lambda place: tokens[place]["kl"])
-    assert [shares[place] for place in order] == sorted(shares), "the more they differ, the stronger the colour"
+    assert [shares[place] for place in order] == sorted(shares), (
+        "the more they differ, the stronger the colour"
+    )
 
     for _ in range(20):
         page.keyboard.press("Shift+Tab")
@@ -306,8 +431,14 @@ def test_the_keyboard_alone_asks_opens_the_heat_map_and_moves_in_it(visit, serve
     for key, place in (("ArrowRight", 1), ("End", -1), ("ArrowLeft", -2), ("Home", 0)):
         page.keyboard.press(key)
         said = tip.inner_text()
-        assert f"KL {tokens[place]['kl']:.3f} nats" in said and page.locator("[aria-describedby=tip][aria-selected=true]").count() == 1
-        names = [row.strip().replace(" ", "␣") or "␣" for row, _ in tokens[place]["student"] + tokens[place]["teacher"]]
+        assert (
+            f"KL {tokens[place]['kl']:.3f} nats" in said
+            and page.locator("[aria-describedby=tip][aria-selected=true]").count() == 1
+        )
+        names = [
+            row.strip().replace(" ", "␣") or "␣"
+            for row, _ in tokens[place]["student"] + tokens[place]["teacher"]
+        ]
         shown = [name.strip("␣") or "␣" for name in tip.locator("li code").all_inner_texts()]
         assert set(names) <= set(shown), "the likeliest tokens of both"
         assert tip.locator(".chosen").count() == 2, "the token itself, in both columns"
@@ -323,15 +454,28 @@ def test_the_mouse_shows_what_both_would_have_written_and_the_answer_comes_back(
     page.click("text=Show where they differ")
     page.hover(".tokens span:nth-child(3)")
     tip = page.locator("#tip")
-    assert tip.is_visible() and tip.locator(".student li").count() >= 5 and tip.locator(".teacher li").count() >= 5
+    assert (
+        tip.is_visible()
+        and tip.locator(".student li").count() >= 5
+        and tip.locator(".teacher li").count() >= 5
+    )
     box = tip.bounding_box()
-    assert 0 <= box["x"] and box["x"] + box["width"] <= 1280 and 0 <= box["y"] and box["y"] + box["height"] <= 800
+    assert (
+        0 <= box["x"]
+        and box["x"] + box["width"] <= 1280
+        and 0 <= box["y"]
+        and box["y"] + box["height"] <= 800
+    )
     page.mouse.move(5, 5)
     assert not tip.is_visible()
     page.locator(".worst button").first.click()
     assert tip.is_visible(), "the most different tokens lead to their places"
     page.click("text=Hide where they differ")
-    assert page.locator(".tokens").count() == 0 and page.locator(".body").inner_html() == before and not tip.is_visible()
+    assert (
+        page.locator(".tokens").count() == 0
+        and page.locator(".body").inner_html() == before
+        and not tip.is_visible()
+    )
 
 
 # --- what a model writes is text of others
@@ -343,54 +487,100 @@ def test_markup_in_an_answer_stays_text_and_only_web_links_are_links(visit):
     say(page, "<img src=x onerror=alert(1)>")
     finished(page)
     shown = page.locator("#log").inner_text()
-    assert all(text in shown for text in ("<script>document.title = 'owned'</script>", "<img src=x onerror=\"document",
-                                          "[click](javascript:alert(1))", "[data](data:text/html,x)",
-                                          "<b>bold</b>", "<iframe src=//example.com></iframe>"))
-    assert page.locator("#log :is(script, img, iframe, b:not(header b, .numbers b))").count() == 0 and page.title() == "stage2"
-    links = page.evaluate("[...document.querySelectorAll('#log a')].map(link => [link.href, link.rel, link.target])")
+    assert all(
+        text in shown
+        for text in (
+            "<script>document.title = 'owned'</script>",
+            '<img src=x onerror="document',
+            "[click](javascript:alert(1))",
+            "[data](data:text/html,x)",
+            "<b>bold</b>",
+            "<iframe src=//example.com></iframe>",
+        )
+    )
+    assert (
+        page.locator("#log :is(script, img, iframe, b:not(header b, .numbers b))").count() == 0
+        and page.title() == "stage2"
+    )
+    links = page.evaluate(
+        "[...document.querySelectorAll('#log a')].map(link => [link.href, link.rel, link.target])"
+    )
     assert links == [["https://example.com/a?b=c", "noopener noreferrer", "_blank"]]
 
 
 MARKDOWN = {
-    "a *b* **c** `d*e*` ~~f~~ x_y_z 2*3*4": "<p>a <em>b</em> <strong>c</strong> <code>d*e*</code> <s>f</s> x_y_z 2*3*4</p>",
+    "a *b* **c** `d*e*` ~~f~~ x_y_z 2*3*4": (
+        "<p>a <em>b</em> <strong>c</strong> <code>d*e*</code> <s>f</s> x_y_z 2*3*4</p>"
+    ),
     "# One\ntwo\nthree": "<h2>One</h2><p>two\nthree</p>",
     "#### 83": "<h5>83</h5>",
-    "- a\n- b\n  - c\n  - d\n- e": "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ul>",
-    "3. a\n4. b\n\ntext": "<ol start=\"3\"><li>a</li><li>b</li></ol><p>text</p>",
+    "- a\n- b\n  - c\n  - d\n- e": (
+        "<ul><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ul>"
+    ),
+    "3. a\n4. b\n\ntext": '<ol start="3"><li>a</li><li>b</li></ol><p>text</p>',
     "> a\n> **b**\n\n---": "<blockquote><p>a\n<strong>b</strong></p></blockquote><hr>",
-    "| a | b |\n|---|---|\n| 1 | `2` |": "<div class=\"table\"><table><thead><tr><th>a</th><th>b</th></tr></thead>"
-                                        "<tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table></div>",
+    "| a | b |\n|---|---|\n| 1 | `2` |": (
+        '<div class="table"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+        "<tbody><tr><td>1</td><td><code>2</code></td></tr></tbody></table></div>"
+    ),
     "\\*not\\* &amp; <b>": "<p>*not* &amp;amp; &lt;b&gt;</p>",
-    "see https://a.b/c_d, or [e](http://f)":
-        "<p>see <a href=\"https://a.b/c_d\" rel=\"noopener noreferrer\" target=\"_blank\">https://a.b/c_d</a>, or "
-        "<a href=\"http://f\" rel=\"noopener noreferrer\" target=\"_blank\">e</a></p>",
+    "see https://a.b/c_d, or [e](http://f)": (
+        '<p>see <a href="https://a.b/c_d" rel="noopener noreferrer"'
+        ' target="_blank">https://a.b/c_d</a>, or <a href="http://f" rel="noopener noreferrer"'
+        ' target="_blank">e</a></p>'
+    ),
 }
 
 
 def test_markdown_is_read_and_a_growing_answer_ends_as_the_whole_one(visit):
     page = visit()
-    read = "texts => { const box = make('div'); for (const text of texts) showMarkdown(box, text); return box.innerHTML; }"
+    read = (
+        "texts => { const box = make('div'); for (const text of texts) showMarkdown(box, text);"
+        " return box.innerHTML; }"
+    )
     for text, wanted in MARKDOWN.items():
         assert page.evaluate(read, [text]) == wanted
     code = page.evaluate(read, ["```python\nif a < b:\n    pass\n"])
-    assert "<code>if a &lt; b:\n    pass\n</code>" in code and ">python<" in code, "a block that is not closed yet"
+    assert "<code>if a &lt; b:\n    pass\n</code>" in code and ">python<" in code, (
+        "a block that is not closed yet"
+    )
     whole = "\n\n".join([*MARKDOWN, "```\ncode\n```", "last"])
-    assert page.evaluate(read, [whole[:length] for length in range(0, len(whole) + 1, 3)] + [whole]) == page.evaluate(read, [whole])
+    assert page.evaluate(
+        read, [whole[:length] for length in range(0, len(whole) + 1, 3)] + [whole]
+    ) == page.evaluate(read, [whole])
 
 
-NASTY = ["*" * 20000, "`a" * 8000, "**a " * 6000, "> " * 9000, "- " * 9000, "[" * 20000, "[a](" * 6000, "|-" * 9000 + "\n" + "|-" * 9000, "_a" * 9000,
-         "https://" * 3000, "  " * 9000 + "- a", "\n".join(" " * depth + "- a" for depth in range(300))]
+NASTY = [
+    "*" * 20000,
+    "`a" * 8000,
+    "**a " * 6000,
+    "> " * 9000,
+    "- " * 9000,
+    "[" * 20000,
+    "[a](" * 6000,
+    "|-" * 9000 + "\n" + "|-" * 9000,
+    "_a" * 9000,
+    "https://" * 3000,
+    "  " * 9000 + "- a",
+    "\n".join(" " * depth + "- a" for depth in range(300)),
+]
 
 
 def test_no_text_hangs_the_page(visit):
     page = visit()
-    timed = "text => { const began = performance.now(); showMarkdown(make('div'), text); return performance.now() - began; }"
+    timed = (
+        "text => { const began = performance.now(); showMarkdown(make('div'), text); return"
+        " performance.now() - began; }"
+    )
     for text in NASTY:
         assert page.evaluate(timed, text) < 1000, text[:20]
 
 
 def test_events_are_read_whole_however_the_bytes_are_cut(visit):
-    sent = 'data: {"a": "né 🙂"}\r\n\r\n: a comment\n\ndata: {"b": 2}\n\ndata: [DONE]\n\ndata: {"c": 3}\n\n'
+    sent = (
+        'data: {"a": "né 🙂"}\r\n\r\n: a comment\n\ndata: {"b": 2}\n\ndata: [DONE]\n\ndata: {"c":'
+        " 3}\n\n"
+    )
     read = """async ([text, size]) => {
         const bytes = new TextEncoder().encode(text), found = [];
         const body = new ReadableStream({start(out) {
@@ -408,11 +598,30 @@ def test_events_are_read_whole_however_the_bytes_are_cut(visit):
 
 def test_what_the_server_says_of_an_error_is_shown_and_the_answer_can_be_had_again(visit):
     page = visit()
-    wrong = json.dumps({"error": {"message": "the conversation has 300 tokens <b>", "type": "invalid_request_error", "param": None, "code": None}})
+    wrong = json.dumps(
+        {
+            "error": {
+                "message": "the conversation has 300 tokens <b>",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": None,
+            }
+        }
+    )
     broken = stream("one", finish=None) + 'data: {"error": {"message": "it stopped"}}\n\n'
-    answers_with(page, (400, {"Content-Type": "application/json"}, wrong), (200, {}, broken), (200, {}, stream("half", finish=None)),
-                 (200, {}, stream("whole")))
-    for said in ("the conversation has 300 tokens <b>", "it stopped", "The answer broke off", "whole"):
+    answers_with(
+        page,
+        (400, {"Content-Type": "application/json"}, wrong),
+        (200, {}, broken),
+        (200, {}, stream("half", finish=None)),
+        (200, {}, stream("whole")),
+    )
+    for said in (
+        "the conversation has 300 tokens <b>",
+        "it stopped",
+        "The answer broke off",
+        "whole",
+    ):
         if page.locator(".turn").count():
             page.click("text=Retry")
         else:
@@ -424,7 +633,11 @@ def test_what_the_server_says_of_an_error_is_shown_and_the_answer_can_be_had_aga
 
 def test_a_busy_server_is_asked_once_more_and_one_that_is_gone_is_said(visit):
     page = visit()
-    busy = (429, {"Content-Type": "application/json", "Retry-After": "0.2"}, json.dumps({"error": {"message": "come again later"}}))
+    busy = (
+        429,
+        {"Content-Type": "application/json", "Retry-After": "0.2"},
+        json.dumps({"error": {"message": "come again later"}}),
+    )
     asked = answers_with(page, busy, (200, {}, stream("here")), busy, busy)
     say(page, "a")
     assert finished(page) == ["here"] and len(asked) == 2
@@ -445,8 +658,14 @@ def test_a_key_is_asked_for_once_kept_in_the_tab_and_sent(visit):
     def door(route):
         sent.append(route.request.headers.get("authorization"))
         if sent[-1] == "Bearer sesame":
-            return route.fulfill(status=200, headers={"Content-Type": "text/event-stream"}, body=stream("open"))
-        route.fulfill(status=401, headers={"Content-Type": "application/json"}, body='{"error": {"message": "no"}}')
+            return route.fulfill(
+                status=200, headers={"Content-Type": "text/event-stream"}, body=stream("open")
+            )
+        route.fulfill(
+            status=401,
+            headers={"Content-Type": "application/json"},
+            body='{"error": {"message": "no"}}',
+        )
 
     page.route("**/v1/chat/completions", door)
     page.check("#beside")
@@ -458,7 +677,11 @@ def test_a_key_is_asked_for_once_kept_in_the_tab_and_sent(visit):
     page.keyboard.press("Enter")
     assert finished(page) == ["open", "open"]
     say(page, "b")
-    assert finished(page) == ["open", "open"] and sent[-2:] == ["Bearer sesame"] * 2 and sent.count(None) == 2
+    assert (
+        finished(page) == ["open", "open"]
+        and sent[-2:] == ["Bearer sesame"] * 2
+        and sent.count(None) == 2
+    )
     assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
 
 
@@ -472,17 +695,28 @@ def test_the_run_has_a_tab_with_what_its_folder_has(visit):
     page.locator("#run img").wait_for()
     until(page, "document.querySelector('#run img').naturalWidth === 1")
     frame = page.frame_locator("#run iframe").locator("p")
-    assert frame.inner_text() == "compared" and frame.evaluate("node => getComputedStyle(node).color") == "rgb(255, 0, 0)"
+    assert (
+        frame.inner_text() == "compared"
+        and frame.evaluate("node => getComputedStyle(node).color") == "rgb(255, 0, 0)"
+    )
     page.locator("#run .body").wait_for()
     assert page.locator("#run .body pre").inner_text() == "<b>8</b>"
     assert not page.locator("#input").is_visible()
     page.keyboard.press("/")
-    assert page.evaluate("document.activeElement.id") == "input" and page.locator("#input").is_visible()
+    assert (
+        page.evaluate("document.activeElement.id") == "input"
+        and page.locator("#input").is_visible()
+    )
 
 
 def test_a_run_without_files_has_no_tab(visit):
     page = visit()
-    page.route("**/run.json", lambda route: route.fulfill(json={"ckpt": "x", "curves": False, "comparison": False, "samples": False}))
+    page.route(
+        "**/run.json",
+        lambda route: route.fulfill(
+            json={"ckpt": "x", "curves": False, "comparison": False, "samples": False}
+        ),
+    )
     page.reload()
     page.locator("#models li").nth(1).wait_for()
     assert not page.locator("#run-tab").is_visible() and page.locator(".hello li").count() == 0
@@ -490,14 +724,30 @@ def test_a_run_without_files_has_no_tab(visit):
 
 def test_a_phone_never_scrolls_sideways_and_has_a_drawer(visit):
     page = visit(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    wide = "W" * 300 + "\n\n```\n" + "x" * 300 + "\n```\n\n" + "|a" * 40 + "|\n" + "|-" * 40 + "|\n\n" + "https://example.com/" + "y" * 200
+    wide = (
+        "W" * 300
+        + "\n\n```\n"
+        + "x" * 300
+        + "\n```\n\n"
+        + "|a" * 40
+        + "|\n"
+        + "|-" * 40
+        + "|\n\n"
+        + "https://example.com/"
+        + "y" * 200
+    )
     answers_with(page, (200, {}, stream(wide)))
     page.check("#beside")
     say(page, "V" * 300)
     finished(page)
-    sideways = "[document.documentElement, document.querySelector('#scroll')].map(node => node.scrollWidth <= 360)"
+    sideways = (
+        "[document.documentElement, document.querySelector('#scroll')].map(node => node.scrollWidth"
+        " <= 360)"
+    )
     assert page.evaluate(sideways) == [True, True]
-    student, teacher = (page.locator(f".{role}.answer").bounding_box() for role in ("student", "teacher"))
+    student, teacher = (
+        page.locator(f".{role}.answer").bounding_box() for role in ("student", "teacher")
+    )
     assert student["y"] + student["height"] <= teacher["y"], "the teacher stands below"
     assert not page.locator("#new").is_visible()
     page.tap("#menu")
@@ -509,23 +759,33 @@ def test_a_phone_never_scrolls_sideways_and_has_a_drawer(visit):
     page.tap("text=Show where they differ")
     page.tap(".tokens span:nth-child(2)")
     box = page.locator("#tip").bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and page.evaluate(sideways) == [True, True]
+    assert (
+        box["x"] >= 0 and box["x"] + box["width"] <= 360 and page.evaluate(sideways) == [True, True]
+    )
 
 
 def test_a_long_answer_is_followed_until_the_reader_scrolls_up(visit, slow):
     page = visit(viewport={"width": 800, "height": 300})
     page.evaluate("state.settings.sampling.max_tokens = 200")
     say(page, LONG)
-    end = "(({scrollTop, scrollHeight, clientHeight}) => scrollHeight - scrollTop - clientHeight)(document.querySelector('#scroll'))"
+    end = (
+        "(({scrollTop, scrollHeight, clientHeight}) => scrollHeight - scrollTop -"
+        " clientHeight)(document.querySelector('#scroll'))"
+    )
     until(page, "document.querySelector('#scroll').scrollHeight > 340")
     page.wait_for_timeout(100)
     assert page.evaluate(end) < 40
     page.hover("#log")
     page.mouse.wheel(0, -200)
     until(page, f"{end} > 60")
-    height, top = (page.evaluate(f"document.querySelector('#scroll').{name}") for name in ("scrollHeight", "scrollTop"))
+    height, top = (
+        page.evaluate(f"document.querySelector('#scroll').{name}")
+        for name in ("scrollHeight", "scrollTop")
+    )
     until(page, f"document.querySelector('#scroll').scrollHeight > {height}")
-    assert page.evaluate("document.querySelector('#scroll').scrollTop") <= top, "the text must stay where it is read"
+    assert page.evaluate("document.querySelector('#scroll').scrollTop") <= top, (
+        "the text must stay where it is read"
+    )
     page.click("#jump")
     assert page.evaluate(end) < 40
     page.click("#go")
@@ -542,7 +802,8 @@ def test_the_theme_is_the_systems_until_it_is_chosen(visit):
 
 
 def test_two_tabs_of_one_conversation_lose_nothing_of_it(visit, server):
-    """A tab that had only stood open overwrote, when it was closed, what the other had added; and brought back what was deleted there."""
+    """A tab that had only stood open overwrote, when it was closed, what the other had added; and
+    brought back what was deleted there."""
     first = visit(viewport={"width": 900, "height": 700})
     say(first, SHORT)
     finished(first)
@@ -551,7 +812,9 @@ def test_two_tabs_of_one_conversation_lose_nothing_of_it(visit, server):
     until(second, "state.server !== null && state.chat.turns.length === 1")
     say(first, LONG)
     finished(first)
-    until(second, "state.chat.turns.length === 2 && state.chat.turns[1].student.state !== 'writing'")
+    until(
+        second, "state.chat.turns.length === 2 && state.chat.turns[1].student.state !== 'writing'"
+    )
     assert second.locator(".turn").count() == 2
     first.goto(server.url + "/healthz")
     second.goto(server.url + "/healthz")
@@ -568,8 +831,10 @@ def test_two_tabs_of_one_conversation_lose_nothing_of_it(visit, server):
 
 def test_a_conversation_longer_than_the_context_goes_on_without_its_oldest_turns(visit):
     page = visit()
-    page.evaluate("""() => { for (let i = 0; i < 40; i++)
-        state.chat.turns.push({user: `Ann has ${i} apples. How many?`, student: {model: "m", text: `${i} apples.`, state: "done"}}) }""")
+    page.evaluate(
+        """() => { for (let i = 0; i < 40; i++)
+        state.chat.turns.push({user: `Ann has ${i} apples. How many?`, student: {model: "m", text: `${i} apples.`, state: "done"}}) }"""
+    )
     say(page, "How many?")
     assert finished(page)[0]
     assert "oldest messages no longer fit" in page.locator(".answer.student").last.inner_text()

@@ -1,4 +1,6 @@
-"""chat.py --serve: OpenAI's own client against the real server, what is refused, who goes away, and how it ends."""
+"""chat.py --serve: OpenAI's own client against the real server, what is refused, who goes away, and
+how it ends."""
+
 import concurrent.futures
 import contextlib
 import http.client
@@ -21,7 +23,12 @@ import pytest
 import tiny_tokenizers
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import chat
 from lib import generate, template
@@ -30,7 +37,12 @@ from lib.chat.text import Text
 from lib.prepare import demo
 
 ROOT = Path(__file__).parents[2]
-ASKED = ["Ann has 38 apples. She buys 45 more. How many apples does Ann have now?", "Leo has 69 eggs.", "How many?", "Tom has 71 pens."]
+ASKED = [
+    "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
+    "Leo has 69 eggs.",
+    "How many?",
+    "Tom has 71 pens.",
+]
 
 
 def user(text):
@@ -39,13 +51,26 @@ def user(text):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder whose student and teacher are random models, their weights large enough that their answers wander."""
+    """A run folder whose student and teacher are random models, their weights large enough that
+    their answers wander."""
     return make.chat_run(tmp_path_factory.mktemp("runs") / "demo", b"\x89PNG picture")
 
 
 def served(run, *argv, teacher=False):
     """Start the server in this process."""
-    argv = ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy", "--max-new-tokens", "12", *argv]
+    argv = [
+        "--ckpt",
+        str(run / "stage2"),
+        "--serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--greedy",
+        "--max-new-tokens",
+        "12",
+        *argv,
+    ]
     args = chat.parse_args(argv + (["--teacher", str(run / "teacher")] if teacher else []))
     listening = serve.listen(args)
     student, other = chat.both(args)
@@ -82,11 +107,17 @@ def model(server):
 
 
 def ask(url, path, body=None, headers=(), method=None):
-    """Return (status, headers, text) of a request by hand. body: bytes, or a value that is sent as JSON."""
+    """Return (status, headers, text) of a request by hand. body: bytes, or a value that is sent as
+    JSON."""
     place = url.split("//")[1]
     connection = http.client.HTTPConnection(place, timeout=20)
     data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-    connection.request(method or ("GET" if data is None else "POST"), path, data, {"Content-Type": "application/json"} | dict(headers))
+    connection.request(
+        method or ("GET" if data is None else "POST"),
+        path,
+        data,
+        {"Content-Type": "application/json"} | dict(headers),
+    )
     answer = connection.getresponse()
     made = answer.status, dict(answer.getheaders()), answer.read().decode(errors="replace")
     connection.close()
@@ -103,9 +134,14 @@ def until(true, seconds=10):
 
 def plain(folder, question, count=12):
     """Return transformers' own greedy answer, and its tokens."""
-    tokenizer, module = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, module = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )
     ids = torch.tensor([template.prompt_ids(tokenizer, user(question))])
-    written = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)[0, ids.shape[1]:].tolist()
+    written = module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )[0, ids.shape[1] :].tolist()
     return tokenizer.decode(written, skip_special_tokens=True), written
 
 
@@ -120,63 +156,117 @@ def test_a_chat_is_answered_as_transformers_does(run, client, model):
         ended = ids[-1] == AutoTokenizer.from_pretrained(run / "stage2/best").eos_token_id
         assert answer.choices[0].finish_reason == ("stop" if ended else "length")
         assert answer.usage.completion_tokens == len(ids) - ended
-        assert answer.usage.total_tokens == answer.usage.completion_tokens + answer.usage.prompt_tokens
+        assert (
+            answer.usage.total_tokens == answer.usage.completion_tokens + answer.usage.prompt_tokens
+        )
 
 
 def test_the_teacher_answers_under_its_own_name(run, server, client):
     assert [entry.role for entry in client.models.list().data] == ["student", "teacher"]
     answer = client.chat.completions.create(model=server.sides[1].id, messages=user(ASKED[0]))
-    assert answer.choices[0].message.content == plain(run / "teacher/best", ASKED[0])[0] != plain(run / "stage2/best", ASKED[0])[0]
+    assert (
+        answer.choices[0].message.content
+        == plain(run / "teacher/best", ASKED[0])[0]
+        != plain(run / "stage2/best", ASKED[0])[0]
+    )
 
 
 def test_a_streamed_answer_is_the_whole_one_in_pieces(client, model, monkeypatch):
     monkeypatch.setattr("lib.chat.api.PACE_S", 0.0)
     whole = client.chat.completions.create(model=model, messages=user(ASKED[0]))
-    chunks = list(client.chat.completions.create(model=model, messages=user(ASKED[0]), stream=True, stream_options={"include_usage": True}))
-    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    chunks = list(
+        client.chat.completions.create(
+            model=model,
+            messages=user(ASKED[0]),
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    pieces = [
+        chunk.choices[0].delta.content
+        for chunk in chunks
+        if chunk.choices and chunk.choices[0].delta.content
+    ]
     assert "".join(pieces) == whole.choices[0].message.content and len(pieces) > 5
-    finished = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    finished = [
+        chunk.choices[0].finish_reason
+        for chunk in chunks
+        if chunk.choices and chunk.choices[0].finish_reason
+    ]
     assert finished == [whole.choices[0].finish_reason]
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     assert set(chunks[-1].speed) == {"tok_per_s", "prompt_s", "first_token_s", "memory_bytes"}
-    assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
+    assert (
+        len({chunk.id for chunk in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
+    )
 
 
-def test_a_stream_is_written_at_a_readers_pace_and_not_a_token_at_a_time(server, client, model, monkeypatch):
+def test_a_stream_is_written_at_a_readers_pace_and_not_a_token_at_a_time(
+    server, client, model, monkeypatch
+):
     def pieces(pace_s):
         monkeypatch.setattr("lib.chat.api.PACE_S", pace_s)
-        made = client.chat.completions.create(model=model, messages=user(ASKED[0]), max_tokens=40, stream=True, logprobs=True)
+        made = client.chat.completions.create(
+            model=model, messages=user(ASKED[0]), max_tokens=40, stream=True, logprobs=True
+        )
         return [chunk.choices[0] for chunk in made if chunk.choices[0].delta.content]
 
     few, many = pieces(0.5), pieces(0.0)
     assert len(few) < 5 < len(many)
-    said = lambda choices: ("".join(choice.delta.content for choice in choices), [entry for choice in choices for entry in choice.logprobs.content])
+
+    def said(choices):
+        return (
+            "".join(choice.delta.content for choice in choices),
+            [entry for choice in choices for entry in choice.logprobs.content],
+        )
+
     assert said(few) == said(many)
 
 
 def test_a_streams_bytes_are_server_sent_events_that_end_with_done(server, model):
-    status, headers, text = ask(server.url, "/v1/chat/completions", {"model": model, "messages": user("How many?"), "stream": True})
+    status, headers, text = ask(
+        server.url,
+        "/v1/chat/completions",
+        {"model": model, "messages": user("How many?"), "stream": True},
+    )
     assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
     lines = text.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""] and all(json.loads(line.removeprefix("data: ")) for line in lines[:-2])
+    assert lines[-2:] == ["data: [DONE]", ""] and all(
+        json.loads(line.removeprefix("data: ")) for line in lines[:-2]
+    )
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_ends_before_a_stop_string_even_one_of_several_tokens(client, model, streamed):
-    whole = client.chat.completions.create(model=model, messages=user(ASKED[0])).choices[0].message.content
+    whole = (
+        client.chat.completions.create(model=model, messages=user(ASKED[0]))
+        .choices[0]
+        .message.content
+    )
     stop = whole[7:13]  # from within a token into another
-    made = client.chat.completions.create(model=model, messages=user(ASKED[0]), stop=["never", stop], stream=streamed)
+    made = client.chat.completions.create(
+        model=model, messages=user(ASKED[0]), stop=["never", stop], stream=streamed
+    )
     if streamed:
         chunks = list(made)
-        text, finish = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
+        text, finish = (
+            "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
+            chunks[-1].choices[0].finish_reason,
+        )
     else:
         text, finish = made.choices[0].message.content, made.choices[0].finish_reason
-    assert text == whole[:whole.index(stop)] and finish == "stop"
+    assert text == whole[: whole.index(stop)] and finish == "stop"
 
 
 def test_a_seed_decides_an_answer_and_n_answers_differ(client, model):
-    say = lambda **more: [choice.message.content for choice in client.chat.completions.create(
-        model=model, messages=user(ASKED[0]), temperature=1.5, **more).choices]
+    def say(**more):
+        return [
+            choice.message.content
+            for choice in client.chat.completions.create(
+                model=model, messages=user(ASKED[0]), temperature=1.5, **more
+            ).choices
+        ]
+
     two = say(seed=5, n=2)
     assert two == say(seed=5, n=2) and two[0] != two[1]
     assert two[0] == say(seed=5)[0] and say(seed=6)[0] != two[0]
@@ -184,46 +274,94 @@ def test_a_seed_decides_an_answer_and_n_answers_differ(client, model):
 
 
 def test_n_answers_are_streamed_side_by_side_and_the_prompt_is_counted_once(client, model):
-    whole = client.chat.completions.create(model=model, messages=user(ASKED[0]), temperature=1.5, n=3, seed=1)
+    whole = client.chat.completions.create(
+        model=model, messages=user(ASKED[0]), temperature=1.5, n=3, seed=1
+    )
     said, used = ["", "", ""], None
-    for chunk in client.chat.completions.create(model=model, messages=user(ASKED[0]), temperature=1.5, n=3, seed=1, stream=True,
-                                                stream_options={"include_usage": True}):
+    for chunk in client.chat.completions.create(
+        model=model,
+        messages=user(ASKED[0]),
+        temperature=1.5,
+        n=3,
+        seed=1,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
         used = chunk.usage or used
         for choice in chunk.choices:
             said[choice.index] += choice.delta.content or ""
     assert said == [choice.message.content for choice in whole.choices] and used == whole.usage
-    assert used.prompt_tokens == client.chat.completions.create(model=model, messages=user(ASKED[0])).usage.prompt_tokens
+    assert (
+        used.prompt_tokens
+        == client.chat.completions.create(model=model, messages=user(ASKED[0])).usage.prompt_tokens
+    )
 
 
 def test_logprobs_are_the_models_own_in_float64(run, client, model):
     folder = run / "stage2/best"
-    tokenizer, module = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval().double()
+    tokenizer, module = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).eval().double(),
+    )
     prompt = template.prompt_ids(tokenizer, user(ASKED[0]))
-    made = client.chat.completions.create(model=model, messages=user(ASKED[0]), logprobs=True, top_logprobs=4, temperature=0.7, top_p=0.9, seed=3)
+    made = client.chat.completions.create(
+        model=model,
+        messages=user(ASKED[0]),
+        logprobs=True,
+        top_logprobs=4,
+        temperature=0.7,
+        top_p=0.9,
+        seed=3,
+    )
     entries, text = made.choices[0].logprobs.content, made.choices[0].message.content
-    assert "".join(entry.token for entry in entries) == text and len(entries) == made.usage.completion_tokens
+    assert (
+        "".join(entry.token for entry in entries) == text
+        and len(entries) == made.usage.completion_tokens
+    )
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text
-    words = {tokenizer.decode([token]): token for token in range(len(tokenizer))}  # the demo's tokenizer does not read back every text
+    words = {
+        tokenizer.decode([token]): token for token in range(len(tokenizer))
+    }  # the demo's tokenizer does not read back every text
     ids = [words[entry.token] for entry in entries]
     with torch.no_grad():
-        logp = module(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:].log_softmax(-1)
+        logp = module(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :].log_softmax(-1)
     for place, (token, entry) in enumerate(zip(ids, entries)):
         values, best = logp[place].topk(4)
         assert entry.logprob == pytest.approx(logp[place, token].item(), abs=1e-4)
-        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
-        assert [top.token for top in entry.top_logprobs] == [tokenizer.decode([t]) for t in best.tolist()]
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(
+            values.tolist(), abs=1e-4
+        )
+        assert [top.token for top in entry.top_logprobs] == [
+            tokenizer.decode([t]) for t in best.tolist()
+        ]
     without = client.chat.completions.create(model=model, messages=user(ASKED[0]), logprobs=True)
     assert without.choices[0].logprobs.content[0].top_logprobs == []
-    assert client.chat.completions.create(model=model, messages=user(ASKED[0])).choices[0].logprobs is None
+    assert (
+        client.chat.completions.create(model=model, messages=user(ASKED[0])).choices[0].logprobs
+        is None
+    )
 
 
 def test_logprobs_end_where_a_stop_string_cuts_the_text(client, model):
-    whole = client.chat.completions.create(model=model, messages=user(ASKED[0])).choices[0].message.content
-    cut = client.chat.completions.create(model=model, messages=user(ASKED[0]), stop=whole[7:13], logprobs=True).choices[0]
+    whole = (
+        client.chat.completions.create(model=model, messages=user(ASKED[0]))
+        .choices[0]
+        .message.content
+    )
+    cut = client.chat.completions.create(
+        model=model, messages=user(ASKED[0]), stop=whole[7:13], logprobs=True
+    ).choices[0]
     said = "".join(entry.token for entry in cut.logprobs.content)
     assert said.startswith(cut.message.content) and len(said) - len(cut.message.content) < 6
-    chunks = client.chat.completions.create(model=model, messages=user(ASKED[0]), stop=whole[7:13], logprobs=True, stream=True)
-    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    chunks = client.chat.completions.create(
+        model=model, messages=user(ASKED[0]), stop=whole[7:13], logprobs=True, stream=True
+    )
+    streamed = [
+        entry
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
     assert streamed == cut.logprobs.content
 
 
@@ -231,38 +369,82 @@ def test_a_completion_continues_texts_and_tokens(run, client, model):
     tokenizer = AutoTokenizer.from_pretrained(run / "stage2/best")
     texts = ["Ann has", "Tom"]
     made = client.completions.create(model=model, prompt=texts, logprobs=2, max_tokens=5)
-    tokens = client.completions.create(model=model, prompt=[tokenizer(text).input_ids for text in texts], max_tokens=5)
+    tokens = client.completions.create(
+        model=model, prompt=[tokenizer(text).input_ids for text in texts], max_tokens=5
+    )
     assert [choice.text for choice in made.choices] == [choice.text for choice in tokens.choices]
     module = AutoModelForCausalLM.from_pretrained(run / "stage2/best").eval()
     for text, choice in zip(texts, made.choices):
         ids = tokenizer(text, return_tensors="pt").input_ids
-        written = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, ids.shape[1]:]
+        written = module.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False
+        )[0, ids.shape[1] :]
         assert choice.text == tokenizer.decode(written, skip_special_tokens=True)
         tokens = choice.logprobs.tokens
-        assert "".join(tokens) == choice.text and [len(top) for top in choice.logprobs.top_logprobs] == [2] * len(tokens)
+        assert "".join(tokens) == choice.text and [
+            len(top) for top in choice.logprobs.top_logprobs
+        ] == [2] * len(tokens)
         assert choice.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(len(tokens))]
     streamed = client.completions.create(model=model, prompt="Ann has", max_tokens=5, stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == made.choices[0].text
 
 
 def test_content_in_parts_and_developer_messages_are_text_and_system(client, model):
-    text = lambda part: {"type": "text", "text": part}
-    parts = [{"role": "developer", "content": "Add."}, {"role": "user", "content": [text("How "), text("many?")]}]
-    say = lambda messages: client.chat.completions.create(model=model, messages=messages).choices[0].message.content
-    assert say(parts) == say([{"role": "system", "content": "Add."}, *user("How many?")]) != say(user("How many?"))
+    def text(part):
+        return {"type": "text", "text": part}
+
+    parts = [
+        {"role": "developer", "content": "Add."},
+        {"role": "user", "content": [text("How "), text("many?")]},
+    ]
+
+    def say(messages):
+        return (
+            client.chat.completions.create(model=model, messages=messages)
+            .choices[0]
+            .message.content
+        )
+
+    assert (
+        say(parts)
+        == say([{"role": "system", "content": "Add."}, *user("How many?")])
+        != say(user("How many?"))
+    )
 
 
 def test_a_system_prompt_of_the_command_line_is_for_conversations_without_one(run, client, model):
-    with other_server(run, "--system", "Add.") as made, openai.OpenAI(base_url=made.url + "/v1", api_key="x") as own:
-        say = lambda messages: own.chat.completions.create(model=model, messages=messages).choices[0].message.content
-        with_it = client.chat.completions.create(model=model, messages=[{"role": "system", "content": "Add."}, *user("How many?")])
+    with (
+        other_server(run, "--system", "Add.") as made,
+        openai.OpenAI(base_url=made.url + "/v1", api_key="x") as own,
+    ):
+
+        def say(messages):
+            return (
+                own.chat.completions.create(model=model, messages=messages)
+                .choices[0]
+                .message.content
+            )
+
+        with_it = client.chat.completions.create(
+            model=model, messages=[{"role": "system", "content": "Add."}, *user("How many?")]
+        )
         assert say(user("How many?")) == with_it.choices[0].message.content
-        assert say([{"role": "system", "content": "Take away."}, *user("How many?")]) != with_it.choices[0].message.content
+        assert (
+            say([{"role": "system", "content": "Take away."}, *user("How many?")])
+            != with_it.choices[0].message.content
+        )
 
 
 def test_32_clients_at_once_are_answered_as_each_alone(server, client, model):
     asked = [ASKED[i % 4] if i < 8 else f"Ann has {i} apples. " * (1 + i % 5) for i in range(32)]
-    say = lambda text: client.chat.completions.create(model=model, messages=user(text), max_tokens=24).choices[0].message.content
+
+    def say(text):
+        return (
+            client.chat.completions.create(model=model, messages=user(text), max_tokens=24)
+            .choices[0]
+            .message.content
+        )
+
     alone = [say(text) for text in asked]
     working = server.sides[0].engine.working
     most = 0
@@ -276,14 +458,31 @@ def test_32_clients_at_once_are_answered_as_each_alone(server, client, model):
     until(lambda: not working)
 
 
-def test_sampled_greedy_and_penalised_answers_in_one_batch_are_those_of_each_alone(server, client, model):
-    ways = [dict(temperature=0), dict(temperature=1.3, seed=1, top_k=5), dict(temperature=0.9, seed=2, top_p=0.8), dict(repetition_penalty=1.5),
-            dict(temperature=1.0, seed=3, min_p=0.05, repetition_penalty=1.2), dict(logprobs=True, top_logprobs=2)] * 3
+def test_sampled_greedy_and_penalised_answers_in_one_batch_are_those_of_each_alone(
+    server, client, model
+):
+    ways = [
+        dict(temperature=0),
+        dict(temperature=1.3, seed=1, top_k=5),
+        dict(temperature=0.9, seed=2, top_p=0.8),
+        dict(repetition_penalty=1.5),
+        dict(temperature=1.0, seed=3, min_p=0.05, repetition_penalty=1.2),
+        dict(logprobs=True, top_logprobs=2),
+    ] * 3
 
     def say(way):
-        known = {name: way[name] for name in way if name in ("temperature", "seed", "top_p", "logprobs", "top_logprobs")}
-        made = client.chat.completions.create(model=model, messages=user(ASKED[0]), max_tokens=24, **known,
-                                              extra_body={name: way[name] for name in way if name not in known})
+        known = {
+            name: way[name]
+            for name in way
+            if name in ("temperature", "seed", "top_p", "logprobs", "top_logprobs")
+        }
+        made = client.chat.completions.create(
+            model=model,
+            messages=user(ASKED[0]),
+            max_tokens=24,
+            **known,
+            extra_body={name: way[name] for name in way if name not in known},
+        )
         return made.choices[0].message.content
 
     alone = [say(way) for way in ways[:6]]
@@ -291,7 +490,11 @@ def test_sampled_greedy_and_penalised_answers_in_one_batch_are_those_of_each_alo
     with concurrent.futures.ThreadPoolExecutor(18) as pool:
         with frozen(server):  # none begins before all wait
             futures = [pool.submit(say, way) for way in ways]
-            until(lambda: len(server.sides[0].engine.waiting) + len(server.sides[0].engine.working) == 18)
+            until(
+                lambda: (
+                    len(server.sides[0].engine.waiting) + len(server.sides[0].engine.working) == 18
+                )
+            )
     assert [future.result() for future in futures] == alone * 3
 
 
@@ -299,21 +502,54 @@ def test_sampled_greedy_and_penalised_answers_in_one_batch_are_those_of_each_alo
 
 GOOD = {"messages": [{"role": "user", "content": "How many?"}]}
 BAD = [
-    (b"{", 400, None), (b"", 400, None), (b"[]", 400, None), (b"\xff\xfe", 400, None), (b"[" * 100_000, 400, None), (b'{"a": NaN}', 400, None),
+    (b"{", 400, None),
+    (b"", 400, None),
+    (b"[]", 400, None),
+    (b"\xff\xfe", 400, None),
+    (b"[" * 100_000, 400, None),
+    (b'{"a": NaN}', 400, None),
     (b'{"n": ' + b"9" * 5000 + b"}", 400, None),
-    ({}, 400, None), ({"messages": []}, 400, "messages"), ({"messages": "hi"}, 400, "messages"),
-    ({"messages": [{"role": "user"}]}, 400, "messages.0"), ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
+    ({}, 400, None),
+    ({"messages": []}, 400, "messages"),
+    ({"messages": "hi"}, 400, "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "messages.0"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, 400, "messages.0.content"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://x"}}],
+                }
+            ]
+        },
+        400,
+        "messages.0.content",
+    ),
     ({"messages": user("\ud800")}, 400, None),
-    (GOOD | {"model": "no such"}, 404, "model"), (GOOD | {"model": "../../etc/passwd"}, 404, "model"), (GOOD | {"model": 7}, 400, "model"),
-    (GOOD | {"temperature": -1}, 400, "temperature"), (GOOD | {"temperature": "hot"}, 400, "temperature"), (GOOD | {"top_p": 0}, 400, "top_p"),
-    (GOOD | {"top_p": 1.5}, 400, "top_p"), (GOOD | {"max_tokens": -5}, 400, "max_tokens"), (GOOD | {"max_tokens": 1.5}, 400, "max_tokens"),
-    (GOOD | {"n": 10**9}, 400, "n"), (GOOD | {"n": 0}, 400, "n"), (GOOD | {"n": True}, 400, "n"), (GOOD | {"stop": [""]}, 400, "stop.0"),
-    (GOOD | {"stop": ["x"] * 99}, 400, "stop"), (GOOD | {"seed": 2**70}, 400, "seed"), (GOOD | {"top_logprobs": 3}, 400, "top_logprobs"),
-    (GOOD | {"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"), (GOOD | {"frequency_penalty": 1}, 400, "frequency_penalty"),
-    (GOOD | {"tools": [{"type": "function"}]}, 400, "tools"), (GOOD | {"response_format": {"type": "json_object"}}, 400, "response_format"),
-    (GOOD | {"colour": "red"}, 400, None), ({"messages": user("apples " * 400)}, 400, "messages"),
+    (GOOD | {"model": "no such"}, 404, "model"),
+    (GOOD | {"model": "../../etc/passwd"}, 404, "model"),
+    (GOOD | {"model": 7}, 400, "model"),
+    (GOOD | {"temperature": -1}, 400, "temperature"),
+    (GOOD | {"temperature": "hot"}, 400, "temperature"),
+    (GOOD | {"top_p": 0}, 400, "top_p"),
+    (GOOD | {"top_p": 1.5}, 400, "top_p"),
+    (GOOD | {"max_tokens": -5}, 400, "max_tokens"),
+    (GOOD | {"max_tokens": 1.5}, 400, "max_tokens"),
+    (GOOD | {"n": 10**9}, 400, "n"),
+    (GOOD | {"n": 0}, 400, "n"),
+    (GOOD | {"n": True}, 400, "n"),
+    (GOOD | {"stop": [""]}, 400, "stop.0"),
+    (GOOD | {"stop": ["x"] * 99}, 400, "stop"),
+    (GOOD | {"seed": 2**70}, 400, "seed"),
+    (GOOD | {"top_logprobs": 3}, 400, "top_logprobs"),
+    (GOOD | {"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs"),
+    (GOOD | {"frequency_penalty": 1}, 400, "frequency_penalty"),
+    (GOOD | {"tools": [{"type": "function"}]}, 400, "tools"),
+    (GOOD | {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    (GOOD | {"colour": "red"}, 400, None),
+    ({"messages": user("apples " * 400)}, 400, "messages"),
 ]
 
 
@@ -321,20 +557,46 @@ BAD = [
 def test_a_bad_request_gets_its_status_and_says_where(server, model, body, status, param):
     body = body if isinstance(body, bytes) else {"model": model} | body
     for more in ({}, {"stream": True}):
-        got, _, text = ask(server.url, "/v1/chat/completions", body if isinstance(body, bytes) else body | more)
+        got, _, text = ask(
+            server.url, "/v1/chat/completions", body if isinstance(body, bytes) else body | more
+        )
         error = json.loads(text)["error"]
-        assert got == status and (error["param"] or "").startswith(param or "") and set(error) == {"message", "type", "param", "code"}
+        assert (
+            got == status
+            and (error["param"] or "").startswith(param or "")
+            and set(error) == {"message", "type", "param", "code"}
+        )
         assert "\n" not in error["message"] and len(error["message"]) < 400
     assert ask(server.url, "/healthz")[0] == 200
 
 
 def test_a_whole_number_may_have_a_point(server, model):
     """To JSON Schema 5.0 is an integer; torch took it for none, and the engine died of it."""
-    floats = {"top_k": 5.0, "n": 2.0, "max_tokens": 3.0, "seed": 1.0, "top_logprobs": 2.0, "logprobs": True, "temperature": 1.0}
+    floats = {
+        "top_k": 5.0,
+        "n": 2.0,
+        "max_tokens": 3.0,
+        "seed": 1.0,
+        "top_logprobs": 2.0,
+        "logprobs": True,
+        "temperature": 1.0,
+    }
     whole = {name: int(value) if name != "logprobs" else value for name, value in floats.items()}
-    choices = [json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])["choices"] for more in (floats, whole)]
+    choices = [
+        json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])[
+            "choices"
+        ]
+        for more in (floats, whole)
+    ]
     assert choices[0] == choices[1] and len(choices[0]) == 2
-    assert ask(server.url, "/v1/completions", {"model": model, "prompt": [5.0, 6.0], "logprobs": 1.0, "max_tokens": 2.0})[0] == 200
+    assert (
+        ask(
+            server.url,
+            "/v1/completions",
+            {"model": model, "prompt": [5.0, 6.0], "logprobs": 1.0, "max_tokens": 2.0},
+        )[0]
+        == 200
+    )
 
 
 def test_openais_client_raises_its_own_errors(client, model):
@@ -348,9 +610,22 @@ def test_openais_client_raises_its_own_errors(client, model):
     assert long.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("body, status", [({"prompt": ""}, 200), ({"prompt": []}, 400), ({"prompt": [[]]}, 400), ({"prompt": [10**6]}, 400),
-                                          ({"prompt": ["a"] * 17}, 400), ({"prompt": ["a"] * 9, "n": 2}, 400), ({"prompt": "a", "echo": True}, 400),
-                                          ({"prompt": [-1]}, 400), ({"prompt": [1.5]}, 400), ({"prompt": {"a": 1}}, 400), ({}, 400)])
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ({"prompt": ""}, 200),
+        ({"prompt": []}, 400),
+        ({"prompt": [[]]}, 400),
+        ({"prompt": [10**6]}, 400),
+        ({"prompt": ["a"] * 17}, 400),
+        ({"prompt": ["a"] * 9, "n": 2}, 400),
+        ({"prompt": "a", "echo": True}, 400),
+        ({"prompt": [-1]}, 400),
+        ({"prompt": [1.5]}, 400),
+        ({"prompt": {"a": 1}}, 400),
+        ({}, 400),
+    ],
+)
 def test_a_bad_completion_is_refused(server, model, body, status):
     got, _, text = ask(server.url, "/v1/completions", {"model": model} | body)
     empty = not server.sides[0].chat.tokenizer("").input_ids
@@ -358,21 +633,37 @@ def test_a_bad_completion_is_refused(server, model, body, status):
 
 
 def test_a_body_of_another_type_or_a_large_one_is_refused_and_memory_stays_flat(server, model):
-    assert ask(server.url, "/v1/chat/completions", {"model": model} | GOOD, {"Content-Type": "text/plain"})[0] == 415
+    assert (
+        ask(
+            server.url,
+            "/v1/chat/completions",
+            {"model": model} | GOOD,
+            {"Content-Type": "text/plain"},
+        )[0]
+        == 415
+    )
     big = b'{"messages": "' + b"x" * 10_000_000 + b'"}'
     assert ask(server.url, "/v1/chat/completions", big)[0] == 413
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(20):
         status, _, text = ask(server.url, "/v1/chat/completions", big)
         assert status == 413 and "1.0" in json.loads(text)["error"]["message"]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # KB: not another ten bodies
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000
+    )  # KB: not another ten bodies
 
 
-@pytest.mark.parametrize("path, more, status", [
-    ("completions", {"prompt": [1] * 300_000}, 400),
-    ("completions", {"prompt": [-1] * 250_000}, 400), ("completions", {"prompt": [1.5] * 200_000}, 400),
-    ("chat/completions", {"messages": [1] * 300_000}, 400), ("chat/completions", {"messages": [{}] * 200_000}, 400),
-    ("chat/completions", {str(number): 1 for number in range(50_000)}, 400)])
+@pytest.mark.parametrize(
+    "path, more, status",
+    [
+        ("completions", {"prompt": [1] * 300_000}, 400),
+        ("completions", {"prompt": [-1] * 250_000}, 400),
+        ("completions", {"prompt": [1.5] * 200_000}, 400),
+        ("chat/completions", {"messages": [1] * 300_000}, 400),
+        ("chat/completions", {"messages": [{}] * 200_000}, 400),
+        ("chat/completions", {str(number): 1 for number in range(50_000)}, 400),
+    ],
+)
 def test_a_body_of_many_values_is_refused_at_once(server, model, path, more, status):
     """The schema's check took 40 s of the server's CPU for a body of 600 kB."""
     began = time.process_time()
@@ -381,30 +672,65 @@ def test_a_body_of_many_values_is_refused_at_once(server, model, path, more, sta
 
 
 def test_tokens_of_a_long_prompt_are_checked_each(server, model):
-    for prompt, says in (([5] * 40 + [-1], "minimum"), ([5] * 40 + [10**6], "none of the model's"), ([5] * 40 + [True], "prompt")):
+    for prompt, says in (
+        ([5] * 40 + [-1], "minimum"),
+        ([5] * 40 + [10**6], "none of the model's"),
+        ([5] * 40 + [True], "prompt"),
+    ):
         status, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": prompt})
         assert status == 400 and says in text
-    assert ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * 40, "max_tokens": 1})[0] == 200
+    assert (
+        ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * 40, "max_tokens": 1})[0]
+        == 200
+    )
 
 
 def test_a_body_as_deep_as_python_can_read_is_refused(server):
-    """Some are deep enough that their complaint cannot be printed, and not so deep that they cannot be read."""
+    """Some are deep enough that their complaint cannot be printed, and not so deep that they cannot
+    be read."""
     for depth in range(850, 1000, 3):
-        assert ask(server.url, "/v1/chat/completions", f'{{"messages": {"[" * depth + "]" * depth}}}'.encode())[0] == 400
+        assert (
+            ask(
+                server.url,
+                "/v1/chat/completions",
+                f'{{"messages": {"[" * depth + "]" * depth}}}'.encode(),
+            )[0]
+            == 400
+        )
 
 
-@pytest.mark.parametrize("path, method, status", [("/nothing", "GET", 404), ("/v1/chat/completions", "GET", 405), ("/healthz", "POST", 405),
-                                                  ("/run/../chat.py", "GET", 404), ("/run/%2e%2e/comparison.html", "GET", 404), ("/run/", "GET", 404),
-                                                  ("/lib/chat/openapi.json", "GET", 404), ("/run/history.jsonl", "GET", 404)])
+@pytest.mark.parametrize(
+    "path, method, status",
+    [
+        ("/nothing", "GET", 404),
+        ("/v1/chat/completions", "GET", 405),
+        ("/healthz", "POST", 405),
+        ("/run/../chat.py", "GET", 404),
+        ("/run/%2e%2e/comparison.html", "GET", 404),
+        ("/run/", "GET", 404),
+        ("/lib/chat/openapi.json", "GET", 404),
+        ("/run/history.jsonl", "GET", 404),
+    ],
+)
 def test_only_what_is_there_is_served_and_no_path_reaches_a_file(server, path, method, status):
     got, _, text = ask(server.url, path, method=method)
     assert got == status and json.loads(text)["error"]["message"]
 
 
 def test_what_a_run_has_is_served_and_what_it_lacks_is_not(run, server):
-    assert json.loads(ask(server.url, "/run.json")[2]) == {"ckpt": str(run / "stage2"), "curves": True, "comparison": True, "samples": False}
-    assert ask(server.url, "/run/comparison.html")[2] == "<title>comparison</title>" and "PNG picture" in ask(server.url, "/run/curves.png")[2]
-    assert ask(server.url, "/run/comparison.html")[1]["Content-Security-Policy"].startswith("sandbox;")
+    assert json.loads(ask(server.url, "/run.json")[2]) == {
+        "ckpt": str(run / "stage2"),
+        "curves": True,
+        "comparison": True,
+        "samples": False,
+    }
+    assert (
+        ask(server.url, "/run/comparison.html")[2] == "<title>comparison</title>"
+        and "PNG picture" in ask(server.url, "/run/curves.png")[2]
+    )
+    assert ask(server.url, "/run/comparison.html")[1]["Content-Security-Policy"].startswith(
+        "sandbox;"
+    )
     assert ask(server.url, "/run/samples.md")[0] == 404
 
 
@@ -412,7 +738,11 @@ def test_the_page_runs_its_own_script_and_no_other(server):
     status, headers, text = ask(server.url, "/")
     policy = headers["Content-Security-Policy"]
     assert status == 200 and "unsafe" not in policy and "default-src 'none'" in policy
-    assert len(re.findall("'sha256-[A-Za-z0-9+/=]{44}'", policy)) == text.count("<script>") + text.count("<style>") == 2
+    assert (
+        len(re.findall("'sha256-[A-Za-z0-9+/=]{44}'", policy))
+        == text.count("<script>") + text.count("<style>")
+        == 2
+    )
 
 
 # --- who may ask
@@ -420,13 +750,24 @@ def test_the_page_runs_its_own_script_and_no_other(server):
 
 def test_names_and_pages_of_other_sites_are_refused_where_there_is_no_key(server, model):
     port = server.url.rpartition(":")[2]
-    names = {f"localhost:{port}": 200, f"127.0.0.1:{port}": 200, f"[::1]:{port}": 200, "evil.example": 403, f"evil.example:{port}": 403}
+    names = {
+        f"localhost:{port}": 200,
+        f"127.0.0.1:{port}": 200,
+        f"[::1]:{port}": 200,
+        "evil.example": 403,
+        f"evil.example:{port}": 403,
+    }
     for name, status in names.items():
         assert ask(server.url, "/v1/models", headers={"Host": name})[0] == status, name
     good = {"model": model} | GOOD
-    assert ask(server.url, "/v1/chat/completions", good, {"Origin": "http://evil.example"})[0] == 403
+    assert (
+        ask(server.url, "/v1/chat/completions", good, {"Origin": "http://evil.example"})[0] == 403
+    )
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": "null"})[0] == 403
-    assert ask(server.url, "/v1/chat/completions", good, {"Origin": f"{server.url}.evil.example"})[0] == 403
+    assert (
+        ask(server.url, "/v1/chat/completions", good, {"Origin": f"{server.url}.evil.example"})[0]
+        == 403
+    )
     assert ask(server.url, "/v1/chat/completions", good, {"Origin": server.url})[0] == 200
 
 
@@ -436,7 +777,11 @@ def test_a_key_is_asked_for_on_every_path_but_three(run):
         for rule in made.app.url_map.iter_rules():
             open_ = rule.rule in ("/", "/healthz", "/openapi.json")
             get = "GET" in rule.methods
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer s\u00e9same".encode().decode("latin-1")}):
+            for headers in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": "Bearer s\u00e9same".encode().decode("latin-1")},
+            ):
                 status = ask(made.url, rule.rule, None if get else {}, headers)[0]
                 assert (status == 200) if open_ else (status == 401), (rule.rule, status)
             assert ask(made.url, rule.rule, None if get else {}, with_key)[0] in (200, 400, 404)
@@ -444,9 +789,18 @@ def test_a_key_is_asked_for_on_every_path_but_three(run):
             assert own.models.list().data
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--host", "0.0.0.0"], "--api-key"), (["--port", "99999"], "--port"), (["--slots", "0"], "--slots"), (["--queue", "-1"], "--queue"),
-    (["--time-limit", "0"], "--time-limit"), (["--prompt", "x"], "exclude"), (["--out", "x"], "belong together")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--port", "99999"], "--port"),
+        (["--slots", "0"], "--slots"),
+        (["--queue", "-1"], "--queue"),
+        (["--time-limit", "0"], "--time-limit"),
+        (["--prompt", "x"], "exclude"),
+        (["--out", "x"], "belong together"),
+    ],
+)
 def test_flags_that_cannot_work_are_refused(run, capsys, argv, says):
     with pytest.raises(SystemExit) as end:
         chat.parse_args(["--ckpt", str(run / "stage2"), "--serve", *argv])
@@ -462,7 +816,11 @@ def test_a_servers_flags_want_serve(run, capsys):
 @pytest.mark.parametrize("package", ["flask", "waitress", "jsonschema"])
 def test_what_is_not_installed_is_named_with_its_pip_line(run, monkeypatch, package):
     find = serve.files.importlib.util.find_spec
-    monkeypatch.setattr(serve.files.importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+    monkeypatch.setattr(
+        serve.files.importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == package else find(name, *more),
+    )
     with pytest.raises(SystemExit, match=f"pip install .*{package}"):
         chat.parse_args(["--ckpt", str(run / "stage2"), "--serve"])
 
@@ -486,7 +844,10 @@ def start(server, body):
     host, port = server.url.split("//")[1].split(":")
     made = socket.create_connection((host, int(port)))
     data = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
+        " application/json\r\nContent-Length: "
+    )
     made.sendall(f"{head}{len(data)}\r\n\r\n".encode() + data)
     return made
 
@@ -496,14 +857,22 @@ def test_a_full_queue_says_429_and_everyone_in_it_is_answered(run, model):
         eng, good = made.sides[0].engine, {"model": model} | GOOD
         with concurrent.futures.ThreadPoolExecutor(5) as pool:
             with frozen(made):
-                futures = [pool.submit(ask, made.url, "/v1/chat/completions", good) for _ in range(4)]
+                futures = [
+                    pool.submit(ask, made.url, "/v1/chat/completions", good) for _ in range(4)
+                ]
                 until(lambda: len(eng.waiting) + len(eng.working) == 4)
                 status, headers, text = ask(made.url, "/v1/chat/completions", good)
-                assert status == 429 and headers["Retry-After"] == "1" and json.loads(text)["error"]["code"] == "queue_full"
+                assert (
+                    status == 429
+                    and headers["Retry-After"] == "1"
+                    and json.loads(text)["error"]["code"] == "queue_full"
+                )
                 assert ask(made.url, "/healthz")[0] == 200
             assert [future.result()[0] for future in futures] == [200] * 4
         assert ask(made.url, "/v1/chat/completions", good)[0] == 200
-        assert ask(made.url, "/v1/chat/completions", good | {"n": 5})[0] == 429  # more answers at once than could ever wait
+        assert (
+            ask(made.url, "/v1/chat/completions", good | {"n": 5})[0] == 429
+        )  # more answers at once than could ever wait
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -526,7 +895,10 @@ def test_a_client_that_leaves_frees_its_slot(run, model, streamed):
         until(lambda: not eng.working)
         assert len(wrote) < 150 and job.count < 190  # and not at its 200th token
         eng.batch.step, eng.batch.admit = step, admit
-        assert ask(made.url, "/v1/chat/completions", {"model": model, "max_tokens": 2} | GOOD)[0] == 200
+        assert (
+            ask(made.url, "/v1/chat/completions", {"model": model, "max_tokens": 2} | GOOD)[0]
+            == 200
+        )
 
 
 def test_a_client_that_leaves_the_queue_is_never_begun(run, model):
@@ -551,38 +923,59 @@ def test_slow_and_silent_clients_keep_nobody_waiting(server, model):
     host, port = server.url.split("//")[1].split(":")
     silent = [socket.create_connection((host, int(port))) for _ in range(40)]
     for number, one in enumerate(silent):
-        one.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n" + (b"\r\n{" if number % 2 else b""))
-    unread = start(server, {"model": model, "stream": True, "max_tokens": 200} | GOOD)  # never reads
+        one.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+            + (b"\r\n{" if number % 2 else b"")
+        )
+    unread = start(
+        server, {"model": model, "stream": True, "max_tokens": 200} | GOOD
+    )  # never reads
     assert ask(server.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 200
     for one in [*silent, unread]:
         one.close()
     until(lambda: not server.sides[0].engine.working)
 
 
-def test_an_answer_that_takes_too_long_is_cut_and_one_that_is_never_begun_is_told(run, model, monkeypatch):
+def test_an_answer_that_takes_too_long_is_cut_and_one_that_is_never_begun_is_told(
+    run, model, monkeypatch
+):
     monkeypatch.setattr("lib.chat.api.WATCH_S", 0.05)
     with other_server(run, "--time-limit", "0.3", "--max-new-tokens", "200") as made:
         step = made.sides[0].engine.batch.step
         made.sides[0].engine.batch.step = lambda: (time.sleep(0.1), step())[1]
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
-        assert status == 200 and json.loads(text)["choices"][0]["finish_reason"] == "length" and json.loads(text)["usage"]["completion_tokens"] < 20
+        assert (
+            status == 200
+            and json.loads(text)["choices"][0]["finish_reason"] == "length"
+            and json.loads(text)["usage"]["completion_tokens"] < 20
+        )
         with frozen(made):
             status, headers, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
-            assert status == 503 and json.loads(text)["error"]["code"] == "timeout" and "Retry-After" in headers
+            assert (
+                status == 503
+                and json.loads(text)["error"]["code"] == "timeout"
+                and "Retry-After" in headers
+            )
 
 
 def test_no_answer_is_longer_than_the_server_allows_or_the_context(run, client, model):
     with other_server(run, "--longest", "7") as made:
-        status, _, text = ask(made.url, "/v1/chat/completions", {"model": model, "max_tokens": 10**9} | GOOD)
+        status, _, text = ask(
+            made.url, "/v1/chat/completions", {"model": model, "max_tokens": 10**9} | GOOD
+        )
         assert status == 200 and json.loads(text)["usage"]["completion_tokens"] <= 7
-    made = client.chat.completions.create(model=model, messages=user(ASKED[0]), max_tokens=10**9, temperature=2.0, seed=1, stop=None)
+    made = client.chat.completions.create(
+        model=model, messages=user(ASKED[0]), max_tokens=10**9, temperature=2.0, seed=1, stop=None
+    )
     assert made.usage.total_tokens <= 256
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_one_token_less_is_answered(server, model):
     context = server.sides[0].chat.context
     for length, status in ((context - 1, 200), (context, 400), (context + 1, 400)):
-        got, _, text = ask(server.url, "/v1/completions", {"model": model, "prompt": [5] * length, "max_tokens": 9})
+        got, _, text = ask(
+            server.url, "/v1/completions", {"model": model, "prompt": [5] * length, "max_tokens": 9}
+        )
         assert got == status, text
         if status == 200:
             assert json.loads(text)["usage"]["completion_tokens"] <= 1
@@ -590,21 +983,31 @@ def test_a_prompt_that_fills_the_context_is_refused_and_one_token_less_is_answer
 
 
 def test_settings_at_the_edge_of_what_is_allowed_are_answered(server, model):
-    say = lambda **more: json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2])["choices"][0]["message"]["content"]
+    def say(**more):
+        return json.loads(
+            ask(server.url, "/v1/chat/completions", {"model": model} | GOOD | more)[2]
+        )["choices"][0]["message"]["content"]
+
     for temperature in (1e-5, 1e-30, 1e-300):
         assert say(temperature=temperature) == say(temperature=0)
     # of the likeliest token alone; below float32's smallest number it was the least likely
     for top_p in (1e-30, 1e-300):
         assert say(temperature=100, top_p=top_p) == say(temperature=0)
-    for seed in (-1, -2**63, 2**63 - 1):
+    for seed in (-1, -(2**63), 2**63 - 1):
         assert say(temperature=1.5, seed=seed, n=2) == say(temperature=1.5, seed=seed, n=2)
     assert ask(server.url, "/healthz")[0] == 200
 
 
-def test_the_logprobs_of_an_answer_know_their_place_in_its_text_though_a_stop_string_holds_some_back(client, model):
-    plain = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12).choices[0]
+def test_the_logprobs_of_an_answer_know_their_place_in_its_text_though_a_stop_string_holds_some_back(
+    client, model
+):
+    plain = client.completions.create(
+        model=model, prompt="Ann has", logprobs=0, max_tokens=12
+    ).choices[0]
     held = plain.text[3:6] + "\x07"  # looks like it until it is not
-    made = client.completions.create(model=model, prompt="Ann has", logprobs=0, max_tokens=12, stop=held).choices[0]
+    made = client.completions.create(
+        model=model, prompt="Ann has", logprobs=0, max_tokens=12, stop=held
+    ).choices[0]
     assert made.text == plain.text and made.logprobs.text_offset == plain.logprobs.text_offset
     assert made.logprobs.tokens == plain.logprobs.tokens
 
@@ -614,15 +1017,24 @@ def test_the_logprobs_of_an_answer_know_their_place_in_its_text_though_a_stop_st
 
 def test_no_thread_is_left_over(run, model):
     before = {thread.ident for thread in threading.enumerate()}
-    with other_server(run, teacher=True) as made, openai.OpenAI(base_url=made.url + "/v1", api_key="x") as own:
+    with (
+        other_server(run, teacher=True) as made,
+        openai.OpenAI(base_url=made.url + "/v1", api_key="x") as own,
+    ):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda text: own.chat.completions.create(model=model, messages=user(text)), ASKED * 2))
+            list(
+                pool.map(
+                    lambda text: own.chat.completions.create(model=model, messages=user(text)),
+                    ASKED * 2,
+                )
+            )
     until(lambda: not {thread.ident for thread in threading.enumerate()} - before)
 
 
 @contextlib.contextmanager
 def process(log, target, *args):
-    """Start a server in a process of its own, target(*args, log), and ask it for a stream: yield (process, stream)."""
+    """Start a server in a process of its own, target(*args, log), and ask it for a stream: yield
+    (process, stream)."""
     child = make.processes().Process(target=target, args=(*args, log))
     child.start()
     try:
@@ -640,12 +1052,25 @@ def process(log, target, *args):
 def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
     folder, log = tmp_path / "long", tmp_path / "log"
     module = AutoModelForCausalLM.from_pretrained(run / "stage2/best", max_position_embeddings=4096)
-    module.generation_config.eos_token_id = None  # it writes, some 3,900 tokens, until it is stopped
+    module.generation_config.eos_token_id = (
+        None  # it writes, some 3,900 tokens, until it is stopped
+    )
     module.save_pretrained(folder)
     tokenizer = demo.tokenizer()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    argv = ["--ckpt", str(folder), "--serve", "--port", "0", "--device", "cpu", "--greedy", "--max-new-tokens", "3900"]
+    argv = [
+        "--ckpt",
+        str(folder),
+        "--serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--greedy",
+        "--max-new-tokens",
+        "3900",
+    ]
     with process(log, make.script, "chat", argv) as (child, stream):
         got = b""
         while got.count(b"data: ") < 4:
@@ -656,14 +1081,22 @@ def test_a_signal_ends_it_at_once_and_closes_its_streams(run, tmp_path, number):
             got += piece
         child.join(10)
         assert child.exitcode == 0 and time.monotonic() - began < 5
-        assert b"the server is stopping" in got and b"[DONE]" not in got and got.endswith(b"0\r\n\r\n")
+        assert (
+            b"the server is stopping" in got and b"[DONE]" not in got and got.endswith(b"0\r\n\r\n")
+        )
         assert "stopped" in log.read_text()
 
 
 def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
     """A thread that came back from torch while Python was ending aborted the process (SIGABRT)."""
-    argv, log = ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"], tmp_path / "log"
-    with process(log, make.never_ends, "generate", "Batch", "step", "chat", argv) as (child, stream):
+    argv, log = (
+        ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"],
+        tmp_path / "log",
+    )
+    with process(log, make.never_ends, "generate", "Batch", "step", "chat", argv) as (
+        child,
+        stream,
+    ):
         got = b""
         while b'"role"' not in got:
             got += stream.recv(65536)
@@ -686,9 +1119,18 @@ def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
 
 def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
     wanted = {name: path.resolve() for name, path in serve.run_files(run / "stage2/best").items()}
-    for folder, name in ((run, "stage2/best"), (run / "stage2", "best"), (run / "stage2/best", "."), (run.parent, "demo/stage2/best")):
+    for folder, name in (
+        (run, "stage2/best"),
+        (run / "stage2", "best"),
+        (run / "stage2/best", "."),
+        (run.parent, "demo/stage2/best"),
+    ):
         monkeypatch.chdir(folder)
-        assert {name: path.resolve() for name, path in serve.run_files(Path(name)).items()} == wanted != {}
+        assert (
+            {name: path.resolve() for name, path in serve.run_files(Path(name)).items()}
+            == wanted
+            != {}
+        )
 
 
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):
@@ -717,7 +1159,10 @@ def test_a_model_that_fails_ends_the_server_and_nobody_waits(run, model):
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
         assert status == 503 and "failed" in json.loads(text)["error"]["message"]
         until(made.failed)
-        assert ask(made.url, "/healthz")[0] == 503 and ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 503
+        assert (
+            ask(made.url, "/healthz")[0] == 503
+            and ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 503
+        )
 
 
 # --- what is published
@@ -725,36 +1170,87 @@ def test_a_model_that_fails_ends_the_server_and_nobody_waits(run, model):
 
 def test_the_openapi_file_names_every_route_and_no_other(server):
     described = json.loads((ROOT / "lib/chat/openapi.json").read_text())
-    routes = {(rule.rule, method) for rule in server.app.url_map.iter_rules() for method in rule.methods - {"HEAD", "OPTIONS"}}
-    named = {(path, method.upper()) for path, methods in described["paths"].items() for method in methods}
+    routes = {
+        (rule.rule, method)
+        for rule in server.app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    }
+    named = {
+        (path, method.upper()) for path, methods in described["paths"].items() for method in methods
+    }
     assert routes - {("/", "GET"), ("/openapi.json", "GET")} == named
     assert json.loads(ask(server.url, "/openapi.json")[2]) == described
 
 
 def test_metrics_are_prometheus_text_and_count(server, model):
-    values = lambda: dict(re.fullmatch(r'(\w+(?:\{(?:\w+="[^"]*",?)*\})?) (\S+)', line).groups()
-                          for line in ask(server.url, "/metrics")[2].splitlines() if not line.startswith("#"))
+    def values():
+        return dict(
+            re.fullmatch(r'(\w+(?:\{(?:\w+="[^"]*",?)*\})?) (\S+)', line).groups()
+            for line in ask(server.url, "/metrics")[2].splitlines()
+            if not line.startswith("#")
+        )
+
     before = values()
     answer = json.loads(ask(server.url, "/v1/chat/completions", {"model": model} | GOOD)[2])
     after = values()
-    gained = lambda name: float(after[name]) - float(before.get(name, 0))
-    assert gained('distil_answer_tokens_total{model="student"}') == answer["usage"]["completion_tokens"]
+
+    def gained(name):
+        return float(after[name]) - float(before.get(name, 0))
+
+    assert (
+        gained('distil_answer_tokens_total{model="student"}')
+        == answer["usage"]["completion_tokens"]
+    )
     assert gained('distil_prompt_tokens_total{model="student"}') == answer["usage"]["prompt_tokens"]
     assert gained('distil_requests_total{path="/v1/chat/completions",status="200"}') == 1
-    assert gained("distil_first_token_seconds_count") == gained('distil_first_token_seconds_bucket{le="+Inf"}') == 1
-    assert math.isfinite(gained("distil_first_token_seconds_sum")) and float(after['distil_memory_bytes{model="teacher"}']) > 0
+    assert (
+        gained("distil_first_token_seconds_count")
+        == gained('distil_first_token_seconds_bucket{le="+Inf"}')
+        == 1
+    )
+    assert (
+        math.isfinite(gained("distil_first_token_seconds_sum"))
+        and float(after['distil_memory_bytes{model="teacher"}']) > 0
+    )
 
 
 def test_a_heatmap_is_zero_for_a_student_that_is_its_teacher_and_not_for_another(run, server):
     body = {"messages": user(ASKED[0]), "answer": "Ones: 8+5=13, carry 1.", "finished": True}
     tokens = json.loads(ask(server.url, "/v1/heatmap", body)[2])["tokens"]
-    assert "".join(token["text"] for token in tokens[:-1]) == body["answer"] and max(token["kl"] for token in tokens) > 0.1
+    assert (
+        "".join(token["text"] for token in tokens[:-1]) == body["answer"]
+        and max(token["kl"] for token in tokens) > 0.1
+    )
     assert all(len(token["student"]) == len(token["teacher"]) == 5 for token in tokens)
-    args = chat.parse_args(["--ckpt", str(run / "stage2"), "--teacher", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu"])
-    same = serve.Server(args, dict(zip(("student", "teacher"), chat.both(args))), run / "stage2/best", serve.listen(args))
+    args = chat.parse_args(
+        [
+            "--ckpt",
+            str(run / "stage2"),
+            "--teacher",
+            str(run / "stage2"),
+            "--serve",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
+    same = serve.Server(
+        args,
+        dict(zip(("student", "teacher"), chat.both(args))),
+        run / "stage2/best",
+        serve.listen(args),
+    )
     try:
-        assert max(token["kl"] for token in json.loads(ask(same.url, "/v1/heatmap", body)[2])["tokens"]) < 1e-6
-        assert len({entry["id"] for entry in json.loads(ask(same.url, "/v1/models")[2])["data"]}) == 2
+        assert (
+            max(
+                token["kl"] for token in json.loads(ask(same.url, "/v1/heatmap", body)[2])["tokens"]
+            )
+            < 1e-6
+        )
+        assert (
+            len({entry["id"] for entry in json.loads(ask(same.url, "/v1/models")[2])["data"]}) == 2
+        )
     finally:
         same.stop()
 
@@ -769,27 +1265,44 @@ def test_a_heatmap_wants_a_teacher_and_room(run, server, model):
     assert ask(server.url, "/v1/heatmap", body | {"answer": "6 " * 300})[0] == 400
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_asked_for(server, model):
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_asked_for(
+    server, model
+):
     talk = [{"role": "system", "content": "Add."}]
     for number in range(24):
-        talk += [*user(f"Ann has {number} apples. How many?"), {"role": "assistant", "content": f"{number} apples."}]
+        talk += [
+            *user(f"Ann has {number} apples. How many?"),
+            {"role": "assistant", "content": f"{number} apples."},
+        ]
     body = {"model": model, "messages": talk + user("How many?")}
     assert ask(server.url, "/v1/chat/completions", body)[0] == 400
     made = json.loads(ask(server.url, "/v1/chat/completions", body | {"fit": True})[2])
-    kept = [talk[0], *talk[1 + made["dropped"]:], *user("How many?")]
+    kept = [talk[0], *talk[1 + made["dropped"] :], *user("How many?")]
     again = json.loads(ask(server.url, "/v1/chat/completions", body | {"messages": kept})[2])
-    assert made["dropped"] % 2 == 0 and again["choices"] == made["choices"] and again["usage"] == made["usage"] and "dropped" not in again
+    assert (
+        made["dropped"] % 2 == 0
+        and again["choices"] == made["choices"]
+        and again["usage"] == made["usage"]
+        and "dropped" not in again
+    )
     chat_ = server.sides[0].chat
-    assert len(chat_.fit(body["messages"])[0]) == made["usage"]["prompt_tokens"] <= chat_.context - 12
+    assert (
+        len(chat_.fit(body["messages"])[0]) == made["usage"]["prompt_tokens"] <= chat_.context - 12
+    )
     heat = {"answer": "6", "messages": body["messages"], "fit": True}
-    assert ask(server.url, "/v1/heatmap", heat)[2] == ask(server.url, "/v1/heatmap", {"answer": "6", "messages": kept})[2]
+    assert (
+        ask(server.url, "/v1/heatmap", heat)[2]
+        == ask(server.url, "/v1/heatmap", {"answer": "6", "messages": kept})[2]
+    )
 
 
 def test_many_heatmaps_at_once_leave_the_servers_threads_to_others(run, server):
     body = {"messages": user("How many?"), "answer": "6"}
     with concurrent.futures.ThreadPoolExecutor(2 * serve.HEATS) as pool:
         with frozen(server):
-            futures = [pool.submit(ask, server.url, "/v1/heatmap", body) for _ in range(2 * serve.HEATS)]
+            futures = [
+                pool.submit(ask, server.url, "/v1/heatmap", body) for _ in range(2 * serve.HEATS)
+            ]
             until(lambda: sum(future.done() for future in futures) == serve.HEATS)
         made = [future.result() for future in futures]
     assert sorted(status for status, _, _ in made) == [200] * serve.HEATS + [429] * serve.HEATS
@@ -804,25 +1317,35 @@ def test_a_heatmap_that_does_not_fit_into_memory_says_so(server, monkeypatch):
     for _ in range(serve.HEATS + 1):
         with monkeypatch.context() as patch:
             patch.setattr("lib.chat.heat.places", no_memory)
-            status, _, text = ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})
+            status, _, text = ask(
+                server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"}
+            )
         assert status == 503 and "memory" in json.loads(text)["error"]["message"]
     assert ask(server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"})[0] == 200
 
 
 def test_a_streams_lines_end_where_they_should_whatever_the_text():
-    """httpx's iter_lines, and others that read text and not bytes, take U+2028 or U+0085 for the end of a line."""
+    """httpx's iter_lines, and others that read text and not bytes, take U+2028 or U+0085 for the
+    end of a line."""
     text, events = "a\u2028b\u0085c\u2029 caf\u00e9 \U0001f600\r\n\n", queue.SimpleQueue()
     events.put(engine.Event(0, text, finish="stop"))
     jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic() + 9, events)]
     lines = "".join(api.stream(None, True, {}, jobs, [[5]], False, lambda: False)).splitlines()
     assert all(line == "" or line.startswith("data: ") for line in lines)
-    said = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines if line and "[DONE]" not in line]
+    said = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+        for line in lines
+        if line and "[DONE]" not in line
+    ]
     assert "".join(said) == text
 
 
 def test_an_empty_answer_beside_a_late_one_was_not_left_waiting(monkeypatch):
     monkeypatch.setattr("lib.chat.api.WATCH_S", 0.01)
-    jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic(), queue.SimpleQueue(), index) for index in (0, 1)]
+    jobs = [
+        engine.Job([5], 9, generate.Sampling(), 0, time.monotonic(), queue.SimpleQueue(), index)
+        for index in (0, 1)
+    ]
     jobs[1].events, jobs[1].first = jobs[0].events, time.monotonic()
     jobs[0].events.put(engine.Event(0, finish="stop"))  # of no token at all
     late = threading.Timer(0.2, jobs[0].events.put, (engine.Event(1, "x", finish="length"),))
@@ -834,18 +1357,34 @@ def test_an_empty_answer_beside_a_late_one_was_not_left_waiting(monkeypatch):
 # --- the engine
 
 
-def test_every_token_that_is_counted_has_its_logprob_a_special_one_at_the_end_too(server, monkeypatch):
+def test_every_token_that_is_counted_has_its_logprob_a_special_one_at_the_end_too(
+    server, monkeypatch
+):
     side = server.sides[0]
     special = side.chat.tokenizer.all_special_ids[0]
     monkeypatch.setattr(side.engine, "how", generate.Sampling())  # nothing ends the answer
     word = side.chat.tokenizer("Ann").input_ids[-1]
     for ids in ([word, special], [special], [special, word], [word, special, special]):
         written = iter(ids)
-        monkeypatch.setattr(generate, "choose", lambda logits, how, uniform, seen, written=written: torch.full((len(logits),), next(written)))
+        monkeypatch.setattr(
+            generate,
+            "choose",
+            lambda logits, how, uniform, seen, written=written: torch.full(
+                (len(logits),), next(written)
+            ),
+        )
         events = queue.SimpleQueue()
-        side.engine.ask([job := engine.Job([5], len(ids), generate.Sampling(), 0, time.monotonic() + 20, events, top=0)])
+        side.engine.ask(
+            [
+                job := engine.Job(
+                    [5], len(ids), generate.Sampling(), 0, time.monotonic() + 20, events, top=0
+                )
+            ]
+        )
         heard = list(api.heard([job], lambda: False))
-        assert [token.id for event in heard for token in event.tokens] == ids and heard[-1].finish == "length"
+        assert [token.id for event in heard for token in event.tokens] == ids and heard[
+            -1
+        ].finish == "length"
 
 
 def test_turns_go_to_whoever_waits_longest():
@@ -870,8 +1409,15 @@ def test_two_models_that_answer_at_once_take_turns(server, client, monkeypatch):
     order = []
     for side in server.sides:
         step = side.engine.batch.step
-        monkeypatch.setattr(side.engine.batch, "step", lambda role=side.role, step=step: (order.append(role), step())[1])
-    say = lambda side: client.chat.completions.create(model=side.id, messages=user(ASKED[0]), max_tokens=40)
+        monkeypatch.setattr(
+            side.engine.batch,
+            "step",
+            lambda role=side.role, step=step: (order.append(role), step())[1],
+        )
+
+    def say(side):
+        return client.chat.completions.create(model=side.id, messages=user(ASKED[0]), max_tokens=40)
+
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(say, server.sides))
     changes = sum(a != b for a, b in zip(order, order[1:]))
@@ -880,10 +1426,30 @@ def test_two_models_that_answer_at_once_take_turns(server, client, monkeypatch):
 
 def test_what_is_asked_about_tokens_does_not_change_them():
     torch.manual_seed(0)
-    config = demo.config({"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})
+    config = demo.config(
+        {
+            "num_hidden_layers": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+    )
     module = LlamaForCausalLM(config).eval()
-    say = lambda **more: next(generate.generate(module, [generate.Request(0, [5, 6, 7], 8, **more)], generate.Sampling())).ids
-    assert say() == say(top=3) == say(how=generate.Sampling(0.0), top=0) != say(how=generate.Sampling(2.0), seed=1)
+
+    def say(**more):
+        return next(
+            generate.generate(
+                module, [generate.Request(0, [5, 6, 7], 8, **more)], generate.Sampling()
+            )
+        ).ids
+
+    assert (
+        say()
+        == say(top=3)
+        == say(how=generate.Sampling(0.0), top=0)
+        != say(how=generate.Sampling(2.0), seed=1)
+    )
 
 
 # --- the text of an answer, token by token
@@ -892,7 +1458,14 @@ def test_what_is_asked_about_tokens_does_not_change_them():
 @pytest.mark.parametrize("stops", [(), ("END", "\u00e9n"), ("bb", "abc")])
 def test_the_pieces_of_an_answer_are_its_text_without_half_characters_or_stop_strings(stops):
     tokenizer = tiny_tokenizers.tiny()
-    for words in ("aabbab END of", "caf\u00e9 \U0001f600\U0001f680 \u00e9n\u00e9", "ab\ufffdbbabc", "\U0001f600", "a" * 40 + "EN", "x<|im_end|>y"):
+    for words in (
+        "aabbab END of",
+        "caf\u00e9 \U0001f600\U0001f680 \u00e9n\u00e9",
+        "ab\ufffdbbabc",
+        "\U0001f600",
+        "a" * 40 + "EN",
+        "x<|im_end|>y",
+    ):
         ids = tokenizer(words, add_special_tokens=False).input_ids
         for cut in (len(ids), len(ids) - 1):  # the last may be half a character
             made, shown = Text(tokenizer, stops), []
@@ -903,21 +1476,35 @@ def test_the_pieces_of_an_answer_are_its_text_without_half_characters_or_stop_st
             shown.append(made.end())
             whole = tokenizer.decode(ids[:cut], skip_special_tokens=True)
             ends = [whole.index(stop) for stop in stops if stop in whole]
-            assert "".join(shown) == whole[:min(ends, default=len(whole))] and made.stopped == bool(ends)
+            assert "".join(shown) == whole[
+                : min(ends, default=len(whole))
+            ] and made.stopped == bool(ends)
             if "\ufffd" not in words:
                 assert not any("\ufffd" in piece for piece in shown[:-1])
 
 
 def test_a_special_token_within_an_answer_costs_no_blank():
-    """Sentencepiece's decoders drop the blank of the first word they are given, and a special token alone is no word."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<x>": 0, "<unk>": 1, "\u2581so": 2, "\u2581it": 3}, unk_token="<unk>"))
-    inner.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse(),
-                                                  tokenizers.decoders.Strip(" ", 1, 0)])
+    """Sentencepiece's decoders drop the blank of the first word they are given, and a special token
+    alone is no word."""
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {"<x>": 0, "<unk>": 1, "\u2581so": 2, "\u2581it": 3}, unk_token="<unk>"
+        )
+    )
+    inner.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
     inner.add_special_tokens([tokenizers.AddedToken("<x>", special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     for ids in ([2, 3], [2, 0, 3], [0, 2, 3], [2, 0, 0, 3, 0, 2]):
         made = Text(tokenizer)
-        assert "".join([*map(made.add, ids), made.end()]) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert "".join([*map(made.add, ids), made.end()]) == tokenizer.decode(
+            ids, skip_special_tokens=True
+        )
 
 
 def test_of_several_stop_strings_in_one_token_the_first_in_the_text_ends_it():
@@ -925,17 +1512,30 @@ def test_of_several_stop_strings_in_one_token_the_first_in_the_text_ends_it():
 
 
 def test_speed_leaves_out_the_first_token_and_what_others_took():
-    job = engine.Job([1], 9, generate.Sampling(), 0, 0.0, queue.SimpleQueue(), asked=10.0, first=12.5, count=5, begun=1.0, read=1.5, last=3.5)
+    job = engine.Job(
+        [1],
+        9,
+        generate.Sampling(),
+        0,
+        0.0,
+        queue.SimpleQueue(),
+        asked=10.0,
+        first=12.5,
+        count=5,
+        begun=1.0,
+        read=1.5,
+        last=3.5,
+    )
     assert job.speed() == {"tok_per_s": 2.0, "prompt_s": 0.5, "first_token_s": 2.5}
 
 
 def test_text_is_shown_as_soon_as_it_cannot_become_a_stop_string():
     tokenizer = tiny_tokenizers.tiny()
     made = Text(tokenizer, ("aab",))
-    assert [made.add(token) for token in tokenizer("aaacaab!", add_special_tokens=False).input_ids] == ["", "", "a", "aac", "", "", "", ""]
+    assert [
+        made.add(token) for token in tokenizer("aaacaab!", add_special_tokens=False).input_ids
+    ] == ["", "", "a", "aac", "", "", "", ""]
     assert made.stopped
 
 
 # --- any request at all
-
-

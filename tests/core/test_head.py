@@ -1,4 +1,6 @@
-"""The output layer: the same logits as the model's own, the exact tails, and never a (targets, V) tensor."""
+"""The output layer: the same logits as the model's own, the exact tails, and never a (targets, V)
+tensor."""
+
 import dataclasses
 import math
 import subprocess
@@ -13,18 +15,46 @@ from conftest import ROOT
 from lib import head, models
 from lib.head import Head
 
-SIZES = dict(vocab_size=make.V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-             max_position_embeddings=128, pad_token_id=3, bos_token_id=None, eos_token_id=3)
+SIZES = dict(
+    vocab_size=make.V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    pad_token_id=3,
+    bos_token_id=None,
+    eos_token_id=3,
+)
 FAMILIES = {
     "llama": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
-    "qwen2": transformers.Qwen2Config(**{name: value for name, value in SIZES.items() if name != "head_dim"}),
+    "qwen2": transformers.Qwen2Config(
+        **{name: value for name, value in SIZES.items() if name != "head_dim"}
+    ),
     "gemma2": transformers.Gemma2Config(**SIZES, final_logit_softcapping=2.0),
     "cohere": transformers.CohereConfig(**SIZES, logit_scale=0.25),
     "granite": transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
-    "gpt2": transformers.GPT2Config(vocab_size=make.V, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=3, eos_token_id=3),
-    "phi": transformers.PhiConfig(**{name: value for name, value in SIZES.items() if name != "head_dim"}),  # its output layer has a bias
+    "gpt2": transformers.GPT2Config(
+        vocab_size=make.V,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=3,
+        eos_token_id=3,
+    ),
+    "phi": transformers.PhiConfig(
+        **{name: value for name, value in SIZES.items() if name != "head_dim"}
+    ),  # its output layer has a bias
 }
-FORGOTTEN = {"gemma2": {"softcap": 0.0}, "cohere": {"scale": 1.0}, "granite": {"scale": 1.0}, "phi": {"bias": None}}
+FORGOTTEN = {
+    "gemma2": {"softcap": 0.0},
+    "cohere": {"scale": 1.0},
+    "granite": {"scale": 1.0},
+    "phi": {"bias": None},
+}
 
 
 def family(name):
@@ -43,7 +73,9 @@ def both(model):
     """Return the model's own logits and our head's, both (12, V)."""
     tokens = torch.randint(4, make.V, (1, 12))
     hidden = model.body(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    return model.module(input_ids=tokens, use_cache=False).logits[0], torch.cat([z.clone() for _, z in model.head().chunks(hidden)])
+    return model.module(input_ids=tokens, use_cache=False).logits[0], torch.cat(
+        [z.clone() for _, z in model.head().chunks(hidden)]
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -57,9 +89,15 @@ def test_our_logits_are_the_models_own(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name, change", FORGOTTEN.items())
-def test_trap_20_the_probe_refuses_a_head_that_forgets_softcap_scale_or_bias(name, change, monkeypatch):
+def test_trap_20_the_probe_refuses_a_head_that_forgets_softcap_scale_or_bias(
+    name, change, monkeypatch
+):
     model, plain = family(name), models.Model.head
-    monkeypatch.setattr(models.Model, "head", lambda self, vocab=None: dataclasses.replace(plain(self, vocab), **change))
+    monkeypatch.setattr(
+        models.Model,
+        "head",
+        lambda self, vocab=None: dataclasses.replace(plain(self, vocab), **change),
+    )
     with pytest.raises(SystemExit, match="changes its logits in a way this project does not know"):
         models.probe(model, pack=True)
 
@@ -76,11 +114,17 @@ def test_trap_15_the_probe_refuses_a_model_whose_packed_rows_see_each_other_unle
     model = family("gpt2")
 
     def leaking(input_ids, position_ids, use_cache):
-        mask = torch.ones_like(input_ids)  # a mask of ones switches the detection of packed rows off
-        return model.module.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=use_cache)
+        mask = torch.ones_like(
+            input_ids
+        )  # a mask of ones switches the detection of packed rows off
+        return model.module.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=use_cache
+        )
 
     leaks = models.Model(model.module, leaking, None)
-    with pytest.raises(SystemExit, match="packed rows see each other in GPT2LMHeadModel.*--no-pack"):
+    with pytest.raises(
+        SystemExit, match="packed rows see each other in GPT2LMHeadModel.*--no-pack"
+    ):
         models.probe(leaks, pack=True)
     models.probe(leaks, pack=False)
 
@@ -93,20 +137,24 @@ def test_top_k_and_tails_equal_a_plain_sum(temperatures, k, dtype, limit):
     ids, gaps, tails = head.topk_and_tails(z.clone(), k, temperatures)
     ordered = z.double().sort(dim=1, descending=True).values
     torch.testing.assert_close(z.gather(1, ids), ordered[:, :k].to(dtype))
-    torch.testing.assert_close(gaps.double(), ordered[:, :1] - ordered[:, :k], rtol=1e-6, atol=limit)
+    torch.testing.assert_close(
+        gaps.double(), ordered[:, :1] - ordered[:, :k], rtol=1e-6, atol=limit
+    )
     for column, t in enumerate(temperatures):
         wanted = ((ordered[:, k:] - ordered[:, :1]) / t).logsumexp(1)
         torch.testing.assert_close(tails[:, column].double(), wanted, rtol=limit, atol=4 * limit)
 
 
 def test_nothing_outside_the_top_k_is_minus_infinity():
-    _, _, tails = head.topk_and_tails(torch.tensor([[0.0, -1e4, -1e4, -1e4], [9.0, 8.0, -1e4, -1e4]]), 2, [1.0, 2.0])
+    _, _, tails = head.topk_and_tails(
+        torch.tensor([[0.0, -1e4, -1e4, -1e4], [9.0, 8.0, -1e4, -1e4]]), 2, [1.0, 2.0]
+    )
     assert (tails == -math.inf).all()
 
 
 def test_the_vocabulary_is_cut_before_the_softmax():
     hidden, layer = torch.randn(4, 8), Head(torch.randn(70, 8), torch.randn(70), 61)
-    (_, z), = layer.chunks(hidden)
+    ((_, z),) = layer.chunks(hidden)
     torch.testing.assert_close(z, hidden @ layer.weight[:61].t() + layer.bias[:61])
 
 
@@ -132,7 +180,10 @@ print(peak() - before)
 
 
 def test_a_loss_never_holds_targets_times_vocabulary():
-    """4096 targets of 20,011 tokens: one such tensor would take 328 MB; chunks take 4 MiB each, and the weight's gradient 1.3 MB."""
-    done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True)
+    """4096 targets of 20,011 tokens: one such tensor would take 328 MB; chunks take 4 MiB each, and
+    the weight's gradient 1.3 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     extra = int(done.stdout)
     assert extra < 5 * (1 << 22) + 3 * 4 * 20011 * 16 + 4 * 4096 * 16 * 3, f"{extra / 1e6:.0f} MB"

@@ -1,4 +1,6 @@
-"""The loss against references written out here: full vocabulary, float64, autograd, with none of the code under test."""
+"""The loss against references written out here: full vocabulary, float64, autograd, with none of
+the code under test."""
+
 import math
 
 import pytest
@@ -17,12 +19,21 @@ CE = Method()
 def problem(n=6, v=23, d=5, seed=0, dtype=torch.float64, spread=1.5):
     """Return hidden (n, d), weight (v, d), labels (n,) and teacher logits (n, v)."""
     made = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=made, dtype=torch.float64).to(dtype)
-    return draw(n, d), spread * draw(v, d), torch.randint(v, (n,), generator=made), 2 * spread * draw(n, v)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=made, dtype=torch.float64).to(dtype)
+
+    return (
+        draw(n, d),
+        spread * draw(v, d),
+        torch.randint(v, (n,), generator=made),
+        2 * spread * draw(n, v),
+    )
 
 
 def keep(z, k, t):
-    """Return the k largest of teacher logits z (n, V) and the exact tail at t, without lib/head.py."""
+    """Return the k largest of teacher logits z (n, V) and the exact tail at t, without
+    lib/head.py."""
     values, ids = z.sort(dim=1, descending=True)
     d = values - values[:, :1]
     return Kept(ids[:, :k], -d[:, :k], (d[:, k:] / t).logsumexp(1))
@@ -30,10 +41,18 @@ def keep(z, k, t):
 
 def reference_divergence(p, q, kind, beta):
     """Return D(p, q) (n,) from probabilities (n, C), by the definitions in the papers."""
-    kl = lambda a, b: torch.special.xlogy(a, a).sum(1) - torch.special.xlogy(a, b).sum(1)
+
+    def kl(a, b):
+        return torch.special.xlogy(a, a).sum(1) - torch.special.xlogy(a, b).sum(1)
+
     mixture = beta * p + (1 - beta) * q
-    return {"fkl": lambda: kl(p, q), "rkl": lambda: kl(q, p), "jsd": lambda: beta * kl(p, mixture) + (1 - beta) * kl(q, mixture),
-            "skl": lambda: kl(p, mixture), "tvd": lambda: (p - q).abs().sum(1) / 2}[kind]()
+    return {
+        "fkl": lambda: kl(p, q),
+        "rkl": lambda: kl(q, p),
+        "jsd": lambda: beta * kl(p, mixture) + (1 - beta) * kl(q, mixture),
+        "skl": lambda: kl(p, mixture),
+        "tvd": lambda: (p - q).abs().sum(1) / 2,
+    }[kind]()
 
 
 def bucket(p, ids):
@@ -43,7 +62,8 @@ def bucket(p, ids):
 
 
 def reference_loss(z, s, labels, k, method):
-    """Return (loss, ce, kd) summed over targets: the k+1 bucket loss over the whole vocabulary, in float64."""
+    """Return (loss, ce, kd) summed over targets: the k+1 bucket loss over the whole vocabulary, in
+    float64."""
     t = method.temperature
     p, q = (torch.softmax(x.double() / t, 1) for x in (z, s))
     ids = z.topk(k, 1).indices
@@ -63,7 +83,11 @@ def gradients(loss_of, *tensors):
 def ours(hidden, weight, labels, kept=None, method=CE, bias=None, **head):
     """Return (loss, gradient of hidden, gradient of weight) of head_loss."""
     options = {"vocab": len(weight)} | head
-    return gradients(lambda h, w: losses.head_loss(h, Head(w, bias, **options), labels, kept, method)[0], hidden, weight)
+    return gradients(
+        lambda h, w: losses.head_loss(h, Head(w, bias, **options), labels, kept, method)[0],
+        hidden,
+        weight,
+    )
 
 
 def all_close(seen, wanted, **limits):
@@ -73,18 +97,35 @@ def all_close(seen, wanted, **limits):
 
 def angle(a, b):
     """Return the angle between two gradients, in degrees."""
-    return math.degrees(math.acos(min(1.0, torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item())))
+    return math.degrees(
+        math.acos(
+            min(1.0, torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item())
+        )
+    )
 
 
 # --- what the loss is
+
 
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 @pytest.mark.parametrize("t", TEMPERATURES)
 def test_k_equal_to_v_is_the_divergence_over_the_full_vocabulary(kind, t):
     hidden, weight, labels, z = problem()
     method = Method(1.0, t, kind, BETAS[kind])
-    full = lambda h, w: t * t * reference_divergence(torch.softmax(z / t, 1), torch.softmax(h @ w.t() / t, 1), kind, BETAS[kind]).sum()
-    all_close(ours(hidden, weight, labels, keep(z, len(weight), t), method), gradients(full, hidden, weight))
+
+    def full(h, w):
+        return (
+            t
+            * t
+            * reference_divergence(
+                torch.softmax(z / t, 1), torch.softmax(h @ w.t() / t, 1), kind, BETAS[kind]
+            ).sum()
+        )
+
+    all_close(
+        ours(hidden, weight, labels, keep(z, len(weight), t), method),
+        gradients(full, hidden, weight),
+    )
 
 
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
@@ -92,13 +133,19 @@ def test_k_equal_to_v_is_the_divergence_over_the_full_vocabulary(kind, t):
 def test_loss_and_gradient_equal_a_bucket_loss_written_out_over_the_full_vocabulary(kind, t):
     hidden, weight, labels, z = problem()
     method = Method(0.7, t, kind, BETAS[kind])
-    wanted = gradients(lambda h, w: reference_loss(z, h @ w.t(), labels, 4, method)[0], hidden, weight)
+    wanted = gradients(
+        lambda h, w: reference_loss(z, h @ w.t(), labels, 4, method)[0], hidden, weight
+    )
     all_close(ours(hidden, weight, labels, keep(z, 4, t), method), wanted)
 
 
 def test_cross_entropy_alone_equals_torch():
     hidden, weight, labels, _ = problem()
-    wanted = gradients(lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), labels, reduction="sum"), hidden, weight)
+    wanted = gradients(
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), labels, reduction="sum"),
+        hidden,
+        weight,
+    )
     all_close(ours(hidden, weight, labels), wanted)
 
 
@@ -106,9 +153,17 @@ def test_cross_entropy_alone_equals_torch():
 @pytest.mark.parametrize("k", (1, 4, 23))
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(kind, k):
     hidden, weight, labels, _ = problem()
-    loss, *grads = ours(hidden, weight, labels, keep(hidden @ weight.t(), k, 2.0), Method(1.0, 2.0, kind, BETAS[kind]))
+    loss, *grads = ours(
+        hidden,
+        weight,
+        labels,
+        keep(hidden @ weight.t(), k, 2.0),
+        Method(1.0, 2.0, kind, BETAS[kind]),
+    )
     assert abs(loss) < 1e-12
-    assert kind == "tvd" or all(grad.abs().max() < 1e-12 for grad in grads)  # |p - q| has a kink there: any slope is right
+    assert kind == "tvd" or all(
+        grad.abs().max() < 1e-12 for grad in grads
+    )  # |p - q| has a kink there: any slope is right
 
 
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
@@ -126,10 +181,20 @@ def test_no_divergence_is_ever_below_zero(kind, dtype):
 @pytest.mark.parametrize("t", TEMPERATURES)
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_gradient_agrees_with_finite_differences_through_softcap_scale_and_bias(kind, t):
-    """Trap 5: a T^2 in the printed loss alone would show here, since the printed loss is what is differenced."""
+    """Trap 5: a T^2 in the printed loss alone would show here, since the printed loss is what is
+    differenced."""
     hidden, weight, labels, z = problem(n=3, v=11, d=4)
-    bias, kept, method = torch.linspace(-1, 1, 11, dtype=torch.float64), keep(z, 3, t), Method(0.6, t, kind, BETAS[kind])
-    loss_of = lambda h, w: losses.head_loss(h, Head(w, bias, 11, scale=0.7, softcap=5.0), labels, kept, method)[0]
+    bias, kept, method = (
+        torch.linspace(-1, 1, 11, dtype=torch.float64),
+        keep(z, 3, t),
+        Method(0.6, t, kind, BETAS[kind]),
+    )
+
+    def loss_of(h, w):
+        return losses.head_loss(h, Head(w, bias, 11, scale=0.7, softcap=5.0), labels, kept, method)[
+            0
+        ]
+
     _, *grads = gradients(loss_of, hidden, weight)
     for number, grad in enumerate(grads):
         for place in range(grad.numel()):
@@ -138,14 +203,20 @@ def test_gradient_agrees_with_finite_differences_through_softcap_scale_and_bias(
                 moved = [hidden.clone(), weight.clone()]
                 moved[number].view(-1)[place] += step
                 ends.append(loss_of(*moved).item())
-            assert abs((ends[0] - ends[1]) / 2e-5 - grad.flatten()[place].item()) < 2e-8 * max(1, abs(ends[0])) + 1e-7
+            assert (
+                abs((ends[0] - ends[1]) / 2e-5 - grad.flatten()[place].item())
+                < 2e-8 * max(1, abs(ends[0])) + 1e-7
+            )
 
 
 def test_a_constant_added_to_all_logits_changes_nothing():
     hidden, weight, labels, z = problem()
     method = Method(0.5, 2.0)
     constant = torch.full((len(weight),), 300.0, dtype=torch.float64)
-    all_close(ours(hidden, weight, labels, keep(z + 700, 4, 2.0), method, bias=constant), ours(hidden, weight, labels, keep(z, 4, 2.0), method))
+    all_close(
+        ours(hidden, weight, labels, keep(z + 700, 4, 2.0), method, bias=constant),
+        ours(hidden, weight, labels, keep(z, 4, 2.0), method),
+    )
 
 
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
@@ -161,24 +232,36 @@ def test_loss_and_gradient_do_not_depend_on_the_chunk_size(kind, targets, monkey
 
 # --- traps
 
+
 def test_trap_1_a_renormalised_top_k_is_blind_to_student_mass_outside_it_and_ours_is_not():
     hidden, weight, labels, z = problem()
     ids = z.topk(4, 1).indices
-    s = z + 3.0 * torch.ones_like(z).scatter(1, ids, 0.0)  # the same ratios inside S, much more mass outside
+    s = z + 3.0 * torch.ones_like(z).scatter(
+        1, ids, 0.0
+    )  # the same ratios inside S, much more mass outside
     eye = torch.eye(z.shape[1], dtype=z.dtype)
-    renormalised = reference_divergence(torch.softmax(z.gather(1, ids), 1), torch.softmax(s.gather(1, ids), 1), "fkl", 0.5).sum()
+    renormalised = reference_divergence(
+        torch.softmax(z.gather(1, ids), 1), torch.softmax(s.gather(1, ids), 1), "fkl", 0.5
+    ).sum()
     loss, grad, _ = ours(s, eye, labels, keep(z, 4, 1.0), Method(1.0, 1.0))
     assert abs(renormalised) < 1e-12 and loss > 0.1
-    assert (grad.masked_select(torch.ones_like(grad, dtype=torch.bool).scatter(1, ids, False)) > 0).all(), "mass outside S must be pushed down"
+    assert (
+        grad.masked_select(torch.ones_like(grad, dtype=torch.bool).scatter(1, ids, False)) > 0
+    ).all(), "mass outside S must be pushed down"
 
 
 def test_trap_2_without_the_tail_term_kl_falls_below_zero_and_ours_does_not():
     _, _, labels, z = problem()
-    s = z + 3.0 * torch.zeros_like(z).scatter(1, z.topk(4, 1).indices, 1.0)  # the student is surer of S
+    s = z + 3.0 * torch.zeros_like(z).scatter(
+        1, z.topk(4, 1).indices, 1.0
+    )  # the student is surer of S
     ids = z.topk(4, 1).indices
     p, q = (torch.softmax(x, 1).gather(1, ids) for x in (z, s))
     assert (p * (p / q).log()).sum() < -0.1
-    assert ours(s, torch.eye(z.shape[1], dtype=z.dtype), labels, keep(z, 4, 1.0), Method(1.0, 1.0))[0] > 0.1
+    assert (
+        ours(s, torch.eye(z.shape[1], dtype=z.dtype), labels, keep(z, 4, 1.0), Method(1.0, 1.0))[0]
+        > 0.1
+    )
 
 
 def test_trap_3_the_tail_is_not_one_tempered_token():
@@ -186,7 +269,9 @@ def test_trap_3_the_tail_is_not_one_tempered_token():
     t = 4.0
     p = torch.softmax(z, 1)
     ids = z.topk(4, 1).indices
-    one_token = torch.softmax(bucket(p, ids).log() / t, 1)  # what a tail known at T=1 alone would give
+    one_token = torch.softmax(
+        bucket(p, ids).log() / t, 1
+    )  # what a tail known at T=1 alone would give
     exact = bucket(torch.softmax(z / t, 1), ids)
     made = losses.teacher_logp(keep(z, 4, t), t).exp()
     torch.testing.assert_close(made, exact, rtol=1e-12, atol=1e-12)
@@ -199,17 +284,29 @@ def test_trap_3_the_tail_is_not_one_tempered_token():
 @pytest.mark.parametrize("far", (30.0, 3000.0, 60000.0))
 @pytest.mark.parametrize("t", (1.0, 8.0))
 def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dtype, tail, far, t):
-    kept = Kept(torch.tensor([[3, 1, 4]]), torch.tensor([[0.0, far, far]], dtype=dtype), torch.tensor([tail], dtype=dtype))
-    for first, others in ((3, 0.0), (3, -far), (1, -far), (7, -far)):  # flat; sure of the same; sure of another in S; sure of one outside S
+    kept = Kept(
+        torch.tensor([[3, 1, 4]]),
+        torch.tensor([[0.0, far, far]], dtype=dtype),
+        torch.tensor([tail], dtype=dtype),
+    )
+    for first, others in (
+        (3, 0.0),
+        (3, -far),
+        (1, -far),
+        (7, -far),
+    ):  # flat; sure of the same; sure of another in S; sure of one outside S
         s = torch.full((1, 9), others, dtype=dtype)
         s[0, first] = 0.0
-        loss, grad, _ = ours(s, torch.eye(9, dtype=dtype), torch.tensor([3]), kept, Method(1.0, t, kind, BETAS[kind]))
+        loss, grad, _ = ours(
+            s, torch.eye(9, dtype=dtype), torch.tensor([3]), kept, Method(1.0, t, kind, BETAS[kind])
+        )
         assert torch.isfinite(loss) and torch.isfinite(grad).all(), (first, others, loss, grad)
 
 
 @pytest.mark.parametrize("t", (1.0, 8.0, 64.0))
 def test_trap_4_a_bucket_that_underflows_gives_a_finite_gradient(t):
-    """The teacher's mass lies outside S, the student's all inside: g_rest / q_rest is the largest number of the whole loss."""
+    """The teacher's mass lies outside S, the student's all inside: g_rest / q_rest is the largest
+    number of the whole loss."""
     kept = Kept(torch.tensor([[3]]), torch.tensor([[0.0]]), torch.tensor([30.0]))
     s = torch.full((1, 9), -1e5)
     s[0, 3] = 0.0
@@ -222,29 +319,50 @@ def test_trap_4_the_bucket_of_a_confident_student_is_summed_and_not_one_minus_th
     s[0, 7] = 0.0
     kept = Kept(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
     logq = losses.student_logq(s.clone(), kept.ids, 1.0)[0]
-    exact = torch.softmax(s.double(), 1).masked_fill(torch.zeros(1, 50, dtype=torch.bool).scatter(1, kept.ids, True), 0).sum(1).log()
-    assert 1 - torch.softmax(s, 1).gather(1, kept.ids).sum() <= 0, "the example must be one where 1 - sum is lost in float32"
+    exact = (
+        torch.softmax(s.double(), 1)
+        .masked_fill(torch.zeros(1, 50, dtype=torch.bool).scatter(1, kept.ids, True), 0)
+        .sum(1)
+        .log()
+    )
+    assert 1 - torch.softmax(s, 1).gather(1, kept.ids).sum() <= 0, (
+        "the example must be one where 1 - sum is lost in float32"
+    )
     torch.testing.assert_close(logq[:, -1].double(), exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
 def test_trap_5_the_square_of_the_temperature_is_in_the_gradient(t):
     hidden, weight, labels, z = problem()
-    kl = lambda h, w: reference_divergence(*(bucket(torch.softmax(x / t, 1), z.topk(4, 1).indices) for x in (z, h @ w.t())), "fkl", 0.5).sum()
+
+    def kl(h, w):
+        return reference_divergence(
+            *(bucket(torch.softmax(x / t, 1), z.topk(4, 1).indices) for x in (z, h @ w.t())),
+            "fkl",
+            0.5,
+        ).sum()
+
     plain = gradients(kl, hidden, weight)
-    all_close(ours(hidden, weight, labels, keep(z, 4, t), Method(1.0, t)), [t * t * x for x in plain])
+    all_close(
+        ours(hidden, weight, labels, keep(z, 4, t), Method(1.0, t)), [t * t * x for x in plain]
+    )
 
 
 def test_trap_6_the_temperature_is_used():
     hidden, weight, labels, z = problem()
-    seen = [ours(hidden, weight, labels, keep(z, 4, t), Method(1.0, t))[0] / t ** 2 for t in TEMPERATURES]
-    wanted = [reference_loss(z, hidden @ weight.t(), labels, 4, Method(1.0, t))[2] for t in TEMPERATURES]
+    seen = [
+        ours(hidden, weight, labels, keep(z, 4, t), Method(1.0, t))[0] / t**2 for t in TEMPERATURES
+    ]
+    wanted = [
+        reference_loss(z, hidden @ weight.t(), labels, 4, Method(1.0, t))[2] for t in TEMPERATURES
+    ]
     all_close(seen, wanted)
     assert seen[0] > 1.5 * seen[1] > 2 * seen[2]
 
 
 def test_trap_7_no_mean_over_the_vocabulary():
-    """Ten times as many tokens, the new ones impossible for both sides: the same loss, where a mean would be a tenth."""
+    """Ten times as many tokens, the new ones impossible for both sides: the same loss, where a mean
+    would be a tenth."""
     hidden, weight, labels, z = problem()
     method, impossible = Method(0.5, 2.0), torch.full((230,), 0.0, dtype=z.dtype)
     impossible[23:] = -1e6
@@ -258,7 +376,10 @@ def test_trap_9_cross_entropy_and_divergence_are_both_sums_over_the_same_targets
     hidden, weight, labels, z = problem()
     kept, method, head = keep(z, 4, 2.0), Method(0.3, 2.0), Head(weight, None, len(weight))
     together = losses.head_loss(hidden, head, labels, kept, method)
-    each = [losses.head_loss(hidden[i:i + 1], head, labels[i:i + 1], kept[i:i + 1], method) for i in range(len(labels))]
+    each = [
+        losses.head_loss(hidden[i : i + 1], head, labels[i : i + 1], kept[i : i + 1], method)
+        for i in range(len(labels))
+    ]
     all_close(together, [sum(one[i] for one in each) for i in range(3)])
     loss, ce, kd = together
     torch.testing.assert_close(loss, 0.3 * 4 * kd + 0.7 * ce)
@@ -266,18 +387,26 @@ def test_trap_9_cross_entropy_and_divergence_are_both_sums_over_the_same_targets
 
 
 @pytest.mark.parametrize("method", (Method(), Method(0.5, 2.0)))
-def test_trap_16_rows_above_the_common_vocabulary_are_cut_before_softmax_and_get_no_gradient(method):
+def test_trap_16_rows_above_the_common_vocabulary_are_cut_before_softmax_and_get_no_gradient(
+    method,
+):
     hidden, weight, labels, z = problem(v=70)
     labels, kept = labels % 61, keep(z[:, :61], 4, 2.0) if method.alpha else None
     loss, grad, grad_weight = ours(hidden, weight, labels, kept, method, vocab=61)
     all_close((loss, grad, grad_weight[:61]), ours(hidden, weight[:61], labels, kept, method))
-    assert grad_weight.shape == (70, 5) and not grad_weight[61:].any() and grad_weight[:61].any(1).all()
+    assert (
+        grad_weight.shape == (70, 5)
+        and not grad_weight[61:].any()
+        and grad_weight[:61].any(1).all()
+    )
 
 
 @pytest.mark.parametrize("amp", (torch.float16, torch.bfloat16))
 def test_trap_18_logits_and_sums_are_float32_under_half_precision(amp, monkeypatch):
     seen, plain = [], Head.logits
-    monkeypatch.setattr(Head, "logits", lambda *args, **more: seen.append(plain(*args, **more)) or seen[-1])
+    monkeypatch.setattr(
+        Head, "logits", lambda *args, **more: seen.append(plain(*args, **more)) or seen[-1]
+    )
     hidden, weight, labels, z = problem(n=300, v=997, d=8, dtype=torch.float32)
     kept, method = keep(z, 4, 2.0), Method(0.5, 2.0)
     hidden, weight = (6 * hidden).to(amp).float(), weight.to(amp).float()
@@ -285,19 +414,32 @@ def test_trap_18_logits_and_sums_are_float32_under_half_precision(amp, monkeypat
     with torch.autocast("cpu", amp):
         half = ours(hidden.to(amp), weight, labels, kept, method)
         float_half = losses.head_loss(hidden, Head(weight, None, 997), labels, kept, method, amp)[0]
-    assert {z.dtype for z in seen} == {torch.float32} and half[0].dtype == half[2].dtype == torch.float32 and half[1].dtype == amp
+    assert (
+        {z.dtype for z in seen} == {torch.float32}
+        and half[0].dtype == half[2].dtype == torch.float32
+        and half[1].dtype == amp
+    )
     all_close([x.float() for x in half], wanted, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(float_half, wanted[0], rtol=1e-4, atol=0)
 
 
 def test_trap_18_a_flat_tail_of_1e_8_a_token_has_its_whole_gradient_in_float32():
-    """1e-8 is 0 in float16: what pulls a million unlikely tokens, each too small for it, must not vanish."""
+    """1e-8 is 0 in float16: what pulls a million unlikely tokens, each too small for it, must not
+    vanish."""
     v = 100_000
     weight = torch.randn(v, 3, generator=torch.Generator().manual_seed(0))
     kept = Kept(torch.tensor([[0], [1]]), torch.zeros(2, 1), torch.full((2,), math.log(1e-3)))
-    options = dict(labels=torch.tensor([0, 1]), kept=kept, method=Method(1.0, 1.0), bias=torch.zeros(v).index_fill(0, torch.tensor([0, 1]), 15.0))
+    options = dict(
+        labels=torch.tensor([0, 1]),
+        kept=kept,
+        method=Method(1.0, 1.0),
+        bias=torch.zeros(v).index_fill(0, torch.tensor([0, 1]), 15.0),
+    )
     loss, grad, _ = ours(torch.full((2, 3), 0.1), weight, **options)
-    exact = {"bias": options["bias"].double(), "kept": Kept(kept.ids, kept.gap.double(), kept.tail.double())}
+    exact = {
+        "bias": options["bias"].double(),
+        "kept": Kept(kept.ids, kept.gap.double(), kept.tail.double()),
+    }
     exact = ours(torch.full((2, 3), 0.1).double(), weight.double(), **options | exact)
     assert loss > 0.01
     torch.testing.assert_close(grad.double(), exact[1], rtol=1e-4, atol=1e-6)
@@ -307,8 +449,13 @@ def test_trap_18_a_flat_tail_of_1e_8_a_token_has_its_whole_gradient_in_float32()
 def test_trap_20_softcap_and_scale_are_honoured(softcap, scale):
     hidden, weight, labels, z = problem()
     method = Method(0.6, 2.0)
-    cap = lambda s: softcap * torch.tanh(scale * s / softcap) if softcap else scale * s
-    wanted = gradients(lambda h, w: reference_loss(z, cap(h @ w.t()), labels, 4, method)[0], hidden, weight)
+
+    def cap(s):
+        return softcap * torch.tanh(scale * s / softcap) if softcap else scale * s
+
+    wanted = gradients(
+        lambda h, w: reference_loss(z, cap(h @ w.t()), labels, 4, method)[0], hidden, weight
+    )
     seen = ours(hidden, weight, labels, keep(z, 4, 2.0), method, softcap=softcap, scale=scale)
     all_close(seen, wanted)
     assert abs(seen[0] - ours(hidden, weight, labels, keep(z, 4, 2.0), method)[0]) > 0.1
@@ -316,17 +463,40 @@ def test_trap_20_softcap_and_scale_are_honoured(softcap, scale):
 
 def test_bias_is_honoured_and_trained():
     hidden, weight, labels, z = problem()
-    bias, method, kept = torch.linspace(-2, 2, 23, dtype=torch.float64), Method(0.6, 2.0), keep(z, 4, 2.0)
-    wanted = gradients(lambda h, w, b: reference_loss(z, h @ w.t() + b, labels, 4, method)[0], hidden, weight, bias)
-    all_close(gradients(lambda h, w, b: losses.head_loss(h, Head(w, b, 23), labels, kept, method)[0], hidden, weight, bias), wanted)
+    bias, method, kept = (
+        torch.linspace(-2, 2, 23, dtype=torch.float64),
+        Method(0.6, 2.0),
+        keep(z, 4, 2.0),
+    )
+    wanted = gradients(
+        lambda h, w, b: reference_loss(z, h @ w.t() + b, labels, 4, method)[0], hidden, weight, bias
+    )
+    all_close(
+        gradients(
+            lambda h, w, b: losses.head_loss(h, Head(w, b, 23), labels, kept, method)[0],
+            hidden,
+            weight,
+            bias,
+        ),
+        wanted,
+    )
 
 
 @pytest.mark.parametrize("method", (Method(), Method(0.5, 2.0)))
 def test_trap_23_a_batch_without_targets_has_loss_zero_and_backward_works(method):
     hidden, weight, labels, z = problem(n=0)
-    kept = Kept(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0)) if method.alpha else None
+    kept = (
+        Kept(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0))
+        if method.alpha
+        else None
+    )
     loss, grad, grad_weight = ours(hidden, weight, labels, kept, method)
-    assert loss == 0 and grad.shape == (0, 5) and grad_weight.shape == weight.shape and not grad_weight.any()
+    assert (
+        loss == 0
+        and grad.shape == (0, 5)
+        and grad_weight.shape == weight.shape
+        and not grad_weight.any()
+    )
 
 
 def test_trap_25_a_teacher_that_is_missing_is_an_error_and_not_cross_entropy():
@@ -336,6 +506,7 @@ def test_trap_25_a_teacher_that_is_missing_is_an_error_and_not_cross_entropy():
 
 
 # --- the rest
+
 
 def test_a_second_backward_asserts_instead_of_scaling_the_gradient_twice():
     hidden, weight, labels, _ = problem()
@@ -348,7 +519,11 @@ def test_a_second_backward_asserts_instead_of_scaling_the_gradient_twice():
 def test_the_scale_that_arrives_in_backward_multiplies_the_gradient():
     hidden, weight, labels, z = problem()
     kept, method = keep(z, 4, 2.0), Method(0.5, 2.0)
-    scaled = gradients(lambda h, w: 1024 * losses.head_loss(h, Head(w, None, 23), labels, kept, method)[0] / 7, hidden, weight)
+    scaled = gradients(
+        lambda h, w: 1024 * losses.head_loss(h, Head(w, None, 23), labels, kept, method)[0] / 7,
+        hidden,
+        weight,
+    )
     all_close(scaled, [x * 1024 / 7 for x in ours(hidden, weight, labels, kept, method)])
 
 
@@ -364,9 +539,20 @@ def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t
     hidden, weight, labels, noise = problem(n=64, v=2000, d=32, spread=0.5)
     t, k, z = 2.0, 16, hidden @ weight.t() + 0.5 * noise  # a student near its teacher
     kept, ids = keep(z, k, t), z.topk(k, 1).indices
-    kl = lambda a, b: t * t * reference_divergence(torch.softmax(a / t, 1), torch.softmax(b / t, 1), "fkl", 0.5).sum()
+
+    def kl(a, b):
+        return (
+            t
+            * t
+            * reference_divergence(
+                torch.softmax(a / t, 1), torch.softmax(b / t, 1), "fkl", 0.5
+            ).sum()
+        )
+
     full = gradients(lambda h, w: kl(z, h @ w.t()), hidden, weight)
-    renormalised = gradients(lambda h, w: kl(z.gather(1, ids), (h @ w.t()).gather(1, ids)), hidden, weight)
+    renormalised = gradients(
+        lambda h, w: kl(z.gather(1, ids), (h @ w.t()).gather(1, ids)), hidden, weight
+    )
     bucketed = ours(hidden, weight, labels, kept, Method(1.0, t))
     for place in (1, 2):  # of hidden, of weight
         assert angle(bucketed[place], full[place]) < 0.85 * angle(renormalised[place], full[place])
@@ -377,7 +563,8 @@ def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t
 @pytest.mark.parametrize("dtype, limit", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype, limit, kind):
-    """The road of a GPU, walked on the CPU: operands rounded to half, sums in float32, gradients lifted over fp16's smallest numbers."""
+    """The road of a GPU, walked on the CPU: operands rounded to half, sums in float32, gradients
+    lifted over fp16's smallest numbers."""
     from lib import head as heads
 
     def product(a, b, out=None):
@@ -397,12 +584,20 @@ def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype
                 patch.setattr(heads, "compute_dtype", lambda *_: dtype)
                 patch.setattr(losses, "matmul", product)
                 patch.setattr(heads, "matmul", product)
-            loss, _, _ = losses.head_loss(leaves[0], heads.Head(leaves[1], leaves[2], 61), labels, losses.Kept(ids, gap, tails[:, 0]),
-                                          losses.Method(0.7, 2.0, kind))
+            loss, _, _ = losses.head_loss(
+                leaves[0],
+                heads.Head(leaves[1], leaves[2], 61),
+                labels,
+                losses.Kept(ids, gap, tails[:, 0]),
+                losses.Method(0.7, 2.0, kind),
+            )
         loss.backward()
         gradients.append([leaf.grad for leaf in leaves])
     for plain, halved in zip(*gradients):
-        assert halved.dtype == torch.float32 and ((halved - plain).norm() / plain.norm()).item() < limit
+        assert (
+            halved.dtype == torch.float32
+            and ((halved - plain).norm() / plain.norm()).item() < limit
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -411,13 +606,23 @@ def test_half_precision_on_a_gpu_gives_the_gradient_of_float32(dtype):
     from lib import head as heads
 
     torch.manual_seed(3)
-    hidden, weight, labels = torch.randn(64, 128).cuda(), torch.randn(512, 128).cuda(), torch.randint(0, 512, (64,)).cuda()
+    hidden, weight, labels = (
+        torch.randn(64, 128).cuda(),
+        torch.randn(512, 128).cuda(),
+        torch.randint(0, 512, (64,)).cuda(),
+    )
     kept = heads.topk_and_tails(torch.randn(64, 512).cuda() * 3, 32, [2.0])
     gradients = []
     for precision in (torch.float32, dtype):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-        loss, _, _ = losses.head_loss(leaves[0], heads.Head(leaves[1], None, 512), labels, losses.Kept(kept[0], kept[1], kept[2][:, 0]),
-                                      losses.Method(0.7, 2.0), precision)
+        loss, _, _ = losses.head_loss(
+            leaves[0],
+            heads.Head(leaves[1], None, 512),
+            labels,
+            losses.Kept(kept[0], kept[1], kept[2][:, 0]),
+            losses.Method(0.7, 2.0),
+            precision,
+        )
         loss.backward()
         gradients.append([leaf.grad for leaf in leaves])
     for plain, halved in zip(*gradients):

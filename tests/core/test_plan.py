@@ -32,13 +32,19 @@ def test_the_plan_is_a_pure_function_of_rows_lengths_seed_and_epoch():
 
 @pytest.mark.parametrize("other", ((4, 2), (3, 3)))
 def test_seeds_and_epochs_have_orders_of_their_own(other):
-    assert not np.array_equal(np.concatenate(plan.steps(ROWS, LENGTHS, 3, 2, 1000)), np.concatenate(plan.steps(ROWS, LENGTHS, *other, 1000)))
+    assert not np.array_equal(
+        np.concatenate(plan.steps(ROWS, LENGTHS, 3, 2, 1000)),
+        np.concatenate(plan.steps(ROWS, LENGTHS, *other, 1000)),
+    )
 
 
 def test_steps_are_balanced_the_last_one_too():
     sizes = [int(LENGTHS[step].sum()) for step in plan.steps(ROWS, LENGTHS, 0, 0, 4096)]
     assert len(sizes) == round(LENGTHS.sum() / 4096)
-    assert max(sizes) - min(sizes) <= 2 * LENGTHS.max() and abs(sizes[-1] - np.mean(sizes)) <= LENGTHS.max()
+    assert (
+        max(sizes) - min(sizes) <= 2 * LENGTHS.max()
+        and abs(sizes[-1] - np.mean(sizes)) <= LENGTHS.max()
+    )
 
 
 @pytest.mark.parametrize("pack", (True, False))
@@ -49,20 +55,28 @@ def test_packing_never_exceeds_its_budgets_and_loses_no_row(pack, tokens, line):
     assert sorted(flat(batches)) == step.tolist()
     for lines in batches:
         widths = [sum(int(LENGTHS[row]) for row in each) for each in lines]
-        assert max(widths) <= line and max(widths) * len(lines) <= tokens, widths  # with the padding
+        assert max(widths) <= line and max(widths) * len(lines) <= tokens, (
+            widths
+        )  # with the padding
         assert pack or all(len(each) == 1 for each in lines)
 
 
 def test_packing_leaves_little_padding():
     batches = plan.microbatches(ROWS, LENGTHS, 4096, 1024)
-    computed = sum(len(lines) * max(sum(int(LENGTHS[row]) for row in line) for line in lines) for lines in batches)
+    computed = sum(
+        len(lines) * max(sum(int(LENGTHS[row]) for row in line) for line in lines)
+        for lines in batches
+    )
     assert computed < 1.03 * LENGTHS.sum()
 
 
 def test_first_fit_decreasing_by_hand():
     lengths = np.array([5, 4, 3, 2, 1])
     assert plan.microbatches(np.arange(5), lengths, 12, 6) == [[[0, 4], [1, 3]], [[2]]]
-    assert plan.microbatches(np.arange(5), lengths, 12, 6, pack=False) == [[[0], [1]], [[2], [3], [4]]]
+    assert plan.microbatches(np.arange(5), lengths, 12, 6, pack=False) == [
+        [[0], [1]],
+        [[2], [3], [4]],
+    ]
 
 
 def test_lines_are_long_enough_to_pack_well_and_no_longer():
@@ -84,11 +98,13 @@ def test_a_part_of_an_epoch_is_its_first_steps_and_at_least_one(epochs, share):
     whole = [step for epoch in range(2) for step in plan.steps(ROWS, LENGTHS, 0, epoch, 1000)]
     run = plan.whole_run(ROWS, LENGTHS, 0, 1000, epochs)
     assert len(run) == max(1, round(share * len(whole) / 2))
-    assert [step.tolist() for step in run] == [step.tolist() for step in whole[:len(run)]]
+    assert [step.tolist() for step in run] == [step.tolist() for step in whole[: len(run)]]
 
 
 @pytest.mark.parametrize("count", (1, 7, 120))
 def test_a_run_of_so_many_steps_has_them_whatever_the_epochs(count):
     run = plan.whole_run(ROWS, LENGTHS, 0, 1000, 0.1, count)
     assert len(run) == count
-    assert [step.tolist() for step in run] == [step.tolist() for step in plan.whole_run(ROWS, LENGTHS, 0, 1000, 9, count)]
+    assert [step.tolist() for step in run] == [
+        step.tolist() for step in plan.whole_run(ROWS, LENGTHS, 0, 1000, 9, count)
+    ]

@@ -1,4 +1,5 @@
 """Which tokens of a conversation are targets, for the templates people use."""
+
 import numpy as np
 import pytest
 import tiny_tokenizers as tiny
@@ -34,7 +35,7 @@ def test_trap10_targets_begin_right_after_what_chat_would_send(tokenizer):
     ids, answer = encoded(tokenizer, chat("Hi", "Hello!"))
     first = int(np.flatnonzero(answer)[0])
     assert ids[:first].tolist() == template.prompt_ids(tokenizer, chat("Hi"))
-    assert tokenizer.decode(ids[first:first + 1]) == "H"
+    assert tokenizer.decode(ids[first : first + 1]) == "H"
 
 
 def test_trap10_the_end_of_turn_is_a_target_and_the_line_break_after_it_is_not():
@@ -66,7 +67,9 @@ def test_trap12_an_earlier_turn_that_the_template_rewrites_is_context_only():
 
 
 def test_trap12_a_row_whose_prefixes_never_hold_has_no_target_and_says_so():
-    assert encoded(tiny.tiny(tiny.REWRITES), chat("Hi", "Hello!")) == "rewritten by the chat template"
+    assert (
+        encoded(tiny.tiny(tiny.REWRITES), chat("Hi", "Hello!")) == "rewritten by the chat template"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "strict"])
@@ -95,8 +98,13 @@ def test_trap14_a_think_block_that_the_generation_prompt_supplies_is_no_target()
 
 
 def test_a_think_block_that_the_model_must_write_is_a_target():
-    bare = tiny.THINK.replace("{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}", "{{ '<|im_start|>assistant\\n' }}")
-    assert learned(tiny.tiny(bare), chat("Hi", "Hello!")) == ["<think>\n\n</think>\n\nHello!<|im_end|>"]
+    bare = tiny.THINK.replace(
+        "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}",
+        "{{ '<|im_start|>assistant\\n' }}",
+    )
+    assert learned(tiny.tiny(bare), chat("Hi", "Hello!")) == [
+        "<think>\n\n</think>\n\nHello!<|im_end|>"
+    ]
 
 
 @pytest.mark.parametrize("tokenizer", EVERY_TEMPLATE.values(), ids=EVERY_TEMPLATE.keys())
@@ -106,21 +114,31 @@ def test_emoji_and_chinese_cut_into_bytes_are_targets_whole(tokenizer):
 
 
 def test_a_lone_space_of_the_prompt_is_no_target_though_its_trimmed_offsets_lie_on_the_border():
-    assert learned(tiny.tiny(tiny.SPACE, eos="</s>", trim_offsets=True), chat("Hi", "Hello!")) == ["Hello!</s>"]
+    assert learned(tiny.tiny(tiny.SPACE, eos="</s>", trim_offsets=True), chat("Hi", "Hello!")) == [
+        "Hello!</s>"
+    ]
 
 
 def test_trap10_a_token_that_begins_in_the_prompt_is_no_target_though_it_ends_in_the_answer():
     tokenizer = tiny.tiny(merges=[("Ċ", "Ċ")])  # two line breaks are one token
     ids, answer = encoded(tokenizer, chat("Hi", "\n\nHello!"))
-    assert [tokenizer.decode(ids[answer][:1]), tokenizer.decode(ids[~answer][-2:-1])] == ["\n", "\n\n"]
+    assert [tokenizer.decode(ids[answer][:1]), tokenizer.decode(ids[~answer][-2:-1])] == [
+        "\n",
+        "\n\n",
+    ]
 
 
 def test_an_answer_that_quotes_the_end_of_turn_is_learnt_to_its_real_end():
-    assert learned(tiny.tiny(), chat("Hi", "it is <|im_end|> there")) == ["it is <|im_end|> there<|im_end|>"]
+    assert learned(tiny.tiny(), chat("Hi", "it is <|im_end|> there")) == [
+        "it is <|im_end|> there<|im_end|>"
+    ]
 
 
 def test_an_answer_without_any_end_token_is_learnt_to_the_end_of_its_span():
-    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    plain = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if"
+        " add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     for answer in ("Hello!", "it is <|im_end|> there"):
         assert learned(tiny.tiny(plain), chat("Hi", answer)) == [answer + "\n"]
 
@@ -132,41 +150,66 @@ def test_what_follows_the_last_answer_is_left_out(more):
 
 
 def test_the_first_token_of_a_row_is_never_a_target():
-    bare = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    bare = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% endif"
+        " %}{% endfor %}"
+    )
     assert learned(tiny.tiny(bare, eos="</s>"), chat("Hi", "Hello!")) == ["ello!</s>"]
 
 
 def test_an_answer_with_nothing_before_it_is_context_only():
-    assert learned(tiny.tiny(), [{"role": "assistant", "content": "Welcome"}, *chat("a", "b")]) == ["b<|im_end|>"]
+    assert learned(tiny.tiny(), [{"role": "assistant", "content": "Welcome"}, *chat("a", "b")]) == [
+        "b<|im_end|>"
+    ]
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ([], "empty"), (chat("Hi"), "empty"), (chat("Hi", "  "), "empty"), (chat(" ", "answer"), "empty"), ("  \n", "empty"),
-    ([{"role": "judge", "content": "x"}, *chat("a", "b")], "unknown role"),
-    ([{"role": "user", "content": None}, {"role": "assistant", "content": "x"}], "not text"),
-    (chat("a", "half \ud83d"), "broken Unicode"), ("half \ud83d", "broken Unicode"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([], "empty"),
+        (chat("Hi"), "empty"),
+        (chat("Hi", "  "), "empty"),
+        (chat(" ", "answer"), "empty"),
+        ("  \n", "empty"),
+        ([{"role": "judge", "content": "x"}, *chat("a", "b")], "unknown role"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "x"}], "not text"),
+        (chat("a", "half \ud83d"), "broken Unicode"),
+        ("half \ud83d", "broken Unicode"),
+    ],
+)
 def test_a_useless_row_is_returned_as_its_reason(row, reason):
     assert encoded(tiny.tiny(), row) == reason
 
 
 def test_a_template_that_refuses_a_role_is_a_reason_and_for_chat_one_line(capsys):
     tokenizer = tiny.tiny(tiny.STRICT)
-    assert encoded(tokenizer, chat("a", "b", system="s")) == "refused by the chat template (System role not supported)"
+    assert (
+        encoded(tokenizer, chat("a", "b", system="s"))
+        == "refused by the chat template (System role not supported)"
+    )
     with pytest.raises(SystemExit, match="System role not supported"):
         template.prompt_ids(tokenizer, chat("a", system="s"))
 
 
 def test_rows_of_one_batch_do_not_disturb_each_other():
-    tokenizer, rows = tiny.tiny(), [chat("a", "b"), "plain text", chat("x"), chat("longer question", "longer answer")]
+    tokenizer, rows = (
+        tiny.tiny(),
+        [chat("a", "b"), "plain text", chat("x"), chat("longer question", "longer answer")],
+    )
     together = template.encode(tokenizer, rows)
     for row, result in zip(rows, together):
         alone = encoded(tokenizer, row)
-        assert result == alone if isinstance(alone, str) else all(np.array_equal(a, b) for a, b in zip(result, alone))
+        assert (
+            result == alone
+            if isinstance(alone, str)
+            else all(np.array_equal(a, b) for a, b in zip(result, alone))
+        )
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_the_fallback_template_ends_turns_by_eos_and_is_saved_with_the_tokenizer(tmp_path, adds_bos):
+def test_the_fallback_template_ends_turns_by_eos_and_is_saved_with_the_tokenizer(
+    tmp_path, adds_bos
+):
     tokenizer = tiny.tiny(None, eos="</s>", adds_bos=adds_bos)
     assert template.ensure_template(tokenizer)
     tokenizer.save_pretrained(tmp_path)
@@ -184,10 +227,16 @@ def test_a_tokenizer_with_neither_template_nor_eos_is_refused_in_one_line():
         template.ensure_template(tiny.tiny(None, eos=None))
 
 
-# --- the templates of published models (tests/templates): for every turn that is learnt, what the targets decode to
+# --- the templates of published models (tests/templates): for every turn that is learnt, what the
+# targets decode to
 
 MODELS = {name: tiny.model(name) for name in tiny.MODELS}
-END = {"llama3": "<|eot_id|>", "gemma3": "<end_of_turn>", "mistral": "</s>", "phi3": "<|end|>"}  # the others: <|im_end|>
+END = {
+    "llama3": "<|eot_id|>",
+    "gemma3": "<end_of_turn>",
+    "mistral": "</s>",
+    "phi3": "<|end|>",
+}  # the others: <|im_end|>
 TALKS = {
     "single turn": chat("Hi", "Hello!"),
     "multi-turn": chat("one", "two", "three", "four", "five", "six"),
@@ -197,23 +246,34 @@ TALKS = {
     "emoji": chat("🙂?", "👩\u200d\U0001f680 ok 😀"),
     "Chinese": chat("你好", "你好，世界。", "再见", "再见！"),
     "blanks around": chat("Hi", "\n  Hello! \n"),
-    "quotes its own end": chat("Hi", "it is <|im_end|> or <|eot_id|> or <end_of_turn> or </s> or <|end|>, so"),
+    "quotes its own end": chat(
+        "Hi", "it is <|im_end|> or <|eot_id|> or <end_of_turn> or </s> or <|end|>, so"
+    ),
 }
 
 
 def expected(name, talk):
-    """Return what the targets of each learnt turn decode to, from what is known of the model and not from its template."""
+    """Return what the targets of each learnt turn decode to, from what is known of the model and
+    not from its template."""
     answers = [message["content"] for message in talk if message["role"] == "assistant"]
     if name == "qwen3" or name == "mistral" and talk[0]["role"] == "system":
-        answers = answers[-1:]  # earlier turns are shown otherwise than the model once wrote them: context only
+        answers = answers[
+            -1:
+        ]  # earlier turns are shown otherwise than the model once wrote them: context only
     if name in ("llama3", "gemma3", "mistral"):
         answers = [answer.strip() for answer in answers]  # the template trims
     if name == "qwen3":
-        answers = ["<think>\n\n</think>\n\n" + answer.lstrip("\n") for answer in answers]  # the model writes the empty block itself
+        answers = [
+            "<think>\n\n</think>\n\n" + answer.lstrip("\n") for answer in answers
+        ]  # the model writes the empty block itself
     if name == "mistral":
-        answers = [" " + answer for answer in answers]  # the prompt ends in [/INST], and the model writes the space
+        answers = [
+            " " + answer for answer in answers
+        ]  # the prompt ends in [/INST], and the model writes the space
     if name == "phi3":
-        answers = [answer.lstrip() for answer in answers]  # the token <|assistant|> takes the blanks after it along
+        answers = [
+            answer.lstrip() for answer in answers
+        ]  # the token <|assistant|> takes the blanks after it along
     return [answer + END.get(name, "<|im_end|>") for answer in answers]
 
 
@@ -228,7 +288,9 @@ def test_of_every_model_exactly_the_answers_and_their_end_of_turn_are_targets(na
 def test_of_every_model_what_comes_before_a_turns_targets_is_what_chat_would_send(name, talk):
     ids, answer = encoded(MODELS[name], TALKS[talk])
     starts = np.flatnonzero(np.diff(answer.astype(int)) == 1) + 1
-    turns = [place for place, message in enumerate(TALKS[talk]) if message["role"] == "assistant"][-len(starts):]
+    turns = [place for place, message in enumerate(TALKS[talk]) if message["role"] == "assistant"][
+        -len(starts) :
+    ]
     for start, turn in zip(starts, turns, strict=True):
         assert ids[:start].tolist() == template.prompt_ids(MODELS[name], TALKS[talk][:turn])
 
@@ -237,7 +299,11 @@ def test_of_every_model_what_comes_before_a_turns_targets_is_what_chat_would_sen
 def test_of_every_model_the_last_turn_alone_is_learnt_with_the_same_tokens_before_it(name):
     ids, answer = encoded(MODELS[name], TALKS["multi-turn"])
     again, last = encoded(MODELS[name], TALKS["multi-turn"], turns="last")
-    assert np.array_equal(ids, again) and learned(MODELS[name], TALKS["multi-turn"], turns="last") == expected(name, TALKS["multi-turn"])[-1:]
+    assert (
+        np.array_equal(ids, again)
+        and learned(MODELS[name], TALKS["multi-turn"], turns="last")
+        == expected(name, TALKS["multi-turn"])[-1:]
+    )
     assert not (last & ~answer).any()
 
 
@@ -250,23 +316,36 @@ def test_of_every_model_a_row_shows_each_message_once_and_one_bos(name):
 
 def test_mistral_sees_the_system_message_where_chat_would_put_it_though_its_template_drops_it_from_an_answered_conversation():
     assert "Be brief" not in template.render(MODELS["mistral"], TALKS["system"])
-    assert MODELS["mistral"].decode(encoded(MODELS["mistral"], TALKS["system"])[0]) == "<s>[INST] Be brief\n\nHi[/INST] Hello!</s>"
+    assert (
+        MODELS["mistral"].decode(encoded(MODELS["mistral"], TALKS["system"])[0])
+        == "<s>[INST] Be brief\n\nHi[/INST] Hello!</s>"
+    )
 
 
 def test_what_phi3_writes_after_every_conversation_ends_no_turn():
     assert template.coda(MODELS["phi3"]) == "<|endoftext|>"
     assert {template.coda(MODELS[name]) for name in MODELS if name != "phi3"} == {""}
-    assert "<|endoftext|>" not in MODELS["phi3"].decode(encoded(MODELS["phi3"], TALKS["multi-turn"])[0])
+    assert "<|endoftext|>" not in MODELS["phi3"].decode(
+        encoded(MODELS["phi3"], TALKS["multi-turn"])[0]
+    )
 
 
 def test_the_coda_of_a_template_whose_turns_have_no_other_end_is_their_end():
-    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{{ 'assistant: ' if add_generation_prompt else eos_token }}"
-    assert template.coda(tiny.tiny(bare, eos="</s>")) == "" and learned(tiny.tiny(bare, eos="</s>"), chat("Hi", "Hello!")) == ["Hello!\n</s>"]
+    bare = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{{ 'assistant: '"
+        " if add_generation_prompt else eos_token }}"
+    )
+    assert template.coda(tiny.tiny(bare, eos="</s>")) == "" and learned(
+        tiny.tiny(bare, eos="</s>"), chat("Hi", "Hello!")
+    ) == ["Hello!\n</s>"]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])
 def test_turns_that_do_not_alternate_are_refused_where_the_template_says_so(name):
-    assert encoded(MODELS[name], [*chat("a"), *chat("b", "c")]) == "refused by the chat template (Roles must alternate: user, assistant)"
+    assert (
+        encoded(MODELS[name], [*chat("a"), *chat("b", "c")])
+        == "refused by the chat template (Roles must alternate: user, assistant)"
+    )
 
 
 def test_only_the_template_that_rewrites_earlier_answers_is_said_to():
@@ -278,18 +357,33 @@ def test_only_the_template_that_rewrites_earlier_answers_is_said_to():
 TRACE = "<think>\n2 + 2,\n\nso 4\n</think>\n\n"
 
 
-@pytest.mark.parametrize(("text", "spans"), [
-    ("Yes", []), ("<think>hm</think>Yes", [(0, 17)]), ("<think>hm</think> \n Yes", [(0, 20)]), ("hm</think>\n\nYes", [(0, 12)]),
-    ("a<think>b</think> c<think>d</think>", [(1, 18), (19, 35)]), ("<think>a <think> b</think>Yes", [(0, 26)]), ("</think>Yes", [(0, 8)]),
-    ("<think>hm", None), ("<think>a</think>b<think>c", None), ("<think", []), ("a</think>b<think>c</think>d", [(0, 9), (10, 26)]),
-])
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("Yes", []),
+        ("<think>hm</think>Yes", [(0, 17)]),
+        ("<think>hm</think> \n Yes", [(0, 20)]),
+        ("hm</think>\n\nYes", [(0, 12)]),
+        ("a<think>b</think> c<think>d</think>", [(1, 18), (19, 35)]),
+        ("<think>a <think> b</think>Yes", [(0, 26)]),
+        ("</think>Yes", [(0, 8)]),
+        ("<think>hm", None),
+        ("<think>a</think>b<think>c", None),
+        ("<think", []),
+        ("a</think>b<think>c</think>d", [(0, 9), (10, 26)]),
+    ],
+)
 def test_traces_lie_where_they_are_written(text, spans):
     assert template.traces(text) == spans
 
 
 @pytest.mark.parametrize("name", sorted({*MODELS} - {"qwen3"}))
 def test_think_keep_drop_and_mask_on_every_model(name):
-    row, end, lead = chat("one", TRACE + "two", "three", TRACE + "four"), END.get(name, "<|im_end|>"), " " * (name == "mistral")
+    row, end, lead = (
+        chat("one", TRACE + "two", "three", TRACE + "four"),
+        END.get(name, "<|im_end|>"),
+        " " * (name == "mistral"),
+    )
     assert learned(MODELS[name], row) == [lead + TRACE + "two" + end, lead + TRACE + "four" + end]
     assert learned(MODELS[name], row, think="drop") == [lead + "two" + end, lead + "four" + end]
     assert learned(MODELS[name], row, think="mask")[-2:] == ["two" + end, "four" + end]
@@ -305,37 +399,63 @@ def test_of_qwen3_the_last_trace_is_learnt_the_earlier_one_is_not_shown_and_an_e
     assert learned(MODELS["qwen3"], row, think="drop") == ["<think>\n\n</think>\n\nfour<|im_end|>"]
     assert learned(MODELS["qwen3"], row, think="mask") == ["four<|im_end|>"]
     for think in ("keep", "drop", "mask"):
-        assert MODELS["qwen3"].decode(encoded(MODELS["qwen3"], row, think=think)[0]).count("2 + 2") == (think != "drop")
-    assert learned(MODELS["qwen3"], chat("Hi", "Hello!"), think="mask") == ["Hello!<|im_end|>"]  # the empty block is a trace like any other
+        assert MODELS["qwen3"].decode(encoded(MODELS["qwen3"], row, think=think)[0]).count(
+            "2 + 2"
+        ) == (think != "drop")
+    assert learned(MODELS["qwen3"], chat("Hi", "Hello!"), think="mask") == [
+        "Hello!<|im_end|>"
+    ]  # the empty block is a trace like any other
 
 
 def opened(closing="'<think>\\n\\n</think>\\n\\n' + m.content"):
     """ChatML whose generation prompt opens the trace, as that of Qwen3-Thinking does."""
-    return tiny.tiny(tiny.CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'").replace(
-        "m.role + '\\n' + m.content", "m.role + '\\n' + (m.content if '</think>' in m.content or m.role == 'user' else " + closing + ")"))
+    return tiny.tiny(
+        tiny.CHATML.replace(
+            "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'"
+        ).replace(
+            "m.role + '\\n' + m.content",
+            "m.role + '\\n' + (m.content if '</think>' in m.content or m.role == 'user' else "
+            + closing
+            + ")",
+        )
+    )
 
 
 def test_a_trace_that_the_generation_prompt_opened_begins_with_the_answer():
-    assert learned(opened(), chat("Hi", TRACE + "4")) == [TRACE.removeprefix("<think>\n") + "4<|im_end|>"]
+    assert learned(opened(), chat("Hi", TRACE + "4")) == [
+        TRACE.removeprefix("<think>\n") + "4<|im_end|>"
+    ]
     assert learned(opened(), chat("Hi", TRACE + "4"), think="mask") == ["4<|im_end|>"]
     assert learned(opened(), chat("Hi", TRACE + "4"), think="drop") == ["\n</think>\n\n4<|im_end|>"]
 
 
 @pytest.mark.parametrize("think", ["drop", "mask"])
 def test_an_answer_that_only_closes_its_trace_was_opened_by_its_writers_prompt(think):
-    assert learned(tiny.tiny(), chat("Hi", TRACE.removeprefix("<think>\n") + "4"), think=think) == ["4<|im_end|>"]
+    assert learned(tiny.tiny(), chat("Hi", TRACE.removeprefix("<think>\n") + "4"), think=think) == [
+        "4<|im_end|>"
+    ]
 
 
 def test_a_template_that_opens_the_trace_and_cuts_it_from_every_answer_leaves_nothing_to_learn_and_says_so():
-    cuts = tiny.CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace("assistant\\n'", "assistant\\n<think>\\n'")
-    assert encoded(tiny.tiny(cuts), chat("Hi", TRACE + "4")) == "rewritten by the chat template"  # DeepSeek-R1's
+    cuts = tiny.CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace(
+        "assistant\\n'", "assistant\\n<think>\\n'"
+    )
+    assert (
+        encoded(tiny.tiny(cuts), chat("Hi", TRACE + "4")) == "rewritten by the chat template"
+    )  # DeepSeek-R1's
 
 
 @pytest.mark.parametrize("think", ["drop", "mask"])
-@pytest.mark.parametrize(("row", "reason"), [
-    (chat("Hi", "<think>too long to"), "unclosed think"), (chat("a", "<think>b", "c", "d"), "unclosed think"), (chat("Hi", TRACE), "empty"),
-    (chat("Hi <think>", "d"), None), ("plain <think>", None),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (chat("Hi", "<think>too long to"), "unclosed think"),
+        (chat("a", "<think>b", "c", "d"), "unclosed think"),
+        (chat("Hi", TRACE), "empty"),
+        (chat("Hi <think>", "d"), None),
+        ("plain <think>", None),
+    ],
+)
 def test_a_trace_without_end_or_without_answer_is_a_reason(row, reason, think):
     result = encoded(tiny.tiny(), row, think=think)
     assert result == reason if reason else not isinstance(result, str)

@@ -1,4 +1,6 @@
-"""Evaluation-driven sampling: the rule, its bounds, what it leaves alone, and that a killed run draws the same rows."""
+"""Evaluation-driven sampling: the rule, its bounds, what it leaves alone, and that a killed run
+draws the same rows."""
+
 import signal
 
 import make
@@ -67,7 +69,11 @@ def test_a_share_of_zero_stays_zero_and_a_schedule_is_still_followed(world):
     one.hear(0, ce(2.0, 3.0))
     one.hear(1, ce(1.0, 3.0))
     shares = one.shares()
-    assert shares[0].tolist() == [1, 0] and shares[-1].tolist() == [0, 1] and (np.diff(shares[:, 1]) > 0).all()
+    assert (
+        shares[0].tolist() == [1, 0]
+        and shares[-1].tolist() == [0, 1]
+        and (np.diff(shares[:, 1]) > 0).all()
+    )
     assert (shares[1:-1, 1] > plan.asked(one.parts, 10)[1:-1, 1]).all()
 
 
@@ -77,18 +83,30 @@ def test_steps_before_an_evaluation_keep_their_rows_and_later_ones_follow_the_sh
     one.hear(0, ce(2.0, 3.0))
     one.hear(20, ce(1.0, 3.0))
     after = one.steps_of_rows()
-    assert [rows.tolist() for rows in after[:20]] == before[:20] and [rows.tolist() for rows in after[20:]] != before[20:]
+    assert [rows.tolist() for rows in after[:20]] == before[:20] and [
+        rows.tolist() for rows in after[20:]
+    ] != before[20:]
     dataset = data.Dataset(world / "data")
-    shares = [mix.realised(one.parts, dataset, part)["share_finance"] for part in (after[:20], after[20:])]
+    shares = [
+        mix.realised(one.parts, dataset, part)["share_finance"] for part in (after[:20], after[20:])
+    ]
     assert shares == pytest.approx([0.5, one.shares()[-1, 1]], abs=0.03) and shares[1] > 0.8
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_run_samples_the_same_rows_to_the_same_weights(world, tmp_path, name):
     processes, log = make.processes(), tmp_path / "log"
-    for out, hooks in (("straight", [None]), ("killed", [dict(where="lib.train.update", number=8, signal=signal.SIGKILL), None])):
+    for out, hooks in (
+        ("straight", [None]),
+        ("killed", [dict(where="lib.train.update", number=8, signal=signal.SIGKILL), None]),
+    ):
         for hook in hooks:
-            argv = [str(word) for word in STAGES[name][1](world, *SAMPLED, "--save-every", 3, "--out", tmp_path / out)]
+            argv = [
+                str(word)
+                for word in STAGES[name][1](
+                    world, *SAMPLED, "--save-every", 3, "--out", tmp_path / out
+                )
+            ]
             process = processes.Process(target=make.script, args=(name, argv, log, hook))
             process.start()
             process.join()
@@ -96,35 +114,67 @@ def test_a_killed_run_samples_the_same_rows_to_the_same_weights(world, tmp_path,
     assert f"continues {tmp_path / 'killed'} at step 6" in log.read_text()
     evals = make.history(tmp_path / "killed", "eval")
     assert make.history(tmp_path / "killed") == make.history(tmp_path / "straight")
-    assert (tmp_path / "killed/final/model.safetensors").read_bytes() == (tmp_path / "straight/final/model.safetensors").read_bytes()
-    assert evals[0]["factor_general"] == 1 and evals[-1]["factor_general"] not in (1, evals[1]["factor_general"])
+    assert (tmp_path / "killed/final/model.safetensors").read_bytes() == (
+        tmp_path / "straight/final/model.safetensors"
+    ).read_bytes()
+    assert evals[0]["factor_general"] == 1 and evals[-1]["factor_general"] not in (
+        1,
+        evals[1]["factor_general"],
+    )
 
 
 def test_without_a_mix_the_sources_start_from_their_part_of_the_tokens(world, tmp_path, capsys):
-    make.call(stage1_sft.main, *make.stage1(world, "--eval-sampling", "--steps", 4, "--eval-every", 2, "--out", tmp_path / "out"))
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world, "--eval-sampling", "--steps", 4, "--eval-every", 2, "--out", tmp_path / "out"
+        ),
+    )
     lengths = data.Dataset(world / "data").train.rows["length"]
     share = f"{lengths[:30].sum() / lengths.sum():g}"
-    assert f"mix: general: 30 rows, {lengths[:30].sum():,} tokens, share of the tokens {share}" in capsys.readouterr().out
+    assert (
+        f"mix: general: 30 rows, {lengths[:30].sum():,} tokens, share of the tokens {share}"
+        in capsys.readouterr().out
+    )
     assert "factor_finance" in make.history(tmp_path / "out", "eval")[0]
 
 
-@pytest.mark.parametrize("text, val, words", (
-    ("general:1 finance:0", None, "1 sources with a share"),
-    ("general:0.5 finance:0.5", 0, "no val rows of finance"),
-    ("general:0.95 finance:0.05 ", None, "--tokens-per-step 25; wanted at least 3"),
-))
+@pytest.mark.parametrize(
+    "text, val, words",
+    (
+        ("general:1 finance:0", None, "1 sources with a share"),
+        ("general:0.5 finance:0.5", 0, "no val rows of finance"),
+        ("general:0.95 finance:0.05 ", None, "--tokens-per-step 25; wanted at least 3"),
+    ),
+)
 def test_what_cannot_be_weighed_is_refused_in_one_line(tmp_path, text, val, words):
     folder = make.sourced(make.world(tmp_path))
     if val is not None:
         rows = np.load(folder / "data" / "val.rows.npy")
         rows["source"] = val
         np.save(folder / "data" / "val.rows.npy", rows)
-    code, said = make.ends(stage1_sft.main, *make.stage1(folder, "--eval-sampling", "--mix", text, "--steps", 4,
-                                                          *(["--tokens-per-step", 25] if text[-1] == " " else [])))
+    code, said = make.ends(
+        stage1_sft.main,
+        *make.stage1(
+            folder,
+            "--eval-sampling",
+            "--mix",
+            text,
+            "--steps",
+            4,
+            *(["--tokens-per-step", 25] if text[-1] == " " else []),
+        ),
+    )
     assert code == 1 and words in said and "\n" not in said.strip()
 
 
 def test_data_that_names_no_sources_is_refused(tmp_path):
     """It ended in an IndexError: older data folders have no list of sources."""
-    code, said = make.ends(stage1_sft.main, *make.stage1(make.world(tmp_path), "--eval-sampling", "--steps", 4))
-    assert code == 1 and "--eval-sampling cannot weigh the sources" in said and "no names of them" in said
+    code, said = make.ends(
+        stage1_sft.main, *make.stage1(make.world(tmp_path), "--eval-sampling", "--steps", 4)
+    )
+    assert (
+        code == 1
+        and "--eval-sampling cannot weigh the sources" in said
+        and "no names of them" in said
+    )

@@ -1,4 +1,6 @@
-"""--track: what TensorBoard's own reader, and wandb's, find is what history.jsonl holds, each step once, killed or not."""
+"""--track: what TensorBoard's own reader, and wandb's, find is what history.jsonl holds, each step
+once, killed or not."""
+
 import importlib.machinery
 import importlib.util
 import json
@@ -21,7 +23,9 @@ SMALL = ("--steps", 6, "--eval-every", 2, "--save-every", 3, "--track")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = make.sourced(make.world(tmp_path_factory.mktemp("world"), rows=30, val=4), names=("news", "code"))
+    folder = make.sourced(
+        make.world(tmp_path_factory.mktemp("world"), rows=30, val=4), names=("news", "code")
+    )
     make.call(dump_logits.main, *make.dump(folder))
     return folder
 
@@ -32,11 +36,20 @@ def no_pictures(monkeypatch):
 
 
 def crash(monkeypatch, script, argv, at=5):
-    """Run a script that falls over in its `at`-th update, with log lines that no saved state knows of."""
+    """Run a script that falls over in its `at`-th update, with log lines that no saved state knows
+    of."""
     updates = []
     with monkeypatch.context() as patch:
         plain = script.train.update
-        patch.setattr(script.train, "update", lambda *args: plain(*args) if len(updates) < at - 1 and not updates.append(0) else sys.exit("killed"))
+        patch.setattr(
+            script.train,
+            "update",
+            lambda *args: (
+                plain(*args)
+                if len(updates) < at - 1 and not updates.append(0)
+                else sys.exit("killed")
+            ),
+        )
         assert make.ends(script.main, *argv) == (1, "killed")
 
 
@@ -47,7 +60,9 @@ def due(run):
         event, step = line.pop("event"), line.pop("step")
         for name, value in line.items():
             for measure in ("ce", "kl"):
-                name = name.replace(f"{measure}_news", f"{measure}_by_source/news").replace(f"{measure}_code", f"{measure}_by_source/code")
+                name = name.replace(f"{measure}_news", f"{measure}_by_source/news").replace(
+                    f"{measure}_code", f"{measure}_by_source/code"
+                )
             found.setdefault(f"{event}/{name}", []).append((step, value))
     return found
 
@@ -57,32 +72,45 @@ def tensorboard_of(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    found = {name: [(event.step, event.value) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
-    text, = reader.Tensors("settings/text_summary")
+    found = {
+        name: [(event.step, event.value) for event in reader.Scalars(name)]
+        for name in reader.Tags()["scalars"]
+    }
+    (text,) = reader.Tensors("settings/text_summary")
     timed = {f"train/{name}" for name in make.TIMES}
-    return {name: points for name, points in found.items() if name not in timed}, text.tensor_proto.string_val[0]
+    return {
+        name: points for name, points in found.items() if name not in timed
+    }, text.tensor_proto.string_val[0]
 
 
 def assert_same_points(seen, wanted):
     assert seen.keys() == wanted.keys() and "eval/ce_by_source/news" in seen
     for name, points in wanted.items():
         assert [step for step, _ in seen[name]] == [step for step, _ in points], name
-        assert [value for _, value in seen[name]] == pytest.approx([value for _, value in points], rel=1e-6), name
+        assert [value for _, value in seen[name]] == pytest.approx(
+            [value for _, value in points], rel=1e-6
+        ), name
 
 
 @pytest.mark.parametrize("script, arguments", ((stage1_sft, make.stage1), (stage2_kd, make.stage2)))
-def test_tensorboard_holds_the_history_each_step_once_though_the_run_was_killed(world, tmp_path, monkeypatch, script, arguments):
+def test_tensorboard_holds_the_history_each_step_once_though_the_run_was_killed(
+    world, tmp_path, monkeypatch, script, arguments
+):
     argv = arguments(world, *SMALL, "tensorboard", "--out", tmp_path / "run")
     crash(monkeypatch, script, argv)
     assert files.read_json(tmp_path / "run/last/state.json")["step"] == 3
     make.call(script.main, *argv)
     seen, text = tensorboard_of(tmp_path / "run")
     assert_same_points(seen, due(tmp_path / "run"))
-    assert [step for step, _ in seen["train/loss"]] == [*range(6)] and [step for step, _ in seen["eval/ce"]] == [0, 2, 4, 6]
+    assert [step for step, _ in seen["train/loss"]] == [*range(6)] and [
+        step for step, _ in seen["eval/ce"]
+    ] == [0, 2, 4, 6]
     assert ("teacher/ce" in seen) == (script is stage2_kd) and b"    lr: 0.01" in text
 
 
-def test_tracking_may_begin_when_a_run_is_continued_and_fresh_forgets_what_was_tracked(world, tmp_path, monkeypatch):
+def test_tracking_may_begin_when_a_run_is_continued_and_fresh_forgets_what_was_tracked(
+    world, tmp_path, monkeypatch
+):
     argv = make.stage1(world, *SMALL[:-1], "--out", tmp_path / "run")
     crash(monkeypatch, stage1_sft, argv)
     make.call(stage1_sft.main, *argv, "--track", "tensorboard")
@@ -95,10 +123,19 @@ def test_tracking_may_begin_when_a_run_is_continued_and_fresh_forgets_what_was_t
 
 
 @pytest.mark.parametrize("package", track.PACKAGES)
-def test_a_package_that_is_missing_is_one_line_before_anything_is_written(world, tmp_path, monkeypatch, package):
+def test_a_package_that_is_missing_is_one_line_before_anything_is_written(
+    world, tmp_path, monkeypatch, package
+):
     monkeypatch.setitem(sys.modules, package, None)
-    code, said = make.ends(stage1_sft.main, *make.stage1(world, "--track", package, "--out", tmp_path / "run"))
-    assert code == 1 and said == f"error: --track {package} needs {package}; saw no such package; mend it with: pip install {package}"
+    code, said = make.ends(
+        stage1_sft.main, *make.stage1(world, "--track", package, "--out", tmp_path / "run")
+    )
+    assert (
+        code == 1
+        and said
+        == f"error: --track {package} needs {package}; saw no such package; mend it with: pip"
+        f" install {package}"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -108,22 +145,43 @@ def test_nothing_is_imported_that_was_not_asked_for(world, tmp_path, monkeypatch
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--out", tmp_path / "run"))
 
 
-def test_what_wandb_is_told_and_that_a_continued_run_is_the_same_run_there(world, tmp_path, monkeypatch):
+def test_what_wandb_is_told_and_that_a_continued_run_is_the_same_run_there(
+    world, tmp_path, monkeypatch
+):
     calls, logged = [], []
     fake = types.ModuleType("wandb")
-    fake.__spec__, fake.errors = importlib.machinery.ModuleSpec("wandb", None), types.SimpleNamespace(Error=ZeroDivisionError)
-    there = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
+    fake.__spec__, fake.errors = (
+        importlib.machinery.ModuleSpec("wandb", None),
+        types.SimpleNamespace(Error=ZeroDivisionError),
+    )
+    there = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: logged.append("finished"),
+    )
     fake.init = lambda **options: calls.append(options) or there
     monkeypatch.setitem(sys.modules, "wandb", fake)
     argv = make.stage1(world, *SMALL, "wandb", "--out", tmp_path / "demo/stage1")
     crash(monkeypatch, stage1_sft, argv)
     make.call(stage1_sft.main, *argv)
     first, second = calls
-    assert first["id"] == second["id"] and len(first["id"]) == 8 and first["resume"] == second["resume"] == "allow"
-    assert (first["project"], first["name"], first["dir"]) == ("demo", "stage1", tmp_path / "demo/stage1") and first["config"]["lr"] == 0.01
+    assert (
+        first["id"] == second["id"]
+        and len(first["id"]) == 8
+        and first["resume"] == second["resume"] == "allow"
+    )
+    assert (first["project"], first["name"], first["dir"]) == (
+        "demo",
+        "stage1",
+        tmp_path / "demo/stage1",
+    ) and first["config"]["lr"] == 0.01
     assert logged[-1] == "finished" and logged.count("finished") == 1
-    steps = [(step, sorted(name.split("/")[0] for name in values)[0]) for step, values in logged[:-1]]
-    lost = [(3, "train"), (4, "eval")]  # to the saved state, not to wandb, which leaves out steps that it has
+    steps = [
+        (step, sorted(name.split("/")[0] for name in values)[0]) for step, values in logged[:-1]
+    ]
+    lost = [
+        (3, "train"),
+        (4, "eval"),
+    ]  # to the saved state, not to wandb, which leaves out steps that it has
     kept = [(0, "eval"), (0, "train"), (1, "train"), (2, "eval"), (2, "train")]
     assert steps == kept + lost + lost + [(4, "train"), (5, "train"), (6, "eval")]
     make.call(stage1_sft.main, *argv, "--fresh")
@@ -131,18 +189,23 @@ def test_what_wandb_is_told_and_that_a_continued_run_is_the_same_run_there(world
 
     fake.init = lambda **_: 1 / 0
     code, said = make.ends(stage1_sft.main, *argv, "--fresh")
-    assert code == 1 and "wandb does not start; saw division by zero" in said and "WANDB_MODE=offline" in said
+    assert (
+        code == 1
+        and "wandb does not start; saw division by zero" in said
+        and "WANDB_MODE=offline" in said
+    )
 
 
 def records(path):
-    """Yield the records of a .wandb file: 7 bytes, then blocks of 32 KiB with pieces of (crc u32, length u16, type u8: 1 whole, 4 last)."""
+    """Yield the records of a .wandb file: 7 bytes, then blocks of 32 KiB with pieces of (crc u32,
+    length u16, type u8: 1 whole, 4 last)."""
     raw, at, whole = path.read_bytes(), 7, b""
     while at < len(raw):
         if at % 32768 > 32768 - 7:  # no piece's head fits
             at += -at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", raw, at)
-        whole += raw[at + 7:at + 7 + length]
+        whole += raw[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
             yield whole
@@ -150,7 +213,8 @@ def records(path):
 
 
 def wandb_of(run):
-    """Return [(step, {name: number})] of all sessions that wandb kept on this machine, in order, and the runs' names and ids."""
+    """Return [(step, {name: number})] of all sessions that wandb kept on this machine, in order,
+    and the runs' names and ids."""
     from wandb.proto import wandb_internal_pb2
 
     found, runs = [], set()
@@ -160,14 +224,26 @@ def wandb_of(run):
             record.ParseFromString(data)
             if record.run.run_id:
                 runs.add((record.run.project, record.run.display_name, record.run.run_id))
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            items = {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             if items:
-                found.append((record.history.step.num, {name: value for name, value in items.items() if not name.startswith("_")}))
+                found.append(
+                    (
+                        record.history.step.num,
+                        {name: value for name, value in items.items() if not name.startswith("_")},
+                    )
+                )
     return found, runs
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")
-def test_wandb_offline_holds_the_history_as_one_run_though_it_was_killed(world, tmp_path, monkeypatch):
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)"
+)
+def test_wandb_offline_holds_the_history_as_one_run_though_it_was_killed(
+    world, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     argv = make.stage1(world, *SMALL, "wandb", "--out", tmp_path / "demo/stage1")
@@ -177,8 +253,10 @@ def test_wandb_offline_holds_the_history_as_one_run_though_it_was_killed(world, 
     wandb.finish()  # what the end of a process does
     make.call(stage1_sft.main, *argv)
     found, runs = wandb_of(tmp_path / "demo/stage1")
-    (project, name, number), = runs
+    ((project, name, number),) = runs
     assert (project, name) == ("demo", "stage1") and len(number) == 8
     for name, points in due(tmp_path / "demo/stage1").items():
-        seen = {step: values[name] for step, values in found if name in values}  # the second session logs two steps once more
+        seen = {
+            step: values[name] for step, values in found if name in values
+        }  # the second session logs two steps once more
         assert seen == dict(points), name

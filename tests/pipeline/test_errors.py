@@ -1,4 +1,6 @@
-"""What a user can get wrong: exit code 1 for files, 2 for arguments, and one line that says what mends it."""
+"""What a user can get wrong: exit code 1 for files, 2 for arguments, and one line that says what
+mends it."""
+
 import argparse
 import json
 import shutil
@@ -17,7 +19,13 @@ import stage2_kd
 from lib import data, files, flags, models
 from lib.measure import plots
 
-SCRIPTS = {"prepare": prepare_data, "stage1": stage1_sft, "dump": dump_logits, "stage2": stage2_kd, "chat": chat}
+SCRIPTS = {
+    "prepare": prepare_data,
+    "stage1": stage1_sft,
+    "dump": dump_logits,
+    "stage2": stage2_kd,
+    "chat": chat,
+}
 ARGUMENTS = {"stage1": make.stage1, "dump": make.dump, "stage2": make.stage2}
 
 
@@ -52,6 +60,7 @@ def usage(name, argv, capsys):
 
 # --- files: exit code 1
 
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_missing_data_folder(world, name):
     shutil.rmtree(world / "data")
@@ -69,8 +78,11 @@ def test_a_data_folder_whose_meta_json_is_cut_short(world):
     refused("stage1", world, of=["data/meta.json is not readable JSON", "make data"])
 
 
-DAMAGES = ((lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"), (lambda path: path.unlink(), "cannot be read"),
-           (lambda path: np.save(path, np.zeros(3, bool)), "do not fit together"))
+DAMAGES = (
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
+    (lambda path: path.unlink(), "cannot be read"),
+    (lambda path: np.save(path, np.zeros(3, bool)), "do not fit together"),
+)
 
 
 @pytest.mark.parametrize("change, words", DAMAGES)
@@ -79,7 +91,9 @@ def test_data_files_that_are_damaged(world, change, words):
     refused("stage1", world, of=[words, "make data"])
 
 
-@pytest.mark.parametrize("name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student")))
+@pytest.mark.parametrize(
+    "name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student"))
+)
 def test_a_model_that_is_missing(world, name, model):
     shutil.rmtree(world / model)
     refused(name, world, of=[f"/{model} is missing", "a folder, or a hub id like"])
@@ -91,30 +105,50 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student")))
+@pytest.mark.parametrize(
+    "name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student"))
+)
 @pytest.mark.parametrize("value", (np.nan, np.inf))
 def test_weights_that_are_not_finite(world, name, model, value):
-    change_weights(world / model, lambda weights: weights["model.norm.weight"].__setitem__(3, value))
+    change_weights(
+        world / model, lambda weights: weights["model.norm.weight"].__setitem__(3, value)
+    )
     refused(name, world, of=["weights that are not finite", "model.norm.weight"])
 
 
-@pytest.mark.parametrize("name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student")))
+@pytest.mark.parametrize(
+    "name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student"))
+)
 def test_safetensors_that_are_cut_short(world, name, model):
     path = world / model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refused(name, world, of=[f"/{model} cannot be loaded as a causal LM", "*.safetensors that belong together"])
+    refused(
+        name,
+        world,
+        of=[f"/{model} cannot be loaded as a causal LM", "*.safetensors that belong together"],
+    )
 
 
-@pytest.mark.parametrize("name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student")))
+@pytest.mark.parametrize(
+    "name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student"))
+)
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_with_random_numbers(world, name, model):
-    change_weights(world / model, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight"))
+    change_weights(
+        world / model, lambda weights: weights.pop("model.layers.1.self_attn.q_proj.weight")
+    )
     refused(name, world, of=["model.layers.1.self_attn.q_proj.weight"])
 
 
-@pytest.mark.parametrize("name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student")))
+@pytest.mark.parametrize(
+    "name, model", (("stage1", "student"), ("dump", "teacher"), ("stage2", "student"))
+)
 def test_trap_17_a_tokenizer_of_the_same_size_with_other_words(world, name, model):
     make.tokenizer("x").save_pretrained(world / model)
-    refused(name, world, of=[f"/{model} has another tokenizer than", "vocabulary", "prepare_data.py --tokenizer"])
+    refused(
+        name,
+        world,
+        of=[f"/{model} has another tokenizer than", "vocabulary", "prepare_data.py --tokenizer"],
+    )
 
 
 def test_trap_17_other_templates_on_the_same_vocabulary_are_no_difference(world):
@@ -135,7 +169,9 @@ def test_stage_2_makes_no_new_model_of_a_config(world):
 
 
 def test_pickled_weights_are_never_loaded(world):
-    torch.save(load_file(world / "student" / "model.safetensors"), world / "student" / "pytorch_model.bin")
+    torch.save(
+        load_file(world / "student" / "model.safetensors"), world / "student" / "pytorch_model.bin"
+    )
     (world / "student" / "model.safetensors").unlink()
     refused("stage1", world, of=["cannot be loaded as a causal LM", "*.safetensors"])
 
@@ -149,7 +185,15 @@ def test_logits_of_other_data(world):
 def test_logits_that_were_not_finished(world):
     for part in ("chunk-0000", "chunk-0001"):
         (world / "logits" / part / "meta.json").unlink()
-    refused("stage2", world, of=["holds no finished chunk", "0 of 2", "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=1"])
+    refused(
+        "stage2",
+        world,
+        of=[
+            "holds no finished chunk",
+            "0 of 2",
+            "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=1",
+        ],
+    )
 
 
 def test_logits_that_are_missing(world):
@@ -165,19 +209,41 @@ def test_logits_that_are_damaged_are_found_by_verify(world):
 
 
 def test_a_temperature_that_was_not_dumped(world):
-    refused("stage2", world, "--temperature", 0.5, of=["temperature 0.5 was not dumped", "1, 2, 4", "--temperature 1,"])
+    refused(
+        "stage2",
+        world,
+        "--temperature",
+        0.5,
+        of=["temperature 0.5 was not dumped", "1, 2, 4", "--temperature 1,"],
+    )
 
 
 def test_a_temperature_that_was_not_dumped_without_a_basis(world):
     make.call(dump_logits.main, *make.dump(world, "--tail-rank", 0, out="bucket"))
-    refused("stage2", world, "--logits", world / "bucket", "--temperature", 1.5, of=["temperature 1.5 was not dumped", "1, 2, 4", "--temperature 1,"])
+    refused(
+        "stage2",
+        world,
+        "--logits",
+        world / "bucket",
+        "--temperature",
+        1.5,
+        of=["temperature 1.5 was not dumped", "1, 2, 4", "--temperature 1,"],
+    )
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_disk_too_small(world, name, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda folder: 100)
-    refused(name, world, "--out", world / "new", of=["the disk of", "is too small", "saw 100 B free", "mend it with"])
-    assert not list((world / "new").rglob("*.npy")) and not list((world / "new").rglob("*.safetensors"))
+    refused(
+        name,
+        world,
+        "--out",
+        world / "new",
+        of=["the disk of", "is too small", "saw 100 B free", "mend it with"],
+    )
+    assert not list((world / "new").rglob("*.npy")) and not list(
+        (world / "new").rglob("*.safetensors")
+    )
 
 
 def test_more_logits_kept_than_there_are_tokens(world):
@@ -185,14 +251,22 @@ def test_more_logits_kept_than_there_are_tokens(world):
 
 
 def test_a_chunk_that_does_not_exist(world):
-    refused("dump", world, "--chunk", 2, of=["chunk 2 does not exist", "2 chunks", "0 to 1, val or all"])
+    refused(
+        "dump", world, "--chunk", 2, of=["chunk 2 does not exist", "2 chunks", "0 to 1, val or all"]
+    )
 
 
 @pytest.mark.parametrize("name", ("stage1", "stage2"))
 def test_a_second_process_on_the_same_folder(world, name):
     (world / "new").mkdir()
     held = files.lock(world / "new")
-    refused(name, world, "--out", world / "new", of=["new is being written by another process", "another --out"])
+    refused(
+        name,
+        world,
+        "--out",
+        world / "new",
+        of=["new is being written by another process", "another --out"],
+    )
     held.close()
     make.call(SCRIPTS[name].main, *ARGUMENTS[name](world, "--out", world / "new", "--steps", 1))
 
@@ -200,7 +274,9 @@ def test_a_second_process_on_the_same_folder(world, name):
 def test_a_second_dump_of_the_same_chunk(world):
     (world / "new" / "chunk-0001").mkdir(parents=True)
     held = files.lock(world / "new" / "chunk-0001")
-    refused("dump", world, "--out", world / "new", of=["chunk-0001 is being written by another process"])
+    refused(
+        "dump", world, "--out", world / "new", of=["chunk-0001 is being written by another process"]
+    )
     held.close()
 
 
@@ -209,7 +285,14 @@ def test_fresh_does_not_delete_what_another_process_is_writing(world, name):
     (world / "new").mkdir()
     held = files.lock(world / "new")
     (world / "new" / "history.jsonl").write_text("hours of work\n")
-    refused(name, world, "--out", world / "new", "--fresh", of=["new is being written by another process"])
+    refused(
+        name,
+        world,
+        "--out",
+        world / "new",
+        "--fresh",
+        of=["new is being written by another process"],
+    )
     assert (world / "new" / "history.jsonl").exists()
     held.close()
 
@@ -220,7 +303,14 @@ def test_fresh_refuses_to_delete_a_folder_that_is_not_ours(world, name, content)
     """A folder with a config.json alone may be a model: one of ours has a history, or a lock."""
     (world / "mine").mkdir()
     (world / "mine" / content).write_text("{}")
-    refused(name, world, "--out", world / "mine", "--fresh", of=["--fresh would delete", "a folder that no script of ours made"])
+    refused(
+        name,
+        world,
+        "--out",
+        world / "mine",
+        "--fresh",
+        of=["--fresh would delete", "a folder that no script of ours made"],
+    )
     assert (world / "mine" / content).exists()
 
 
@@ -231,18 +321,38 @@ def test_a_run_into_the_folder_of_a_model_is_refused(world):
 def test_fresh_dump_refuses_to_delete_a_folder_that_is_not_ours(world):
     (world / "new" / "chunk-0000").mkdir(parents=True)
     (world / "new" / "chunk-0000" / "thesis.tex").write_text("")
-    refused("dump", world, "--out", world / "new", "--fresh", of=["--fresh would delete", "a folder that no script of ours made"])
+    refused(
+        "dump",
+        world,
+        "--out",
+        world / "new",
+        "--fresh",
+        of=["--fresh would delete", "a folder that no script of ours made"],
+    )
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_row_that_does_not_fit_in_a_micro_batch(world, name):
     longest = int(data.Dataset(world / "data").train.rows["length"].max())
-    refused(name, world, "--tokens-per-microbatch", longest - 1, "--out", world / "new",
-            of=["the longest row does not fit", f"--tokens-per-microbatch {longest}", "--max-len"])
+    refused(
+        name,
+        world,
+        "--tokens-per-microbatch",
+        longest - 1,
+        "--out",
+        world / "new",
+        of=["the longest row does not fit", f"--tokens-per-microbatch {longest}", "--max-len"],
+    )
 
 
 def test_layers_that_the_model_does_not_have(world):
-    refused("stage1", world, "--keep-layers", "0,2", of=["--keep-layers does not fit the model", "0,2", "different numbers from 0 to 1"])
+    refused(
+        "stage1",
+        world,
+        "--keep-layers",
+        "0,2",
+        of=["--keep-layers does not fit the model", "0,2", "different numbers from 0 to 1"],
+    )
 
 
 def test_a_device_that_is_not_there(world):
@@ -250,8 +360,13 @@ def test_a_device_that_is_not_there(world):
     refused("stage1", world, "--device", "meta", of=["--device meta cannot be used"])
 
 
-@pytest.mark.parametrize("name, argv", (("prepare", ["--source", "rows.jsonl", "--tokenizer", "m.gguf", "--out", "out"]),
-                                        ("chat", ["--ckpt", "m.gguf", "--prompt", "hello"])))
+@pytest.mark.parametrize(
+    "name, argv",
+    (
+        ("prepare", ["--source", "rows.jsonl", "--tokenizer", "m.gguf", "--out", "out"]),
+        ("chat", ["--ckpt", "m.gguf", "--prompt", "hello"]),
+    ),
+)
 def test_a_gguf_file_is_no_tokenizer_nor_a_model_to_talk_to(tmp_path, monkeypatch, name, argv):
     pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)
@@ -265,36 +380,54 @@ def test_no_traceback_hides_in_an_error(world):
     shutil.rmtree(world / "data")
     with pytest.raises(SystemExit) as end:
         stage1_sft.main([str(word) for word in make.stage1(world)])
-    assert end.value.__cause__ is None and isinstance(end.value.code, str)  # Python prints the text to stderr and exits with 1
+    assert end.value.__cause__ is None and isinstance(
+        end.value.code, str
+    )  # Python prints the text to stderr and exits with 1
 
 
 # --- arguments: exit code 2
+
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_unknown_flag(name, capsys):
     parser = SCRIPTS_PARSERS[name]
     needed = [action for action in parser._actions if action.required and action.option_strings]
-    needed += [group._group_actions[0] for group in parser._mutually_exclusive_groups if group.required]
+    needed += [
+        group._group_actions[0] for group in parser._mutually_exclusive_groups if group.required
+    ]
     required = [word for action in needed for word in (action.option_strings[0], "x")]
-    assert "unrecognized arguments: --learning-rate" in usage(name, [*required, "--learning-rate", "1"], capsys)
+    assert "unrecognized arguments: --learning-rate" in usage(
+        name, [*required, "--learning-rate", "1"], capsys
+    )
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_abbreviated_flag(name, whole, capsys):
-    assert "unrecognized arguments: --see" in usage(name, [*ARGUMENTS[name](whole), "--see", "3"], capsys)
+    assert "unrecognized arguments: --see" in usage(
+        name, [*ARGUMENTS[name](whole), "--see", "3"], capsys
+    )
 
 
-@pytest.mark.parametrize("name, argv, words", (
-    ("stage1", ["--lr", "0"], "--lr is 0.0, wanted a number above 0"),
-    ("stage1", ["--warmup", "2"], "--warmup is 2.0, wanted a share"),
-    ("stage1", ["--steps", "-1"], "--steps is -1"), ("stage1", ["--keep-layers", "a"], "--keep-layers is a, wanted numbers like"),
-    ("stage1", ["--tokens-per-step", "0"], "--tokens-per-step is 0"), ("stage1", ["--best", "kl"], "invalid choice: 'kl'"),
-    ("stage1", ["--best", "ce_"], "invalid choice: 'ce_'"),
-    ("stage2", ["--alpha", "1.5"], "--alpha is 1.5, wanted a share from 0 to 1"), ("stage2", ["--beta", "1"], "--beta is 1.0"),
-    ("stage2", ["--temperature", "0"], "--temperature is 0.0"), ("stage2", ["--divergence", "mse"], "invalid choice: 'mse'"),
-    ("dump", ["--k", "0"], "--k is 0"), ("dump", ["--temperatures", "1,x"], "--temperatures is 1,x"),
-    ("dump", ["--temperatures", "0"], "must be above 0"),
-    ("dump", ["--chunk", "first"], "--chunk is first, wanted a number, all or val")))
+@pytest.mark.parametrize(
+    "name, argv, words",
+    (
+        ("stage1", ["--lr", "0"], "--lr is 0.0, wanted a number above 0"),
+        ("stage1", ["--warmup", "2"], "--warmup is 2.0, wanted a share"),
+        ("stage1", ["--steps", "-1"], "--steps is -1"),
+        ("stage1", ["--keep-layers", "a"], "--keep-layers is a, wanted numbers like"),
+        ("stage1", ["--tokens-per-step", "0"], "--tokens-per-step is 0"),
+        ("stage1", ["--best", "kl"], "invalid choice: 'kl'"),
+        ("stage1", ["--best", "ce_"], "invalid choice: 'ce_'"),
+        ("stage2", ["--alpha", "1.5"], "--alpha is 1.5, wanted a share from 0 to 1"),
+        ("stage2", ["--beta", "1"], "--beta is 1.0"),
+        ("stage2", ["--temperature", "0"], "--temperature is 0.0"),
+        ("stage2", ["--divergence", "mse"], "invalid choice: 'mse'"),
+        ("dump", ["--k", "0"], "--k is 0"),
+        ("dump", ["--temperatures", "1,x"], "--temperatures is 1,x"),
+        ("dump", ["--temperatures", "0"], "must be above 0"),
+        ("dump", ["--chunk", "first"], "--chunk is first, wanted a number, all or val"),
+    ),
+)
 def test_a_value_that_cannot_work(name, argv, words, whole, capsys):
     assert words in usage(name, [*ARGUMENTS[name](whole), *argv], capsys)
 
@@ -303,6 +436,7 @@ def parsers():
     """Return each script's parser, caught when it is about to parse."""
     caught, plain = {}, argparse.ArgumentParser.parse_args
     for name, script in SCRIPTS.items():
+
         def catch(self, *_, name=name, **__):
             caught[name] = self
             raise EOFError
@@ -320,7 +454,12 @@ def parsers():
 SCRIPTS_PARSERS = parsers()
 
 
-ACTIONS = [(name, flag, action) for name, parser in SCRIPTS_PARSERS.items() for action in parser._actions for flag in action.option_strings]
+ACTIONS = [
+    (name, flag, action)
+    for name, parser in SCRIPTS_PARSERS.items()
+    for action in parser._actions
+    for flag in action.option_strings
+]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
 OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}
 # not the model to train; not a folder; stored, not used; seconds
@@ -329,17 +468,39 @@ OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}
 @pytest.mark.parametrize("flag", flags.SHARED)
 def test_a_shared_flag_has_one_default_and_one_text_in_all_scripts(flag):
     shared = flags.SHARED[flag]
-    seen = {name: action for name, other, action in ACTIONS if other == flag and (name, flag) not in OWN}
+    seen = {
+        name: action for name, other, action in ACTIONS if other == flag and (name, flag) not in OWN
+    }
     assert seen
     for name, action in seen.items():
-        assert action.help == shared["help"] and action.required == shared.get("required", False), name
+        assert action.help == shared["help"] and action.required == shared.get("required", False), (
+            name
+        )
         assert action.default == shared.get("default", False if "action" in shared else None), name
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags_of_one_name_have_one_default_and_one_type(flag):
-    if flag not in ("--k", "--temperature", "--best", "--out", "--student", "--tokenizer", "--system", "--max-new-tokens"):  # these mean two things
-        assert len({(action.default, action.type, str(action.choices)) for _, other, action in ACTIONS if other == flag}) == 1
+    if flag not in (
+        "--k",
+        "--temperature",
+        "--best",
+        "--out",
+        "--student",
+        "--tokenizer",
+        "--system",
+        "--max-new-tokens",
+    ):  # these mean two things
+        assert (
+            len(
+                {
+                    (action.default, action.type, str(action.choices))
+                    for _, other, action in ACTIONS
+                    if other == flag
+                }
+            )
+            == 1
+        )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -351,10 +512,13 @@ def test_identity_of_a_model_changes_with_one_bit(world):
     before = models.identity(world / "student")
     change_weights(world / "student", lambda weights: weights["model.norm.weight"].add_(1e-6))
     assert models.identity(world / "student") != before
-    assert json.loads((world / "logits" / "val" / "meta.json").read_text())["teacher"] == models.identity(world / "teacher")
+    assert json.loads((world / "logits" / "val" / "meta.json").read_text())[
+        "teacher"
+    ] == models.identity(world / "teacher")
 
 
 # --- what a hostile reader of the code found
+
 
 @pytest.mark.parametrize("name", ("stage2", "dump"))
 def test_logits_of_the_same_data_cut_into_other_chunks(world, name):
@@ -363,7 +527,13 @@ def test_logits_of_the_same_data_cut_into_other_chunks(world, name):
     refused(name, world, of=["16", "8", "--fresh"])
 
 
-@pytest.mark.parametrize("name, flag, kept", (("dump", "--teacher", "logits/chunk-0000/topk.npy"), ("stage1", "--student", "stage1/history.jsonl")))
+@pytest.mark.parametrize(
+    "name, flag, kept",
+    (
+        ("dump", "--teacher", "logits/chunk-0000/topk.npy"),
+        ("stage1", "--student", "stage1/history.jsonl"),
+    ),
+)
 def test_fresh_deletes_nothing_when_the_rest_of_the_command_is_wrong(world, name, flag, kept):
     if name == "stage1":
         make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
@@ -375,7 +545,13 @@ def test_fresh_deletes_nothing_when_the_rest_of_the_command_is_wrong(world, name
 def test_a_stage_that_is_not_finished_is_no_student_and_no_teacher(world):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 2))
     (world / "stage1/config.json").unlink()
-    refused("stage2", world, "--student", world / "stage1", of=["is not finished", "its own command again", "best by name"])
+    refused(
+        "stage2",
+        world,
+        "--student",
+        world / "stage1",
+        of=["is not finished", "its own command again", "best by name"],
+    )
     refused("dump", world, "--teacher", world / "stage1", of=["is not finished"])
 
 
@@ -383,17 +559,34 @@ def test_another_student_under_the_same_name_is_no_finished_run(world):
     argv = make.stage1(world, "--steps", 1)
     make.call(stage1_sft.main, *argv)
     make.model(world / "student", seed=77, layers=1)
-    refused("stage1", world, "--steps", 1, of=["is finished with other settings", "student identity", "--fresh"])
+    refused(
+        "stage1",
+        world,
+        "--steps",
+        1,
+        of=["is finished with other settings", "student identity", "--fresh"],
+    )
 
 
 def test_a_run_does_not_write_over_its_own_student(world):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
     before = (world / "stage1/best/model.safetensors").read_bytes()
-    refused("stage2", world, "--student", world / "stage1", "--out", world / "stage1", "--fresh", of=["holds the student that is read"])
+    refused(
+        "stage2",
+        world,
+        "--student",
+        world / "stage1",
+        "--out",
+        world / "stage1",
+        "--fresh",
+        of=["holds the student that is read"],
+    )
     assert (world / "stage1/best/model.safetensors").read_bytes() == before
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(world, monkeypatch):
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    world, monkeypatch
+):
     from lib import train
 
     monkeypatch.setattr(train, "gradient_norm", lambda *_: float("nan"))
@@ -402,7 +595,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
 
 
 def test_an_evaluation_that_is_not_finite_is_one_line(world, monkeypatch):
-    monkeypatch.setattr(models.Model, "hidden", lambda self, batch: torch.full((len(batch.labels), 32), float("nan")))
+    monkeypatch.setattr(
+        models.Model,
+        "hidden",
+        lambda self, batch: torch.full((len(batch.labels), 32), float("nan")),
+    )
     refused("stage1", world, of=["logits on val are not finite"])
 
 
@@ -415,14 +612,25 @@ def test_a_backup_beside_a_folder_is_left_alone(world):
     assert all((world / "stage1" / name).exists() for name in ("best.old", "best.part", "last.old"))
 
 
-@pytest.mark.parametrize("flag, value", (("--clip", -1), ("--seed", -1), ("--beta2", 1), ("--weight-decay", -0.1), ("--eval-every", -1)))
+@pytest.mark.parametrize(
+    "flag, value",
+    (
+        ("--clip", -1),
+        ("--seed", -1),
+        ("--beta2", 1),
+        ("--weight-decay", -0.1),
+        ("--eval-every", -1),
+    ),
+)
 def test_values_that_would_do_silent_harm(world, capsys, flag, value):
     assert flag in usage("stage1", make.stage1(world, flag, value), capsys)
 
 
 def test_patience_without_val_rows_is_refused(tmp_path):
     folder = make.world(tmp_path, val=0)
-    refused("stage1", folder, "--patience", 1, of=["--patience has nothing to look at", "no val rows"])
+    refused(
+        "stage1", folder, "--patience", 1, of=["--patience has nothing to look at", "no val rows"]
+    )
 
 
 def test_a_broken_config_is_one_line(world):
@@ -432,5 +640,8 @@ def test_a_broken_config_is_one_line(world):
 
 def test_memory_flags_may_change_when_a_run_is_continued(world, capsys):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 1))
-    code, said = make.ends(stage1_sft.main, *make.stage1(world, "--steps", 1, "--tokens-per-microbatch", 64, "--checkpointing"))
+    code, said = make.ends(
+        stage1_sft.main,
+        *make.stage1(world, "--steps", 1, "--tokens-per-microbatch", 64, "--checkpointing"),
+    )
     assert code == 0 or "already finished" in capsys.readouterr().out, said

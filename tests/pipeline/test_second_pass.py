@@ -1,4 +1,6 @@
-"""A second pass on the original answers: the commands of recipes/second-pass.mk, run as they stand there on tiny data."""
+"""A second pass on the original answers: the commands of recipes/second-pass.mk, run as they stand
+there on tiny data."""
+
 import json
 import re
 import shlex
@@ -21,15 +23,25 @@ SCRIPTS = {"prepare_data.py": prepare_data, "stage1_sft.py": stage1_sft}
 
 
 def scripts(line, *variables):
-    """Return what `make -n` of a line of the recipe's header runs: a script's name and its arguments each."""
-    said = subprocess.run(["make", "-n", *line[1:], *variables], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [shlex.split(command)[1:] for command in said.splitlines() if re.match(r"\.venv/bin/python \w+\.py", command)]
+    """Return what `make -n` of a line of the recipe's header runs: a script's name and its
+    arguments each."""
+    said = subprocess.run(
+        ["make", "-n", *line[1:], *variables], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [
+        shlex.split(command)[1:]
+        for command in said.splitlines()
+        if re.match(r"\.venv/bin/python \w+\.py", command)
+    ]
 
 
 def answers(path, answer):
     """Write 60 questions of three words, with answers that differ from file to file."""
     words = np.random.default_rng(0).integers(0, 57, (60, 3))
-    rows = ({"prompt": " ".join(f"w{word}" for word in row), "answer": f"w{row[0]} w{answer}"} for row in words)
+    rows = (
+        {"prompt": " ".join(f"w{word}" for word in row), "answer": f"w{row[0]} w{answer}"}
+        for row in words
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -45,8 +57,15 @@ def road(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(plots, "curves", lambda *_: None)
-        for line, *variables in ((first, "SOURCE=by-teacher.jsonl", "STUDENT=student", f"{quick} 0.3"),  # so fast that the best is not the last
-                                 (second, "SOURCE=qa.jsonl", f"{quick} 0.03")):
+        for line, *variables in (
+            (
+                first,
+                "SOURCE=by-teacher.jsonl",
+                "STUDENT=student",
+                f"{quick} 0.3",
+            ),  # so fast that the best is not the last
+            (second, "SOURCE=qa.jsonl", f"{quick} 0.03"),
+        ):
             for script, *argv in scripts(line, "DATA_ARGS=--val 0.2", *variables):
                 make.call(SCRIPTS[script].main, *argv)
     return folder
@@ -55,10 +74,20 @@ def road(tmp_path_factory):
 def test_the_second_pass_starts_from_the_best_of_the_first_and_trains_on_the_originals(road):
     first, second = road / "runs/qa-teacher/stage1", road / "runs/qa/stage1"
     settings = files.read_json(second / "config.json")["settings"]
-    assert settings["student identity"] == models.identity(first / "best") != models.identity(first / "final")
-    assert settings["data identity"] == data.Dataset(road / "data/qa").identities["data"] != data.Dataset(road / "data/qa-teacher").identities["data"]
+    assert (
+        settings["student identity"]
+        == models.identity(first / "best")
+        != models.identity(first / "final")
+    )
+    assert (
+        settings["data identity"]
+        == data.Dataset(road / "data/qa").identities["data"]
+        != data.Dataset(road / "data/qa-teacher").identities["data"]
+    )
     measured = [line["ce"] for line in make.history(second, "eval")]
-    assert min(measured) < 0.7 * measured[0], "the originals end with another word than the teacher's answers: there is something to learn"
+    assert min(measured) < 0.7 * measured[0], (
+        "the originals end with another word than the teacher's answers: there is something to learn"
+    )
 
 
 def test_its_step_0_measures_what_the_first_pass_exported(road):
@@ -74,14 +103,31 @@ def test_its_step_0_measures_what_the_first_pass_exported(road):
 
 def test_the_tokenizers_are_one_and_the_same_prompts_are_held_out(road):
     first, second = (data.Dataset(road / "data" / name) for name in ("qa-teacher", "qa"))
-    assert first.identities["tokenizer"] == second.identities["tokenizer"] and first.identities["data"] != second.identities["data"]
-    prompts = [[tuple(split.row(row)[0][:4]) for row in range(len(split.rows))] for split in (first.val, second.val, first.train)]
-    assert prompts[0] == prompts[1] and len(prompts[0]) > 3 and not set(prompts[1]) & set(prompts[2])
+    assert (
+        first.identities["tokenizer"] == second.identities["tokenizer"]
+        and first.identities["data"] != second.identities["data"]
+    )
+    prompts = [
+        [tuple(split.row(row)[0][:4]) for row in range(len(split.rows))]
+        for split in (first.val, second.val, first.train)
+    ]
+    assert (
+        prompts[0] == prompts[1] and len(prompts[0]) > 3 and not set(prompts[1]) & set(prompts[2])
+    )
 
 
 def test_a_first_pass_that_is_not_finished_is_refused(road, tmp_path):
     (tmp_path / "first" / "best").mkdir(parents=True)
     (tmp_path / "first" / "best" / "config.json").write_text("{}")
     (tmp_path / "first" / "history.jsonl").write_text("")
-    code, words = make.ends(stage1_sft.main, "--data", road / "data/qa", "--student", tmp_path / "first", "--out", tmp_path / "out", *make.QUICK)
+    code, words = make.ends(
+        stage1_sft.main,
+        "--data",
+        road / "data/qa",
+        "--student",
+        tmp_path / "first",
+        "--out",
+        tmp_path / "out",
+        *make.QUICK,
+    )
     assert code == 1 and "first is not finished" in words and "\n" not in words

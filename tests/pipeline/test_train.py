@@ -1,4 +1,6 @@
-"""The two training loops, the measures, and what a run leaves behind; whole scripts, run in-process on tiny models."""
+"""The two training loops, the measures, and what a run leaves behind; whole scripts, run in-process
+on tiny models."""
+
 import copy
 import functools
 import json
@@ -68,13 +70,17 @@ def own_logits(folder, split, row):
 
 
 def own_loss(folder, split, rows):
-    """Return the mean cross-entropy over the targets of rows, by transformers' own loss with labels of -100."""
+    """Return the mean cross-entropy over the targets of rows, by transformers' own loss with labels
+    of -100."""
     total, count = 0.0, 0
     module = AutoModelForCausalLM.from_pretrained(folder).eval()
     for row in rows:
         ids, answer = (torch.from_numpy(part.astype(np.int64))[None] for part in split.row(row))
         with torch.no_grad():
-            total += module(input_ids=ids, labels=ids.masked_fill(answer == 0, -100)).loss.item() * answer.sum().item()
+            total += (
+                module(input_ids=ids, labels=ids.masked_fill(answer == 0, -100)).loss.item()
+                * answer.sum().item()
+            )
         count += answer.sum().item()
     return total / count
 
@@ -89,24 +95,42 @@ def same(a, b):
 
 # --- batches
 
+
 def worked_example():
-    """The docstring of Split.batch: rows A (3 tokens, the last 2 are targets) and B (2 tokens, the last is a target)."""
+    """The docstring of Split.batch: rows A (3 tokens, the last 2 are targets) and B (2 tokens, the
+    last is a target)."""
     split = data.Split.__new__(data.Split)
-    split.tokens, split.answer = np.array([10, 11, 12, 20, 21], np.uint32), np.array([0, 1, 1, 0, 1], bool)
+    split.tokens, split.answer = (
+        np.array([10, 11, 12, 20, 21], np.uint32),
+        np.array([0, 1, 1, 0, 1], bool),
+    )
     split.rows = np.array([(0, 3, 0, 2, 0), (3, 2, 2, 1, 0)], data.ROW)
     return split
 
 
 def test_trap_10_position_t_minus_1_predicts_token_t_in_a_packed_line():
     batch = worked_example().batch([[0, 1]])
-    assert batch.tokens.tolist() == [[10, 11, 12, 20, 21]] and batch.positions.tolist() == [[0, 1, 2, 0, 1]]
-    assert batch.where.tolist() == [0, 1, 3] and batch.labels.tolist() == [11, 12, 21] and batch.numbers.tolist() == [0, 1, 2]
+    assert batch.tokens.tolist() == [[10, 11, 12, 20, 21]] and batch.positions.tolist() == [
+        [0, 1, 2, 0, 1]
+    ]
+    assert (
+        batch.where.tolist() == [0, 1, 3]
+        and batch.labels.tolist() == [11, 12, 21]
+        and batch.numbers.tolist() == [0, 1, 2]
+    )
 
 
 def test_trap_10_position_t_minus_1_predicts_token_t_in_padded_lines():
     batch = worked_example().batch([[1], [0]], pad_to=4)
-    assert batch.tokens.tolist() == [[20, 21, 0, 0], [10, 11, 12, 0]] and batch.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
-    assert batch.where.tolist() == [0, 4, 5] and batch.labels.tolist() == [21, 11, 12] and batch.numbers.tolist() == [2, 0, 1]
+    assert batch.tokens.tolist() == [
+        [20, 21, 0, 0],
+        [10, 11, 12, 0],
+    ] and batch.positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+    assert (
+        batch.where.tolist() == [0, 4, 5]
+        and batch.labels.tolist() == [21, 11, 12]
+        and batch.numbers.tolist() == [2, 0, 1]
+    )
 
 
 @pytest.mark.parametrize("pack", (True, False))
@@ -115,9 +139,13 @@ def test_trap_10_every_target_is_the_token_after_the_position_that_predicts_it(d
     for lines in plan.microbatches(np.arange(40), lengths, 64, 64, pack):
         batch = dataset.train.batch(lines)
         assert torch.equal(batch.tokens.flatten()[batch.where + 1], batch.labels)
-        assert (batch.positions.flatten()[batch.where + 1] == batch.positions.flatten()[batch.where] + 1).all(), "both in one row"
+        assert (
+            batch.positions.flatten()[batch.where + 1] == batch.positions.flatten()[batch.where] + 1
+        ).all(), "both in one row"
         seen |= dict(zip(batch.numbers.tolist(), batch.labels.tolist()))
-    assert [seen[number] for number in range(dataset.train.targets)] == dataset.train.tokens[dataset.train.answer].tolist()
+    assert [seen[number] for number in range(dataset.train.targets)] == dataset.train.tokens[
+        dataset.train.answer
+    ].tolist()
 
 
 def test_trap_15_packed_rows_have_the_hidden_states_of_rows_alone(dataset, student):
@@ -127,18 +155,33 @@ def test_trap_15_packed_rows_have_the_hidden_states_of_rows_alone(dataset, stude
         by_number |= dict(zip(batch.numbers.tolist(), student.hidden(batch)))
     for lines in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[7, 3, 1]], [[5], [2, 0]]):
         batch = dataset.train.batch(lines)
-        torch.testing.assert_close(student.hidden(batch), torch.stack([by_number[n] for n in batch.numbers.tolist()]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            student.hidden(batch),
+            torch.stack([by_number[n] for n in batch.numbers.tolist()]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 # --- the gradient of a step
 
+
 def gradient(student, dataset, store, steps, method):
-    """Return the gradient of micro-batches `steps` (lists of lines) of one optimizer step, summed as the loops sum it."""
+    """Return the gradient of micro-batches `steps` (lists of lines) of one optimizer step, summed
+    as the loops sum it."""
     student.module.zero_grad()
-    targets = sum(int(dataset.train.rows["targets"][row]) for lines in steps for line in lines for row in line)
+    targets = sum(
+        int(dataset.train.rows["targets"][row]) for lines in steps for line in lines for row in line
+    )
     for lines in steps:
         batch = dataset.train.batch(lines)
-        loss = losses.head_loss(student.hidden(batch), student.head(), batch.labels, store.train(batch) if method.alpha else None, method)[0]
+        loss = losses.head_loss(
+            student.hidden(batch),
+            student.head(),
+            batch.labels,
+            store.train(batch) if method.alpha else None,
+            method,
+        )[0]
         (loss / targets).backward()
     return torch.cat([p.grad.flatten() for p in student.module.parameters()])
 
@@ -155,27 +198,50 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("method", (Method(), KD), ids=("ce", "kd"))
-def test_trap_8_the_gradient_does_not_depend_on_how_the_step_is_cut_and_packed(dataset, store, student, cut, method):
-    whole, parts = (gradient(student, dataset, store, steps, method) for steps in (CUTS["1x8"], CUTS[cut]))
+def test_trap_8_the_gradient_does_not_depend_on_how_the_step_is_cut_and_packed(
+    dataset, store, student, cut, method
+):
+    whole, parts = (
+        gradient(student, dataset, store, steps, method) for steps in (CUTS["1x8"], CUTS[cut])
+    )
     assert whole.norm() > 0.1 and (whole - parts).norm() < 2e-6 * whole.norm()
 
 
 @pytest.mark.parametrize("method", (Method(), KD), ids=("ce", "kd"))
-def test_trap_8_two_ranks_of_two_micro_batches_of_two_rows_sum_to_one_gradient(dataset, store, student, method):
+def test_trap_8_two_ranks_of_two_micro_batches_of_two_rows_sum_to_one_gradient(
+    dataset, store, student, method
+):
     whole, summed = gradient(student, dataset, store, CUTS["1x8"], method), 0
     targets = dataset.train.rows["targets"]
     for rank in ([[[0], [1]], [[2], [3]]], [[[4], [5]], [[6], [7]]]):
         own = sum(int(targets[line[0]]) for lines in rank for line in lines)
-        summed = summed + gradient(student, dataset, store, rank, method) * own / int(targets[:8].sum())  # divided by the targets of all ranks
+        summed = summed + gradient(student, dataset, store, rank, method) * own / int(
+            targets[:8].sum()
+        )  # divided by the targets of all ranks
     assert (whole - summed).norm() < 2e-6 * whole.norm()
 
 
 @pytest.mark.parametrize("script, arguments", ((stage1_sft, make.stage1), (stage2_kd, make.stage2)))
-def test_trap_8_a_script_logs_the_same_loss_and_gradient_however_the_step_is_cut(world, tmp_path, script, arguments):
+def test_trap_8_a_script_logs_the_same_loss_and_gradient_however_the_step_is_cut(
+    world, tmp_path, script, arguments
+):
     seen = []
-    for number, more in enumerate((("--tokens-per-microbatch", 20), ("--tokens-per-microbatch", 20, "--no-pack"), ("--tokens-per-microbatch", 4096))):
-        make.call(script.main, *arguments(world, *more, "--steps", 2, "--out", tmp_path / str(number)))
-        seen.append([(line["loss"], line["grad_norm"], line["targets"]) for line in make.history(tmp_path / str(number), "train")])
+    for number, more in enumerate(
+        (
+            ("--tokens-per-microbatch", 20),
+            ("--tokens-per-microbatch", 20, "--no-pack"),
+            ("--tokens-per-microbatch", 4096),
+        )
+    ):
+        make.call(
+            script.main, *arguments(world, *more, "--steps", 2, "--out", tmp_path / str(number))
+        )
+        seen.append(
+            [
+                (line["loss"], line["grad_norm"], line["targets"])
+                for line in make.history(tmp_path / str(number), "train")
+            ]
+        )
     assert len(seen[0]) == 2
     np.testing.assert_allclose(seen[0], seen[2], rtol=1e-4)
     np.testing.assert_allclose(seen[1], seen[2], rtol=1e-4)
@@ -183,8 +249,11 @@ def test_trap_8_a_script_logs_the_same_loss_and_gradient_however_the_step_is_cut
 
 # --- what is logged
 
+
 def test_trap_26_the_logged_loss_is_the_raw_loss_of_the_steps_own_rows(world, dataset, tmp_path):
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 3, "--lr", 1e-12, "--out", tmp_path / "run"))  # weights stay as they were
+    make.call(
+        stage1_sft.main, *make.stage1(world, "--steps", 3, "--lr", 1e-12, "--out", tmp_path / "run")
+    )  # weights stay as they were
     steps = plan.whole_run(range(40), dataset.train.rows["length"], 0, 128, 3.0, 3)
     for line, rows in zip(make.history(tmp_path / "run", "train"), steps, strict=True):
         assert abs(line["loss"] - own_loss(world / "student", dataset.train, rows)) < 1e-5
@@ -192,43 +261,76 @@ def test_trap_26_the_logged_loss_is_the_raw_loss_of_the_steps_own_rows(world, da
 
 
 @pytest.mark.parametrize("alpha, t", ((0.9, 2.0), (1.0, 4.0), (0.0, 1.0)))
-def test_trap_9_the_logged_loss_is_made_of_its_two_logged_parts_over_one_count(world, tmp_path, alpha, t):
-    make.call(stage2_kd.main, *make.stage2(world, "--steps", 2, "--alpha", alpha, "--temperature", t, "--out", tmp_path / "run"))
+def test_trap_9_the_logged_loss_is_made_of_its_two_logged_parts_over_one_count(
+    world, tmp_path, alpha, t
+):
+    make.call(
+        stage2_kd.main,
+        *make.stage2(
+            world, "--steps", 2, "--alpha", alpha, "--temperature", t, "--out", tmp_path / "run"
+        ),
+    )
     for line in make.history(tmp_path / "run", "train"):
-        assert line["kd"] > 0.001 and abs(line["loss"] - alpha * t * t * line["kd"] - (1 - alpha) * line["ce"]) < 1e-5
+        assert (
+            line["kd"] > 0.001
+            and abs(line["loss"] - alpha * t * t * line["kd"] - (1 - alpha) * line["ce"]) < 1e-5
+        )
 
 
 def test_alpha_0_trains_as_stage_1_does(world, tmp_path):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 3, "--out", tmp_path / "one"))
-    make.call(stage2_kd.main, *make.stage2(world, "--steps", 3, "--alpha", 0, "--out", tmp_path / "two"))
+    make.call(
+        stage2_kd.main, *make.stage2(world, "--steps", 3, "--alpha", 0, "--out", tmp_path / "two")
+    )
     for name, tensor in weights(tmp_path / "one" / "final").items():
-        torch.testing.assert_close(weights(tmp_path / "two" / "final")[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            weights(tmp_path / "two" / "final")[name], tensor, rtol=1e-4, atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("script, arguments, loss", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kd")))
+@pytest.mark.parametrize(
+    "script, arguments, loss", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kd"))
+)
 def test_a_student_learns(world, tmp_path, script, arguments, loss):
-    make.call(script.main, *arguments(world, "--steps", 24, "--eval-every", 24, "--out", tmp_path / "run"))
+    make.call(
+        script.main, *arguments(world, "--steps", 24, "--eval-every", 24, "--out", tmp_path / "run")
+    )
     seen = [line[loss] for line in make.history(tmp_path / "run", "train")]
     assert np.mean(seen[-3:]) < 0.8 * np.mean(seen[:3]), seen
 
 
-def test_trap_25_a_teacher_that_cannot_be_read_ends_the_run_instead_of_leaving_cross_entropy(world, tmp_path):
+def test_trap_25_a_teacher_that_cannot_be_read_ends_the_run_instead_of_leaving_cross_entropy(
+    world, tmp_path
+):
     broken = shutil.copytree(world / "logits", tmp_path / "logits")
-    (broken / "chunk-0000" / "topk.npy").write_bytes((world / "logits" / "chunk-0000" / "topk.npy").read_bytes()[:-40])
-    code, words = make.ends(stage2_kd.main, *make.stage2(world, "--logits", broken, "--out", tmp_path / "run"))
+    (broken / "chunk-0000" / "topk.npy").write_bytes(
+        (world / "logits" / "chunk-0000" / "topk.npy").read_bytes()[:-40]
+    )
+    code, words = make.ends(
+        stage2_kd.main, *make.stage2(world, "--logits", broken, "--out", tmp_path / "run")
+    )
     assert code == 1 and "cannot be read" in words and not (tmp_path / "run").exists()
 
 
-def test_trap_25_a_divergence_that_is_not_finite_ends_the_run_and_names_step_and_rows(world, tmp_path):
+def test_trap_25_a_divergence_that_is_not_finite_ends_the_run_and_names_step_and_rows(
+    world, tmp_path
+):
     broken = shutil.copytree(world / "logits", tmp_path / "logits")
     records = np.load(broken / "chunk-0000" / "topk.npy", mmap_mode="r+")
     records["tail"][:] = np.nan
     records.flush()
-    code, words = make.ends(stage2_kd.main, *make.stage2(world, "--logits", broken, "--out", tmp_path / "run"))
-    assert code == 1 and "the loss of step 0 is not finite; saw nan on rows" in words and not make.history(tmp_path / "run", "train")
+    code, words = make.ends(
+        stage2_kd.main, *make.stage2(world, "--logits", broken, "--out", tmp_path / "run")
+    )
+    assert (
+        code == 1
+        and "the loss of step 0 is not finite; saw nan on rows" in words
+        and not make.history(tmp_path / "run", "train")
+    )
 
 
 # --- measures
+
 
 @pytest.mark.parametrize("tokens", (1, 50, 4096))
 def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store, student, tokens):
@@ -252,7 +354,13 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
     hits, confidences = np.array(hits), np.array(confidences)
     bins = np.minimum((confidences * 15).astype(int), 14)
     ece = sum(abs((hits[bins == b] - confidences[bins == b]).sum()) for b in range(15)) / len(hits)
-    wanted = {"ce": np.mean(ce), "ppl": np.exp(np.mean(ce)), "acc1": hits.mean(), "acc5": np.mean(hits5), "ece": ece}
+    wanted = {
+        "ce": np.mean(ce),
+        "ppl": np.exp(np.mean(ce)),
+        "acc1": hits.mean(),
+        "acc5": np.mean(hits5),
+        "ece": ece,
+    }
     wanted |= {"kl": np.mean(kl), "rkl": np.mean(rkl), "agree": np.mean(agree)}
     assert seen.pop("targets") == len(ce) == dataset.val.targets
     assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
@@ -260,46 +368,76 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
 
 
 @pytest.mark.parametrize("tokens", (1, 4096))
-def test_measures_by_source_are_those_of_its_own_targets_alone(world, dataset, store, student, tokens):
+def test_measures_by_source_are_those_of_its_own_targets_alone(
+    world, dataset, store, student, tokens
+):
     split = copy.copy(dataset.val)
     split.rows = split.rows.copy()
     split.rows["source"] = np.where(np.arange(12) < 5, 2, 0)
-    seen = evaluate.evaluate(student, split, make.V, tokens, store=store, sources=("a", "b", "c", "d"))
+    seen = evaluate.evaluate(
+        student, split, make.V, tokens, store=store, sources=("a", "b", "c", "d")
+    )
     for name, rows in (("a", range(5, 12)), ("c", range(5))):
         kl = []
         for row in rows:
-            (_, answer, s), z = own_logits(world / "student", split, row), own_logits(world / "teacher", split, row)[2]
+            (_, answer, s), z = (
+                own_logits(world / "student", split, row),
+                own_logits(world / "teacher", split, row)[2],
+            )
             logq, p = (torch.log_softmax(x[answer.nonzero()[:, 0] - 1], 1) for x in (s, z))
             top = p.topk(8).indices
-            p, q = (torch.cat([inside := x.exp().gather(1, top), 1 - inside.sum(1, keepdim=True)], 1) for x in (p, logq))
+            p, q = (
+                torch.cat([inside := x.exp().gather(1, top), 1 - inside.sum(1, keepdim=True)], 1)
+                for x in (p, logq)
+            )
             kl += (p * (p / q).log()).sum(1).tolist()
-        assert seen[f"ce_{name}"] == pytest.approx(own_loss(world / "student", split, rows), abs=1e-5)
-        assert seen[f"kl_{name}"] == pytest.approx(np.mean(kl), abs=3e-4)  # the dump rounds its logits
-    assert abs(seen["ce_a"] - seen["ce_c"]) > 0.01 and {name for name in seen if "_" in name} == {"ce_a", "ce_c", "kl_a", "kl_c"}
-    assert "ce_a" not in evaluate.evaluate(student, dataset.val, make.V, tokens, store=store, sources=("a", "b")), "val holds one source alone"
+        assert seen[f"ce_{name}"] == pytest.approx(
+            own_loss(world / "student", split, rows), abs=1e-5
+        )
+        assert seen[f"kl_{name}"] == pytest.approx(
+            np.mean(kl), abs=3e-4
+        )  # the dump rounds its logits
+    assert abs(seen["ce_a"] - seen["ce_c"]) > 0.01 and {name for name in seen if "_" in name} == {
+        "ce_a",
+        "ce_c",
+        "kl_a",
+        "kl_c",
+    }
+    assert "ce_a" not in evaluate.evaluate(
+        student, dataset.val, make.V, tokens, store=store, sources=("a", "b")
+    ), "val holds one source alone"
 
 
 def test_a_teacher_has_no_distance_to_its_own_dump(world, dataset, store):
     teacher = models.load(str(world / "teacher"), CPU)
     seen = evaluate.evaluate(teacher, dataset.val, make.V, 64, store=store)
-    assert 0 <= seen["kl"] < 1e-5 and seen["agree"] == 1 and abs(seen["ce"] - store.val.meta["teacher_ce"]) < 1e-6
+    assert (
+        0 <= seen["kl"] < 1e-5
+        and seen["agree"] == 1
+        and abs(seen["ce"] - store.val.meta["teacher_ce"]) < 1e-6
+    )
 
 
 class Oracle(torch.nn.Module):
-    """A model that sees one token ahead and puts exactly `rank` others above it, each e^50 less likely than the last."""
+    """A model that sees one token ahead and puts exactly `rank` others above it, each e^50 less
+    likely than the last."""
 
     def __init__(self, rank):
         super().__init__()
         token = torch.arange(make.V)
         self.lm_head = torch.nn.Linear(make.V, make.V, bias=False)
-        self.lm_head.weight.data = -50.0 * ((token[:, None] - token[None] + rank) % make.V)  # [other token, next token]
+        self.lm_head.weight.data = -50.0 * (
+            (token[:, None] - token[None] + rank) % make.V
+        )  # [other token, next token]
         self.config = make.config()
 
     def get_output_embeddings(self):
         return self.lm_head
 
     def forward(self, input_ids, **_):
-        return types.SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(input_ids.roll(-1, 1), make.V).float())
+        return types.SimpleNamespace(
+            last_hidden_state=torch.nn.functional.one_hot(input_ids.roll(-1, 1), make.V).float()
+        )
 
 
 def test_trap_10_a_model_that_knows_each_next_token_measures_a_cross_entropy_of_zero(dataset):
@@ -308,30 +446,46 @@ def test_trap_10_a_model_that_knows_each_next_token_measures_a_cross_entropy_of_
 
 
 @pytest.mark.parametrize("rank, acc1, acc5", ((0, 1, 1), (1, 0, 1), (4, 0, 1), (5, 0, 0)))
-def test_the_fifth_likeliest_token_is_among_the_five_and_the_sixth_is_not(dataset, rank, acc1, acc5):
-    seen = evaluate.evaluate(models.Model(Oracle(rank), Oracle(rank), None), dataset.val, make.V, 64)
-    assert (seen["acc1"], seen["acc5"]) == (acc1, acc5) and seen["ce"] == pytest.approx(50 * rank, abs=1e-6)
+def test_the_fifth_likeliest_token_is_among_the_five_and_the_sixth_is_not(
+    dataset, rank, acc1, acc5
+):
+    seen = evaluate.evaluate(
+        models.Model(Oracle(rank), Oracle(rank), None), dataset.val, make.V, 64
+    )
+    assert (seen["acc1"], seen["acc5"]) == (acc1, acc5) and seen["ce"] == pytest.approx(
+        50 * rank, abs=1e-6
+    )
 
 
 def test_eval_only_measures_and_writes_nothing_else(world, dataset, store, student, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (world / "student").iterdir()}
     make.call(stage2_kd.main, *make.stage2(world, "--eval-only", "--out", tmp_path / "measured"))
     assert [path.name for path in (tmp_path / "measured").iterdir()] == ["eval.json"]
-    seen, wanted = files.read_json(tmp_path / "measured" / "eval.json"), evaluate.evaluate(student, dataset.val, make.V, 4096, store=store)
+    seen, wanted = (
+        files.read_json(tmp_path / "measured" / "eval.json"),
+        evaluate.evaluate(student, dataset.val, make.V, 4096, store=store),
+    )
     assert {name: seen[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     assert before == {path: path.stat().st_mtime_ns for path in (world / "student").iterdir()}
 
 
 # --- how a run goes
 
-def test_trap_19_training_calls_the_body_alone_and_keeps_no_other_layers_hidden_states(world, tmp_path, monkeypatch):
+
+def test_trap_19_training_calls_the_body_alone_and_keeps_no_other_layers_hidden_states(
+    world, tmp_path, monkeypatch
+):
     calls, plain = [], models.load
 
     def load(*args, **options):
         model = plain(*args, **options)  # its probe calls the whole model; from here on nothing may
-        model.body.register_forward_hook(lambda _, args, kwargs, output: calls.append((kwargs, output)), with_kwargs=True)
+        model.body.register_forward_hook(
+            lambda _, args, kwargs, output: calls.append((kwargs, output)), with_kwargs=True
+        )
         for module in (model.module, model.module.lm_head):
-            module.register_forward_pre_hook(lambda module, _: pytest.fail(f"{type(module).__name__} was called"))
+            module.register_forward_pre_hook(
+                lambda module, _: pytest.fail(f"{type(module).__name__} was called")
+            )
         return model
 
     monkeypatch.setattr(models, "load", load)
@@ -342,7 +496,9 @@ def test_trap_19_training_calls_the_body_alone_and_keeps_no_other_layers_hidden_
         assert output.hidden_states is None and output.past_key_values is None
 
 
-def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(world, tmp_path, monkeypatch):
+def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(
+    world, tmp_path, monkeypatch
+):
     seen, plain = [], plan.microbatches
 
     def spy(rows, *args, **options):
@@ -357,20 +513,37 @@ def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(wor
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "straight"))
     straight, stop_at = seen[:], 4
     seen.clear()
-    code, _ = make.ends(stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "stopped"))
-    assert code == 143 and len(seen) == 4, "the step under way is finished, and no other one is begun"
+    code, _ = make.ends(
+        stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "stopped")
+    )
+    assert code == 143 and len(seen) == 4, (
+        "the step under way is finished, and no other one is begun"
+    )
     stop_at = None
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 8, "--out", tmp_path / "stopped"))
     assert seen == straight and len({tuple(rows) for rows in straight}) == 8
     assert same(weights(tmp_path / "straight" / "final"), weights(tmp_path / "stopped" / "final"))
 
 
-def test_a_step_that_the_scaler_skips_changes_no_weight_and_does_not_advance_the_schedule(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 40, backoff_factor=2.0 ** -40))
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 4, "--amp", "fp16", "--warmup", 0.5, "--out", tmp_path / "run"))
+def test_a_step_that_the_scaler_skips_changes_no_weight_and_does_not_advance_the_schedule(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        functools.partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-40),
+    )
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world, "--steps", 4, "--amp", "fp16", "--warmup", 0.5, "--out", tmp_path / "run"
+        ),
+    )
     first, second, *_ = make.history(tmp_path / "run", "train")
     before, after = make.history(tmp_path / "run", "eval")[:2]
-    assert not np.isfinite(first["grad_norm"]) and np.isfinite(second["grad_norm"]), "the example must overflow once"
+    assert not np.isfinite(first["grad_norm"]) and np.isfinite(second["grad_norm"]), (
+        "the example must overflow once"
+    )
     assert first["lr"] == second["lr"] and before["ce"] == after["ce"]
     assert files.read_json(tmp_path / "run" / "config.json")["updates"] == 3
 
@@ -378,15 +551,28 @@ def test_a_step_that_the_scaler_skips_changes_no_weight_and_does_not_advance_the
 @pytest.mark.parametrize("amp", ("fp16", "bf16"))
 def test_trap_18_half_precision_trains_as_float32_does(world, tmp_path, amp):
     for name in ("off", amp):
-        make.call(stage2_kd.main, *make.stage2(world, "--steps", 3, "--lr", 1e-3, "--amp", name, "--out", tmp_path / name))
-    full, half = ([(line["loss"], line["grad_norm"]) for line in make.history(tmp_path / name, "train")] for name in ("off", amp))
+        make.call(
+            stage2_kd.main,
+            *make.stage2(
+                world, "--steps", 3, "--lr", 1e-3, "--amp", name, "--out", tmp_path / name
+            ),
+        )
+    full, half = (
+        [(line["loss"], line["grad_norm"]) for line in make.history(tmp_path / name, "train")]
+        for name in ("off", amp)
+    )
     np.testing.assert_allclose(half, full, rtol=0.05)
-    assert {tensor.dtype for tensor in weights(tmp_path / amp / "final").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(tmp_path / amp / "final").values()} == {
+        torch.float32
+    }
 
 
 def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     for number, more in enumerate(((), ("--checkpointing",))):
-        make.call(stage1_sft.main, *make.stage1(world, "--steps", 2, *more, "--out", tmp_path / str(number)))
+        make.call(
+            stage1_sft.main,
+            *make.stage1(world, "--steps", 2, *more, "--out", tmp_path / str(number)),
+        )
     plain, saved = (weights(tmp_path / str(number) / "final") for number in range(2))
     assert all(torch.allclose(plain[name], saved[name], atol=1e-5) for name in plain)
 
@@ -398,18 +584,30 @@ def test_running_a_finished_run_again_says_so_and_exits_0(world, tmp_path, capsy
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / script.__name__).rglob("*")}
         assert make.ends(script.main, *argv) == (0, "")
         assert "already finished; nothing to do (--fresh starts anew)" in capsys.readouterr().out
-        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / script.__name__).rglob("*")}
+        assert before == {
+            path: path.stat().st_mtime_ns for path in (tmp_path / script.__name__).rglob("*")
+        }
         code, words = make.ends(script.main, *argv, "--lr", "3e-3")
-        assert code == 1 and "is finished with other settings; saw lr 0.01 (now 0.003)" in words and "--fresh" in words
+        assert (
+            code == 1
+            and "is finished with other settings; saw lr 0.01 (now 0.003)" in words
+            and "--fresh" in words
+        )
 
 
 def test_fresh_starts_a_finished_run_anew(world, tmp_path):
     make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--out", tmp_path / "run"))
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 2, "--fresh", "--out", tmp_path / "run"))
-    assert files.read_json(tmp_path / "run" / "config.json")["steps"] == 2 and len(make.history(tmp_path / "run", "train")) == 2
+    make.call(
+        stage1_sft.main, *make.stage1(world, "--steps", 2, "--fresh", "--out", tmp_path / "run")
+    )
+    assert (
+        files.read_json(tmp_path / "run" / "config.json")["steps"] == 2
+        and len(make.history(tmp_path / "run", "train")) == 2
+    )
 
 
 # --- the end of a run
+
 
 @pytest.fixture(scope="module")
 def two_sources(world, tmp_path_factory):
@@ -419,29 +617,60 @@ def two_sources(world, tmp_path_factory):
     rows = np.load(folder / "data/val.rows.npy")
     rows["source"] = np.arange(len(rows)) % 2
     np.save(folder / "data/val.rows.npy", rows)
-    files.write_json(folder / "data/meta.json", files.read_json(folder / "data/meta.json") | {"sources": [{"name": "a"}, {"name": "b"}]})
+    files.write_json(
+        folder / "data/meta.json",
+        files.read_json(folder / "data/meta.json") | {"sources": [{"name": "a"}, {"name": "b"}]},
+    )
     return folder
 
 
-TOO_FAST = ("--lr", 0.3, "--warmup", 0, "--steps", 12, "--eval-every", 1)  # nothing gets better for long
+TOO_FAST = (
+    "--lr",
+    0.3,
+    "--warmup",
+    0,
+    "--steps",
+    12,
+    "--eval-every",
+    1,
+)  # nothing gets better for long
 
 
-@pytest.mark.parametrize("script, arguments, measure", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kl")))
-def test_patience_stops_after_so_many_evaluations_without_a_better_one_and_leaves_that_state(world, tmp_path, capsys, script, arguments, measure):
+@pytest.mark.parametrize(
+    "script, arguments, measure", ((stage1_sft, make.stage1, "ce"), (stage2_kd, make.stage2, "kl"))
+)
+def test_patience_stops_after_so_many_evaluations_without_a_better_one_and_leaves_that_state(
+    world, tmp_path, capsys, script, arguments, measure
+):
     for name, more in (("whole", ()), ("stopped", ("--patience", 2))):
         make.call(script.main, *arguments(world, *TOO_FAST, *more, "--out", tmp_path / name))
     whole, stopped = (make.history(tmp_path / name, "eval") for name in ("whole", "stopped"))
     values = [line[measure] for line in whole]
-    at = next(step for step in range(2, 13) if min(values[:step - 1]) <= min(values[step - 1:step + 1]))
-    assert at < 11 and stopped == whole[:at + 1] and len(make.history(tmp_path / "stopped", "train")) == at
+    at = next(
+        step for step in range(2, 13) if min(values[: step - 1]) <= min(values[step - 1 : step + 1])
+    )
+    assert (
+        at < 11
+        and stopped == whole[: at + 1]
+        and len(make.history(tmp_path / "stopped", "train")) == at
+    )
     said = files.read_json(tmp_path / "stopped/config.json")
-    assert said["stopped_early"] == at == said["updates"] and said["steps"] == 12 and said["best"] == pytest.approx(min(values[:at + 1]))
-    assert said["stopped_because"] == f"2 evaluations in a row without a better {measure}" and said["final"]["ce"] == pytest.approx(whole[at]["ce"])
+    assert (
+        said["stopped_early"] == at == said["updates"]
+        and said["steps"] == 12
+        and said["best"] == pytest.approx(min(values[: at + 1]))
+    )
+    assert said["stopped_because"] == f"2 evaluations in a row without a better {measure}" and said[
+        "final"
+    ]["ce"] == pytest.approx(whole[at]["ce"])
     assert f"stopped at step {at} of 12: 2 evaluations in a row" in capsys.readouterr().out
     assert "stopped_early" not in files.read_json(tmp_path / "whole/config.json")
-    assert own_loss(tmp_path / "stopped/final", data.Dataset(world / "data").val, range(12)) == pytest.approx(whole[at]["ce"], rel=1e-4)
-    assert not (tmp_path / "stopped/last").exists() and make.ends(script.main, *arguments(world, *TOO_FAST, "--patience", 2, "--out",
-                                                                                        tmp_path / "stopped")) == (0, "")
+    assert own_loss(
+        tmp_path / "stopped/final", data.Dataset(world / "data").val, range(12)
+    ) == pytest.approx(whole[at]["ce"], rel=1e-4)
+    assert not (tmp_path / "stopped/last").exists() and make.ends(
+        script.main, *arguments(world, *TOO_FAST, "--patience", 2, "--out", tmp_path / "stopped")
+    ) == (0, "")
 
 
 def test_patience_counts_only_evaluations_in_a_row():
@@ -456,45 +685,95 @@ def test_patience_counts_only_evaluations_in_a_row():
     assert not run.gives_up
 
 
-@pytest.mark.parametrize("script, arguments, best", (
-    (stage1_sft, make.stage1, "ce_b"), (stage2_kd, make.stage2, "ce_a"), (stage2_kd, make.stage2, "kl_b")))
+@pytest.mark.parametrize(
+    "script, arguments, best",
+    (
+        (stage1_sft, make.stage1, "ce_b"),
+        (stage2_kd, make.stage2, "ce_a"),
+        (stage2_kd, make.stage2, "kl_b"),
+    ),
+)
 def test_best_follows_the_measure_of_one_source(two_sources, tmp_path, script, arguments, best):
-    make.call(script.main, *arguments(two_sources, "--lr", 0.1, "--steps", 6, "--eval-every", 1, "--best", best, "--out", tmp_path / "run"))
-    lines, said = make.history(tmp_path / "run", "eval"), files.read_json(tmp_path / "run/config.json")
-    assert said["best_by"] == best and said["best"] == pytest.approx(min(line[best] for line in lines), rel=1e-6)
+    make.call(
+        script.main,
+        *arguments(
+            two_sources,
+            "--lr",
+            0.1,
+            "--steps",
+            6,
+            "--eval-every",
+            1,
+            "--best",
+            best,
+            "--out",
+            tmp_path / "run",
+        ),
+    )
+    lines, said = (
+        make.history(tmp_path / "run", "eval"),
+        files.read_json(tmp_path / "run/config.json"),
+    )
+    assert said["best_by"] == best and said["best"] == pytest.approx(
+        min(line[best] for line in lines), rel=1e-6
+    )
     step = min(lines, key=lambda line: line[best])["step"]
     assert f"best (step {step})" in (tmp_path / "run/best/README.md").read_text()
 
 
-def test_best_by_a_source_that_is_not_measured_is_refused_before_anything_is_loaded(world, two_sources, tmp_path, monkeypatch):
+def test_best_by_a_source_that_is_not_measured_is_refused_before_anything_is_loaded(
+    world, two_sources, tmp_path, monkeypatch
+):
     monkeypatch.setattr(models, "local_folder", lambda *_: pytest.fail("a model was looked for"))
     for script, arguments, folder, best, words in (
-            (stage1_sft, make.stage1, two_sources, "ce_c", "saw c; wanted ce_a, ce_b"),
-            (stage2_kd, make.stage2, two_sources, "kl_x", "wanted kl_a, kl_b"),
-            (stage1_sft, make.stage1, world, "ce_a", "val does not hold 2 to 16 named sources")):
-        code, said = make.ends(script.main, *arguments(folder, "--best", best, "--out", tmp_path / "run"))
+        (stage1_sft, make.stage1, two_sources, "ce_c", "saw c; wanted ce_a, ce_b"),
+        (stage2_kd, make.stage2, two_sources, "kl_x", "wanted kl_a, kl_b"),
+        (stage1_sft, make.stage1, world, "ce_a", "val does not hold 2 to 16 named sources"),
+    ):
+        code, said = make.ends(
+            script.main, *arguments(folder, "--best", best, "--out", tmp_path / "run")
+        )
         assert code == 1 and words in said, said
 
 
-def test_best_by_a_kl_that_no_dump_gives_follows_the_cross_entropy_of_that_source(two_sources, tmp_path, monkeypatch):
+def test_best_by_a_kl_that_no_dump_gives_follows_the_cross_entropy_of_that_source(
+    two_sources, tmp_path, monkeypatch
+):
     monkeypatch.setattr(logits.Store, "compares", property(lambda self: False))
     for best, followed in (("kl_b", "ce_b"), ("agree", "ce"), ("acc1", "acc1")):
-        make.call(stage2_kd.main, *make.stage2(two_sources, "--steps", 1, "--best", best, "--out", tmp_path / best))
+        make.call(
+            stage2_kd.main,
+            *make.stage2(two_sources, "--steps", 1, "--best", best, "--out", tmp_path / best),
+        )
         assert files.read_json(tmp_path / best / "config.json")["best_by"] == followed
 
 
 # --- what a run leaves
 
-def test_best_and_final_load_in_plain_transformers_with_the_weights_and_measures_they_claim(world, dataset, tmp_path, monkeypatch):
+
+def test_best_and_final_load_in_plain_transformers_with_the_weights_and_measures_they_claim(
+    world, dataset, tmp_path, monkeypatch
+):
     loaded, plain = [], models.load
-    monkeypatch.setattr(models, "load", lambda *args, **options: loaded.append(plain(*args, **options)) or loaded[-1])
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 6, "--lr", 0.3, "--out", tmp_path / "run"))  # so fast that the best is not the last
+    monkeypatch.setattr(
+        models,
+        "load",
+        lambda *args, **options: loaded.append(plain(*args, **options)) or loaded[-1],
+    )
+    make.call(
+        stage1_sft.main, *make.stage1(world, "--steps", 6, "--lr", 0.3, "--out", tmp_path / "run")
+    )  # so fast that the best is not the last
     assert same(weights(tmp_path / "run" / "final"), loaded[0].module.state_dict())
     measured = [line["ce"] for line in make.history(tmp_path / "run", "eval")]
     assert min(measured) < measured[-1], "the example must overshoot"
     for name, ce in (("best", min(measured)), ("final", measured[-1])):
-        assert own_loss(tmp_path / "run" / name, dataset.val, range(12)) == pytest.approx(ce, rel=1e-4)
-        assert AutoTokenizer.from_pretrained(tmp_path / "run" / name).chat_template == make.tokenizer().chat_template
+        assert own_loss(tmp_path / "run" / name, dataset.val, range(12)) == pytest.approx(
+            ce, rel=1e-4
+        )
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path / "run" / name).chat_template
+            == make.tokenizer().chat_template
+        )
         assert f"{ce:.4f}" in (tmp_path / "run" / name / "README.md").read_text()
     assert models.local_folder(str(tmp_path / "run")) == tmp_path / "run" / "best"
     assert not (tmp_path / "run" / "last").exists()
@@ -502,14 +781,24 @@ def test_best_and_final_load_in_plain_transformers_with_the_weights_and_measures
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_save_dtype_halves_the_checkpoints(world, tmp_path, dtype):
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--save-dtype", str(dtype)[6:], "--out", tmp_path / "run"))
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world, "--steps", 1, "--save-dtype", str(dtype)[6:], "--out", tmp_path / "run"
+        ),
+    )
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert {p.dtype for p in module.parameters()} == {dtype} and module.config.dtype == dtype
 
 
 def test_the_tokens_that_end_answers_reach_the_generation_config(world, tmp_path):
     make.model(tmp_path / "student", eos_token_id=1, pad_token_id=None)
-    make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "student", "--steps", 1, "--out", tmp_path / "run"))
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world, "--student", tmp_path / "student", "--steps", 1, "--out", tmp_path / "run"
+        ),
+    )
     for name in ("best", "final"):
         assert GenerationConfig.from_pretrained(tmp_path / "run" / name).eos_token_id == [1, 3]
 
@@ -518,11 +807,35 @@ def test_kept_layers_start_as_a_model_cut_by_hand(world, tmp_path):
     make.model(tmp_path / "deep", layers=4)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "deep")
     cut = AutoModelForCausalLM.from_config(make.config(layers=2))
-    kept = {name: tensor for name, tensor in module.state_dict().items() if "layers.1." not in name and "layers.3." not in name}
-    cut.load_state_dict({name.replace("layers.2.", "layers.1."): tensor for name, tensor in kept.items()})
+    kept = {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if "layers.1." not in name and "layers.3." not in name
+    }
+    cut.load_state_dict(
+        {name.replace("layers.2.", "layers.1."): tensor for name, tensor in kept.items()}
+    )
     cut.save_pretrained(tmp_path / "cut")
-    make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "deep", "--keep-layers", "0,2", "--steps", 2, "--out", tmp_path / "kept"))
-    make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "cut", "--steps", 2, "--out", tmp_path / "by hand"))
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world,
+            "--student",
+            tmp_path / "deep",
+            "--keep-layers",
+            "0,2",
+            "--steps",
+            2,
+            "--out",
+            tmp_path / "kept",
+        ),
+    )
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world, "--student", tmp_path / "cut", "--steps", 2, "--out", tmp_path / "by hand"
+        ),
+    )
     assert make.history(tmp_path / "kept") == make.history(tmp_path / "by hand")
     assert same(weights(tmp_path / "kept" / "final"), weights(tmp_path / "by hand" / "final"))
 
@@ -530,22 +843,64 @@ def test_kept_layers_start_as_a_model_cut_by_hand(world, tmp_path):
 def test_a_folder_with_a_config_alone_makes_a_new_model_of_the_seed(world, tmp_path, capsys):
     make.config().save_pretrained(tmp_path / "config")
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
-        make.call(stage1_sft.main, *make.stage1(world, "--student", tmp_path / "config", "--seed", seed, "--steps", 1, "--out", tmp_path / name))
-    assert "has no weights: a new model is made from its config.json, seed 5" in capsys.readouterr().out
+        make.call(
+            stage1_sft.main,
+            *make.stage1(
+                world,
+                "--student",
+                tmp_path / "config",
+                "--seed",
+                seed,
+                "--steps",
+                1,
+                "--out",
+                tmp_path / name,
+            ),
+        )
+    assert (
+        "has no weights: a new model is made from its config.json, seed 5"
+        in capsys.readouterr().out
+    )
     one, two, other = (weights(tmp_path / name / "final") for name in ("one", "two", "other"))
     assert same(one, two) and not same(one, other)
 
 
 def test_samples_answer_the_same_prompts_at_each_evaluation(world, tmp_path):
-    make.call(stage1_sft.main, *make.stage1(world, "--steps", 2, "--eval-every", 1, "--samples", 2, "--sample-tokens", 4, "--out", tmp_path / "run"))
+    make.call(
+        stage1_sft.main,
+        *make.stage1(
+            world,
+            "--steps",
+            2,
+            "--eval-every",
+            1,
+            "--samples",
+            2,
+            "--sample-tokens",
+            4,
+            "--out",
+            tmp_path / "run",
+        ),
+    )
     text = (tmp_path / "run" / "samples.md").read_text()
-    assert text.count("## Prompt ") == 2 and [text.count(f"### Step {step}, prompt ") for step in range(3)] == [2, 2, 2]
+    assert text.count("## Prompt ") == 2 and [
+        text.count(f"### Step {step}, prompt ") for step in range(3)
+    ] == [2, 2, 2]
 
 
 def test_config_json_says_what_was_run(world, tmp_path):
     make.call(stage2_kd.main, *make.stage2(world, "--steps", 1, "--out", tmp_path / "run"))
     said = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert said["settings"]["alpha"] == 0.9 and said["settings"]["temperature"] == 2.0 and said["settings"]["seed"] == 0
+    assert (
+        said["settings"]["alpha"] == 0.9
+        and said["settings"]["temperature"] == 2.0
+        and said["settings"]["seed"] == 0
+    )
     assert said["settings"]["data identity"] == data.Dataset(world / "data").identities["data"]
-    assert said["settings"]["teacher identity"] == models.identity(world / "teacher") and said["versions"]["torch"] == torch.__version__
-    assert said["final"]["kl"] == pytest.approx(make.history(tmp_path / "run", "eval")[-1]["kl"], rel=1e-6)
+    assert (
+        said["settings"]["teacher identity"] == models.identity(world / "teacher")
+        and said["versions"]["torch"] == torch.__version__
+    )
+    assert said["final"]["kl"] == pytest.approx(
+        make.history(tmp_path / "run", "eval")[-1]["kl"], rel=1e-6
+    )

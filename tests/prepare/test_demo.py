@@ -23,7 +23,11 @@ def rows(folder, name):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def expected(question):
@@ -65,12 +69,24 @@ def test_tokenizer_gives_every_text_back(folder):
 
 def test_vocabulary_knows_the_words_of_problems_it_has_not_seen():
     rng, known = random.Random(99), demo.vocabulary()
-    unknown = {piece for _ in range(3000) for text in demo.problem(rng) for piece in re.findall(demo.PIECES, text)} - set(known)
+    unknown = {
+        piece
+        for _ in range(3000)
+        for text in demo.problem(rng)
+        for piece in re.findall(demo.PIECES, text)
+    } - set(known)
     assert not unknown
 
 
 def test_digits_are_tokens_of_their_own(folder):
-    assert template.load_tokenizer(folder / "tokenizer").tokenize("buys 405.") == ["buys", " ", "4", "0", "5", "."]
+    assert template.load_tokenizer(folder / "tokenizer").tokenize("buys 405.") == [
+        "buys",
+        " ",
+        "4",
+        "0",
+        "5",
+        ".",
+    ]
 
 
 def test_every_final_answer_is_right():
@@ -93,20 +109,33 @@ def test_the_working_leads_to_the_final_answer():
     for _ in range(2000):
         _, answer = demo.problem(rng)
         ones, tens = (int(right) for right in re.findall(r"=(\d+)", answer)[-2:])
-        # digit by digit, or, in the style that jumps along the number line, the last equation itself
+        # digit by digit, or, in the style that jumps along the number line, the last equation
+        # itself
         assert int(score.final_answer(answer)) in (10 * tens + ones % 10, tens), answer
 
 
 def test_styles_occur_as_often_as_their_weights_say():
     rng, openings = random.Random(7), {"Ones": 45, "Add": 12.5, "Subtract": 12.5}
-    answers = [answer for answer in (demo.problem(rng)[1] for _ in range(4000)) if answer.count("=") == 2 and not answer.startswith("First")]
+    answers = [
+        answer
+        for answer in (demo.problem(rng)[1] for _ in range(4000))
+        if answer.count("=") == 2 and not answer.startswith("First")
+    ]
     for opening, percent in openings.items():
-        assert sum(answer.startswith(opening) for answer in answers) == pytest.approx(len(answers) * percent / 100, rel=0.15), opening
+        assert sum(answer.startswith(opening) for answer in answers) == pytest.approx(
+            len(answers) * percent / 100, rel=0.15
+        ), opening
 
 
 def test_rows_fit_the_context(folder):
     tokenizer = template.load_tokenizer(folder / "tokenizer")
-    talks = [[{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}] for row in rows(folder, "teacher")]
+    talks = [
+        [
+            {"role": "user", "content": row["instruction"]},
+            {"role": "assistant", "content": row["output"]},
+        ]
+        for row in rows(folder, "teacher")
+    ]
     lengths = [len(tokenizer(template.render(tokenizer, talk)).input_ids) for talk in talks]
     assert 40 <= min(lengths) and max(lengths) <= 95 < demo.CONTEXT
 
@@ -114,6 +143,10 @@ def test_rows_fit_the_context(folder):
 def test_configs_make_models_of_the_promised_sizes(folder):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    configs = [AutoConfig.from_pretrained(folder / f"{name}-config") for name in ("teacher", "student")]
-    teacher, student = (AutoModelForCausalLM.from_config(config).num_parameters() for config in configs)
+    configs = [
+        AutoConfig.from_pretrained(folder / f"{name}-config") for name in ("teacher", "student")
+    ]
+    teacher, student = (
+        AutoModelForCausalLM.from_config(config).num_parameters() for config in configs
+    )
     assert 600_000 < teacher < 800_000 and student < teacher / 5

@@ -1,4 +1,6 @@
-"""prepare_data.py from file to folder: every schema and format, the split, the drops, reruns, and each error a user can cause."""
+"""prepare_data.py from file to folder: every schema and format, the split, the drops, reruns, and
+each error a user can cause."""
+
 import csv
 import json
 import os
@@ -19,18 +21,25 @@ PAIRS = [{"prompt": f"question {i}", "answer": f"reply {i}"} for i in range(30)]
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer_dir, no_picture):
-    """Return a function that runs the script on rows (written as rows.jsonl) or on --source flags, and opens what it wrote."""
+    """Return a function that runs the script on rows (written as rows.jsonl) or on --source flags,
+    and opens what it wrote."""
+
     def run(rows=None, *more, out="out", tokenizer=tokenizer_dir):
         if rows is not None:
             more = ("--source", str(write(tmp_path / "rows.jsonl", rows)), *more)
-        prepare_data.main([*more, "--tokenizer", str(tokenizer), "--out", str(tmp_path / out), "--workers", "1"])
+        prepare_data.main(
+            [*more, "--tokenizer", str(tokenizer), "--out", str(tmp_path / out), "--workers", "1"]
+        )
         return data.Dataset(tmp_path / out)
+
     return run
 
 
 def write(path, rows):
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     elif path.suffix == ".parquet":
@@ -39,18 +48,31 @@ def write(path, rows):
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows({name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()} for row in rows)
+            writer.writerows(
+                {
+                    name: value if isinstance(value, str) else json.dumps(value)
+                    for name, value in row.items()
+                }
+                for row in rows
+            )
     return path
 
 
 def texts(dataset, split="train"):
     """Return (whole row, its targets) as text for every row."""
     tokenizer, rows = dataset.tokenizer(), getattr(dataset, split)
-    return [(tokenizer.decode(ids), tokenizer.decode(ids[answer])) for ids, answer in map(rows.row, range(len(rows.rows)))]
+    return [
+        (tokenizer.decode(ids), tokenizer.decode(ids[answer]))
+        for ids, answer in map(rows.row, range(len(rows.rows)))
+    ]
 
 
 def everything(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 SCHEMAS = {
@@ -60,8 +82,12 @@ SCHEMAS = {
     "prompt/response": {"prompt": "Ask", "response": "Say"},
     "prompt/answer": {"prompt": "Ask", "answer": "Say"},
     "question/answer": {"question": "Ask", "answer": "Say"},
-    "messages": {"messages": [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Say"}]},
-    "conversations": {"conversations": [{"from": "human", "value": "Ask"}, {"from": "gpt", "value": "Say"}]},
+    "messages": {
+        "messages": [{"role": "user", "content": "Ask"}, {"role": "assistant", "content": "Say"}]
+    },
+    "conversations": {
+        "conversations": [{"from": "human", "value": "Ask"}, {"from": "gpt", "value": "Say"}]
+    },
 }
 
 
@@ -71,7 +97,9 @@ def test_every_schema_is_found_in_every_format(tmp_path, schema, suffix):
     path = write(tmp_path / f"data{suffix}", [{"id": "7", **SCHEMAS[schema]}] * 2)
     rows = list(sources.rows(sources.look(places.local(path))))
     prompt = "Ask\n\nthis" if "input" in SCHEMAS[schema] else "Ask"
-    assert rows == 2 * [[{"role": "user", "content": prompt}, {"role": "assistant", "content": "Say"}]]
+    assert rows == 2 * [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": "Say"}]
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".json", ".jsonl", ".csv"])
@@ -79,37 +107,65 @@ def test_plain_text_is_learnt_whole_in_every_format(tmp_path, prepare, suffix):
     path = write(tmp_path / f"data{suffix}", [{"text": f"line {i}"} for i in range(5)])
     made = prepare(None, "--source", str(path), "--val", "0")
     assert texts(made)[3] == ("line 3<|im_end|>", "ine 3<|im_end|>")
-    assert made.meta["schema"] == "text (text=text)" and not (made.folder / "val.prompts.jsonl").exists()
+    assert (
+        made.meta["schema"] == "text (text=text)"
+        and not (made.folder / "val.prompts.jsonl").exists()
+    )
 
 
 def test_the_folder_holds_what_the_format_says(prepare):
     made = prepare(PAIRS, "--val", "6", "--rows-per-chunk", "10")
     assert made.meta["format"] == data.FORMAT and made.meta["chunks"] == made.chunks == 3
     for name, part in (("train", made.train), ("val", made.val)):
-        lengths, targets = part.rows["length"].astype(np.int64), part.rows["targets"].astype(np.int64)
+        lengths, targets = (
+            part.rows["length"].astype(np.int64),
+            part.rows["targets"].astype(np.int64),
+        )
         assert part.tokens.dtype == np.uint32 and part.answer.dtype == bool
         assert np.array_equal(part.rows["start"], np.cumsum(lengths) - lengths)
         assert np.array_equal(part.rows["first_target"], np.cumsum(targets) - targets)
         assert [part.row(row)[1].sum() for row in range(len(lengths))] == targets.tolist()
-        assert made.meta["rows"][name] == len(lengths) and made.meta["tokens"][name] == len(part.tokens) == lengths.sum()
+        assert (
+            made.meta["rows"][name] == len(lengths)
+            and made.meta["tokens"][name] == len(part.tokens) == lengths.sum()
+        )
         assert made.meta["targets"][name] == part.targets == part.answer.sum()
-    parts = [made.folder / f"{split}.{part}.npy" for split in ("train", "val") for part in ("tokens", "answer", "rows")]
+    parts = [
+        made.folder / f"{split}.{part}.npy"
+        for split in ("train", "val")
+        for part in ("tokens", "answer", "rows")
+    ]
     assert made.identities == template.identities(made.tokenizer()) | {"data": files.sha256(*parts)}
     (source,) = made.meta["sources"]
     path = made.folder.parent / "rows.jsonl"
-    assert source == {"name": "rows", "where": str(path), "rows": {"train": 24, "val": 6}, "read": 30, "dropped": {},
-                      "files": [{"name": str(path), "sha256": files.sha256(path), "rows": 30}]}
+    assert source == {
+        "name": "rows",
+        "where": str(path),
+        "rows": {"train": 24, "val": 6},
+        "read": 30,
+        "dropped": {},
+        "files": [{"name": str(path), "sha256": files.sha256(path), "rows": 30}],
+    }
     assert not list(made.folder.glob("staged*")) and not list(made.folder.parent.glob("*.part*"))
 
 
 def test_rows_keep_the_order_of_the_source(prepare):
-    assert [targets for _, targets in texts(prepare(PAIRS, "--val", "0"))] == [f"reply {i}<|im_end|>" for i in range(30)]
+    assert [targets for _, targets in texts(prepare(PAIRS, "--val", "0"))] == [
+        f"reply {i}<|im_end|>" for i in range(30)
+    ]
 
 
 def test_val_prompts_are_the_val_rows_in_order_without_their_last_answer(prepare):
-    rows = [{"messages": tiny.chat(f"one {i}", "two", f"three {i}", f"four {i}", "unanswered")} for i in range(20)]
+    rows = [
+        {"messages": tiny.chat(f"one {i}", "two", f"three {i}", f"four {i}", "unanswered")}
+        for i in range(20)
+    ]
     made = prepare(rows, "--val", "5")
-    lines = list(map(json.loads, (made.folder / "val.prompts.jsonl").read_text(encoding="utf-8").splitlines()))
+    lines = list(
+        map(
+            json.loads, (made.folder / "val.prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    )
     assert len(lines) == len(made.val.rows) == 5
     for line, (whole, targets) in zip(lines, texts(made, "val")):
         assert line["messages"][-1]["content"].startswith("three") and line["reference"] in whole
@@ -119,44 +175,76 @@ def test_val_prompts_are_the_val_rows_in_order_without_their_last_answer(prepare
 def test_system_text_opens_the_conversations_that_have_none(prepare):
     rows = [{"prompt": "a", "answer": "b", "system": "own"}, {"prompt": "c", "answer": "d"}]
     (first, _), (second, _) = texts(prepare(rows, "--val", "0", "--system", "common"))
-    assert first.startswith("<|im_start|>system\nown<|im_end|>") and second.startswith("<|im_start|>system\ncommon<|im_end|>")
+    assert first.startswith("<|im_start|>system\nown<|im_end|>") and second.startswith(
+        "<|im_start|>system\ncommon<|im_end|>"
+    )
 
 
 def test_columns_override_what_would_be_found(prepare):
-    rows = [{"prompt": f"p{i}", "answer": f"a{i}", "q": f"q{i}", "r": f"r{i}", "more": "m"} for i in range(3)]
+    rows = [
+        {"prompt": f"p{i}", "answer": f"a{i}", "q": f"q{i}", "r": f"r{i}", "more": "m"}
+        for i in range(3)
+    ]
     made = prepare(rows, "--val", "0", "--columns", "prompt=q,answer=r,input=more")
-    assert texts(made)[0] == ("<|im_start|>user\nq0\n\nm<|im_end|>\n<|im_start|>assistant\nr0<|im_end|>\n", "r0<|im_end|>")
+    assert texts(made)[0] == (
+        "<|im_start|>user\nq0\n\nm<|im_end|>\n<|im_start|>assistant\nr0<|im_end|>\n",
+        "r0<|im_end|>",
+    )
 
 
 def test_a_list_of_text_parts_is_joined_and_other_parts_are_dropped_as_not_text(prepare):
-    part = lambda text: [{"type": "text", "text": text}]
+    def part(text):
+        return [{"type": "text", "text": text}]
+
     image = [{"type": "image", "url": "x"}]
-    rows = [{"messages": [{"role": "user", "content": part("a")}, {"role": "assistant", "content": part("b")}]},
-            {"messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "b"}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": part("a")},
+                {"role": "assistant", "content": part("b")},
+            ]
+        },
+        {"messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "b"}]},
+    ]
     made = prepare(rows, "--val", "0")
-    assert [targets for _, targets in texts(made)] == ["b<|im_end|>"] and made.meta["dropped"] == {"not text": 1}
+    assert [targets for _, targets in texts(made)] == ["b<|im_end|>"] and made.meta["dropped"] == {
+        "not text": 1
+    }
 
 
 def test_csv_values_may_hold_line_breaks_quotes_and_commas(tmp_path, prepare):
-    path = write(tmp_path / "data.csv", [{"prompt": "a\nb, \"c\"", "answer": "x\n\ny"}, {"prompt": "7", "answer": "42"}])
+    path = write(
+        tmp_path / "data.csv",
+        [{"prompt": 'a\nb, "c"', "answer": "x\n\ny"}, {"prompt": "7", "answer": "42"}],
+    )
     made = prepare(None, "--source", str(path), "--val", "0")
-    assert texts(made)[0] == ("<|im_start|>user\na\nb, \"c\"<|im_end|>\n<|im_start|>assistant\nx\n\ny<|im_end|>\n", "x\n\ny<|im_end|>")
+    assert texts(made)[0] == (
+        '<|im_start|>user\na\nb, "c"<|im_end|>\n<|im_start|>assistant\nx\n\ny<|im_end|>\n',
+        "x\n\ny<|im_end|>",
+    )
     assert texts(made)[1][1] == "42<|im_end|>"
 
 
 def test_csv_rows_with_line_breaks_are_read_alike_through_a_small_window(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CSV_BLOCK", 100)
     rows = [{"text": f"{i}\n\n" * (i % 9 + 1)} for i in range(200)]
-    assert list(sources.rows(sources.look(places.local(write(tmp_path / "data.csv", rows))))) == [row["text"] for row in rows]
+    assert list(sources.rows(sources.look(places.local(write(tmp_path / "data.csv", rows))))) == [
+        row["text"] for row in rows
+    ]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("layout", ["list", "indented list", "one after the other"])
 def test_json_is_read_alike_through_any_window(tmp_path, monkeypatch, block, layout):
     monkeypatch.setattr(sources, "BLOCK", block)
-    rows = [{"text": f"é 🙂 [{{\"\\, {i}", "deep": [{"n": -1.5e3, "t": True}, None]} for i in range(5)]
-    text = {"list": json.dumps(rows), "indented list": "\ufeff \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
-            "one after the other": "\n".join(json.dumps(row, indent=1) for row in rows)}[layout]
+    rows = [
+        {"text": f'é 🙂 [{{"\\, {i}', "deep": [{"n": -1.5e3, "t": True}, None]} for i in range(5)
+    ]
+    text = {
+        "list": json.dumps(rows),
+        "indented list": "\ufeff \n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n",
+        "one after the other": "\n".join(json.dumps(row, indent=1) for row in rows),
+    }[layout]
     path = tmp_path / "data.json"
     path.write_text(text, encoding="utf-8")
     assert list(sources._json_records(places.local(path))) == rows
@@ -169,21 +257,68 @@ def test_files_folders_and_globs_are_read_in_order(tmp_path, prepare):
     write(tmp_path / "z.json", [{"prompt": "z", "answer": "z"}])
     (tmp_path / "more").mkdir()
     write(tmp_path / "more" / "d.csv", [{"prompt": "d", "answer": "d"}])
-    made = prepare(None, "--source", str(tmp_path / "z.json"), str(tmp_path / "in"), "--source", str(tmp_path / "more" / "*.csv"), "--val", "0")
-    assert [targets.removesuffix("<|im_end|>") for _, targets in texts(made)] == ["z", "a.csv", "b.jsonl", "c.parquet", "d"]
+    made = prepare(
+        None,
+        "--source",
+        str(tmp_path / "z.json"),
+        str(tmp_path / "in"),
+        "--source",
+        str(tmp_path / "more" / "*.csv"),
+        "--val",
+        "0",
+    )
+    assert [targets.removesuffix("<|im_end|>") for _, targets in texts(made)] == [
+        "z",
+        "a.csv",
+        "b.jsonl",
+        "c.parquet",
+        "d",
+    ]
     assert made.train.rows["source"].tolist() == [0, 1, 1, 1, 2]
-    assert [(source["name"], source["rows"]["train"], len(source["files"])) for source in made.meta["sources"]] == [
-        ("z", 1, 1), ("in", 3, 3), ("more", 1, 1)]
+    assert [
+        (source["name"], source["rows"]["train"], len(source["files"]))
+        for source in made.meta["sources"]
+    ] == [("z", 1, 1), ("in", 3, 3), ("more", 1, 1)]
 
 
 def test_columns_of_one_source_leave_the_others_alone(tmp_path, tokenizer_dir, no_picture):
-    write(tmp_path / "a.jsonl", [{"q": f"question {i}", "r": f"one {i}", "prompt": "not this", "answer": "nor this"} for i in range(3)])
-    write(tmp_path / "b.jsonl", [{"prompt": f"question {i}", "answer": f"two {i}"} for i in range(3)])
-    argv = ["--source", f"a={tmp_path / 'a.jsonl'}", f"b={tmp_path / 'b.jsonl'}", "--columns", "a:prompt=q,answer=r", "--tokenizer", tokenizer_dir,
-            "--val", 0, "--workers", 1, "--export", tmp_path / "rows", "--out", tmp_path / "out"]
+    write(
+        tmp_path / "a.jsonl",
+        [
+            {"q": f"question {i}", "r": f"one {i}", "prompt": "not this", "answer": "nor this"}
+            for i in range(3)
+        ],
+    )
+    write(
+        tmp_path / "b.jsonl", [{"prompt": f"question {i}", "answer": f"two {i}"} for i in range(3)]
+    )
+    argv = [
+        "--source",
+        f"a={tmp_path / 'a.jsonl'}",
+        f"b={tmp_path / 'b.jsonl'}",
+        "--columns",
+        "a:prompt=q,answer=r",
+        "--tokenizer",
+        tokenizer_dir,
+        "--val",
+        0,
+        "--workers",
+        1,
+        "--export",
+        tmp_path / "rows",
+        "--out",
+        tmp_path / "out",
+    ]
     make.call(prepare_data.main, *argv)
     rows = pq.read_table(tmp_path / "rows" / "train.parquet").to_pylist()
-    assert sorted(row["messages"][1]["content"] for row in rows) == ["one 0", "one 1", "one 2", "two 0", "two 1", "two 2"]
+    assert sorted(row["messages"][1]["content"] for row in rows) == [
+        "one 0",
+        "one 1",
+        "one 2",
+        "two 0",
+        "two 1",
+        "two 2",
+    ]
     code, _ = make.ends(prepare_data.main, *argv, "--columns", "c:prompt=q,answer=r")
     assert code == 2
     code, _ = make.ends(prepare_data.main, *argv, "--columns", "a:prompt=r,answer=q")
@@ -191,23 +326,43 @@ def test_columns_of_one_source_leave_the_others_alone(tmp_path, tokenizer_dir, n
 
 
 def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path):
-    path = write(tmp_path / "data.parquet", [{"prompt": "p", "answer": "a", "embedding": [0.5] * 9}])
+    path = write(
+        tmp_path / "data.parquet", [{"prompt": "p", "answer": "a", "embedding": [0.5] * 9}]
+    )
     place = places.local(path)
-    assert list(sources._parquet_records(place, list(sources.look(place).columns.values()))) == [{"prompt": "p", "answer": "a"}]
+    assert list(sources._parquet_records(place, list(sources.look(place).columns.values()))) == [
+        {"prompt": "p", "answer": "a"}
+    ]
 
 
 def test_rows_are_dropped_by_reason_and_counted(prepare):
     good = tiny.chat("a", "b")
-    rows = [{"messages": good}, {"messages": good}, {"messages": []}, {"messages": [good[0], {"role": "assistant", "content": " "}]},
-            {"messages": [{"role": "judge", "content": "?"}, *good]}, {"messages": [good[0], {"role": "assistant", "content": "x" * 90}]},
-            {"messages": [good[1]]}]
+    rows = [
+        {"messages": good},
+        {"messages": good},
+        {"messages": []},
+        {"messages": [good[0], {"role": "assistant", "content": " "}]},
+        {"messages": [{"role": "judge", "content": "?"}, *good]},
+        {"messages": [good[0], {"role": "assistant", "content": "x" * 90}]},
+        {"messages": [good[1]]},
+    ]
     made = prepare(rows, "--val", "0", "--max-len", "60")
-    assert made.meta["dropped"] == {"empty": 2, "duplicate": 1, "unknown role": 1, "too long": 1, "no target": 1}
+    assert made.meta["dropped"] == {
+        "empty": 2,
+        "duplicate": 1,
+        "unknown role": 1,
+        "too long": 1,
+        "no target": 1,
+    }
     assert len(made.train.rows) == 1
 
 
 def test_a_longer_row_is_dropped_or_cut_as_asked(prepare):
-    rows = [{"prompt": "a", "answer": "x" * 90}, {"prompt": "y" * 90, "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    rows = [
+        {"prompt": "a", "answer": "x" * 90},
+        {"prompt": "y" * 90, "answer": "b"},
+        {"prompt": "c", "answer": "d"},
+    ]
     assert prepare(rows, "--val", "0", "--max-len", "60").meta["dropped"] == {"too long": 2}
     cut = prepare(rows, "--val", "0", "--max-len", "60", "--long", "truncate", out="cut")
     assert cut.train.rows["length"].max() == 60 and cut.meta["dropped"] == {"no target": 1}
@@ -216,7 +371,12 @@ def test_a_longer_row_is_dropped_or_cut_as_asked(prepare):
 
 def test_a_template_that_refuses_some_rows_is_counted(tmp_path, prepare):
     tiny.tiny(tiny.STRICT, eos="</s>").save_pretrained(tmp_path / "strict")
-    made = prepare([{"prompt": "a", "answer": "b", "system": "s"}, {"prompt": "a", "answer": "b"}], "--val", "0", tokenizer=tmp_path / "strict")
+    made = prepare(
+        [{"prompt": "a", "answer": "b", "system": "s"}, {"prompt": "a", "answer": "b"}],
+        "--val",
+        "0",
+        tokenizer=tmp_path / "strict",
+    )
     assert made.meta["dropped"] == {"refused by the chat template (System role not supported)": 1}
 
 
@@ -229,13 +389,21 @@ def test_a_tokenizer_without_template_gets_one_that_later_stages_find(tmp_path, 
 
 # --- the split
 
+
 def val_prompts(made):
     return {whole.split("<|im_end|>")[0] for whole, _ in texts(made, "val")}
 
 
 def test_rows_added_later_change_no_other_rows_side(prepare):
-    few, many = prepare(PAIRS, "--val", "0.4"), prepare([*PAIRS, *({"prompt": f"new {i}", "answer": "x"} for i in range(30))], "--val", "0.4",
-                                                           out="many")
+    few, many = (
+        prepare(PAIRS, "--val", "0.4"),
+        prepare(
+            [*PAIRS, *({"prompt": f"new {i}", "answer": "x"} for i in range(30))],
+            "--val",
+            "0.4",
+            out="many",
+        ),
+    )
     assert 0 < len(few.val.rows) < 30
     old = {prompt for prompt in val_prompts(many) if "question" in prompt}
     assert old == val_prompts(few)
@@ -243,22 +411,36 @@ def test_rows_added_later_change_no_other_rows_side(prepare):
 
 @pytest.mark.parametrize("val", ["0.5", "12"])
 def test_one_prompt_is_never_on_both_sides(prepare, val):
-    made = prepare([{"prompt": f"question {i % 10}", "answer": f"reply {i}"} for i in range(50)], "--val", val)
+    made = prepare(
+        [{"prompt": f"question {i % 10}", "answer": f"reply {i}"} for i in range(50)], "--val", val
+    )
     train = {whole.split("<|im_end|>")[0] for whole, _ in texts(made)}
     assert train and val_prompts(made) and not train & val_prompts(made)
 
 
 def test_conversations_that_a_greeting_opens_are_split_by_what_the_user_asks(prepare):
     greeting = {"role": "assistant", "content": "Welcome"}
-    made = prepare([{"messages": [greeting, *tiny.chat(f"question {i}", "reply")]} for i in range(30)], "--val", "0.4")
+    made = prepare(
+        [{"messages": [greeting, *tiny.chat(f"question {i}", "reply")]} for i in range(30)],
+        "--val",
+        "0.4",
+    )
     assert 5 < len(made.val.rows) < 25
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_tokenizer(tmp_path, prepare):
     tiny.tiny(tiny.LLAMA3, eos="<|eot|>").save_pretrained(tmp_path / "other")
-    one, two = prepare(PAIRS, "--val", "0.4"), prepare(PAIRS, "--val", "0.4", out="two", tokenizer=tmp_path / "other")
+    one, two = (
+        prepare(PAIRS, "--val", "0.4"),
+        prepare(PAIRS, "--val", "0.4", out="two", tokenizer=tmp_path / "other"),
+    )
     seeded = prepare(PAIRS, "--val", "0.4", "--seed", "1", out="three")
-    questions = lambda made: [line["messages"] for line in map(json.loads, open(made.folder / "val.prompts.jsonl"))]
+
+    def questions(made):
+        return [
+            line["messages"] for line in map(json.loads, open(made.folder / "val.prompts.jsonl"))
+        ]
+
     assert questions(one) == questions(two) != questions(seeded)
 
 
@@ -278,24 +460,43 @@ def test_a_limit_keeps_the_first_rows_that_are_good(prepare):
     rows = [{"prompt": "", "answer": "x"}, *PAIRS]
     made = prepare(rows, "--val", "0", "--limit", "4")
     assert [targets for _, targets in texts(made)] == [f"reply {i}<|im_end|>" for i in range(4)]
-    assert made.meta["sources"][0]["read"] == 5 and made.meta["sources"][0]["dropped"] == {"empty": 1} and made.meta["dropped"] == {"empty": 1}
+    assert (
+        made.meta["sources"][0]["read"] == 5
+        and made.meta["sources"][0]["dropped"] == {"empty": 1}
+        and made.meta["dropped"] == {"empty": 1}
+    )
 
 
 def test_seen_knows_every_hash_it_was_given(monkeypatch):
-    seen, values = split.Seen(), np.random.default_rng(0).integers(0, 2**64, 105_000, np.uint64).tolist()
+    seen, values = (
+        split.Seen(),
+        np.random.default_rng(0).integers(0, 2**64, 105_000, np.uint64).tolist(),
+    )
     assert all(map(seen.add, values)) and not any(map(seen.add, values[::1000]))
     assert len(seen.old) > 100_000 and seen.new  # some were merged, some not yet
 
 
 # --- again, killed, in parallel
 
+
 def test_one_worker_and_two_write_the_same_bytes(tmp_path, tokenizer_dir, monkeypatch):
     pools, real = [], workers.concurrent.futures.ProcessPoolExecutor
-    monkeypatch.setattr(workers.concurrent.futures, "ProcessPoolExecutor", lambda *a: pools.append(a[0]) or real(*a))
+    monkeypatch.setattr(
+        workers.concurrent.futures, "ProcessPoolExecutor", lambda *a: pools.append(a[0]) or real(*a)
+    )
     rows = [{"prompt": f"q {i % 2500}", "answer": "a" * (i % 7)} for i in range(2600)]
-    common = ["--source", str(write(tmp_path / "rows.jsonl", rows)), "--tokenizer", str(tokenizer_dir), "--val", "0.1"]
+    common = [
+        "--source",
+        str(write(tmp_path / "rows.jsonl", rows)),
+        "--tokenizer",
+        str(tokenizer_dir),
+        "--val",
+        "0.1",
+    ]
     for count in (1, 2):
-        prepare_data.main([*common, "--out", str(tmp_path / f"out{count}"), "--workers", str(count)])
+        prepare_data.main(
+            [*common, "--out", str(tmp_path / f"out{count}"), "--workers", str(count)]
+        )
     assert everything(tmp_path / "out1") == everything(tmp_path / "out2") and pools == [2]
 
 
@@ -319,7 +520,10 @@ def test_other_arguments_are_refused_by_name_and_fresh_accepts_them(prepare):
 def test_fresh_with_another_tokenizer_uses_that_one(tmp_path, prepare):
     tiny.tiny(tiny.LLAMA3, eos="<|eot|>").save_pretrained(tmp_path / "other")
     assert texts(prepare(PAIRS, "--val", "0"))[0][1] == "reply 0<|im_end|>"
-    assert texts(prepare(PAIRS, "--val", "0", "--fresh", tokenizer=tmp_path / "other"))[0][1] == "reply 0<|eot|>"
+    assert (
+        texts(prepare(PAIRS, "--val", "0", "--fresh", tokenizer=tmp_path / "other"))[0][1]
+        == "reply 0<|eot|>"
+    )
 
 
 @pytest.mark.parametrize("block", [1, 100])
@@ -335,15 +539,21 @@ def test_a_source_that_changed_is_refused(prepare):
         prepare(PAIRS[1:])
 
 
-MOMENTS = {"while staging": (split.Seen, "add"), "while dividing": (np, "repeat"), "before the rename": (files, "publish")}
+MOMENTS = {
+    "while staging": (split.Seen, "add"),
+    "while dividing": (np, "repeat"),
+    "before the rename": (files, "publish"),
+}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_anywhere_the_rerun_gives_the_same_bytes(prepare, monkeypatch, moment):
     whole = everything(prepare(PAIRS, "--val", "5", out="whole").folder)
     with monkeypatch.context() as patch:
+
         def die(*_, **__):
             raise KeyboardInterrupt
+
         patch.setattr(*MOMENTS[moment], die)
         with pytest.raises(KeyboardInterrupt):
             prepare(PAIRS, "--val", "5")
@@ -361,7 +571,9 @@ def test_fresh_never_deletes_a_folder_that_is_not_ours(tmp_path, prepare):
 
 def test_fresh_throws_the_old_folder_away_before_it_writes(prepare, monkeypatch):
     old = prepare(PAIRS).folder
-    monkeypatch.setattr(prepare_data, "stage", lambda *_: pytest.fail("stop here") if not old.exists() else None)
+    monkeypatch.setattr(
+        prepare_data, "stage", lambda *_: pytest.fail("stop here") if not old.exists() else None
+    )
     with pytest.raises(pytest.fail.Exception, match="stop here"):
         prepare(PAIRS, "--fresh")
 
@@ -383,24 +595,47 @@ def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
 def test_show_marks_the_targets(prepare, capsys):
     prepare(PAIRS, "--val", "0", "--show", "2")
     shown = capsys.readouterr().out
-    assert "row 0 of 30 from" in shown and " tokens, 8 targets\n" in shown and "row 29 of 30 from" in shown
-    assert shown.count("<|im_start|>assistant\n[reply ") == 2 and "[reply 29<|im_end|>]\n\n" in shown and "\x1b" not in shown
+    assert (
+        "row 0 of 30 from" in shown
+        and " tokens, 8 targets\n" in shown
+        and "row 29 of 30 from" in shown
+    )
+    assert (
+        shown.count("<|im_start|>assistant\n[reply ") == 2
+        and "[reply 29<|im_end|>]\n\n" in shown
+        and "\x1b" not in shown
+    )
 
 
 def test_show_leaves_a_masked_trace_outside_the_brackets(prepare, capsys):
     talk = tiny.chat("one", "<think>hm</think>\n\ntwo", "three", "<think>so</think>\n\nfour")
     prepare([{"messages": talk}], "--val", "0", "--show", "1", "--think", "mask")
     shown = capsys.readouterr().out
-    assert "<think>hm</think>\n\n[two<|im_end|>]\n" in shown and "<think>so</think>\n\n[four<|im_end|>]\n" in shown
+    assert (
+        "<think>hm</think>\n\n[two<|im_end|>]\n" in shown
+        and "<think>so</think>\n\n[four<|im_end|>]\n" in shown
+    )
 
 
 # --- turns and reasoning traces
 
-TRACED = [{"messages": tiny.chat(f"ask {i}", f"<think>a {i}</think>\n\nyes {i}", "more", f"<think>b {i}</think>\n\nno {i}")} for i in range(8)]
+TRACED = [
+    {
+        "messages": tiny.chat(
+            f"ask {i}",
+            f"<think>a {i}</think>\n\nyes {i}",
+            "more",
+            f"<think>b {i}</think>\n\nno {i}",
+        )
+    }
+    for i in range(8)
+]
 
 
 def test_turns_and_think_decide_what_is_learnt_and_nothing_is_lost_by_default(prepare):
-    targets = lambda *flags: texts(prepare(TRACED, "--val", "0", *flags, "--fresh"))[3][1]
+    def targets(*flags):
+        return texts(prepare(TRACED, "--val", "0", *flags, "--fresh"))[3][1]
+
     one, two, end = "<think>a 3</think>\n\nyes 3", "<think>b 3</think>\n\nno 3", "<|im_end|>"
     assert targets() == f"{one}{end}{two}{end}" and targets("--turns", "last") == f"{two}{end}"
     assert targets("--think", "drop") == targets("--think", "mask") == f"yes 3{end}no 3{end}"
@@ -408,36 +643,75 @@ def test_turns_and_think_decide_what_is_learnt_and_nothing_is_lost_by_default(pr
 
 
 def test_a_masked_trace_stays_in_the_text_and_a_dropped_one_does_not(prepare):
-    shown = {think: texts(prepare(TRACED, "--val", "0", "--think", think, out=think))[3][0] for think in ("keep", "drop", "mask")}
-    assert shown["keep"] == shown["mask"] and "<think>b 3</think>" in shown["mask"] and "think" not in shown["drop"]
+    shown = {
+        think: texts(prepare(TRACED, "--val", "0", "--think", think, out=think))[3][0]
+        for think in ("keep", "drop", "mask")
+    }
+    assert (
+        shown["keep"] == shown["mask"]
+        and "<think>b 3</think>" in shown["mask"]
+        and "think" not in shown["drop"]
+    )
 
 
 @pytest.mark.parametrize("think", ["keep", "drop", "mask"])
 def test_val_prompts_and_references_lose_their_traces_where_the_rows_do(prepare, think):
     made = prepare(TRACED, "--val", "4", "--think", think)
-    lines = list(map(json.loads, (made.folder / "val.prompts.jsonl").read_text(encoding="utf-8").splitlines()))
+    lines = list(
+        map(
+            json.loads, (made.folder / "val.prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    )
     assert len(lines) == len(made.val.rows) == 4
     for line, (whole, _) in zip(lines, texts(made, "val")):
-        assert template.render(made.tokenizer(), [*line["messages"], {"role": "assistant", "content": line["reference"]}]) == whole
-        assert ("<think>" in line["reference"]) == ("<think>" in line["messages"][1]["content"]) == (think != "drop")
+        assert (
+            template.render(
+                made.tokenizer(),
+                [*line["messages"], {"role": "assistant", "content": line["reference"]}],
+            )
+            == whole
+        )
+        assert (
+            ("<think>" in line["reference"])
+            == ("<think>" in line["messages"][1]["content"])
+            == (think != "drop")
+        )
 
 
 def test_the_side_of_a_row_does_not_depend_on_turns_or_think(prepare):
-    asked = lambda made: {whole.split("ask ")[1][0] for whole, _ in texts(made, "val")}
+    def asked(made):
+        return {whole.split("ask ")[1][0] for whole, _ in texts(made, "val")}
+
     settings = [], ["--turns", "last"], ["--think", "drop"]
-    made = [prepare(TRACED, "--val", "0.4", *flags, out=f"out{number}") for number, flags in enumerate(settings)]
+    made = [
+        prepare(TRACED, "--val", "0.4", *flags, out=f"out{number}")
+        for number, flags in enumerate(settings)
+    ]
     assert 0 < len(asked(made[0])) < 8 and asked(made[0]) == asked(made[1]) == asked(made[2])
 
 
-def test_traces_without_end_are_counted_and_rows_that_differ_in_their_traces_alone_are_duplicates_once_those_are_dropped(prepare):
-    rows = [{"prompt": "a", "answer": "<think>x"}, {"prompt": "a", "answer": "<think>x</think>"}, {"prompt": "a", "answer": "<think>x</think>b"},
-            {"prompt": "a", "answer": "<think>y</think>b"}]
-    dropped = lambda think: prepare(rows, "--val", "0", "--think", think, out=think).meta["dropped"]
-    assert dropped("drop") == {"unclosed think": 1, "empty": 1, "duplicate": 1} and dropped("mask") == {"unclosed think": 1, "empty": 1}
+def test_traces_without_end_are_counted_and_rows_that_differ_in_their_traces_alone_are_duplicates_once_those_are_dropped(
+    prepare,
+):
+    rows = [
+        {"prompt": "a", "answer": "<think>x"},
+        {"prompt": "a", "answer": "<think>x</think>"},
+        {"prompt": "a", "answer": "<think>x</think>b"},
+        {"prompt": "a", "answer": "<think>y</think>b"},
+    ]
+
+    def dropped(think):
+        return prepare(rows, "--val", "0", "--think", think, out=think).meta["dropped"]
+
+    assert dropped("drop") == {"unclosed think": 1, "empty": 1, "duplicate": 1} and dropped(
+        "mask"
+    ) == {"unclosed think": 1, "empty": 1}
     assert dropped("keep") == {}
 
 
-def test_other_turns_or_traces_are_another_data_set_and_a_folder_older_than_the_flags_has_the_defaults(prepare):
+def test_other_turns_or_traces_are_another_data_set_and_a_folder_older_than_the_flags_has_the_defaults(
+    prepare,
+):
     made = prepare(TRACED, "--val", "0")
     meta = files.read_json(made.folder / "meta.json")
     assert (meta["args"].pop("turns"), meta["args"].pop("think")) == ("all", "keep")
@@ -447,9 +721,15 @@ def test_other_turns_or_traces_are_another_data_set_and_a_folder_older_than_the_
         prepare(TRACED, "--val", "0", "--turns", "last", "--think", "mask")
 
 
-def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_some(tmp_path, prepare, capsys):
+def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_some(
+    tmp_path, prepare, capsys
+):
     tiny.model("qwen3").save_pretrained(tmp_path / "qwen3")
-    for warned, rows, *flags in ((True, TRACED), (False, PAIRS), (False, TRACED, "--turns", "last")):
+    for warned, rows, *flags in (
+        (True, TRACED),
+        (False, PAIRS),
+        (False, TRACED, "--turns", "last"),
+    ):
         prepare(rows, "--val", "0", *flags, "--fresh", tokenizer=tmp_path / "qwen3")
         assert ("only the last one is learnt" in capsys.readouterr().out) == warned
 
@@ -457,12 +737,20 @@ def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_s
 def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys):
     prepare([*PAIRS, PAIRS[0]], "--val", "5", "--rows-per-chunk", "10")
     table = capsys.readouterr().out
-    for line in ("train 25   val 5", "duplicate 1", "chunks    3 of 10 rows", "next: make stage1 NAME=out"):
+    for line in (
+        "train 25   val 5",
+        "duplicate 1",
+        "chunks    3 of 10 rows",
+        "next: make stage1 NAME=out",
+    ):
         assert line in table
 
 
 def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, capsys):
-    plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    plain = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if"
+        " add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     tiny.tiny(plain).save_pretrained(tmp_path / "plain")
     prepare(PAIRS, tokenizer=tmp_path / "plain")
     assert "will not learn where to stop" in capsys.readouterr().out
@@ -472,10 +760,12 @@ def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, c
 
 # --- errors: one line, 1 for files and 2 for arguments
 
+
 def put(name, content):
     def make(folder):
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         return name
+
     return make
 
 
@@ -485,7 +775,7 @@ def rows_of(name, rows):
 
 def broken_parquet(folder):
     whole = write(folder / "whole.parquet", PAIRS).read_bytes()
-    (folder / "broken.parquet").write_bytes(whole[:len(whole) // 2])
+    (folder / "broken.parquet").write_bytes(whole[: len(whole) // 2])
     return "broken.parquet"
 
 
@@ -503,56 +793,142 @@ BAD_FILES = {
     "header only": (put("a.csv", "prompt,answer\n"), ["a.csv", "no row"]),
     "no rows": (no_rows, ["a.parquet", "no row"]),
     "other kind": (put("a.txt", "x"), ["a.txt", ".parquet, .json, .jsonl, .csv"]),
-    "folder without data": (lambda folder: (folder / "void").mkdir() or "void", ["void", "no data file", ".parquet"]),
+    "folder without data": (
+        lambda folder: (folder / "void").mkdir() or "void",
+        ["void", "no data file", ".parquet"],
+    ),
     "broken parquet": (broken_parquet, ["broken.parquet", "cannot be read"]),
     "parquet of zeros": (put("a.parquet", bytes(100)), ["a.parquet", "cannot be read"]),
     "broken first line": (put("a.jsonl", '{"text": "x"\n'), ["a.jsonl", "line 1", "broken JSON"]),
-    "broken later line": (put("a.jsonl", '{"text": "x"}\n\n{"text": }\n{"text": "y"}\n'), ["a.jsonl", "line 3", "broken JSON"]),
-    "broken object in a list": (put("a.json", '[{"text": "x"},\n\n {"text" "z"},\n' + '{"text": "y"},' * 9), ["a.json", "line 3", "broken JSON"]),
-    "list without end": (put("a.json", '[{"text": "x"},\n {"text": "y"}'), ["a.json", "line 2", "closing ]"]),
+    "broken later line": (
+        put("a.jsonl", '{"text": "x"}\n\n{"text": }\n{"text": "y"}\n'),
+        ["a.jsonl", "line 3", "broken JSON"],
+    ),
+    "broken object in a list": (
+        put("a.json", '[{"text": "x"},\n\n {"text" "z"},\n' + '{"text": "y"},' * 9),
+        ["a.json", "line 3", "broken JSON"],
+    ),
+    "list without end": (
+        put("a.json", '[{"text": "x"},\n {"text": "y"}'),
+        ["a.json", "line 2", "closing ]"],
+    ),
     "stray bracket": (put("a.json", '{"text": "x"}\n]'), ["a.json", "line 2", "broken JSON"]),
     "object without end": (put("a.json", '{"text": "x'), ["a.json", "line 1", "broken JSON"]),
     "not objects": (put("a.json", "[1, 2, 3]"), ["a.json", "row 1", "not an object"]),
     "not UTF-8": (put("a.jsonl", b'{"text": "\xff\xfe"}'), ["a.jsonl", "UTF-8"]),
-    "ragged csv": (put("a.csv", "prompt,answer\na,b\na,b,c\n"), ["a.csv", "cannot be read", "Expected 2 columns"]),
-    "unknown schema": (rows_of("a.jsonl", [{"foo": "1", "bar": "2"}]), ["a.jsonl", "foo, bar", "question+answer", "conversations", "--columns"]),
-    "numbers as answers in json": (rows_of("a.jsonl", [*PAIRS[:2], {"prompt": "p", "answer": 5}]), ["a.jsonl", "row 3", "answer", "int"]),
-    "numbers as answers in parquet": (rows_of("a.parquet", [{"prompt": "p", "answer": 5}]), ["a.parquet", "answer", "int64", "text"]),
-    "text as messages": (rows_of("a.parquet", [{"messages": "hello"}]), ["a.parquet", "row 1", "messages", "role, content"]),
-    "numbers as messages": (rows_of("a.parquet", [{"messages": [1, 2]}]), ["a.parquet", "messages", "role, content"]),
-    "lists as prompts in parquet": (rows_of("a.parquet", [{"prompt": ["p"], "answer": "a"}]), ["a.parquet", "prompt", "list<", "text"]),
-    "objects as prompts in json": (rows_of("a.jsonl", [{"prompt": {"p": 1}, "answer": "a"}]), ["a.jsonl", "row 1", "prompt", "dict"]),
-    "one message as messages": (rows_of("a.jsonl", [{"messages": {"role": "user", "content": "x"}}]), ["row 1", "messages", "a list of"]),
-    "no assistant's turn": (rows_of("a.jsonl", [{"messages": tiny.chat("x")}] * 2), ["no row is left", "empty 2"]),
-    "no user's turn": (rows_of("a.jsonl", [{"messages": tiny.chat("x", "y")[1:]}]), ["no row is left", "no target 1"]),
-    "no role": (rows_of("a.jsonl", [{"messages": [{"content": "x"}]}]), ["no row is left", "unknown role 1"]),
-    "a column of nulls": (rows_of("a.parquet", [{"prompt": None, "answer": "a"}]), ["no row is left", "empty 1"]),
-    "only unclosed traces": (rows_of("a.jsonl", [{"prompt": "p", "answer": "<think>a"}]), ["no row is left", "unclosed think 1"], "--think", "mask"),
-    "nothing left": (rows_of("a.jsonl", [{"prompt": "p", "answer": ""}] * 3), ["no row is left", "empty 3"]),
-    "all in val": (rows_of("a.jsonl", [{"prompt": "p", "answer": "a"}]), ["to train on", "smaller --val"], "--val", "1"),
-    "no such column": (rows_of("a.jsonl", PAIRS), ["no column nope", "prompt, answer"], "--columns", "prompt=prompt,answer=nope"),
+    "ragged csv": (
+        put("a.csv", "prompt,answer\na,b\na,b,c\n"),
+        ["a.csv", "cannot be read", "Expected 2 columns"],
+    ),
+    "unknown schema": (
+        rows_of("a.jsonl", [{"foo": "1", "bar": "2"}]),
+        ["a.jsonl", "foo, bar", "question+answer", "conversations", "--columns"],
+    ),
+    "numbers as answers in json": (
+        rows_of("a.jsonl", [*PAIRS[:2], {"prompt": "p", "answer": 5}]),
+        ["a.jsonl", "row 3", "answer", "int"],
+    ),
+    "numbers as answers in parquet": (
+        rows_of("a.parquet", [{"prompt": "p", "answer": 5}]),
+        ["a.parquet", "answer", "int64", "text"],
+    ),
+    "text as messages": (
+        rows_of("a.parquet", [{"messages": "hello"}]),
+        ["a.parquet", "row 1", "messages", "role, content"],
+    ),
+    "numbers as messages": (
+        rows_of("a.parquet", [{"messages": [1, 2]}]),
+        ["a.parquet", "messages", "role, content"],
+    ),
+    "lists as prompts in parquet": (
+        rows_of("a.parquet", [{"prompt": ["p"], "answer": "a"}]),
+        ["a.parquet", "prompt", "list<", "text"],
+    ),
+    "objects as prompts in json": (
+        rows_of("a.jsonl", [{"prompt": {"p": 1}, "answer": "a"}]),
+        ["a.jsonl", "row 1", "prompt", "dict"],
+    ),
+    "one message as messages": (
+        rows_of("a.jsonl", [{"messages": {"role": "user", "content": "x"}}]),
+        ["row 1", "messages", "a list of"],
+    ),
+    "no assistant's turn": (
+        rows_of("a.jsonl", [{"messages": tiny.chat("x")}] * 2),
+        ["no row is left", "empty 2"],
+    ),
+    "no user's turn": (
+        rows_of("a.jsonl", [{"messages": tiny.chat("x", "y")[1:]}]),
+        ["no row is left", "no target 1"],
+    ),
+    "no role": (
+        rows_of("a.jsonl", [{"messages": [{"content": "x"}]}]),
+        ["no row is left", "unknown role 1"],
+    ),
+    "a column of nulls": (
+        rows_of("a.parquet", [{"prompt": None, "answer": "a"}]),
+        ["no row is left", "empty 1"],
+    ),
+    "only unclosed traces": (
+        rows_of("a.jsonl", [{"prompt": "p", "answer": "<think>a"}]),
+        ["no row is left", "unclosed think 1"],
+        "--think",
+        "mask",
+    ),
+    "nothing left": (
+        rows_of("a.jsonl", [{"prompt": "p", "answer": ""}] * 3),
+        ["no row is left", "empty 3"],
+    ),
+    "all in val": (
+        rows_of("a.jsonl", [{"prompt": "p", "answer": "a"}]),
+        ["to train on", "smaller --val"],
+        "--val",
+        "1",
+    ),
+    "no such column": (
+        rows_of("a.jsonl", PAIRS),
+        ["no column nope", "prompt, answer"],
+        "--columns",
+        "prompt=prompt,answer=nope",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_one_line_that_names_what_is_needed(tmp_path, monkeypatch, tokenizer_dir, capsys, case):
+def test_a_bad_file_is_one_line_that_names_what_is_needed(
+    tmp_path, monkeypatch, tokenizer_dir, capsys, case
+):
     monkeypatch.chdir(tmp_path)
     make, words, *more = BAD_FILES[case]
     with pytest.raises(SystemExit) as end:
-        prepare_data.main(["--source", make(tmp_path), "--tokenizer", str(tokenizer_dir), "--out", "out", *more])
+        prepare_data.main(
+            ["--source", make(tmp_path), "--tokenizer", str(tokenizer_dir), "--out", "out", *more]
+        )
     message = end.value.code  # a text as code is printed, and the exit code is 1
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert not [word for word in words if word not in message], message
     assert not os.path.exists("out")
 
 
-@pytest.mark.parametrize(("flags", "word"), [
-    (["--columns", "prompt=a"], "prompt=COL,answer=COL"), (["--columns", "text=a,input=b"], "text=COL"), (["--columns", "nonsense"], "text=COL"),
-    (["--val", "-1"], "--val"), (["--val", "2.5"], "--val"), (["--val", "nan"], "--val"), (["--val", "inf"], "--val"),
-    (["--max-len", "0"], "--max-len"), (["--rows-per-chunk", "0"], "--rows-per-chunk"), (["--workers", "-1"], "--workers"),
-    (["--limit", "-5"], "--limit"), (["--long", "wrap"], "truncate"),
-    (["--turns", "first"], "last"), (["--think", "hide"], "mask"), (["--max", "5"], "--max"),
-])
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--columns", "prompt=a"], "prompt=COL,answer=COL"),
+        (["--columns", "text=a,input=b"], "text=COL"),
+        (["--columns", "nonsense"], "text=COL"),
+        (["--val", "-1"], "--val"),
+        (["--val", "2.5"], "--val"),
+        (["--val", "nan"], "--val"),
+        (["--val", "inf"], "--val"),
+        (["--max-len", "0"], "--max-len"),
+        (["--rows-per-chunk", "0"], "--rows-per-chunk"),
+        (["--workers", "-1"], "--workers"),
+        (["--limit", "-5"], "--limit"),
+        (["--long", "wrap"], "truncate"),
+        (["--turns", "first"], "last"),
+        (["--think", "hide"], "mask"),
+        (["--max", "5"], "--max"),
+    ],
+)
 def test_a_bad_argument_exits_with_2_and_names_it(capsys, flags, word):
     with pytest.raises(SystemExit) as end:
         prepare_data.parse_args(["--source", "x", "--tokenizer", "t", "--out", "o", *flags])

@@ -1,4 +1,6 @@
-"""The teacher beside the student: the same loss, gradient and run as from its logits on disk, and as written out here over all tokens."""
+"""The teacher beside the student: the same loss, gradient and run as from its logits on disk, and
+as written out here over all tokens."""
+
 import argparse
 import json
 import shutil
@@ -9,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_losses import BETAS, TEMPERATURES, all_close, bucket, gradients, ours, problem, reference_divergence, reference_loss
+from test_losses import (
+    BETAS,
+    TEMPERATURES,
+    all_close,
+    bucket,
+    gradients,
+    ours,
+    problem,
+    reference_divergence,
+    reference_loss,
+)
 from transformers import AutoModelForCausalLM
 
 import dump_logits
@@ -49,13 +61,17 @@ def both(world, dataset, *more, dtype="float64", student="student"):
     """Return (student, teacher), both loaded in one dtype."""
     args = stage2_kd.parse_args([str(word) for word in make.live(world, *more)])
     args.teacher_dtype = dtype
-    teacher, pupil = live.Teacher(args, dataset), models.load(str(world / student), CPU, getattr(torch, dtype), dataset=dataset)
+    teacher, pupil = (
+        live.Teacher(args, dataset),
+        models.load(str(world / student), CPU, getattr(torch, dtype), dataset=dataset),
+    )
     teacher.join(pupil, args, None)
     return pupil, teacher
 
 
 def row_logits(folder, batch, split):
-    """Return a model's logits (N, V) at a batch's targets, float64, row by row without packing, by transformers alone."""
+    """Return a model's logits (N, V) at a batch's targets, float64, row by row without packing, by
+    transformers alone."""
     module, out = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval(), []
     for row in batch.rows:
         ids, answer = (torch.from_numpy(np.array(part).astype(np.int64)) for part in split.row(row))
@@ -64,11 +80,23 @@ def row_logits(folder, batch, split):
 
 
 def loss_and_gradient(student, batch, kept, method):
-    """Return loss, cross-entropy and divergence summed over a batch, and the loss' gradient at every weight of the student."""
+    """Return loss, cross-entropy and divergence summed over a batch, and the loss' gradient at
+    every weight of the student."""
     student.module.zero_grad()
-    loss, ce, kd = losses.head_loss(student.hidden(batch), student.head(teacher_vocab(kept, student)), batch.labels, kept, method)
+    loss, ce, kd = losses.head_loss(
+        student.hidden(batch),
+        student.head(teacher_vocab(kept, student)),
+        batch.labels,
+        kept,
+        method,
+    )
     loss.backward()
-    return [loss.detach(), ce, kd, torch.cat([p.grad.flatten() for p in student.module.parameters()])]
+    return [
+        loss.detach(),
+        ce,
+        kd,
+        torch.cat([p.grad.flatten() for p in student.module.parameters()]),
+    ]
 
 
 def teacher_vocab(kept, student):
@@ -76,15 +104,24 @@ def teacher_vocab(kept, student):
 
 
 def written_out(student, batch, z, method, vocab=make.V):
-    """Return the same over the whole vocabulary, without any of our loss: softmax, the definitions of the papers, autograd."""
+    """Return the same over the whole vocabulary, without any of our loss: softmax, the definitions
+    of the papers, autograd."""
     student.module.zero_grad()
     s = (student.hidden(batch) @ student.module.get_output_embeddings().weight.t())[:, :vocab]
-    t, (p, q) = method.temperature, (torch.softmax(x / method.temperature, 1) for x in (z[:, :vocab], s))
+    t, (p, q) = (
+        method.temperature,
+        (torch.softmax(x / method.temperature, 1) for x in (z[:, :vocab], s)),
+    )
     kd = reference_divergence(p, q, method.divergence, method.beta).sum()
     ce = torch.nn.functional.cross_entropy(s, batch.labels, reduction="sum")
     loss = method.alpha * t * t * kd + (1 - method.alpha) * ce
     loss.backward()
-    return [loss.detach(), ce.detach(), kd.detach(), torch.cat([p.grad.flatten() for p in student.module.parameters()])]
+    return [
+        loss.detach(),
+        ce.detach(),
+        kd.detach(),
+        torch.cat([p.grad.flatten() for p in student.module.parameters()]),
+    ]
 
 
 LINES = [[0, 3, 5], [7, 1]]
@@ -92,8 +129,10 @@ LINES = [[0, 3, 5], [7, 1]]
 
 # --- the loss of a whole teacher
 
+
 def whole(z, vocab=None, **more):
-    """Return a teacher whose head makes exactly the logits z (n, V'): what is hidden is the logits themselves."""
+    """Return a teacher whose head makes exactly the logits z (n, V'): what is hidden is the logits
+    themselves."""
     return Whole(z, Head(torch.eye(z.shape[1], dtype=z.dtype), None, vocab or z.shape[1], **more))
 
 
@@ -105,8 +144,12 @@ def test_a_whole_teacher_gives_the_divergence_over_all_tokens(kind, t):
 
     def full(h, w):
         s = h @ w.t()
-        kd = reference_divergence(torch.softmax(z / t, 1), torch.softmax(s / t, 1), kind, BETAS[kind]).sum()
-        return 0.7 * t * t * kd + 0.3 * torch.nn.functional.cross_entropy(s, labels, reduction="sum")
+        kd = reference_divergence(
+            torch.softmax(z / t, 1), torch.softmax(s / t, 1), kind, BETAS[kind]
+        ).sum()
+        return 0.7 * t * t * kd + 0.3 * torch.nn.functional.cross_entropy(
+            s, labels, reduction="sum"
+        )
 
     all_close(ours(hidden, weight, labels, whole(z), method), gradients(full, hidden, weight))
 
@@ -114,18 +157,42 @@ def test_a_whole_teacher_gives_the_divergence_over_all_tokens(kind, t):
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 @pytest.mark.parametrize("t", TEMPERATURES)
 def test_the_gradient_agrees_with_finite_differences_through_both_heads(kind, t):
-    """Both heads have a scale, a cap and a bias, and the teacher's knows more tokens; what is differenced is the loss that is printed."""
+    """Both heads have a scale, a cap and a bias, and the teacher's knows more tokens; what is
+    differenced is the loss that is printed."""
     hidden, weight, labels, _ = problem(n=3, v=11, d=4)
     made = torch.Generator().manual_seed(5)
-    draw = lambda *shape: torch.randn(*shape, generator=made, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=made, dtype=torch.float64)
+
     teacher = Whole(draw(3, 6), Head(2 * draw(14, 6), draw(14), 11, 0.7, 4.0))
     method = Method(0.8, t, kind, BETAS[kind])
-    loss_of = lambda h, w: losses.head_loss(h, Head(w, torch.linspace(-1, 1, 11, dtype=torch.float64), 11, 1.3, 5.0), labels, teacher, method)[0]
+
+    def loss_of(h, w):
+        return losses.head_loss(
+            h,
+            Head(w, torch.linspace(-1, 1, 11, dtype=torch.float64), 11, 1.3, 5.0),
+            labels,
+            teacher,
+            method,
+        )[0]
+
     _, *grads = gradients(loss_of, hidden, weight)
     for place, (tensor, grad) in enumerate(zip((hidden, weight), grads)):
         for at in torch.randint(tensor.numel(), (8,), generator=made).tolist():
-            step = torch.zeros_like(tensor).flatten().index_fill(0, torch.tensor([at]), 1e-5).view_as(tensor)
-            moved = [[tensor + sign * step if i == place else other for i, other in enumerate((hidden, weight))] for sign in (1, -1)]
+            step = (
+                torch.zeros_like(tensor)
+                .flatten()
+                .index_fill(0, torch.tensor([at]), 1e-5)
+                .view_as(tensor)
+            )
+            moved = [
+                [
+                    tensor + sign * step if i == place else other
+                    for i, other in enumerate((hidden, weight))
+                ]
+                for sign in (1, -1)
+            ]
             difference = (loss_of(*moved[0]) - loss_of(*moved[1])) / 2e-5
             torch.testing.assert_close(grad.flatten()[at], difference, rtol=1e-5, atol=1e-7)
 
@@ -133,36 +200,55 @@ def test_the_gradient_agrees_with_finite_differences_through_both_heads(kind, t)
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_a_student_equal_to_its_whole_teacher_has_no_divergence_and_no_gradient(kind):
     hidden, weight, labels, _ = problem()
-    loss, *grads = ours(hidden, weight, labels, Whole(hidden, Head(weight, None, len(weight))), Method(1.0, 2.0, kind, BETAS[kind]))
+    loss, *grads = ours(
+        hidden,
+        weight,
+        labels,
+        Whole(hidden, Head(weight, None, len(weight))),
+        Method(1.0, 2.0, kind, BETAS[kind]),
+    )
     assert abs(loss) < 1e-12
     assert kind == "tvd" or all(grad.abs().max() < 1e-12 for grad in grads)
 
 
 def test_tokens_that_the_teacher_alone_knows_are_cut_before_its_softmax():
     hidden, weight, labels, z = problem()
-    wide = torch.cat([z, torch.full((len(z), 9), 50.0, dtype=z.dtype)], 1)  # nearly all of its mass is there
+    wide = torch.cat(
+        [z, torch.full((len(z), 9), 50.0, dtype=z.dtype)], 1
+    )  # nearly all of its mass is there
     method = Method(0.6, 2.0)
-    all_close(ours(hidden, weight, labels, whole(wide, len(weight)), method), ours(hidden, weight, labels, whole(z), method))
+    all_close(
+        ours(hidden, weight, labels, whole(wide, len(weight)), method),
+        ours(hidden, weight, labels, whole(z), method),
+    )
 
 
 def test_how_targets_are_cut_into_chunks_and_pieces_changes_nothing(monkeypatch):
     hidden, weight, labels, z = problem(n=23)
     method, sizes, plain = Method(0.6, 2.0, "jsd", 0.3), [], Whole.logits
     wanted = ours(hidden, weight, labels, whole(z), method)
-    monkeypatch.setattr(Whole, "logits", lambda self, out: sizes.append(tuple(out.shape)) or plain(self, out))
+    monkeypatch.setattr(
+        Whole, "logits", lambda self, out: sizes.append(tuple(out.shape)) or plain(self, out)
+    )
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 23 * 5)
     monkeypatch.setattr(losses, "PIECE_BYTES", {"cpu": 8 * 23 * 2})
     all_close(ours(hidden, weight, labels, whole(z), method), wanted)
-    assert sizes == [(5, 23)] * 4 + [(3, 23)], "no more than a chunk of the teacher's logits is ever there"
+    assert sizes == [(5, 23)] * 4 + [(3, 23)], (
+        "no more than a chunk of the teacher's logits is ever there"
+    )
 
 
 def test_what_a_bucket_does_not_see_is_the_divergence_inside_it():
-    """KL(p || q) = KL over the k+1 categories + p_rest KL(p in the rest || q in the rest): the error that the bucket makes, and all of it."""
+    """KL(p || q) = KL over the k+1 categories + p_rest KL(p in the rest || q in the rest): the
+    error that the bucket makes, and all of it."""
     hidden, weight, labels, z = problem()
     t, k = 2.0, 4
     ids, gap, tail = head.topk_and_tails(z.clone(), k, [t])
     method = Method(1.0, t)
-    seen = ours(hidden, weight, labels, whole(z), method)[0] - ours(hidden, weight, labels, Kept(ids, gap, tail[:, 0]), method)[0]
+    seen = (
+        ours(hidden, weight, labels, whole(z), method)[0]
+        - ours(hidden, weight, labels, Kept(ids, gap, tail[:, 0]), method)[0]
+    )
     p, q = (torch.softmax(x / t, 1).scatter(1, ids, 0.0) for x in (z, hidden @ weight.t()))
     inside = [x / x.sum(1, keepdim=True) for x in (p, q)]
     wanted = t * t * (p.sum(1) * reference_divergence(*inside, "fkl", 0.5)).sum()
@@ -172,37 +258,70 @@ def test_what_a_bucket_does_not_see_is_the_divergence_inside_it():
 
 # --- the teacher and its dumps
 
+
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 @pytest.mark.parametrize("t", TEMPERATURES)
-def test_a_live_teacher_gives_the_loss_and_gradient_that_are_written_out_over_all_tokens(world, pair, dataset, kind, t):
+def test_a_live_teacher_gives_the_loss_and_gradient_that_are_written_out_over_all_tokens(
+    world, pair, dataset, kind, t
+):
     student, teacher = pair
     batch, method = dataset.train.batch(LINES), Method(0.6, t, kind, BETAS[kind])
     seen = loss_and_gradient(student, batch, teacher.train(batch, t), method)
-    all_close(seen, written_out(student, batch, row_logits(world / "teacher", batch, dataset.train), method), rtol=1e-6, atol=1e-6)
+    all_close(
+        seen,
+        written_out(student, batch, row_logits(world / "teacher", batch, dataset.train), method),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
-def test_a_live_teacher_and_all_of_its_logits_kept_give_one_loss_and_gradient(world, pair, dataset, t):
-    """Its dump with k = V, but for the rounding of a file: what dump_logits.py computes, in float64."""
+def test_a_live_teacher_and_all_of_its_logits_kept_give_one_loss_and_gradient(
+    world, pair, dataset, t
+):
+    """Its dump with k = V, but for the rounding of a file: what dump_logits.py computes, in
+    float64."""
     student, teacher = pair
     batch, method = dataset.train.batch(LINES), Method(0.6, t)
-    ids, gap, tails = head.topk_and_tails(row_logits(world / "teacher", batch, dataset.train), make.V, [t])
+    ids, gap, tails = head.topk_and_tails(
+        row_logits(world / "teacher", batch, dataset.train), make.V, [t]
+    )
     wanted = loss_and_gradient(student, batch, Kept(ids, gap, tails[:, 0]), method)
-    all_close(loss_and_gradient(student, batch, teacher.train(batch, t), method), wanted, rtol=1e-6, atol=1e-6)
+    all_close(
+        loss_and_gradient(student, batch, teacher.train(batch, t), method),
+        wanted,
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("k, rank", ((8, 0), (make.V, 0)))
 @pytest.mark.parametrize("t", TEMPERATURES)
 def test_a_live_top_k_is_that_of_the_disk(world, dataset, tmp_path, monkeypatch, k, rank, t):
-    """A real dump, whose gaps are float32 for once: their rounding to float16 is the one thing that live logits do not share."""
-    plain, kind = logits.record_dtype, lambda dtype, name: ("<f4" if name == "gap" else dtype[name].base, dtype[name].shape)
-    wide = lambda *args: np.dtype([(name, *kind(plain(*args), name)) for name in plain(*args).names])
+    """A real dump, whose gaps are float32 for once: their rounding to float16 is the one thing that
+    live logits do not share."""
+    plain, kind = (
+        logits.record_dtype,
+        lambda dtype, name: ("<f4" if name == "gap" else dtype[name].base, dtype[name].shape),
+    )
+
+    def wide(*args):
+        return np.dtype([(name, *kind(plain(*args), name)) for name in plain(*args).names])
+
     monkeypatch.setattr(logits, "record_dtype", wide)
-    make.call(dump_logits.main, *make.dump(world, "--k", k, "--tail-rank", rank, "--values", "fp16", "--out", tmp_path / "logits"))
+    make.call(
+        dump_logits.main,
+        *make.dump(
+            world, "--k", k, "--tail-rank", rank, "--values", "fp16", "--out", tmp_path / "logits"
+        ),
+    )
     store = logits.Store(tmp_path / "logits", dataset, t)
     student, teacher = both(world, dataset, "--k", 0 if k == make.V else k, dtype="float32")
     batch, method = dataset.train.batch(LINES), Method(0.6, t)
-    seen, wanted = (loss_and_gradient(student, batch, source.train(batch, t), method) for source in (teacher, store))
+    seen, wanted = (
+        loss_and_gradient(student, batch, source.train(batch, t), method)
+        for source in (teacher, store)
+    )
     n = len(batch.labels)
     all_close([x / n for x in seen], [x / n for x in wanted], rtol=1e-6, atol=1e-6)
 
@@ -213,13 +332,20 @@ def test_a_live_top_k_gives_the_bucket_loss_that_is_written_out(world, dataset):
     z = row_logits(world / "teacher", batch, dataset.train)
     loss, ce, kd, _ = loss_and_gradient(student, batch, teacher.train(batch, 2.0), method)
     s = student.hidden(batch) @ student.module.get_output_embeddings().weight.t()
-    all_close((loss, ce, kd), reference_loss(z, s.detach(), batch.labels, 8, method), rtol=1e-6, atol=1e-6)
-    assert isinstance(teacher.train(batch, 2.0), Kept) and teacher.train(batch, 2.0).ids.shape == (len(batch.labels), 8)
+    all_close(
+        (loss, ce, kd), reference_loss(z, s.detach(), batch.labels, 8, method), rtol=1e-6, atol=1e-6
+    )
+    assert isinstance(teacher.train(batch, 2.0), Kept) and teacher.train(batch, 2.0).ids.shape == (
+        len(batch.labels),
+        8,
+    )
 
 
 @pytest.mark.parametrize("k", (0, 8))
 @pytest.mark.parametrize("student_rows, teacher_rows", ((61, 70), (70, 61)))
-def test_output_layers_of_two_sizes_are_cut_to_the_smaller_one(world, dataset, tmp_path, student_rows, teacher_rows, k):
+def test_output_layers_of_two_sizes_are_cut_to_the_smaller_one(
+    world, dataset, tmp_path, student_rows, teacher_rows, k
+):
     (tmp_path / "data").symlink_to(world / "data")
     make.model(tmp_path / "student", seed=1, vocab=student_rows)
     make.model(tmp_path / "teacher", seed=2, vocab=teacher_rows)
@@ -240,10 +366,21 @@ def test_evaluation_compares_with_a_live_teacher_over_all_tokens(world, pair, da
     batch = dataset.val.batch([[row] for row in range(8)])
     z, s = (row_logits(world / name, batch, dataset.val) for name in ("teacher", "student"))
     kl = reference_divergence(torch.softmax(z, 1), torch.softmax(s, 1), "fkl", 0.5).mean().item()
-    assert seen["kl"] == pytest.approx(kl, rel=1e-6) and seen["agree"] == (z.argmax(1) == s.argmax(1)).double().mean().item()
+    assert (
+        seen["kl"] == pytest.approx(kl, rel=1e-6)
+        and seen["agree"] == (z.argmax(1) == s.argmax(1)).double().mean().item()
+    )
     assert {name: seen[name] for name in ("ce", "acc1", "ece")} == pytest.approx(
-        {name: value for name, value in evaluate.evaluate(student, dataset.val, 61, 64).items() if name in ("ce", "acc1", "ece")}, rel=1e-9)
-    assert teacher.val_measures()["ce"] == pytest.approx(torch.nn.functional.cross_entropy(z, batch.labels).item(), rel=1e-6)
+        {
+            name: value
+            for name, value in evaluate.evaluate(student, dataset.val, 61, 64).items()
+            if name in ("ce", "acc1", "ece")
+        },
+        rel=1e-9,
+    )
+    assert teacher.val_measures()["ce"] == pytest.approx(
+        torch.nn.functional.cross_entropy(z, batch.labels).item(), rel=1e-6
+    )
 
 
 def test_evaluation_with_a_live_top_k_compares_over_a_bucket(world, dataset):
@@ -251,38 +388,73 @@ def test_evaluation_with_a_live_top_k_compares_over_a_bucket(world, dataset):
     batch = dataset.val.batch([[row] for row in range(8)])
     z, s = (row_logits(world / name, batch, dataset.val) for name in ("teacher", "student"))
     ids = z.topk(8).indices
-    kl = reference_divergence(*(bucket(torch.softmax(x, 1), ids) for x in (z, s)), "fkl", 0.5).mean().item()
-    assert evaluate.evaluate(student, dataset.val, teacher.vocab, 64, store=teacher)["kl"] == pytest.approx(kl, rel=1e-6)
+    kl = (
+        reference_divergence(*(bucket(torch.softmax(x, 1), ids) for x in (z, s)), "fkl", 0.5)
+        .mean()
+        .item()
+    )
+    assert evaluate.evaluate(student, dataset.val, teacher.vocab, 64, store=teacher)[
+        "kl"
+    ] == pytest.approx(kl, rel=1e-6)
 
 
 # --- the run
 
+
 def test_a_live_run_is_a_run_on_the_dump_of_all_tokens(world, tmp_path, capsys):
-    make.call(dump_logits.main, *make.dump(world, "--k", make.V, "--values", "fp16", "--tail-rank", 0, "--out", tmp_path / "logits"))
-    make.call(stage2_kd.main, *make.stage2(world, "--steps", 12, "--logits", tmp_path / "logits", "--out", tmp_path / "disk"))
+    make.call(
+        dump_logits.main,
+        *make.dump(
+            world, "--k", make.V, "--values", "fp16", "--tail-rank", 0, "--out", tmp_path / "logits"
+        ),
+    )
+    make.call(
+        stage2_kd.main,
+        *make.stage2(
+            world, "--steps", 12, "--logits", tmp_path / "logits", "--out", tmp_path / "disk"
+        ),
+    )
     capsys.readouterr()
     make.call(stage2_kd.main, *make.live(world, "--steps", 12, "--out", tmp_path / "live"))
     said = capsys.readouterr().out
     assert "all of its 61 tokens, at any T" in said and "the teacher's weights take about" in said
     seen, wanted = (make.history(tmp_path / name) for name in ("live", "disk"))
     for a, b in zip(seen, wanted, strict=True):
-        shared = {name: value for name, value in a.items() if name in b}  # of a teacher that is live more is known
-        assert shared.pop("event") == b.pop("event") and shared == pytest.approx(b, rel=5e-3, abs=5e-4)
+        shared = {
+            name: value for name, value in a.items() if name in b
+        }  # of a teacher that is live more is known
+        assert shared.pop("event") == b.pop("event") and shared == pytest.approx(
+            b, rel=5e-3, abs=5e-4
+        )
     seen, wanted = seen[-1], wanted[-1]
-    assert seen["ce"] == pytest.approx(wanted["ce"], abs=2e-4) and seen["kl"] < 0.9 * make.history(tmp_path / "live")[0]["kl"]
+    assert (
+        seen["ce"] == pytest.approx(wanted["ce"], abs=2e-4)
+        and seen["kl"] < 0.9 * make.history(tmp_path / "live")[0]["kl"]
+    )
     teacher_ce = files.read_json(tmp_path / "logits" / "val" / "meta.json")["teacher_ce"]
     assert f"val cross-entropy: teacher {teacher_ce:.4f}" in said
 
 
 def test_any_temperature_is_allowed_and_may_move(world, tmp_path, monkeypatch):
     asked, plain = [], live.Teacher.train
-    monkeypatch.setattr(live.Teacher, "train", lambda self, batch, t: asked.append(t) or plain(self, batch, t))
-    make.call(stage2_kd.main, *make.live(world, "--steps", 5, "--temperature", "3.3->0.7", "--k", 8, "--out", tmp_path / "live"))
-    assert [line["temperature"] for line in make.history(tmp_path / "live", "train")] == pytest.approx([3.3, 2.65, 2.0, 1.35, 0.7])
+    monkeypatch.setattr(
+        live.Teacher, "train", lambda self, batch, t: asked.append(t) or plain(self, batch, t)
+    )
+    make.call(
+        stage2_kd.main,
+        *make.live(
+            world, "--steps", 5, "--temperature", "3.3->0.7", "--k", 8, "--out", tmp_path / "live"
+        ),
+    )
+    assert [
+        line["temperature"] for line in make.history(tmp_path / "live", "train")
+    ] == pytest.approx([3.3, 2.65, 2.0, 1.35, 0.7])
     assert {round(t, 6) for t in asked} == {3.3, 2.65, 2.0, 1.35, 0.7, 1.0}, "1 is for evaluation"
 
 
-def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(world, tmp_path, monkeypatch):
+def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(
+    world, tmp_path, monkeypatch
+):
     passes, plain, batches = [], live.Teacher.train, []
 
     def watched(self, batch, temperature):
@@ -292,14 +464,25 @@ def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(world, t
         batches.append(self)
         before = len(passes)
         kept = plain(self, batch, temperature)
-        assert len(passes) == before + 1 and not kept.hidden.requires_grad and not kept.hidden.is_inference() and not self.model.module.training
+        assert (
+            len(passes) == before + 1
+            and not kept.hidden.requires_grad
+            and not kept.hidden.is_inference()
+            and not self.model.module.training
+        )
         return kept
 
     monkeypatch.setattr(live.Teacher, "train", watched)
-    make.call(stage2_kd.main, *make.live(world, "--steps", 3, "--eval-every", 99, "--out", tmp_path / "live"))
+    make.call(
+        stage2_kd.main,
+        *make.live(world, "--steps", 3, "--eval-every", 99, "--out", tmp_path / "live"),
+    )
     teacher = batches[0]
     assert len(batches) >= 6
-    assert all(p.grad is None and not p.requires_grad and torch.equal(p, q) for p, q in zip(teacher.model.module.parameters(), teacher.before))
+    assert all(
+        p.grad is None and not p.requires_grad and torch.equal(p, q)
+        for p, q in zip(teacher.model.module.parameters(), teacher.before)
+    )
 
 
 def test_eval_only_measures_against_a_live_teacher(world, tmp_path):
@@ -309,22 +492,36 @@ def test_eval_only_measures_against_a_live_teacher(world, tmp_path):
 
 
 def test_a_live_run_that_was_killed_ends_as_one_left_alone(world, tmp_path):
-    argv, processes = make.live(world, "--steps", 14, "--eval-every", 5, "--save-every", 3), make.processes()
-    for name, hook in (("straight", None), ("killed", dict(where="lib.train.update", number=9, signal=signal.SIGKILL)), ("killed", None)):
+    argv, processes = (
+        make.live(world, "--steps", 14, "--eval-every", 5, "--save-every", 3),
+        make.processes(),
+    )
+    for name, hook in (
+        ("straight", None),
+        ("killed", dict(where="lib.train.update", number=9, signal=signal.SIGKILL)),
+        ("killed", None),
+    ):
         words = [str(word) for word in [*argv, "--out", tmp_path / name]]
-        process = processes.Process(target=make.script, args=("stage2_kd", words, tmp_path / "log", hook))
+        process = processes.Process(
+            target=make.script, args=("stage2_kd", words, tmp_path / "log", hook)
+        )
         process.start()
         process.join()
         assert process.exitcode == (-signal.SIGKILL if hook else 0), (tmp_path / "log").read_text()
     assert "continues" in (tmp_path / "log").read_text()
     for part in ("final", "best"):
-        assert (tmp_path / "killed" / part / "model.safetensors").read_bytes() == (tmp_path / "straight" / part / "model.safetensors").read_bytes()
+        assert (tmp_path / "killed" / part / "model.safetensors").read_bytes() == (
+            tmp_path / "straight" / part / "model.safetensors"
+        ).read_bytes()
     assert make.history(tmp_path / "killed") == make.history(tmp_path / "straight")
 
 
 # --- where the teacher's weights are, and in what
 
-def test_layers_that_do_not_fit_wait_on_disk_and_change_nothing(world, dataset, monkeypatch, tmp_path):
+
+def test_layers_that_do_not_fit_wait_on_disk_and_change_nothing(
+    world, dataset, monkeypatch, tmp_path
+):
     _, teacher = both(world, dataset)
     batch = dataset.train.batch(LINES)
     wanted = teacher.train(batch, 2.0).hidden
@@ -335,10 +532,25 @@ def test_layers_that_do_not_fit_wait_on_disk_and_change_nothing(world, dataset, 
 
 
 def test_layers_fill_the_places_in_order(world):
-    layer = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(world / "teacher").model.layers[0].parameters())
+    layer = 4 * sum(
+        p.numel()
+        for p in (
+            AutoModelForCausalLM.from_pretrained(world / "teacher").model.layers[0].parameters()
+        )
+    )
     rest = 4 * (make.V * 32 + 32)
-    where = lambda *rooms: [live.spread(world / "teacher", torch.float32, dict(zip(("cuda:0", "cpu"), rooms)))[f"model.layers.{i}"] for i in (0, 1)]
-    assert where(rest + 3 * layer, 0) == ["cuda:0", "cuda:0"] and where(rest + 3 * layer - 1, layer) == ["cuda:0", "cpu"]
+
+    def where(*rooms):
+        return [
+            live.spread(world / "teacher", torch.float32, dict(zip(("cuda:0", "cpu"), rooms)))[
+                f"model.layers.{i}"
+            ]
+            for i in (0, 1)
+        ]
+
+    assert where(rest + 3 * layer, 0) == ["cuda:0", "cuda:0"] and where(
+        rest + 3 * layer - 1, layer
+    ) == ["cuda:0", "cpu"]
     assert where(rest + 2 * layer - 1, layer) == ["cpu", "disk"] and where(0, 0) == ["disk", "disk"]
     made = live.spread(world / "teacher", torch.float32, {"cuda:0": 0})
     assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == "cuda:0"
@@ -347,14 +559,22 @@ def test_layers_fill_the_places_in_order(world):
 def test_weights_that_are_not_finite_are_found_where_they_wait_on_disk(mine, monkeypatch):
     monkeypatch.setattr(train, "available_bytes", lambda device: 0)
     spoil(mine / "teacher", "model.layers.1.mlp.up_proj.weight")
-    refused(mine, "--teacher-offload", of=["teacher holds weights that are not finite", "layers.1.mlp.up_proj"])
+    refused(
+        mine,
+        "--teacher-offload",
+        of=["teacher holds weights that are not finite", "layers.1.mlp.up_proj"],
+    )
 
 
 def test_memory_that_is_too_small_is_a_warning_with_figures(world, dataset, monkeypatch, capsys):
     monkeypatch.setattr(train, "available_bytes", lambda device: 50_000)
     both(world, dataset, dtype="float32")
     said = capsys.readouterr().out
-    assert "memory: the teacher's weights take about 82.2 kB" in said and "WARNING" in said and "50.0 kB on cpu: --teacher-quant" in said
+    assert (
+        "memory: the teacher's weights take about 82.2 kB" in said
+        and "WARNING" in said
+        and "50.0 kB on cpu: --teacher-quant" in said
+    )
 
 
 def test_the_estimate_of_the_weights_is_their_size(world, dataset):
@@ -374,10 +594,14 @@ def test_a_quantised_teacher_is_near_itself(world, dataset, bits):
 
 
 def to_gguf(folder, path, tokens):
-    """Write a Llama of ours as a GGUF file, float32, as llama.cpp's converter does: the rows of q and k lie in another order there."""
+    """Write a Llama of ours as a GGUF file, float32, as llama.cpp's converter does: the rows of q
+    and k lie in another order there."""
     import gguf
 
-    config, weights = models.files.read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+    config, weights = (
+        models.files.read_json(folder / "config.json"),
+        load_file(folder / "model.safetensors"),
+    )
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -392,13 +616,29 @@ def to_gguf(folder, path, tokens):
     if tokens:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers.": "blk.", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "model.layers.": "blk.",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name, tensor in weights.items():
-        for heads, part in ((config["num_attention_heads"], "q_proj"), (config["num_key_value_heads"], "k_proj")):
+        for heads, part in (
+            (config["num_attention_heads"], "q_proj"),
+            (config["num_key_value_heads"], "k_proj"),
+        ):
             if part in name:
-                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+                tensor = (
+                    tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+                )
         for theirs, other in names.items():
             name = name.replace(theirs, other)
         writer.add_tensor(name, tensor.contiguous().numpy())
@@ -421,16 +661,33 @@ def test_a_gguf_file_is_the_teacher_that_it_was_made_of(world, dataset, tmp_path
     teacher = both(world, dataset, "--teacher", path, dtype="float32")[1]
     torch.testing.assert_close(teacher.train(batch, 2.0).hidden, wanted, rtol=1e-6, atol=1e-6)
     assert teacher.identity()["teacher"] == files.sha256(path)
-    make.call(stage2_kd.main, *make.live(world, "--teacher", path, "--steps", 1, "--out", tmp_path / "run"))
+    make.call(
+        stage2_kd.main,
+        *make.live(world, "--teacher", path, "--steps", 1, "--out", tmp_path / "run"),
+    )
 
 
 @pytest.mark.parametrize("more", ([], ["--lora-rank", "2"]))
 def test_a_gguf_file_is_no_student(world, tmp_path, more):
-    """It trained: whole weights ended in a traceback at the first save, an adapter in a folder whose base nothing can read."""
+    """It trained: whole weights ended in a traceback at the first save, an adapter in a folder
+    whose base nothing can read."""
     pytest.importorskip("gguf")
     path = to_gguf(world / "student", tmp_path / "student.gguf", WORDS)
-    for main, teacher in ((stage1_sft.main, []), (stage2_kd.main, ["--teacher", world / "teacher"])):
-        argv = ["--data", world / "data", *teacher, "--student", path, "--out", tmp_path / "out", *make.QUICK, *more]
+    for main, teacher in (
+        (stage1_sft.main, []),
+        (stage2_kd.main, ["--teacher", world / "teacher"]),
+    ):
+        argv = [
+            "--data",
+            world / "data",
+            *teacher,
+            "--student",
+            path,
+            "--out",
+            tmp_path / "out",
+            *make.QUICK,
+            *more,
+        ]
         code, words = make.ends(main, *argv)
         assert code == 1 and "student.gguf cannot be trained" in words
         assert not (tmp_path / "out").exists()
@@ -439,23 +696,44 @@ def test_a_gguf_file_is_no_student(world, tmp_path, more):
 def test_a_gguf_file_with_other_tokens_is_refused(world, tmp_path):
     pytest.importorskip("gguf")
     other = [*WORDS[:7], WORDS[8], WORDS[7], *WORDS[9:]]
-    refused(world, "--teacher", to_gguf(world / "teacher", tmp_path / "teacher.gguf", other),
-            of=["teacher.gguf has another tokenizer than", "'w4' as token 7", "wanted 'w3'"])
-    refused(world, "--teacher", to_gguf(world / "teacher", tmp_path / "short.gguf", WORDS[:60]), of=["short.gguf has another tokenizer", "60 tokens"])
+    refused(
+        world,
+        "--teacher",
+        to_gguf(world / "teacher", tmp_path / "teacher.gguf", other),
+        of=["teacher.gguf has another tokenizer than", "'w4' as token 7", "wanted 'w3'"],
+    )
+    refused(
+        world,
+        "--teacher",
+        to_gguf(world / "teacher", tmp_path / "short.gguf", WORDS[:60]),
+        of=["short.gguf has another tokenizer", "60 tokens"],
+    )
 
 
 def test_a_gguf_file_without_tokens_is_judged_by_the_tokenizer_beside_it(world, tmp_path):
     pytest.importorskip("gguf")
     make.tokenizer("x").save_pretrained(tmp_path)
-    refused(world, "--teacher", to_gguf(world / "teacher", tmp_path / "teacher.gguf", None), of=["has another tokenizer than"])
+    refused(
+        world,
+        "--teacher",
+        to_gguf(world / "teacher", tmp_path / "teacher.gguf", None),
+        of=["has another tokenizer than"],
+    )
 
 
 # --- what a user can get wrong
 
+
 def refused(world, *more, of=()):
-    """Run stage2_kd.py with a live teacher: it must end with exit code 1 and one line, which says all of `of`."""
+    """Run stage2_kd.py with a live teacher: it must end with exit code 1 and one line, which says
+    all of `of`."""
     code, words = make.ends(stage2_kd.main, *make.live(world, "--steps", 1, *more))
-    assert code == 1 and words.startswith("error: ") and "\n" not in words and all(part in words for part in of), words
+    assert (
+        code == 1
+        and words.startswith("error: ")
+        and "\n" not in words
+        and all(part in words for part in of)
+    ), words
 
 
 def spoil(folder, name, value=float("nan")):
@@ -464,31 +742,57 @@ def spoil(folder, name, value=float("nan")):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("drop, more, words", (
-    (("--teacher",), [], "one of the arguments --logits --teacher is required"), ((), ["--logits", "x"], "not allowed with argument"),
-    ((), ["--k", -1], "--k is -1, wanted 0 or more"), ((), ["--verify"], "--verify checks logits"),
-    ((), ["--teacher-quant", "2bit"], "invalid choice: '2bit'"),
-    ((), ["--teacher-quant", "4bit", "--teacher-offload"], "do not go together"),
-    (("--teacher",), ["--teacher", "x.gguf", "--teacher-quant", "4bit"], "a GGUF file is read as a whole"),
-    (("--teacher",), ["--logits", "x", "--k", 8], "--k is of a live teacher: it goes with --teacher"),
-    (("--teacher",), ["--logits", "x", "--teacher-offload"], "--teacher-offload is of a live teacher")))
+@pytest.mark.parametrize(
+    "drop, more, words",
+    (
+        (("--teacher",), [], "one of the arguments --logits --teacher is required"),
+        ((), ["--logits", "x"], "not allowed with argument"),
+        ((), ["--k", -1], "--k is -1, wanted 0 or more"),
+        ((), ["--verify"], "--verify checks logits"),
+        ((), ["--teacher-quant", "2bit"], "invalid choice: '2bit'"),
+        ((), ["--teacher-quant", "4bit", "--teacher-offload"], "do not go together"),
+        (
+            ("--teacher",),
+            ["--teacher", "x.gguf", "--teacher-quant", "4bit"],
+            "a GGUF file is read as a whole",
+        ),
+        (
+            ("--teacher",),
+            ["--logits", "x", "--k", 8],
+            "--k is of a live teacher: it goes with --teacher",
+        ),
+        (
+            ("--teacher",),
+            ["--logits", "x", "--teacher-offload"],
+            "--teacher-offload is of a live teacher",
+        ),
+    ),
+)
 def test_flags_that_cannot_work_together_end_with_exit_code_2(world, capsys, drop, more, words):
     argv = make.live(world)
     for flag in drop:
         at = argv.index(flag)
-        del argv[at:at + 2]
-    assert make.ends(stage2_kd.main, *argv, *more) == (2, "") and words in capsys.readouterr().err.splitlines()[-1]
+        del argv[at : at + 2]
+    assert (
+        make.ends(stage2_kd.main, *argv, *more) == (2, "")
+        and words in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_a_run_on_logits_has_no_settings_of_a_live_teacher():
     """So that runs from before there was one go on, and are found finished."""
     args = stage2_kd.parse_args(["--data", "a", "--logits", "b", "--student", "c", "--out", "d"])
-    assert isinstance(args, argparse.Namespace) and all(getattr(args, name) is None for name in ("teacher", *live.OWN))
+    assert isinstance(args, argparse.Namespace) and all(
+        getattr(args, name) is None for name in ("teacher", *live.OWN)
+    )
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(mine):
     make.tokenizer("x").save_pretrained(mine / "teacher")
-    refused(mine, of=["/teacher has another tokenizer than", "teacher and student must share one vocabulary"])
+    refused(
+        mine,
+        of=["/teacher has another tokenizer than", "teacher and student must share one vocabulary"],
+    )
 
 
 def test_a_teacher_that_is_missing_or_broken_is_one_line(mine):
@@ -513,10 +817,23 @@ def test_more_tokens_than_there_are(world):
     refused(world, "--k", 62, of=["k does not fit", "--k 62", "at most V = 61", "--k 61, or 0"])
 
 
-@pytest.mark.parametrize("package, more", (("bitsandbytes", ["--teacher-quant", "4bit"]), ("accelerate", ["--teacher-offload"]), ("gguf", None)))
-def test_a_package_that_is_missing_is_one_line_with_its_pip_install(world, tmp_path, monkeypatch, package, more):
+@pytest.mark.parametrize(
+    "package, more",
+    (
+        ("bitsandbytes", ["--teacher-quant", "4bit"]),
+        ("accelerate", ["--teacher-offload"]),
+        ("gguf", None),
+    ),
+)
+def test_a_package_that_is_missing_is_one_line_with_its_pip_install(
+    world, tmp_path, monkeypatch, package, more
+):
     plain = files.importlib.util.find_spec
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name, *rest: None if name == package else plain(name, *rest))
+    monkeypatch.setattr(
+        files.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == package else plain(name, *rest),
+    )
     if more is None:
         (tmp_path / "teacher.gguf").write_bytes(b"GGUF")
         more = ["--teacher", tmp_path / "teacher.gguf"]
@@ -524,12 +841,24 @@ def test_a_package_that_is_missing_is_one_line_with_its_pip_install(world, tmp_p
 
 
 def test_a_run_into_the_teachers_folder_is_refused(world):
-    refused(world, "--out", world / "teacher", "--fresh", of=["holds the teacher that is read", "another --out"])
+    refused(
+        world,
+        "--out",
+        world / "teacher",
+        "--fresh",
+        of=["holds the teacher that is read", "another --out"],
+    )
     assert (world / "teacher" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("more, words", ((["--k", 8], "k 0 (now 8)"), (["--teacher-dtype", "bfloat16"], "teacher_dtype 'auto' (now 'bfloat16')"),
-                                         ([], "teacher identity")))
+@pytest.mark.parametrize(
+    "more, words",
+    (
+        (["--k", 8], "k 0 (now 8)"),
+        (["--teacher-dtype", "bfloat16"], "teacher_dtype 'auto' (now 'bfloat16')"),
+        ([], "teacher identity"),
+    ),
+)
 def test_a_run_is_not_continued_with_another_teacher(mine, more, words):
     make.call(stage2_kd.main, *make.live(mine, "--steps", 1))
     if not more:
@@ -549,14 +878,28 @@ def test_a_teacher_whose_numbers_overflow_is_told_from_a_student_that_does(world
     refused(world, of=["the teacher's hidden states are not finite", "--teacher-dtype float32"])
 
 
-def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(world, tmp_path, monkeypatch, capsys):
+def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(
+    world, tmp_path, monkeypatch, capsys
+):
     seen, plain = [], live.Teacher.train
-    monkeypatch.setattr(live.Teacher, "train", lambda self, batch, temperature: seen.append(batch.rows) or plain(self, batch, temperature))
-    make.call(stage2_kd.main, *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "kept"))
+    monkeypatch.setattr(
+        live.Teacher,
+        "train",
+        lambda self, batch, temperature: seen.append(batch.rows) or plain(self, batch, temperature),
+    )
+    make.call(
+        stage2_kd.main,
+        *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "kept"),
+    )
     kept = len(seen)
     monkeypatch.setattr(live, "VAL_BYTES", 0)
-    make.call(stage2_kd.main, *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "anew"))
-    assert len(seen) - kept > kept and make.history(tmp_path / "kept") == make.history(tmp_path / "anew")
+    make.call(
+        stage2_kd.main,
+        *make.live(world, "--steps", 4, "--eval-every", 1, "--out", tmp_path / "anew"),
+    )
+    assert len(seen) - kept > kept and make.history(tmp_path / "kept") == make.history(
+        tmp_path / "anew"
+    )
 
 
 def test_a_teacher_is_at_a_distance_of_exactly_zero_from_itself(world):
@@ -564,12 +907,29 @@ def test_a_teacher_is_at_a_distance_of_exactly_zero_from_itself(world):
     teacher = models.load(str(world / "teacher"), torch.device("cpu"))
     with torch.no_grad():
         hidden = teacher.hidden(dataset.val.batch([[row] for row in range(8)]))
-        (_, z), = teacher.head().chunks(hidden)
+        ((_, z),) = teacher.head().chunks(hidden)
         kl, _, top, _ = losses.distance(z - z.amax(1, keepdim=True), Whole(hidden, teacher.head()))
     assert (kl == 0).all() and torch.equal(top, z.argmax(1))
 
 
-def test_a_moving_temperature_with_a_dump_without_a_basis_is_refused_in_the_users_words(world, tmp_path):
+def test_a_moving_temperature_with_a_dump_without_a_basis_is_refused_in_the_users_words(
+    world, tmp_path
+):
     make.call(dump_logits.main, *make.dump(world, "--tail-rank", 0, "--out", tmp_path / "logits"))
-    code, said = make.ends(stage2_kd.main, *make.stage2(world, "--temperature", "4->2", "--logits", tmp_path / "logits", "--out", tmp_path / "run"))
-    assert code == 1 and "--temperature 4->2 passes by temperatures that were not dumped" in said and "--teacher instead" in said
+    code, said = make.ends(
+        stage2_kd.main,
+        *make.stage2(
+            world,
+            "--temperature",
+            "4->2",
+            "--logits",
+            tmp_path / "logits",
+            "--out",
+            tmp_path / "run",
+        ),
+    )
+    assert (
+        code == 1
+        and "--temperature 4->2 passes by temperatures that were not dumped" in said
+        and "--teacher instead" in said
+    )

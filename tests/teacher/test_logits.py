@@ -1,4 +1,5 @@
 """The teacher on disk: what a record holds, what is read back from it, and what is refused."""
+
 import json
 import math
 import re
@@ -20,7 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Return a folder with a data set of three chunks, a teacher, and its full logits (k = V, float16) and top 8 (the defaults) on disk."""
+    """Return a folder with a data set of three chunks, a teacher, and its full logits (k = V,
+    float16) and top 8 (the defaults) on disk."""
     folder = make.world(tmp_path_factory.mktemp("world"), rows=40, rows_per_chunk=16)
     make.call(dump_logits.main, *make.dump(folder, "--k", make.V, "--values", "fp16", out="full"))
     make.call(dump_logits.main, *make.dump(folder))
@@ -28,10 +30,13 @@ def world(tmp_path_factory):
 
 
 def teacher_logits(folder, batch, name="teacher"):
-    """Return the teacher's logits (N, V) in float64 at a batch's targets, by transformers alone, one row at a time."""
+    """Return the teacher's logits (N, V) in float64 at a batch's targets, by transformers alone,
+    one row at a time."""
     module = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64).eval()
     with torch.no_grad():
-        return module(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1)[batch.where]
+        return module(
+            input_ids=batch.tokens, position_ids=batch.positions, use_cache=False
+        ).logits.flatten(0, 1)[batch.where]
 
 
 def plain(kept_logits, k, t):
@@ -55,15 +60,30 @@ def random_records(vocab, k, values="fp16", n=200, spread=6.0, temperatures=(1.0
 
 # --- records
 
-@pytest.mark.parametrize("k, temperatures, values, size", ((32, [1, 2, 4], "fp16", 148), (32, [1, 2, 4], "u8", 118), (16, [1], "u8", 58)))
+
+@pytest.mark.parametrize(
+    "k, temperatures, values, size",
+    ((32, [1, 2, 4], "fp16", 148), (32, [1, 2, 4], "u8", 118), (16, [1], "u8", 58)),
+)
 def test_a_record_takes_the_bytes_that_the_design_promises(k, temperatures, values, size):
     assert logits.record_dtype(k, temperatures, 151_936, values).itemsize == size
 
 
 def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
     args = dump_logits.parse_args(["--data", "data", "--teacher", "teacher", "--out", "logits"])
-    assert (args.k, args.temperatures, args.values, args.tail_rank, args.tail_bytes) == (16, [1, 2, 4], "u8", 384, 128)
-    assert logits.record_dtype(args.k, args.temperatures, 151_936, args.values, args.tail_bytes).itemsize == 194
+    assert (args.k, args.temperatures, args.values, args.tail_rank, args.tail_bytes) == (
+        16,
+        [1, 2, 4],
+        "u8",
+        384,
+        128,
+    )
+    assert (
+        logits.record_dtype(
+            args.k, args.temperatures, 151_936, args.values, args.tail_bytes
+        ).itemsize
+        == 194
+    )
 
 
 @pytest.mark.parametrize("vocab", (61, 60_000, 65_536, 65_537, 151_936, 262_144, 300_000))
@@ -75,8 +95,10 @@ def test_ids_gaps_and_tails_come_back_from_a_record(vocab, k, values):
     for column, t in enumerate((1.0, 2.0)):
         kept = logits.decode(records, vocab, column)
         assert (kept.ids.numpy() == ids).all() and kept.ids.dtype == torch.int64
-        torch.testing.assert_close(kept.tail.double(), (d[:, k:] / t).logsumexp(1), rtol=1e-6, atol=1e-6)
-        limit = 1e-3 * -d[:, :k] if values == "fp16" else 0.51 / 255 * -d[:, k - 1:k] + 1e-2
+        torch.testing.assert_close(
+            kept.tail.double(), (d[:, k:] / t).logsumexp(1), rtol=1e-6, atol=1e-6
+        )
+        limit = 1e-3 * -d[:, :k] if values == "fp16" else 0.51 / 255 * -d[:, k - 1 : k] + 1e-2
         assert ((kept.gap + d[:, :k]).abs() <= limit + 1e-6).all() and (kept.gap[:, 0] == 0).all()
 
 
@@ -86,7 +108,10 @@ def test_rounding_of_the_gaps_costs_next_to_no_kl(values, limit, t):
     d, _, records, _ = random_records(151_936, 32, values, n=1000, spread=3.0)
     kept = logits.decode(records, 151_936, int(t) - 1)
     exact = losses.Kept(kept.ids, -d[:, :32], (d[:, 32:] / t).logsumexp(1))
-    p, q = losses.teacher_logp(exact, t), losses.teacher_logp(losses.Kept(kept.ids, kept.gap.double(), kept.tail.double()), t)
+    p, q = (
+        losses.teacher_logp(exact, t),
+        losses.teacher_logp(losses.Kept(kept.ids, kept.gap.double(), kept.tail.double()), t),
+    )
     assert 0 < losses.divergence(p, q, "fkl").mean() < limit
 
 
@@ -94,7 +119,9 @@ def test_rounding_of_the_gaps_costs_next_to_no_kl(values, limit, t):
 @pytest.mark.parametrize("far", (65_000.0, 1e8, math.inf))
 def test_a_gap_beyond_float16_is_held_at_its_end_and_stays_finite(values, far):
     dtype = logits.record_dtype(3, [1.0], 61, values)
-    records = logits.encode(np.array([[5, 6, 7]]), np.array([[0.0, 1.0, far]]), np.array([[-200.0]]), dtype, 61)
+    records = logits.encode(
+        np.array([[5, 6, 7]]), np.array([[0.0, 1.0, far]]), np.array([[-200.0]]), dtype, 61
+    )
     kept = logits.decode(records, 61, 0)
     assert torch.isfinite(kept.gap).all() and kept.gap[0, 0] == 0 and kept.gap[0, 2] > 50_000
     assert torch.isfinite(losses.teacher_logp(kept, 1.0)).all()
@@ -102,9 +129,11 @@ def test_a_gap_beyond_float16_is_held_at_its_end_and_stays_finite(values, far):
 
 # --- the dump
 
+
 @pytest.mark.parametrize("rounded, limit", ((True, 1e-6), (False, 1e-4)))
 def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
-    """k = V: a live teacher, its gaps rounded to float16 as on disk, gives the same loss and gradient to 1e-6; unrounded, to 1e-4."""
+    """k = V: a live teacher, its gaps rounded to float16 as on disk, gives the same loss and
+    gradient to 1e-6; unrounded, to 1e-4."""
     full = make.store(world, name="full")
     batch = full.dataset.train.batch([[row] for row in (3, 20, 39, 0)])
     ids, gaps, tail = plain(teacher_logits(world, batch).float(), make.V, 2.0)
@@ -113,11 +142,17 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
     seen = []
     for kept in (full.train(batch), live):
         hidden = student.hidden(batch).detach().requires_grad_()
-        loss = losses.head_loss(hidden, student.head(), batch.labels, kept, Method(0.9, 2.0))[0] / len(batch.labels)
+        loss = losses.head_loss(hidden, student.head(), batch.labels, kept, Method(0.9, 2.0))[
+            0
+        ] / len(batch.labels)
         loss.backward()
         seen.append((loss.item(), hidden.grad))
     (disk, disk_grad), (live, live_grad) = seen
-    assert live > 0.1 and abs(disk - live) < limit * max(1, live) and (disk_grad - live_grad).norm() < 10 * limit * live_grad.norm()
+    assert (
+        live > 0.1
+        and abs(disk - live) < limit * max(1, live)
+        and (disk_grad - live_grad).norm() < 10 * limit * live_grad.norm()
+    )
 
 
 @pytest.mark.parametrize("t", (1.0, 2.0, 4.0))
@@ -148,19 +183,39 @@ def test_trap_22_records_follow_target_numbers_whatever_order_and_packing_the_ro
 
 
 def test_a_dump_does_not_depend_on_the_size_of_its_batches(world, tmp_path):
-    make.call(dump_logits.main, *make.dump(world, "--out", tmp_path, "--tokens-per-microbatch", 40, "--chunk", 1))
-    once, again = (np.load(folder / "chunk-0001" / "topk.npy") for folder in (world / "logits", tmp_path))
+    make.call(
+        dump_logits.main,
+        *make.dump(world, "--out", tmp_path, "--tokens-per-microbatch", 40, "--chunk", 1),
+    )
+    once, again = (
+        np.load(folder / "chunk-0001" / "topk.npy") for folder in (world / "logits", tmp_path)
+    )
     assert (once["id_low"] == again["id_low"]).all()
     np.testing.assert_allclose(once["tail"], again["tail"], rtol=1e-5, atol=1e-5)
 
 
-def test_trap_16_a_padded_teacher_is_cut_to_the_students_tokens_before_softmax_and_top_k(world, tmp_path):
+def test_trap_16_a_padded_teacher_is_cut_to_the_students_tokens_before_softmax_and_top_k(
+    world, tmp_path
+):
     make.model(tmp_path / "padded", seed=2, vocab=70)
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     with torch.no_grad():
-        module.lm_head.weight[61:] *= 10  # what lies above the student's tokens is likely, and must not count
+        module.lm_head.weight[61:] *= (
+            10  # what lies above the student's tokens is likely, and must not count
+        )
     module.save_pretrained(tmp_path / "padded")
-    make.call(dump_logits.main, *make.dump(world, "--teacher", tmp_path / "padded", "--student", world / "student", "--out", tmp_path / "logits"))
+    make.call(
+        dump_logits.main,
+        *make.dump(
+            world,
+            "--teacher",
+            tmp_path / "padded",
+            "--student",
+            world / "student",
+            "--out",
+            tmp_path / "logits",
+        ),
+    )
     top = logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 2.0)
     assert top.vocab == make.V
     batch = top.dataset.train.batch([[5], [30]])
@@ -174,18 +229,32 @@ def test_trap_16_a_padded_teacher_is_cut_to_the_students_tokens_before_softmax_a
 def test_trap_24_a_teacher_with_dropout_is_dumped_without_it(world, tmp_path):
     make.model(tmp_path / "teacher", seed=2, attention_dropout=0.5)
     for out in ("once", "again"):
-        make.call(dump_logits.main, *make.dump(world, "--teacher", tmp_path / "teacher", "--out", tmp_path / out, "--chunk", 0))
-    once, again, without = ((folder / "chunk-0000" / "topk.npy").read_bytes() for folder in (tmp_path / "once", tmp_path / "again", world / "logits"))
+        make.call(
+            dump_logits.main,
+            *make.dump(
+                world, "--teacher", tmp_path / "teacher", "--out", tmp_path / out, "--chunk", 0
+            ),
+        )
+    once, again, without = (
+        (folder / "chunk-0000" / "topk.npy").read_bytes()
+        for folder in (tmp_path / "once", tmp_path / "again", world / "logits")
+    )
     assert once == again == without
 
 
 @pytest.mark.parametrize("part", ("chunk-0000", "chunk-0002", "val"))
 def test_the_teachers_own_score_is_the_models_cross_entropy_and_accuracy(world, part):
     dataset = data.Dataset(world / "data")
-    split, rows = (dataset.val, range(8)) if part == "val" else (dataset.train, dataset.chunk_rows(int(part[-1])))
+    split, rows = (
+        (dataset.val, range(8))
+        if part == "val"
+        else (dataset.train, dataset.chunk_rows(int(part[-1])))
+    )
     batch = split.batch([[row] for row in rows])
     z, meta = teacher_logits(world, batch), files.read_json(world / "logits" / part / "meta.json")
-    assert abs(meta["teacher_ce"] - torch.nn.functional.cross_entropy(z, batch.labels).item()) < 1e-6
+    assert (
+        abs(meta["teacher_ce"] - torch.nn.functional.cross_entropy(z, batch.labels).item()) < 1e-6
+    )
     assert abs(meta["teacher_acc1"] - (z.argmax(1) == batch.labels).double().mean().item()) < 1e-9
 
 
@@ -194,7 +263,13 @@ def test_coverage_is_the_softened_mass_inside_the_top_k(world, t):
     dataset = data.Dataset(world / "data")
     z = teacher_logits(world, dataset.train.batch([[row] for row in dataset.chunk_rows(1)]))
     wanted = torch.softmax(z / t, 1).topk(8, 1).values.sum(1).mean().item()
-    assert abs(files.read_json(world / "logits" / "chunk-0001" / "meta.json")["coverage"][f"{t:g}"] - wanted) < 1e-4
+    assert (
+        abs(
+            files.read_json(world / "logits" / "chunk-0001" / "meta.json")["coverage"][f"{t:g}"]
+            - wanted
+        )
+        < 1e-4
+    )
 
 
 def test_a_finished_dump_says_so_and_touches_nothing(world, capsys):
@@ -206,10 +281,15 @@ def test_a_finished_dump_says_so_and_touches_nothing(world, capsys):
 
 def test_a_finished_dump_with_other_settings_is_refused(world):
     code, words = make.ends(dump_logits.main, *make.dump(world, "--values", "fp16"))
-    assert code == 1 and "finished with other settings; saw values 'u8' (now 'fp16')" in words and "--fresh" in words
+    assert (
+        code == 1
+        and "finished with other settings; saw values 'u8' (now 'fp16')" in words
+        and "--fresh" in words
+    )
 
 
 # --- the door
+
 
 def refused(*args, **options):
     with pytest.raises(SystemExit) as end:
@@ -224,18 +304,29 @@ def edit(path, **changes):
 
 def test_a_temperature_that_was_not_dumped_is_refused_with_the_list(world):
     words = refused(world, 0.5)
-    assert "temperature 0.5 was not dumped" in words and "1, 2, 4" in words and "--temperature 1," in words
+    assert (
+        "temperature 0.5 was not dumped" in words
+        and "1, 2, 4" in words
+        and "--temperature 1," in words
+    )
 
 
 def test_logits_of_other_data_are_refused(mine):
     shutil.rmtree(mine / "data")
     make.dataset(mine / "data", rows=40, rows_per_chunk=16, seed=1)
-    assert re.search("dumped from other data; saw data [0-9a-f]{12}; wanted [0-9a-f]{12}.*dump_logits.py", refused(mine))
+    assert re.search(
+        "dumped from other data; saw data [0-9a-f]{12}; wanted [0-9a-f]{12}.*dump_logits.py",
+        refused(mine),
+    )
 
 
 def test_trap_17_logits_of_another_vocabulary_of_the_same_size_are_refused(mine):
     other = make.dataset(mine / "other", maker=make.tokenizer("x")).identities
-    edit(mine / "data" / "meta.json", identities=data.Dataset(mine / "data").identities | {name: other[name] for name in ("vocabulary", "tokenizer")})
+    edit(
+        mine / "data" / "meta.json",
+        identities=data.Dataset(mine / "data").identities
+        | {name: other[name] for name in ("vocabulary", "tokenizer")},
+    )
     assert "a teacher with another vocabulary" in refused(mine)
 
 
@@ -245,7 +336,9 @@ def test_a_damaged_record_is_found_by_verify(mine):
     content[-5] ^= 1
     path.write_bytes(content)
     make.store(mine)
-    assert "chunk-0001/topk.npy is damaged" in refused(mine, verify=True) and "--fresh" in refused(mine, verify=True)
+    assert "chunk-0001/topk.npy is damaged" in refused(mine, verify=True) and "--fresh" in refused(
+        mine, verify=True
+    )
 
 
 def test_a_topk_file_cut_short_is_refused(mine):
@@ -263,7 +356,11 @@ def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_
     for chunk in (0, 2):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     some = make.store(mine)
-    assert some.missing == [0, 2] and some.chunks == [1] and some.mend() == "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=2"
+    assert (
+        some.missing == [0, 2]
+        and some.chunks == [1]
+        and some.mend() == "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=2"
+    )
     assert some.rows().tolist() == list(range(16, 32))
     batch = some.dataset.train.batch([[31], [16]])
     assert (some.train(batch).ids == make.store(mine, name="full").train(batch).ids[:, :8]).all()

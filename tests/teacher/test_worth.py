@@ -1,4 +1,6 @@
-"""The teacher as a row of a run's history and picture, and what is said in red before training: it has nothing to give."""
+"""The teacher as a row of a run's history and picture, and what is said in red before training: it
+has nothing to give."""
+
 import collections
 import math
 import os
@@ -20,12 +22,18 @@ from lib.teacher import worth
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Return a world of random models whose targets are mostly one token: to know the frequencies alone is worth much."""
+    """Return a world of random models whose targets are mostly one token: to know the frequencies
+    alone is worth much."""
     folder = make.sourced(make.world(tmp_path_factory.mktemp("world"), rows=60, val=14))
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
-        tokens, answer = (np.load(folder / f"data/{name}.{part}.npy") for part in ("tokens", "answer"))
-        np.save(folder / f"data/{name}.tokens.npy", np.where(answer & (rng.random(len(tokens)) < 0.9), 7, tokens).astype(np.uint32))
+        tokens, answer = (
+            np.load(folder / f"data/{name}.{part}.npy") for part in ("tokens", "answer")
+        )
+        np.save(
+            folder / f"data/{name}.tokens.npy",
+            np.where(answer & (rng.random(len(tokens)) < 0.9), 7, tokens).astype(np.uint32),
+        )
     make.call(dump_logits.main, *make.dump(folder))
     return folder
 
@@ -39,73 +47,147 @@ def no_pictures(monkeypatch, request):
 def counted_by_hand(train, val):
     counts = collections.Counter(train.tokens[train.answer].tolist())
     total = sum(counts.values()) + make.V
-    return np.mean([-math.log((counts[token] + 1) / total) for token in val.tokens[val.answer].tolist()])
+    return np.mean(
+        [-math.log((counts[token] + 1) / total) for token in val.tokens[val.answer].tolist()]
+    )
 
 
 def test_chance_is_what_the_frequencies_of_the_train_targets_are_worth_on_val(world, monkeypatch):
     dataset = data.Dataset(world / "data")
     seen = worth.unigram_ce(dataset.train, dataset.val, make.V)
-    assert seen == pytest.approx(counted_by_hand(dataset.train, dataset.val), rel=1e-12) and seen < 0.5 * math.log(make.V)
+    assert seen == pytest.approx(
+        counted_by_hand(dataset.train, dataset.val), rel=1e-12
+    ) and seen < 0.5 * math.log(make.V)
     pieces = [worth.target_counts(dataset.train, make.V, piece) for piece in (7, 1 << 24)]
     assert (pieces[0] == pieces[1]).all() and pieces[0].sum() == dataset.train.targets
 
 
 @pytest.mark.parametrize("arguments", (make.stage2, make.live))
 @pytest.mark.parametrize("terminal", (True, False))
-def test_a_random_teacher_is_said_to_be_no_better_than_chance_in_red_on_a_terminal(world, tmp_path, capsys, monkeypatch, arguments, terminal):
+def test_a_random_teacher_is_said_to_be_no_better_than_chance_in_red_on_a_terminal(
+    world, tmp_path, capsys, monkeypatch, arguments, terminal
+):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     make.call(stage2_kd.main, *arguments(world, "--steps", 1, "--out", tmp_path / "run"))
     said, dataset = capsys.readouterr().out, data.Dataset(world / "data")
-    ce, = (line["ce"] for line in make.history(tmp_path / "run", "teacher"))
+    (ce,) = (line["ce"] for line in make.history(tmp_path / "run", "teacher"))
     chance = counted_by_hand(dataset.train, dataset.val)
-    text = (f"WARNING: the teacher is no better than chance: its val cross-entropy is {ce:.4f}, that of the train targets' frequencies alone "
-            f"{chance:.4f}")
+    text = (
+        f"WARNING: the teacher is no better than chance: its val cross-entropy is {ce:.4f}, that of"
+        f" the train targets' frequencies alone {chance:.4f}"
+    )
     assert ce > chance and (f"\n\033[31m{text}\033[0m\n" if terminal else f"\n{text}\n") in said
     assert terminal or "\033" not in said
 
 
-@pytest.mark.parametrize("teacher, student, chance, words", (
-    (1.0, 2.0, 3.0, "val cross-entropy: teacher 1.0000, student 2.0000"),
-    (2.5, 2.0, 3.0, "val cross-entropy: teacher 2.5000, student 2.0000; WARNING: the teacher is no better than the student"),
-    (math.nan, 2.0, 3.0, "no better than the student|no better than chance: its val cross-entropy is nan"),
-    (3.0, 4.0, 3.0, "student 4.0000|no better than chance")))
+@pytest.mark.parametrize(
+    "teacher, student, chance, words",
+    (
+        (1.0, 2.0, 3.0, "val cross-entropy: teacher 1.0000, student 2.0000"),
+        (
+            2.5,
+            2.0,
+            3.0,
+            (
+                "val cross-entropy: teacher 2.5000, student 2.0000; WARNING: the teacher is no"
+                " better than the student"
+            ),
+        ),
+        (
+            math.nan,
+            2.0,
+            3.0,
+            "no better than the student|no better than chance: its val cross-entropy is nan",
+        ),
+        (3.0, 4.0, 3.0, "student 4.0000|no better than chance"),
+    ),
+)
 def test_a_teacher_is_compared_with_the_student_and_with_chance(teacher, student, chance, words):
     said = []
     worth.teacher_can_teach({"ce": teacher}, {"ce": student}, chance, said.append)
-    assert len(said) == len(words.split("|")) and all(word in line for word, line in zip(words.split("|"), said)), said
+    assert len(said) == len(words.split("|")) and all(
+        word in line for word, line in zip(words.split("|"), said)
+    ), said
 
 
-def test_the_student_itself_as_its_teacher_is_no_better_than_the_student(world, tmp_path, capsys, monkeypatch):
+def test_the_student_itself_as_its_teacher_is_no_better_than_the_student(
+    world, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    make.call(stage2_kd.main, *make.live(world, "--teacher", world / "student", "--steps", 1, "--out", tmp_path / "run"))
-    assert "\033[31m; WARNING: the teacher is no better than the student\033[0m" in capsys.readouterr().out
+    make.call(
+        stage2_kd.main,
+        *make.live(world, "--teacher", world / "student", "--steps", 1, "--out", tmp_path / "run"),
+    )
+    assert (
+        "\033[31m; WARNING: the teacher is no better than the student\033[0m"
+        in capsys.readouterr().out
+    )
 
 
 def test_history_begins_with_the_student_and_then_the_teacher(world, tmp_path):
     dataset = data.Dataset(world / "data")
-    wanted = evaluate.evaluate(models.load(str(world / "teacher"), torch.device("cpu")), dataset.val, make.V, 64,
-                               sources=dataset.sources)
-    for name, arguments, there in (("disk", make.stage2, {"ce", "ppl", "acc1", "targets"}), ("live", make.live, set(wanted))):
-        make.call(stage2_kd.main, *arguments(world, "--steps", 2, "--eval-every", 1, "--out", tmp_path / name))
+    wanted = evaluate.evaluate(
+        models.load(str(world / "teacher"), torch.device("cpu")),
+        dataset.val,
+        make.V,
+        64,
+        sources=dataset.sources,
+    )
+    for name, arguments, there in (
+        ("disk", make.stage2, {"ce", "ppl", "acc1", "targets"}),
+        ("live", make.live, set(wanted)),
+    ):
+        make.call(
+            stage2_kd.main,
+            *arguments(world, "--steps", 2, "--eval-every", 1, "--out", tmp_path / name),
+        )
         lines = make.history(tmp_path / name)
-        assert [line["event"] for line in lines] == ["eval", "teacher", "train", "eval", "train", "eval"]
-        assert lines[1].pop("event") == "teacher" and lines[1].pop("step") == 0 and lines[1] == pytest.approx({n: wanted[n] for n in there}, rel=1e-4)
+        assert [line["event"] for line in lines] == [
+            "eval",
+            "teacher",
+            "train",
+            "eval",
+            "train",
+            "eval",
+        ]
+        assert (
+            lines[1].pop("event") == "teacher"
+            and lines[1].pop("step") == 0
+            and lines[1] == pytest.approx({n: wanted[n] for n in there}, rel=1e-4)
+        )
 
 
 def test_without_a_val_dump_there_is_no_teacher_in_the_history(world, tmp_path, capsys):
     shutil.copytree(world / "logits", tmp_path / "logits", ignore=shutil.ignore_patterns("val"))
-    make.call(stage2_kd.main, *make.stage2(world, "--logits", tmp_path / "logits", "--steps", 1, "--out", tmp_path / "run"))
-    assert not make.history(tmp_path / "run", "teacher") and "val cross-entropy" not in capsys.readouterr().out
+    make.call(
+        stage2_kd.main,
+        *make.stage2(
+            world, "--logits", tmp_path / "logits", "--steps", 1, "--out", tmp_path / "run"
+        ),
+    )
+    assert (
+        not make.history(tmp_path / "run", "teacher")
+        and "val cross-entropy" not in capsys.readouterr().out
+    )
 
 
-def test_a_run_stopped_in_its_first_evaluation_goes_on_with_one_teacher_line(world, tmp_path, monkeypatch):
+def test_a_run_stopped_in_its_first_evaluation_goes_on_with_one_teacher_line(
+    world, tmp_path, monkeypatch
+):
     argv = make.stage2(world, "--steps", 2, "--out", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(worth, "teacher_can_teach", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert make.ends(stage2_kd.main, *argv)[0] == 143
     assert [line["event"] for line in make.history(tmp_path / "run")] == ["eval", "teacher"]
     make.call(stage2_kd.main, *argv)
-    assert [line["event"] for line in make.history(tmp_path / "run")] == ["eval", "teacher", "train", "eval", "train", "eval"]
+    assert [line["event"] for line in make.history(tmp_path / "run")] == [
+        "eval",
+        "teacher",
+        "train",
+        "eval",
+        "train",
+        "eval",
+    ]
 
 
 @pytest.fixture
@@ -116,19 +198,29 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(world, *more):
         make.call(stage2_kd.main, *make.live(world, "--steps", 2, *more, "--out", tmp_path / "run"))
-        return {axis.get_title(): {line.get_label(): line for line in axis.lines} for axis in plt.figure(plt.get_fignums()[-1]).axes}
+        return {
+            axis.get_title(): {line.get_label(): line for line in axis.lines}
+            for axis in plt.figure(plt.get_fignums()[-1]).axes
+        }
+
     yield draw
     monkeypatch.undo()
     plt.close("all")
 
 
-def test_the_picture_shows_the_teacher_as_a_dashed_line_and_the_losses_beside_the_logits(world, tmp_path, drawn):
+def test_the_picture_shows_the_teacher_as_a_dashed_line_and_the_losses_beside_the_logits(
+    world, tmp_path, drawn
+):
     axes = drawn(world, "--feature-weight", 1, "--contrastive-weight", 1)
     assert list(axes) == ["ce", "kl", "acc1", "loss", "feature", "contrastive"]
-    teacher, = make.history(tmp_path / "run", "teacher")
+    (teacher,) = make.history(tmp_path / "run", "teacher")
     for name in ("ce", "acc1"):
         line = axes[name]["teacher, held out"]
         assert set(line.get_ydata()) == {teacher[name]} and line.get_linestyle() == "--"
-    assert all("teacher, held out" not in axes[name] for name in ("kl", "loss", "feature", "contrastive"))
+    assert all(
+        "teacher, held out" not in axes[name] for name in ("kl", "loss", "feature", "contrastive")
+    )
     steps = make.history(tmp_path / "run", "train")
-    assert axes["feature"]["training step"].get_ydata().tolist() == [line["feature"] for line in steps]
+    assert axes["feature"]["training step"].get_ydata().tolist() == [
+        line["feature"] for line in steps
+    ]
