@@ -269,7 +269,7 @@ def shared_basis(args, dataset, teacher, head, settings, missing):
             flush=True,
         )
     shape, _ = basis.load(path, "--fresh with --chunk all")
-    holding.close()
+    holding.release()
     return replace(shape, rows=shape.rows[:, :0], mean=shape.mean[:0]).to(
         teacher.device
     ), files.sha256(path)  # a dump only encodes
@@ -347,7 +347,7 @@ def dump(args, chunk, dataset, split, teacher, head, shape, settings, interrupt)
     holding = files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
-        return holding.close()
+        return holding.release()
     topk, done = open_chunk(folder, settings, dtype, targets, len(rows))
 
     # batches of rows of like length; a batch is always whole, so that what is computed does not
@@ -453,7 +453,7 @@ def dump(args, chunk, dataset, split, teacher, head, shape, settings, interrupt)
         + "  ".join(f"T={t}: {share:.3f}" for t, share in shares.items()),
         flush=True,
     )
-    holding.close()
+    holding.release()
 
 
 def main(argv=None):
@@ -594,7 +594,7 @@ def main(argv=None):
     if args.fresh:  # everything that could be wrong was looked at before anything is deleted
         for chunk in missing:
             if (held := logits.chunk_folder(args.out, chunk) / ".lock").exists():
-                files.lock(held.parent).close()  # refused while another process writes there
+                files.lock(held.parent).release()  # refused while another process writes there
         for chunk in missing:
             files.remove_ours(
                 logits.chunk_folder(args.out, chunk),

@@ -755,7 +755,7 @@ def main(argv=None):
         meta["teacher"] = written.meta
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
-    lock.close()
+    lock.release()
     (partial / ".lock").unlink()
     files.publish(partial, out)
 

@@ -235,7 +235,7 @@ def head_inputs(s: dict, count: int, device: torch.device):
     return hidden, weight, torch.randint(0, s["V"], (count,), device=device)
 
 
-def taught(kind: str, s: dict, count: int, device: torch.device) -> losses.Kept | None:
+def taught(kind: str, s: dict, count: int, device: torch.device) -> losses.TopK | None:
     """Return the teacher that a kind of head needs: "ours with a bucket", "ours with a basis", or
     none."""
     k, rank, size = {"ours with a bucket": BUCKET, "ours with a basis": DEFAULT}.get(

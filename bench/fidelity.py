@@ -9,7 +9,7 @@ kept of the teacher, and its bytes.
 
 A teacher and one or more students (a name, a checkpoint, and the layers of it to keep). Measured on
 val's targets, the basis fitted to train's, every figure through the records' own bytes and the
-function that trains (losses.Kept.logp_all):
+function that trains (losses.TopK.logp_all):
 
     angle, ratio   between the output layer's gradient with the target P' kept, T (q - P')' h summed
                    over targets, and with the teacher's whole distribution P: degrees, and norm over
@@ -174,7 +174,7 @@ def kept_of(
     shape: basis.Basis | None,
     packed: int,
 ) -> tuple[dict, int]:
-    """Return {T: Kept} of teacher logits z (N, V) as they come back from records of k uint8 gaps
+    """Return {T: TopK} of teacher logits z (N, V) as they come back from records of k uint8 gaps
     and `packed` bytes, and the bytes of one."""
     vocab = z.shape[1]
     ids, gaps, tails = (

@@ -66,7 +66,7 @@ def hidden_states(model: models.Model, split: data.Split, rows: np.ndarray) -> t
 
 
 class Teacher:
-    """The teacher as each method sees it: `kept(method, numbers, temperature)`, the Kept of train
+    """The teacher as each method sees it: `kept(method, numbers, temperature)`, the TopK of train
     targets by their numbers."""
 
     def __init__(self, head: heads.Head, train: torch.Tensor, numbers: np.ndarray, args) -> None:
@@ -86,14 +86,14 @@ class Teacher:
             torch.zeros(head.vocab), weight.t(), unused, unused, unused, unused
         )
 
-    def kept(self, method: str, numbers: torch.Tensor, temperature: float) -> losses.Kept:
+    def kept(self, method: str, numbers: torch.Tensor, temperature: float) -> losses.TopK:
         hidden, k, args = self.train[numbers], 1 if method == "live" else self.args.k, self.args
         parts = [heads.topk_and_tails(z, k, [temperature]) for _, z in self.head.chunks(hidden)]
         ids, gaps, tails = (torch.cat(part) for part in zip(*parts))
         if method == "live":
-            return losses.Kept(ids, gaps, tails[:, 0], hidden, self.whole)
+            return losses.TopK(ids, gaps, tails[:, 0], hidden, self.whole)
         if method == "renormalised":
-            return losses.Kept(ids, gaps, torch.full_like(tails[:, 0], losses.FLOOR))
+            return losses.TopK(ids, gaps, torch.full_like(tails[:, 0], losses.FLOOR))
         shape = self.shape if method == "rank" else None
         dtype = logits.record_dtype(
             k, [temperature], self.head.vocab, args.values, self.bytes if shape else 0

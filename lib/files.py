@@ -6,16 +6,17 @@ old file or the new one, never a half. A folder is complete when its `meta.json`
 written last, exists.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 
 def fail(
@@ -71,6 +72,28 @@ def read_json(path: Path, mend: str | None = None) -> dict:
         fail(f"{path} is missing", mend=mend)
     except (OSError, ValueError) as broken:
         fail(f"{path} is not readable JSON", seen=broken, mend=mend)
+
+
+def json_lines(lines: Iterable[str], name: object) -> Iterator[tuple[int, object]]:
+    """Yield (line number from 1, value) of JSON lines, blank ones left out; one that is broken is
+    a one-line error that names `name` and its number."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as broken:
+            fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})")
+
+
+def read_jsonl(path: Path, torn: bool = False) -> list:
+    """Return the values of a .jsonl file. torn: what follows the last line end is still being
+    written, and left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as broken:
+        fail(f"{path} cannot be read", broken, "a UTF-8 file of one JSON object a line")
+    return [value for _, value in json_lines(lines[:-1] if torn else lines, path)]
 
 
 def sha256(*paths: Path) -> str:
@@ -154,7 +177,7 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
             wanted=f"one that holds {' or '.join(marks)}",
         )
     if (folder / ".lock").exists():
-        lock(folder).close()  # refused while another process writes there
+        lock(folder).release()  # refused while another process writes there
     if not (folder / KEPT).exists():
         return shutil.rmtree(folder)
     os.replace(folder, old := beside(folder, "old"))  # a kill in between is undone by `recover`
@@ -162,28 +185,29 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
     _drop(old, folder)
 
 
-def lock(folder: Path, wait: bool = False):
-    """Hold a folder for this process until it ends; a second process is refused, or waits. Keep the
-    value that is returned."""
-    handle = open(folder / ".lock", "w")
+def lock(folder: Path, wait: bool = False) -> FileLock:
+    """Hold a folder for this process until it ends or calls `.release()`; a second process is
+    refused, or waits. Keep the value that is returned."""
+    holding = FileLock(folder / ".lock")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+        holding.acquire(timeout=-1 if wait else 0)
+    except Timeout:
         fail(
             f"{folder} is being written by another process",
             wanted="one process a folder",
             mend="wait for it, or choose another --out",
         )
-    return handle
+    return holding
 
 
 def locked(folder: Path) -> bool:
     """Return whether a process holds a folder by `lock`."""
-    with open(folder / ".lock", "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
     return False
 
 

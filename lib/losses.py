@@ -52,7 +52,7 @@ PIECE_BYTES_ELSEWHERE = (
 
 
 @dataclass(frozen=True)
-class Kept:
+class TopK:
     """What a logits file keeps of the teacher at N targets: ids (N, K) int64, gap (N, K) = z_max -
     z_i >= 0, tail (N,) at one T.
 
@@ -66,8 +66,8 @@ class Kept:
     coef: Tensor | None = None
     basis: Basis | None = None
 
-    def __getitem__(self, part: slice) -> "Kept":
-        return Kept(
+    def __getitem__(self, part: slice) -> "TopK":
+        return TopK(
             self.ids[part],
             self.gap[part],
             self.tail[part],
@@ -160,7 +160,7 @@ def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tens
     return beta * kl(logp, mixture) + (1 - beta) * kl(logq, mixture)
 
 
-def teacher_logp(kept: Kept, temperature: float) -> Tensor:
+def teacher_logp(kept: TopK, temperature: float) -> Tensor:
     """Return the teacher's log-probabilities (N, K+1) at T over its K tokens and, last, the bucket
     of all others."""
     d = -kept.gap / temperature
@@ -203,14 +203,14 @@ def pieces(z: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 
-def distance(z: Tensor, kept: Kept | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def distance(z: Tensor, kept: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's
     likeliest token, and the sum of exp(z) over all tokens, each (n,).
 
     z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher
     that is there whole, over all tokens.
     """
-    if isinstance(kept, Kept):
+    if isinstance(kept, TopK):
         logp, (logq, _, _, total) = teacher_logp(kept, 1.0), student_logq(z, kept.ids, 1.0)
         return divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl"), kept.ids[:, 0], total
     other = kept.logits(torch.empty_like(z))
@@ -231,7 +231,7 @@ def dense_bytes(device: torch.device) -> int:
     return 6 * PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE) + 2 * CHUNK_BYTES
 
 
-def divergence_over_all(z: Tensor, kept: Kept | Whole, method: Method, out: Tensor) -> Tensor:
+def divergence_over_all(z: Tensor, kept: TopK | Whole, method: Method, out: Tensor) -> Tensor:
     """Return the divergence summed over targets, nats, over all V tokens; put T times its gradient
     at s into out (n, V).
 
@@ -263,7 +263,7 @@ class _HeadLoss(torch.autograd.Function):
         bias,
         head: Head,
         labels,
-        kept: Kept | Whole | None,
+        kept: TopK | Whole | None,
         method: Method,
         dtype,
         grad: bool,
@@ -384,7 +384,7 @@ def head_loss(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    kept: Kept | Whole | None = None,
+    kept: TopK | Whole | None = None,
     method: Method = Method(),
     dtype: torch.dtype | None = None,
 ):

@@ -40,18 +40,6 @@ def is_run(folder: Path) -> bool:
     )
 
 
-def locked(folder: Path) -> bool:
-    """Return whether a process holds the run's lock, without touching it. (Linux lists its locks;
-    elsewhere a run that goes on looks stopped.)"""
-    lock, listed = folder / ".lock", Path("/proc/locks")
-    if not lock.exists() or not listed.exists():
-        return False
-    return any(
-        " FLOCK " in line and line.split()[5].endswith(f":{lock.stat().st_ino}")
-        for line in listed.read_text().splitlines()
-    )
-
-
 def evaluations(history: list[dict]) -> list[dict]:
     return [line for line in history if line["event"] == "eval"]
 
@@ -90,7 +78,7 @@ def read(folder: Path) -> dict:
         now = f"stopped early at {step} of {steps}" if "stopped_early" in config else "finished"
     else:
         now = (
-            f"{'running, saved' if locked(folder) else 'stopped'} at step"
+            f"{'running, saved' if files.locked(folder) else 'stopped'} at step"
             f" {step}{f' of {steps}' if steps else ''}"
         )
     paces = [line["tok_per_s"] for line in history if "tok_per_s" in line]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lib import data, files, models
 from lib.head import wide
 from lib.losses import FLOOR
-from lib.options import attention
+from lib.options.attention import Ear, listen
 
 FEATURES = ("mse", "cosine")
 LAYERS = (
@@ -263,7 +263,7 @@ class Side:
                 "no --compile",
             )
         self.model, self.layers = model, decoder_layers(model)
-        self.hidden, self.last, self.ear = {}, None, attention.Ear()
+        self.hidden, self.last, self.ear = {}, None, Ear()
         self.hidden_at, self.wants_last = [], False
 
     def clear(self) -> None:
@@ -369,7 +369,7 @@ class Beside(nn.Module):
             side.hidden_at = sorted({pair[place] for pair in self.feature_pairs})
             side.wants_last = contrastive > 0
             if pairs:
-                side.ear = attention.listen(
+                side.ear = listen(
                     side.model,
                     side.layers,
                     sorted({pair[place] for pair in pairs}),

@@ -283,7 +283,7 @@ class Teacher:
             f"teacher: {self.folder}, live on {self.device}, {self.dtype}{quant}; {what}, at any T"
         )
 
-    def train(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
+    def train(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return the teacher at a batch's targets and a temperature, on the device of its labels:
         one pass of its body."""
         # no inference mode: what else is taken from this pass may be saved for a student's backward
@@ -296,9 +296,9 @@ class Teacher:
                 return losses.Whole(hidden, self.head)
             chunks = [topk_and_tails(z, self.k, [temperature]) for _, z in self.head.chunks(hidden)]
             ids, gap, tails = (torch.cat(parts) for parts in zip(*chunks))
-            return losses.Kept(ids, gap, tails[:, 0])
+            return losses.TopK(ids, gap, tails[:, 0])
 
-    def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | losses.Whole:
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return the same at a val batch's targets. Checked there, at each evaluation: to look at
         every batch would make the GPU wait."""
         kept = self.remembered.get(key := (temperature, *batch.rows))

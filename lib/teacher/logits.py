@@ -97,7 +97,7 @@ def encode(
     return records
 
 
-def decode(records: np.ndarray, vocab: int, column: int, shape: Basis | None = None) -> losses.Kept:
+def decode(records: np.ndarray, vocab: int, column: int, shape: Basis | None = None) -> losses.TopK:
     """Return what the loss needs of records (n,), on the CPU: ids, gaps, and the tail at dumped
     temperature number `column`; with the folder's basis also the coefficients, on its device."""
     ids = records["id_low"].astype(np.int64)
@@ -108,7 +108,7 @@ def decode(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
     gap = records["gap"].astype(np.float32)
     if "scale" in records.dtype.names:
         gap *= records["scale"].astype(np.float32)[:, None]
-    kept = losses.Kept(
+    kept = losses.TopK(
         torch.from_numpy(ids),
         torch.from_numpy(gap),
         torch.from_numpy(records["tail"][:, column].astype(np.float32)),
@@ -116,7 +116,7 @@ def decode(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
     return kept if shape is None else replace(kept, coef=shape.unpack(records["coef"]), basis=shape)
 
 
-def rest_mass(kept: losses.Kept, temperature: float) -> torch.Tensor:
+def rest_mass(kept: losses.TopK, temperature: float) -> torch.Tensor:
     """Return the teacher's mass (n,) outside its top k at a temperature: what `tail` says, as a
     share of 1."""
     return losses.teacher_logp(kept, temperature)[:, -1].exp()
@@ -452,7 +452,7 @@ class Store:
         """Return the numbers of all train rows whose chunk is there."""
         return np.concatenate([np.asarray(self.dataset.chunk_rows(c)) for c in self.chunks])
 
-    def train(self, batch: data.Batch, temperature: float | None = None) -> losses.Kept:
+    def train(self, batch: data.Batch, temperature: float | None = None) -> losses.TopK:
         """Return the teacher at a train batch's targets, on the device of its labels; at the
         store's own temperature, or at this one."""
         size, numbers = self.dataset.meta["rows_per_chunk"], batch.numbers.numpy()
@@ -471,7 +471,7 @@ class Store:
             self.shape,
         )
 
-    def val_at(self, batch: data.Batch, temperature: float) -> losses.Kept | None:
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not
         dumped."""
         if self.val is None or temperature not in self.temperatures and not self.whole:
@@ -480,7 +480,7 @@ class Store:
 
     def _kept(
         self, records: np.ndarray, temperature: float, batch: data.Batch, shape: Basis | None
-    ) -> losses.Kept:
+    ) -> losses.TopK:
         """Return decoded records on the device of the batch's labels. The tail at a temperature
         that was not dumped is computed from the others."""
         dumped = temperature in self.temperatures or self.whole
@@ -490,7 +490,7 @@ class Store:
         def move(tensor):
             return tensor.to(device, non_blocking=True)
 
-        kept = losses.Kept(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
+        kept = losses.TopK(move(kept.ids), move(kept.gap), move(kept.tail), kept.coef, shape)
         if dumped:
             return kept
         return replace(

@@ -9,7 +9,7 @@ import torch
 from lib import head as heads
 from lib import losses
 from lib.head import Head
-from lib.losses import Kept, Method
+from lib.losses import TopK, Method
 
 BETAS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3, "skl": 0.1, "tvd": 0.5}
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -36,7 +36,7 @@ def keep(z, k, t):
     lib/head.py."""
     values, ids = z.sort(dim=1, descending=True)
     d = values - values[:, :1]
-    return Kept(ids[:, :k], -d[:, :k], (d[:, k:] / t).logsumexp(1))
+    return TopK(ids[:, :k], -d[:, :k], (d[:, k:] / t).logsumexp(1))
 
 
 def reference_divergence(p, q, kind, beta):
@@ -284,7 +284,7 @@ def test_trap_3_the_tail_is_not_one_tempered_token():
 @pytest.mark.parametrize("far", (30.0, 3000.0, 60000.0))
 @pytest.mark.parametrize("t", (1.0, 8.0))
 def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dtype, tail, far, t):
-    kept = Kept(
+    kept = TopK(
         torch.tensor([[3, 1, 4]]),
         torch.tensor([[0.0, far, far]], dtype=dtype),
         torch.tensor([tail], dtype=dtype),
@@ -307,7 +307,7 @@ def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dt
 def test_trap_4_a_bucket_that_underflows_gives_a_finite_gradient(t):
     """The teacher's mass lies outside S, the student's all inside: g_rest / q_rest is the largest
     number of the whole loss."""
-    kept = Kept(torch.tensor([[3]]), torch.tensor([[0.0]]), torch.tensor([30.0]))
+    kept = TopK(torch.tensor([[3]]), torch.tensor([[0.0]]), torch.tensor([30.0]))
     s = torch.full((1, 9), -1e5)
     s[0, 3] = 0.0
     loss, grad, _ = ours(s, torch.eye(9), torch.tensor([3]), kept, Method(1.0, t))
@@ -317,7 +317,7 @@ def test_trap_4_a_bucket_that_underflows_gives_a_finite_gradient(t):
 def test_trap_4_the_bucket_of_a_confident_student_is_summed_and_not_one_minus_the_rest():
     s = torch.full((1, 50), -40.0) + torch.arange(50) / 100
     s[0, 7] = 0.0
-    kept = Kept(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
+    kept = TopK(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
     logq = losses.student_logq(s.clone(), kept.ids, 1.0)[0]
     exact = (
         torch.softmax(s.double(), 1)
@@ -428,7 +428,7 @@ def test_trap_18_a_flat_tail_of_1e_8_a_token_has_its_whole_gradient_in_float32()
     vanish."""
     v = 100_000
     weight = torch.randn(v, 3, generator=torch.Generator().manual_seed(0))
-    kept = Kept(torch.tensor([[0], [1]]), torch.zeros(2, 1), torch.full((2,), math.log(1e-3)))
+    kept = TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), torch.full((2,), math.log(1e-3)))
     options = dict(
         labels=torch.tensor([0, 1]),
         kept=kept,
@@ -438,7 +438,7 @@ def test_trap_18_a_flat_tail_of_1e_8_a_token_has_its_whole_gradient_in_float32()
     loss, grad, _ = ours(torch.full((2, 3), 0.1), weight, **options)
     exact = {
         "bias": options["bias"].double(),
-        "kept": Kept(kept.ids, kept.gap.double(), kept.tail.double()),
+        "kept": TopK(kept.ids, kept.gap.double(), kept.tail.double()),
     }
     exact = ours(torch.full((2, 3), 0.1).double(), weight.double(), **options | exact)
     assert loss > 0.01
@@ -486,7 +486,7 @@ def test_bias_is_honoured_and_trained():
 def test_trap_23_a_batch_without_targets_has_loss_zero_and_backward_works(method):
     hidden, weight, labels, z = problem(n=0)
     kept = (
-        Kept(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0))
+        TopK(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0))
         if method.alpha
         else None
     )
@@ -588,7 +588,7 @@ def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype
                 leaves[0],
                 heads.Head(leaves[1], leaves[2], 61),
                 labels,
-                losses.Kept(ids, gap, tails[:, 0]),
+                losses.TopK(ids, gap, tails[:, 0]),
                 losses.Method(0.7, 2.0, kind),
             )
         loss.backward()
@@ -619,7 +619,7 @@ def test_half_precision_on_a_gpu_gives_the_gradient_of_float32(dtype):
             leaves[0],
             heads.Head(leaves[1], None, 512),
             labels,
-            losses.Kept(kept[0], kept[1], kept[2][:, 0]),
+            losses.TopK(kept[0], kept[1], kept[2][:, 0]),
             losses.Method(0.7, 2.0),
             precision,
         )

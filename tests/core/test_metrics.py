@@ -49,7 +49,7 @@ def beside(teacher, k=0):
             return losses.Whole(hidden, head)
         ((_, z),) = head.chunks(hidden)
         ids, gap, tails = topk_and_tails(z, k, [temperature])
-        return losses.Kept(ids, gap, tails[:, 0])
+        return losses.TopK(ids, gap, tails[:, 0])
 
     return types.SimpleNamespace(compares=True, val_at=torch.no_grad()(val_at))
 

@@ -56,13 +56,12 @@ def test_a_run_that_was_killed_before_it_saved_begins_at_0(tmp_path, capsys):
     assert run["state"] == "stopped at step 0" and run["ce"] == 0.3
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists its locks")
 def test_a_run_that_goes_on_is_running_and_is_not_disturbed(tmp_path, capsys):
     folders.run(tmp_path / "x", taken=10, finished=False)
     held = files.lock(tmp_path / "x")
     (run,) = listed(tmp_path, capsys)
     assert run["state"] == "running, saved at step 10 of 20"
-    held.close()
+    held.release()
     assert listed(tmp_path, capsys)[0]["state"] == "stopped at step 10 of 20"
 
 

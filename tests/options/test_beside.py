@@ -245,7 +245,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_where_that_is_the_least_
 ):
     student, teacher = net(0), net(0)
     terms, grads = gradients(
-        Beside(student, teacher, **options), student, teacher, [train.batch([[0, 1], [2]])]
+        Beside(student, teacher, **options), student, teacher, [split.batch([[0, 1], [2]])]
     )
     assert abs(sum(terms.values())) < 1e-12 and grads
     assert "contrastive" in terms or all(
@@ -263,7 +263,7 @@ def test_the_gradient_at_the_weights_is_that_of_finite_differences(split, option
         net(0),
         net(1, num_hidden_layers=3, hidden_size=24, num_attention_heads=2, head_dim=12),
     )
-    both, batches = Beside(student, teacher, **options).double(), [train.batch([[0, 1], [2]])]
+    both, batches = Beside(student, teacher, **options).double(), [split.batch([[0, 1], [2]])]
     terms, grads = gradients(both, student, teacher, batches)
     assert list(terms) == list(both.weights) and abs(sum(terms.values())) > 1e-3
     weights = dict(student.module.named_parameters()) | dict(both.named_parameters())
@@ -287,7 +287,7 @@ def test_the_gradient_at_the_weights_is_that_of_finite_differences(split, option
 def test_packing_padding_row_order_and_the_cut_of_the_step_change_nothing(split):
     student, teacher = net(0), net(1, hidden_size=24, num_attention_heads=2, head_dim=12)
     both = Beside(student, teacher, **ALL).double()
-    wanted = gradients(both, student, teacher, [train.batch([[0], [1], [2], [3], [4]])])
+    wanted = gradients(both, student, teacher, [split.batch([[0], [1], [2], [3], [4]])])
     assert all(abs(term) > 1e-3 for term in wanted[0].values())
     for lines in (
         [[[0, 1, 2], [3, 4]]],
@@ -295,8 +295,8 @@ def test_packing_padding_row_order_and_the_cut_of_the_step_change_nothing(split)
         [[[3], [1]], [[0, 2, 4]]],
         [[[0]], [[1]], [[2]], [[3]], [[4]]],
     ):
-        same(gradients(both, student, teacher, [train.batch(cut) for cut in lines]), wanted)
-    same(gradients(both, student, teacher, [train.batch([[0, 1, 2], [3, 4]], pad_to=97)]), wanted)
+        same(gradients(both, student, teacher, [split.batch(cut) for cut in lines]), wanted)
+    same(gradients(both, student, teacher, [split.batch([[0, 1, 2], [3, 4]], pad_to=97)]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_maps_are_those_of_transformers_own_eager_attention(split, kind, attn):
     student, plain = net(0, kind, attn), net(0, kind, "eager")
     both = Beside(student, net(1, kind, attn), attention=1.0, attention_layers="0:0,1:1")
     for row in range(3):
-        batch = train.batch([[row]])
+        batch = split.batch([[row]])
         wanted = plain.body(
             input_ids=batch.tokens,
             position_ids=batch.positions,
@@ -336,7 +336,7 @@ def test_maps_of_a_packed_line_are_blocks_and_those_of_its_rows(split):
     found = []
     for lines in ([[0, 1]], [[0]], [[1]]):
         with both.watch("student"):
-            student.hidden(train.batch(lines))
+            student.hidden(split.batch(lines))
         found.append(both.sides["student"].ear.maps)
     first = found[1][0].shape[-1]
     for layer in range(2):
@@ -352,7 +352,7 @@ def test_an_output_with_maps_equals_plain_sdpa_and_only_chosen_layers_are_comput
     student, plain, batch, made = (
         net(0, num_hidden_layers=3),
         net(0, num_hidden_layers=3),
-        train.batch([[0, 1], [2]]),
+        split.batch([[0, 1], [2]]),
         [],
     )
     both = Beside(student, net(1), attention=1.0, attention_layers="1:1")
@@ -372,7 +372,7 @@ def test_an_output_with_maps_equals_plain_sdpa_and_only_chosen_layers_are_comput
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(split):
-    student, teacher, batches = net(0), net(1), [train.batch([[0, 1], [2]]), train.batch([[3, 4]])]
+    student, teacher, batches = net(0), net(1), [split.batch([[0, 1], [2]]), split.batch([[3, 4]])]
     both = Beside(student, teacher, **ALL)
     student.module.train()
     wanted = gradients(both, student, teacher, batches)
@@ -392,7 +392,7 @@ def test_half_precision_passes_give_float32_losses_near_those_of_float32(split):
     student, teacher, batch = (
         net(0, dtype=torch.float32),
         net(1, dtype=torch.float32),
-        train.batch([[0, 1], [2]]),
+        split.batch([[0, 1], [2]]),
     )
     both = Beside(student, teacher, **ALL)
     wanted = gradients(both, student, teacher, [batch])
@@ -420,7 +420,7 @@ def test_terms_are_float32_even_under_autocast(split):
         net(0, dtype=torch.float32),
         net(1, dtype=torch.float32, hidden_size=24, num_attention_heads=2, head_dim=12),
     )
-    both, batch, seen = Beside(student, teacher, **ALL), train.batch([[0, 1], [2]]), []
+    both, batch, seen = Beside(student, teacher, **ALL), split.batch([[0, 1], [2]]), []
     for half in (False, True):
         passes(both, student, teacher, batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -434,7 +434,7 @@ def test_a_float16_teacher_with_massive_activations_gives_a_finite_exact_loss(sp
     student, teacher, batch = (
         net(0, dtype=torch.float32),
         net(1, dtype=torch.float16),
-        train.batch([[0, 1]]),
+        split.batch([[0, 1]]),
     )
     both = Beside(student, teacher, feature=1.0, feature_kind=kind)
     passes(both, student, teacher, batch)
@@ -454,7 +454,7 @@ def test_the_loss_decreases_and_projections_are_learned(split, options):
         net(0, dtype=torch.float32),
         net(1, dtype=torch.float32, hidden_size=24, num_attention_heads=2, head_dim=12),
     )
-    both, batches = Beside(student, teacher, **options), [train.batch([[0, 1], [2, 3]])]
+    both, batches = Beside(student, teacher, **options), [split.batch([[0, 1], [2, 3]])]
     before = [p.clone() for p in both.parameters()]
     assert len(before) == (0 if "attention" in options else 1) and all(
         p.dtype == torch.float32 for p in before
@@ -479,7 +479,7 @@ def test_weight_0_leaves_model_and_training_as_they_are_bit_for_bit(split):
         student, teacher, batch = (
             net(0, dtype=torch.float32),
             net(1, dtype=torch.float32),
-            train.batch([[0, 1], [2]]),
+            split.batch([[0, 1], [2]]),
         )
         both = Beside(student, teacher) if with_beside else None
         optimizer = train.adamw(
@@ -510,7 +510,7 @@ def test_weight_0_leaves_model_and_training_as_they_are_bit_for_bit(split):
 
 
 def test_a_loss_that_is_off_hooks_nothing_and_computes_nothing(split, monkeypatch):
-    student, teacher, batch = net(0), net(1), train.batch([[0, 1]])
+    student, teacher, batch = net(0), net(1), split.batch([[0, 1]])
     for off in ("attention_kl", "contrast", "pool"):
         monkeypatch.setattr(beside, off, None)
     both = Beside(student, teacher, feature=1.0, feature_layers="0:0")
@@ -530,7 +530,7 @@ def test_a_loss_that_is_off_hooks_nothing_and_computes_nothing(split, monkeypatc
 
 
 def test_what_is_captured_is_let_go(split):
-    student, teacher, batch = net(0), net(1), train.batch([[0, 1]])
+    student, teacher, batch = net(0), net(1), split.batch([[0, 1]])
     both = Beside(student, teacher, **ALL)
     whole(both, student, teacher, [batch])
     for side in both.sides.values():
@@ -686,7 +686,7 @@ def balanced_step(balance, both, student, teacher, batches, step=0, scale=1.0, l
 
 
 def test_a_step_with_balance_has_the_gradient_of_a_plain_one(split):
-    student, teacher, batch = net(0), net(1), train.batch([[0, 1], [2]])
+    student, teacher, batch = net(0), net(1), split.batch([[0, 1], [2]])
     both = Beside(student, teacher, **ALL)
     balanced_step(
         Balance({"feature": 0.5, "attention": 2.0, "contrastive": 1.0}, 1, both.shared()),
@@ -738,7 +738,7 @@ def test_the_shared_layer_is_the_highest_that_every_term_reaches():
 def test_a_loss_scaled_by_1000_is_back_at_an_equal_share_in_50_steps(split, louder):
     student, teacher = net(0, dtype=torch.float32), net(1, dtype=torch.float32)
     both = Beside(student, teacher, **ALL)
-    balance, batches = Balance(both.weights, 5, both.shared()), [train.batch([[0, 1], [2, 3]])]
+    balance, batches = Balance(both.weights, 5, both.shared()), [split.batch([[0, 1], [2, 3]])]
     optimizer, logs = torch.optim.AdamW(student.module.parameters(), lr=1e-4), []
     for step in range(51):
         log = balanced_step(balance, both, student, teacher, batches, step, louder={louder: 1000.0})
@@ -767,7 +767,7 @@ def test_balance_does_not_depend_on_the_cut_of_the_step_nor_on_the_loss_scale(sp
     ):
         balance = Balance(both.weights, 1, both.shared())
         balanced_step(
-            balance, both, student, teacher, [train.batch(lines) for lines in cut], scale=scale
+            balance, both, student, teacher, [split.batch(lines) for lines in cut], scale=scale
         )
         seen.append(balance.weights)
     assert seen[0] != {name: 1.0 for name in seen[0]}
@@ -780,7 +780,7 @@ def test_a_restored_balance_continues_exactly(split):
     student, teacher, batches = (
         net(0, dtype=torch.float32),
         net(1, dtype=torch.float32),
-        [train.batch([[0, 1], [2]])],
+        [split.batch([[0, 1], [2]])],
     )
     both = Beside(student, teacher, **ALL)
     straight = Balance(both.weights, 2, both.shared())
@@ -824,7 +824,7 @@ def test_weights_are_bounded_and_a_term_without_a_finite_gradient_keeps_its_weig
 
 
 def test_checkpointing_does_not_change_what_is_measured(split):
-    student, teacher, batches, seen = net(0), net(1), [train.batch([[0, 1], [2]])], []
+    student, teacher, batches, seen = net(0), net(1), [split.batch([[0, 1], [2]])], []
     both = Beside(student, teacher, **ALL)
     student.module.train()
     for on in (False, True):

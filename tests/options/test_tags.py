@@ -183,7 +183,7 @@ def test_auto_takes_up_a_run_killed_before_it_saved_anything_but_not_one_that_is
     at(2)
     lock = files.lock(left)
     assert tags.folder(tmp_path / "run", "x", lambda _: True).name == "run-x-20261121-000002"
-    lock.close()
+    lock.release()
     assert tags.folder(tmp_path / "run", "x", lambda _: True) == left
     (left / ".lock").unlink()
     assert tags.folder(tmp_path / "run", "x", lambda _: True).name == "run-x-20261121-000002", (

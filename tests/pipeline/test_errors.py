@@ -267,7 +267,7 @@ def test_a_second_process_on_the_same_folder(world, name):
         world / "new",
         of=["new is being written by another process", "another --out"],
     )
-    held.close()
+    held.release()
     make.call(SCRIPTS[name].main, *ARGUMENTS[name](world, "--out", world / "new", "--steps", 1))
 
 
@@ -277,7 +277,7 @@ def test_a_second_dump_of_the_same_chunk(world):
     refused(
         "dump", world, "--out", world / "new", of=["chunk-0001 is being written by another process"]
     )
-    held.close()
+    held.release()
 
 
 @pytest.mark.parametrize("name", ("stage1", "stage2"))
@@ -294,7 +294,7 @@ def test_fresh_does_not_delete_what_another_process_is_writing(world, name):
         of=["new is being written by another process"],
     )
     assert (world / "new" / "history.jsonl").exists()
-    held.close()
+    held.release()
 
 
 @pytest.mark.parametrize("name", ("stage1", "stage2"))

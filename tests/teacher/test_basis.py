@@ -32,7 +32,7 @@ import stage2_kd
 from lib import data, files, losses, models, plan
 from lib import head as heads
 from lib.head import Head
-from lib.losses import Kept, Method
+from lib.losses import TopK, Method
 from lib.measure import plots
 from lib.teacher import basis, logits
 from lib.teacher.basis import Basis
@@ -80,7 +80,7 @@ def shaped(z, k, t, rank=3, **options):
 
 
 def dense(kept, t):
-    """Return the teacher (n, V) that a Kept with a basis stands for: exact at the top k, the tail's
+    """Return the teacher (n, V) that a TopK with a basis stands for: exact at the top k, the tail's
     exact mass by softmax of the basis' logits."""
     z = kept.basis.mean + kept.coef @ kept.basis.rows
     z = kept.basis.softcap * torch.tanh(z / kept.basis.softcap) if kept.basis.softcap else z
@@ -288,9 +288,9 @@ def test_the_piece_size_changes_nothing(kind, targets, monkeypatch):
     hidden, weight, labels, z = problem(n=13)
     kept, method = shaped(z, 4, 2.0), Method(0.7, 2.0, kind, BETAS[kind])
     whole = ours(hidden, weight, labels, kept, method)
-    pieces, plain = [], losses.Kept.logp_all
+    pieces, plain = [], losses.TopK.logp_all
     monkeypatch.setattr(
-        losses.Kept, "logp_all", lambda kept, z, t: pieces.append(len(z)) or plain(kept, z, t)
+        losses.TopK, "logp_all", lambda kept, z, t: pieces.append(len(z)) or plain(kept, z, t)
     )
     monkeypatch.setitem(losses.PIECE_BYTES, "cpu", int(8 * len(weight) * targets))
     all_close(ours(hidden, weight, labels, kept, method), whole, rtol=1e-12, atol=1e-12)
@@ -299,7 +299,7 @@ def test_the_piece_size_changes_nothing(kind, targets, monkeypatch):
 
 def test_a_batch_without_targets_has_loss_zero_and_backward_works():
     hidden, weight, labels, z = problem(n=0)
-    kept = Kept(
+    kept = TopK(
         torch.zeros(0, 4, dtype=torch.long),
         torch.zeros(0, 4),
         torch.zeros(0),
@@ -325,7 +325,7 @@ def test_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dtype, ta
     shape = replace(
         double(shape), mean=torch.linspace(-far, far, 9).to(dtype), rows=shape.rows.to(dtype)
     )
-    kept = Kept(
+    kept = TopK(
         torch.tensor([[3, 1, 4]]),
         torch.tensor([[0.0, far, far]], dtype=dtype),
         torch.tensor([tail], dtype=dtype),
@@ -351,7 +351,7 @@ def test_float32_gives_the_gradient_of_float64(kind):
     hidden, weight, labels, z = problem(n=40, v=97)
     kept, method = shaped(z, 4, 2.0), Method(0.7, 2.0, kind, BETAS[kind])
     shape = replace(kept.basis, mean=kept.basis.mean.float(), rows=kept.basis.rows.float())
-    single = Kept(kept.ids, kept.gap.float(), kept.tail.float(), kept.coef.float(), shape)
+    single = TopK(kept.ids, kept.gap.float(), kept.tail.float(), kept.coef.float(), shape)
     all_close(
         [x.double() for x in ours(hidden.float(), weight.float(), labels, single, method)],
         ours(hidden, weight, labels, kept, method),
@@ -608,8 +608,8 @@ def some(folder, split="train"):
 
 
 def wide(kept):
-    """Return a Kept in float64."""
-    return Kept(
+    """Return a TopK in float64."""
+    return TopK(
         kept.ids, kept.gap.double(), kept.tail.double(), kept.coef.double(), double(kept.basis)
     )
 
@@ -1314,7 +1314,7 @@ def test_half_precision_products_that_ignore_their_buffer_change_nothing(kind, m
     head, hidden = teacher()
     shape = double(basis.fit(head, hidden, 5, 8, 8)[0])
     ids, gaps, tails = heads.topk_and_tails(logits_of(head, hidden)[:40].clone(), 5, [2.0])
-    kept = Kept(ids, gaps, tails[:, 0], shape.encode(hidden[:40]), shape)
+    kept = TopK(ids, gaps, tails[:, 0], shape.encode(hidden[:40]), shape)
     made = torch.Generator().manual_seed(3)
     s, w = (
         torch.randn(40, 6, generator=made, dtype=torch.float64),

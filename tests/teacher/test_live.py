@@ -29,7 +29,7 @@ import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, head, losses, models, train
 from lib.head import Head
-from lib.losses import Kept, Method, Whole
+from lib.losses import TopK, Method, Whole
 from lib.measure import plots
 from lib.teacher import live, logits
 
@@ -247,7 +247,7 @@ def test_what_a_bucket_does_not_see_is_the_divergence_inside_it():
     method = Method(1.0, t)
     seen = (
         ours(hidden, weight, labels, whole(z), method)[0]
-        - ours(hidden, weight, labels, Kept(ids, gap, tail[:, 0]), method)[0]
+        - ours(hidden, weight, labels, TopK(ids, gap, tail[:, 0]), method)[0]
     )
     p, q = (torch.softmax(x / t, 1).scatter(1, ids, 0.0) for x in (z, hidden @ weight.t()))
     inside = [x / x.sum(1, keepdim=True) for x in (p, q)]
@@ -286,7 +286,7 @@ def test_a_live_teacher_and_all_of_its_logits_kept_give_one_loss_and_gradient(
     ids, gap, tails = head.topk_and_tails(
         row_logits(world / "teacher", batch, dataset.train), make.V, [t]
     )
-    wanted = loss_and_gradient(student, batch, Kept(ids, gap, tails[:, 0]), method)
+    wanted = loss_and_gradient(student, batch, TopK(ids, gap, tails[:, 0]), method)
     all_close(
         loss_and_gradient(student, batch, teacher.train(batch, t), method),
         wanted,
@@ -335,7 +335,7 @@ def test_a_live_top_k_gives_the_bucket_loss_that_is_written_out(world, dataset):
     all_close(
         (loss, ce, kd), reference_loss(z, s.detach(), batch.labels, 8, method), rtol=1e-6, atol=1e-6
     )
-    assert isinstance(teacher.train(batch, 2.0), Kept) and teacher.train(batch, 2.0).ids.shape == (
+    assert isinstance(teacher.train(batch, 2.0), TopK) and teacher.train(batch, 2.0).ids.shape == (
         len(batch.labels),
         8,
     )

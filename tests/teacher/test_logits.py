@@ -107,10 +107,10 @@ def test_ids_gaps_and_tails_come_back_from_a_record(vocab, k, values):
 def test_rounding_of_the_gaps_costs_next_to_no_kl(values, limit, t):
     d, _, records, _ = random_records(151_936, 32, values, n=1000, spread=3.0)
     kept = logits.decode(records, 151_936, int(t) - 1)
-    exact = losses.Kept(kept.ids, -d[:, :32], (d[:, 32:] / t).logsumexp(1))
+    exact = losses.TopK(kept.ids, -d[:, :32], (d[:, 32:] / t).logsumexp(1))
     p, q = (
         losses.teacher_logp(exact, t),
-        losses.teacher_logp(losses.Kept(kept.ids, kept.gap.double(), kept.tail.double()), t),
+        losses.teacher_logp(losses.TopK(kept.ids, kept.gap.double(), kept.tail.double()), t),
     )
     assert 0 < losses.divergence(p, q, "fkl").mean() < limit
 
@@ -137,7 +137,7 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
     full = make.store(world, name="full")
     batch = full.dataset.train.batch([[row] for row in (3, 20, 39, 0)])
     ids, gaps, tail = plain(teacher_logits(world, batch).float(), make.V, 2.0)
-    live = losses.Kept(ids, gaps.half().float() if rounded else gaps, tail)
+    live = losses.TopK(ids, gaps.half().float() if rounded else gaps, tail)
     student = models.load(str(world / "student"), CPU)
     seen = []
     for kept in (full.train(batch), live):
