@@ -155,7 +155,7 @@ def test_no_folder_is_an_error_and_no_run_is_none(tmp_path, capsys):
 
 
 def test_it_runs_without_torch():
-    code = "import sys; from lib import runs; sys.exit('torch' in sys.modules)"
+    code = "import sys; from lib.measure import runs; sys.exit('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
