@@ -160,7 +160,7 @@ def test_older_folders_without_scores_bytes_and_sources_are_read(tmp_path, no_pi
 
 def test_it_starts_without_torch():
     code = (
-        "import sys; from lib import report, runs; sys.exit('torch' in sys.modules or 'matplotlib'"
+        "import sys; from lib.measure import compare, runs; sys.exit('torch' in sys.modules or 'matplotlib'"
         " in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
