@@ -1,14 +1,12 @@
 """Stage 2, white-box distillation: train the student against the teacher's distribution at every
 answer token.
 
-    python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student \
-        runs/distilqwen/stage1 --out runs/distilqwen/stage2
-    # CPU, after `make demo`
-    python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 --out \
-        runs/try --steps 20
-    # nothing is stored
-    python stage2_kd.py --data data/demo --teacher runs/demo/teacher --student \
-        runs/demo/stage1 --out runs/live --steps 20
+    python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/stage1 \\
+        --out runs/stage2
+    # CPU, seconds, after `make demo`; with --teacher nothing is stored
+    S="--data data/demo --student runs/demo/stage1 --steps 20"
+    python stage2_kd.py $S --logits logits/demo --out runs/try
+    python stage2_kd.py $S --teacher runs/demo/teacher --out runs/live
 
 Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) or the
         teacher itself (lib/teacher/live.py), and a causal LM: stage 1's folder, or any other.
@@ -22,40 +20,25 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed 
         top k and one bucket.
 """
 
-import argparse
-import re
-
 import torch
 
-from lib import evaluate, flags, losses, models, plan, train
-from lib.data import Dataset
-from lib.options import beside, classifier, gradnorm, lora, mix, samples, sampling
+from lib import checkpoints, data, evaluate, flags, losses, models, train
+from lib import teacher as teachers
+from lib.measure import plots
+from lib.options import beside, classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
-from lib.teacher import live, logits, worth
+from lib.teacher import worth
+
+STAGE = "stage2"
+NEXT = "Talk to it"
+OPTIONS = (beside, mix, sampling, lora, samples, tags, track)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     group = parser.add_argument_group("read and write")
-    flags.add(group, "--data")
-    teacher = group.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--logits", metavar="DIR", help="the folder dump_logits.py wrote")
-    teacher.add_argument(
-        "--teacher",
-        metavar="DIR|ID",
-        help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
-    )
-    flags.add(group, "--student", "--out")
-    group.add_argument(
-        "--verify",
-        action="store_true",
-        help="check the logits' checksums first (default: their sizes and identities alone)",
-    )
-    flags.add(group, "--eval-only")
+    flags.add(group, "--data", "--student", "--out", "--eval-only")
+    teachers.add_flags(parser)
     group = parser.add_argument_group("the method")
     group.add_argument(
         "--alpha",
@@ -92,7 +75,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--best",
-        type=flags.measure("kl", "ce", "acc1", "agree", "macro_f1"),
+        type=flags.best_measure("kl", "ce", "acc1", "agree", "macro_f1"),
         default="kl",
         metavar="MEASURE",
         help=(
@@ -100,13 +83,14 @@ def parse_args(argv=None):
             " classes (default: %(default)s)"
         ),
     )
-    live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
-    beside.add_flags(parser.add_argument_group("losses beside the logits (--teacher)"))
     flags.add_trainer(parser)
-    args = parser.parse_args(argv)
+    for option in OPTIONS:
+        option.add_flags(parser)
+    args = flags.parse(parser, argv)
     flags.check_trainer(parser, args)
-    live.check_flags(parser, args)
-    beside.check_flags(parser, args)
+    teachers.check_flags(parser, args)
+    for option in OPTIONS:
+        option.check_flags(parser, args)
     if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
     if args.beta is None:
@@ -117,137 +101,78 @@ def parse_args(argv=None):
     return args
 
 
+def measure_only(args, dataset, device, amp):
+    """--eval-only: measure --student on val, also against the teacher, and write eval.json."""
+    teacher = teachers.open_teacher(args, dataset)
+    checkpoints.check_apart(args.out, checkpoints.local_folder(args.student))
+    if dataset.labels:
+        student = classifier.to_measure(args, dataset, device)
+    else:
+        student = models.load(args.student, device, **train.loading(args, dataset, amp))
+        student = teacher.join(student, args, amp)
+    teacher.say()
+    about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+    evaluate.alone(args, student, dataset, student.limit, amp, teacher, **about)
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = Dataset(args.data, args.trust_remote_code)
-    flags.check_labelled(args, dataset)
+    dataset = data.Dataset(args.data, args.trust_remote_code)
+    classifier.check(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
-    measured = None if args.eval_only else args.temperature
-    store = (
-        logits.Store(args.logits, dataset, measured, args.verify)
-        if args.logits
-        else live.Teacher(args, dataset)
-    )
-    best_by = args.best if store.compares else re.sub("^(kl|agree)", "ce", args.best)
-    args.mix = mix.chosen(args.mix, dataset)
-    rows_there, parts = (
-        (None, []) if args.eval_only else mix.divide(args.mix, dataset, store.rows())
-    )
-    if args.eval_sampling and not parts and not args.eval_only:
-        parts = mix.natural(dataset, rows_there)
-    source = models.local_folder(args.student, args.trust_remote_code)
-    models.check_apart(args.out, source)
-    if args.eval_only and dataset.labels:
-        return classifier.alone(args, dataset, source, device, amp, store, logits=args.logits)
-    if not args.eval_only:
-        models.check_trainable(source)
-    lora.check_start(args, source, models.has_weights(source))
-    inputs = (
-        dataset.identities
-        | {"student": models.identity(source)}
-        | store.identity()
-        | mix.identity(parts)
-    )
-    run = None if args.eval_only else Run(args, "stage2", inputs, best_by)
+    if args.eval_only:
+        return measure_only(args, dataset, device, amp)
+
+    # what is read, and the run that it belongs to
+    teacher = teachers.open_teacher(args, dataset)
+    rows = sampling.open_rows(args, dataset, teacher.rows())
+    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code)
+    lora.check_start(args, source)
+    inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()
+    inputs |= teacher.identity()
+    best = worth.best_by(args.best, teacher)
+    tags.choose_out(args, STAGE, inputs)
+    run = Run(args, STAGE, inputs, best)
+    rows.resume(run.more)
 
     load = classifier.load if dataset.labels else models.load
-    student = load(
-        args.student,
-        device,
-        dataset=dataset,
-        attn=args.attn,
-        compiled=args.compile,
-        amp=amp,
-        pack=not args.no_pack,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if args.lora_rank and not args.eval_only:
-        lora.attach(student.module, args, source)
-    store.join(student, args, amp)
-    if args.eval_only:
-        if not store.compares:
-            print(
-                "eval: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with 1"
-                " in TEMPERATURES"
-            )
-        about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
-        return evaluate.alone(args, student, dataset, store.vocab, amp, store, **about)
+    student = load(args.student, device, **train.loading(args, dataset, amp))
+    lora.attach(args, student)
+    student = teacher.join(student, args, amp)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    head = student.head(store.vocab)
-
-    lengths = dataset.train.rows["length"]
-    plan.check(lengths[rows_there], args.tokens_per_microbatch)
-    steps_of_rows = plan.whole_run(
-        rows_there, lengths, args.seed, args.tokens_per_step, args.epochs, args.steps, parts
-    )
-    line = plan.line_length(lengths[rows_there], args.tokens_per_microbatch, args.attn)
-    steps = len(steps_of_rows)
-    sampler = None
-    if args.eval_sampling:
-        sampler = sampling.Sampler(
-            parts,
-            dataset,
-            args.seed,
-            args.tokens_per_step,
-            steps,
-            run.more.setdefault("sampling", {}),
-        )
-        steps_of_rows = sampler.steps_of_rows()
+    head = student.head()
+    steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
 
-    print(
-        f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
-        f" on {device}, {amp or 'float32'}"
-    )
-    targets_there = int(dataset.train.rows["targets"][rows_there].sum())
-    print(
-        f"data: {len(rows_there):,} rows, {targets_there:,} targets; val {len(dataset.val.rows):,}"
-        f" rows, {dataset.val.targets:,} targets"
-    )
-    print(
-        f"plan: {steps} steps of about {args.tokens_per_step:,} tokens, evaluation every"
-        f" {eval_every}"
-    )
-    mix.say(parts, dataset, steps_of_rows)
-    store.say()
-    if not store.compares:
-        print(
-            f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by};"
-            " make logits CHUNK=val, with 1 in TEMPERATURES"
-        )
-    near = beside.build(args, student, store.model)
-    for text in near.say():
-        print(text)
-    trained = torch.nn.ModuleList([student.module, near]) if near.weights else student.module
-    if train.checkpointing_needed(
-        student,
+    print(train.described(student, amp))
+    rows.say(eval_every)
+    teacher.say()
+    near = beside.open_step(args, student, teacher.model, run.more)
+    trained = near.beside(student.module)
+    train.make_room(
         args,
+        student,
         amp,
-        store.memory_bytes(device) + near.memory_bytes(args.tokens_per_microbatch, line),
-    ):
-        student.module.activation_checkpointing_enable({"use_reentrant": False})
-    train.disk(args.out, student, whole=args.merge or not args.lora_rank)
+        teacher.memory_bytes(device),
+        near.memory_bytes(args.tokens_per_microbatch, rows.line),
+        merge=args.merge,
+    )
 
     run.begin()
+    track.start(run, args.track)
     student.module.train()
     optimizer = train.adamw(trained, args.lr, args.weight_decay, args.beta2, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     run.restore(trained, optimizer, scaler)
-    every = args.balance_every if args.balance == "gradnorm" else 0
-    weigh = gradnorm.Balance(
-        near.weights, every, near.shared() if every else [], run.more.get("balance")
-    )
-    taught = (
-        samples.answers(store.model, dataset.val, tokenizer, args.samples, args.sample_tokens)
-        if store.model
-        else None
-    )
+    written = samples.Samples(args, dataset, tokenizer)
+    written.hear(teacher.model)
     run.progress(steps)
     measures = run.measures
+    schedule = losses.Schedule(args.alpha, args.temperature, args.divergence, args.beta, steps)
 
     # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the
     # finished one
@@ -260,118 +185,61 @@ def main(argv=None):
                 head.vocab,
                 args.tokens_per_microbatch,
                 amp,
-                store,
+                teacher,
                 dataset.sources,
             )
-            run.log("eval", step, **measures, **(sampler.hear(step, measures) if sampler else {}))
-            steps_of_rows = sampler.steps_of_rows() if sampler else steps_of_rows
-            if step == 0 and dataset.val.targets and (teachers := store.val_measures()):
-                run.log("teacher", 0, **teachers)
-                worth.teacher_can_teach(
-                    teachers,
-                    measures,
-                    worth.unigram_ce(dataset.train, dataset.val, head.vocab),
-                    run.say,
-                )
-                if dataset.labels:
-                    worth.classifier_can_teach(teachers, measures, dataset, run.say)
-            if args.samples:
-                samples.write(
-                    run.out / "samples.md",
-                    student,
-                    dataset.val,
-                    tokenizer,
-                    step,
-                    args.samples,
-                    args.sample_tokens,
-                    amp,
-                    taught,
-                )
+            run.log("eval", step, **measures, **rows.hear(step, measures))
+            worth.report(run, step, teacher, dataset, measures, head.vocab)
+            written.write(run.out / "samples.md", student, step, amp)
             if run.is_better(measures):
-                run.export("best", student, tokenizer, step, measures)
+                run.export("best", student, tokenizer, step, measures, args.merge)
         last = last or run.gives_up
         if last or run.stopping or step and step % save_every == 0:
-            run.more |= {"balance": weigh.state} if every else {}
             run.save(step, trained, optimizer, scaler, measures)
         if last:
-            run.export("final", student, tokenizer, step, measures)
+            run.export("final", student, tokenizer, step, measures, args.merge)
             break
 
         # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole
-        # step
         started = clock(device)
-        rows = steps_of_rows[step]
-        targets = int(dataset.train.rows["targets"][rows].sum())
-        alpha, temperature = (
-            flags.at(args.alpha, step, steps),
-            flags.at(args.temperature, step, steps),
-        )
-        method = losses.Method(alpha, temperature, args.divergence, args.beta)
+        targets, tokens = rows.targets(step), rows.tokens(step)
+        method = schedule(step)
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
-        sums, others = torch.zeros(3, device=device), torch.zeros(len(near.weights), device=device)
-        lines_of_step = plan.microbatches(
-            rows, lengths, args.tokens_per_microbatch, line, not args.no_pack
-        )
-        batches = (dataset.train.batch(lines).to(device) for lines in lines_of_step)
-        batches = (
-            list(batches) if "contrastive" in near.weights else batches
-        )  # to be seen whole, first
-        tokens, begun, pooled = int(lengths[rows].sum()), 0, near.pool_step(batches)
+        sums = torch.zeros(3, device=device)
+        batches = rows.batches(step, device)
+        batches = near.begin(batches, step, tokens, len(rows.of(step)))
         for batch in batches:
             with near.watch("teacher"):
-                kept = store.train(batch, temperature)
+                known = teacher.at(batch, method.temperature)
             with near.watch("student"), torch.autocast(device.type, amp, enabled=amp is not None):
                 hidden = student.hidden(batch)  # (N, D)
-            leaf = hidden.detach().requires_grad_() if near.weights else hidden
-            loss_sum, ce_sum, kd_sum = losses.head_loss(leaf, head, batch.labels, kept, method, amp)
+            leaf = near.cut(hidden)
+            loss_sum, ce_sum, kd_sum = losses.head_loss(
+                leaf, head, batch.labels, known, method, amp
+            )
             scaler.scale(loss_sum / targets).backward()
+            near.backward(batch, scaler)
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
-            # the logits' gradient goes on from the leaf into the body, together with the others'
-            if near.weights:
-                terms = near.terms(batch, tokens, len(rows), pooled, begun)
-                weigh.backward(
-                    hidden,
-                    leaf.grad,
-                    {name: scaler.scale(term) for name, term in terms.items()},
-                    step,
-                )
-                others += torch.stack([term.detach() for term in terms.values()])
-                begun += len(batch.rows)
         loss, ce, kd = (sums / targets).tolist()
-        terms = dict(zip(near.weights, others.tolist()))
-        for name, value in {"loss": loss, **terms}.items():
-            run.check_finite(name, value, step, rows)
-        pulls = weigh.move() if weigh.due(step) else {}
+        figures = {"loss": loss, "kd": kd, "ce": ce, **near.end(), **schedule.moving(step)}
+        run.check_finite(step, rows.of(step), **figures)
         lr = train.cosine(run.updates, steps, args.lr, args.warmup)
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
-            run.check_finite("gradient", norm, step, rows)
+            run.check_finite(step, rows.of(step), gradient=norm)
         taken = train.update(optimizer, scaler, lr)
         run.updates += taken
         run.tick(clock(device) - started, tokens)
-        if step % args.log_every == 0 or pulls:
-            moving = {"alpha": alpha} if isinstance(args.alpha, tuple) else {}
-            moving |= {"temperature": temperature} if isinstance(args.temperature, tuple) else {}
+        if step % args.log_every == 0 or near.moved:
+            shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)
+            pace = run.pace(steps - step - 1)
             run.log(
-                "train",
-                step,
-                loss=loss,
-                kd=kd,
-                ce=ce,
-                **terms,
-                **pulls,
-                **moving,
-                lr=lr,
-                grad_norm=norm,
-                targets=targets,
-                **mix.realised(
-                    parts, dataset, steps_of_rows[max(0, step + 1 - args.log_every) : step + 1]
-                ),
-                **run.pace(steps - step - 1),
+                "train", step, **figures, lr=lr, grad_norm=norm, targets=targets, **shares, **pace
             )
 
-    run.finish(steps, step, measures, mix.realised(parts, dataset, steps_of_rows[:step]))
-    print(f"stage2: wrote {run.out}/best and final. Talk to it: python chat.py --ckpt {run.out}")
+    plots.curves(run.history, run.out / "curves.png", STAGE)
+    run.finish(steps, step, measures, rows.shares(0, step))
+    print(f"{STAGE}: wrote {run.out}/best and final. {NEXT}: python chat.py --ckpt {run.out}")
 
 
 if __name__ == "__main__":

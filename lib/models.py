@@ -1,182 +1,33 @@
-"""Models: a Hugging Face causal LM as a body (tokens -> hidden states at targets) and a head
-(hidden states -> logits).
+"""Models in memory: a Hugging Face causal LM as a body (tokens -> hidden states at targets) and a
+head (hidden states -> logits).
 
-Contract: `load` accepts a local folder or a hub id, safetensors only, or a GGUF file (with the gguf
-package); it refuses weights that are not finite, a vocabulary that is not the data's, and (by a
-probe: eight tokens through both roads) an architecture whose logits our head would not reproduce or
-whose packed rows would see each other. A folder with an adapter (lib/options/lora.py) is its base
-with the adapter merged in memory.
+Contract: `load` takes what lib/checkpoints.py finds. It refuses weights that are missing or not
+finite, a vocabulary that is not the data's, and (by a probe: eight tokens through body and head,
+and through the model itself) an architecture whose logits our head would not reproduce or whose
+packed rows would see each other. An adapter is merged into its base in memory.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lib import data, files, template
+from lib import checkpoints, data, files
 from lib.head import Head
-from lib.options import lora
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
-def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
-    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A GGUF
-    file is its own folder.
-
-    A stage folder gives its best/; one whose run is not finished is refused, unless `unfinished`
-    allows a look at it.
-    """
-    path = Path(name)
-    if is_gguf(path):
-        files.need("gguf", f"the GGUF file {name}")
-        return path
-    if path.is_dir():
-        run = (path / "history.jsonl").exists()
-
-        def holds_model(folder):
-            return (folder / "config.json").exists() or lora.is_adapter(folder)
-
-        best = next(
-            (path / stage for stage in ("best", "final") if holds_model(path / stage)), None
-        )
-        if run and not unfinished and not (path / "config.json").exists():
-            files.fail(
-                f"{name} is not finished",
-                "a run without its config.json",
-                "a finished stage",
-                "its own command again" + (f", or {best} by name" if best else ""),
-            )
-        if best and (run or not (path / "config.json").exists()):
-            return best
-        if not holds_model(path):
-            files.fail(
-                f"{name} is no model",
-                "a folder without config.json",
-                "a Hugging Face checkpoint, an adapter, or a stage folder with best/",
-            )
-        return path
-    if path.exists() or str(name).startswith((".", "/")) or str(name).count("/") != 1:
-        files.fail(
-            f"the model {name} is missing",
-            wanted="a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct",
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + [
-        "*.py"
-    ] * trust_remote_code
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
-        files.fail(
-            f"the model {name} is neither a folder here nor to be had from the hub",
-            str(missing)[:200],
-            mend=f"hf download {name}",
-        )
-
-
-def is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
-
-
-def check_trainable(source: Path) -> None:
-    """Refuse to train a GGUF file: transformers reads one and cannot save it again, nor would an
-    adapter find it as its base."""
-    if is_gguf(source):
-        files.fail(
-            f"{source} cannot be trained",
-            "a GGUF file",
-            "a folder with config.json and *.safetensors",
-            "the checkpoint that it was made of as --student (as --teacher a GGUF file is welcome)",
-        )
-
-
-def gguf_reader(path: Path):
-    """Return a GGUF file, opened: its fields, and the heads of its tensors."""
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, OSError) as broken:
-        files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
-
-
-def has_weights(folder: Path) -> bool:
-    return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
-
-
-def base_of(folder: Path) -> Path:
-    """Return the folder of the weights below an adapter, whose config.json tells of the model; a
-    whole checkpoint is its own."""
-    if not lora.is_adapter(folder):
-        return folder
-    config = folder / lora.CONFIG
-    settings = files.read_json(config)
-    name = str(settings.get("base_model_name_or_path") or "") if isinstance(settings, dict) else ""
-    mend = f"the right folder or hub id as base_model_name_or_path in {config}"
-    here = bool(name) and Path(name).is_dir()
-    if not here and (name.startswith("/") or name.count("/") != 1):
-        files.fail(
-            f"the base of the adapter {folder} is missing",
-            name,
-            "the folder of the model that it was trained on",
-            mend,
-        )
-    base = Path(name) if here else local_folder(name)
-    if lora.is_adapter(base) or not (base / "config.json").exists():
-        files.fail(
-            f"the base of the adapter {folder} is no model",
-            base,
-            "config.json and *.safetensors",
-            mend,
-        )
-    return base
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """Return the folder that holds a checkpoint's tokenizer: an adapter of others may leave it to
-    its base."""
-    return folder if any((folder / name).exists() for name in TOKENIZERS) else base_of(folder)
-
-
-def identity(folder: Path) -> str:
-    """Return the hash of a checkpoint's configuration and weights; an adapter's is of its base's as
-    well."""
-    if is_gguf(folder):
-        return files.sha256(folder)
-    there = [folder / lora.CONFIG, folder / lora.WEIGHTS] if lora.is_adapter(folder) else []
-    return files.sha256(
-        *filter(Path.exists, there),
-        (base := base_of(folder)) / "config.json",
-        *sorted(base.glob("*.safetensors")),
-    )
-
-
-def weight_bytes(folder: Path) -> int:
-    """Return the bytes of a checkpoint's weights on the disk; an adapter's with those of its
-    base."""
-    if is_gguf(folder):
-        return folder.stat().st_size
-    adapter = [folder / lora.WEIGHTS] if lora.is_adapter(folder) else []
-    return sum(
-        path.stat().st_size
-        for path in [*filter(Path.exists, adapter), *base_of(folder).glob("*.safetensors")]
-    )
 
 
 @dataclass(frozen=True)
 class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
-    came from."""
+    came from. limit: how many of its tokens are compared with a teacher's (None: all)."""
 
-    module: nn.Module
-    body: nn.Module
+    module: Any
+    body: Any
     folder: Path
+    limit: int | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +39,7 @@ class Model:
 
     @property
     def trained(self) -> int:
-        """Parameters that get gradients: with LoRA those of the adapter alone."""
+        """Parameters that get gradients: where an adapter is trained, its own alone."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
     @property
@@ -203,18 +54,14 @@ class Model:
         return output.last_hidden_state.flatten(0, 1)[batch.where]
 
     def head(self, vocab: int | None = None) -> Head:
-        """Return the output layer, cut to the first `vocab` tokens (default: all)."""
+        """Return the output layer, cut to the first `vocab` tokens (default: `limit`, else all)."""
         config, layer = self.module.config.get_text_config(), self.module.get_output_embeddings()
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )  # Cohere; Granite
-        return Head(
-            layer.weight,
-            getattr(layer, "bias", None),
-            vocab or self.vocab,
-            scale,
-            getattr(config, "final_logit_softcapping", None) or 0.0,
-        )
+        # Cohere multiplies, Granite divides
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        bias = getattr(layer, "bias", None)
+        return Head(layer.weight, bias, vocab or self.limit or self.vocab, scale, softcap)
 
 
 def load(
@@ -233,19 +80,21 @@ def load(
     trust_remote_code: bool = False,
     placing: dict | None = None,
 ) -> Model:
-    """Load a causal LM, check it, and put it on a device. `from_scratch` allows a folder with a
-    config.json and no weights. `placing`: options of from_pretrained (quantization_config,
-    device_map) that put it where it belongs by themselves.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
+    """Load a causal LM, check it, and put it on a device.
 
-    logging.disable_progress_bar()
-    folder = local_folder(name, trust_remote_code)
-    base, words = base_of(folder), with_tokenizer(folder)
+    dataset       it must know the tokens of; without one the tokenizer is not looked at
+    from_scratch  a folder with a config.json and no weights is allowed: a new model
+    pack          rows will be packed: refuse a model in which they would see each other
+    placing       options of from_pretrained (quantization_config, device_map) that put it where
+                  it belongs by themselves
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoints.local_folder(name, trust_remote_code)
+    base = checkpoints.base_of(folder)
     if dataset is not None:
-        check_vocabulary(words, dataset, trust_remote_code)
-    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code) | (placing or {})
+        words = checkpoints.with_tokenizer(folder)
+        checkpoints.check_vocabulary(words, dataset, trust_remote_code)
     if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
         files.fail(
             "flash_attention_2 computes in half precision only",
@@ -253,93 +102,20 @@ def load(
             "half precision",
             "--amp fp16 or bf16 (a model that is only run: --dtype, --teacher-dtype)",
         )
-    weights = has_weights(base)
-    if not weights and not from_scratch:
-        files.fail(
-            f"{folder} has no weights",
-            "config.json alone",
-            "*.safetensors beside it",
-            "make stage1 (stage1_sft.py makes a new model from a config.json)",
-        )
-    try:
-        if weights:
-            where, options = (
-                (folder.parent, options | {"gguf_file": folder.name})
-                if is_gguf(folder)
-                else (base, options)
-            )
-            module, loaded = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-        else:
-            print(
-                f"model: {folder} has no weights: a new model is made from its config.json, seed"
-                f" {seed}"
-            )
-            torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            module, loaded = (
-                AutoModelForCausalLM.from_config(config, dtype=dtype, **options),
-                {"missing_keys": ()},
-            )
-    # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
-    # what it saw
-    except Exception as broken:
-        text = str(broken)
-        mend = (
-            "--trust-remote-code, if you trust that folder's Python"
-            if "trust_remote_code" in text or "custom code" in text
-            else None
-        )
-        files.fail(
-            f"{base} cannot be loaded as a causal LM",
-            f"{type(broken).__name__}: {text[:300]}",
-            "config.json and *.safetensors that belong together",
-            mend,
-        )
-    if loaded["missing_keys"]:  # transformers would fill them with random numbers
-        files.fail(
-            f"{base} lacks weights",
-            ", ".join(sorted(loaded["missing_keys"])[:3]) + " missing",
-            "every tensor of its config.json",
-        )
+    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code, dtype=dtype)
+    options |= placing or {}
+    module, loaded = read(
+        AutoModelForCausalLM, folder, "a causal LM", seed=seed if from_scratch else None, **options
+    )
+    check_complete(base, loaded["missing_keys"])
     if base != folder:
-        written = (
-            files.read_json(folder / lora.BASE)
-            if (folder / lora.BASE).exists()
-            else {"identity": None}
-        )  # others write none
-        known = (
-            written.get("identity", "no identity in it")
-            if isinstance(written, dict)
-            else "no identity in it"
-        )
-        if known not in (None, seen := identity(base)):
-            files.fail(
-                f"the base of the adapter {folder} has changed",
-                f"{base} with weights {seen[:12]}",
-                known[:12],
-                "the weights it was trained on, named as base_model_name_or_path in"
-                f" {folder / lora.CONFIG}",
-            )
-        module = lora.merge(module, folder)
+        module = checkpoints.merge_adapter(module, folder, base)
     if keep_layers:
         keep_only_layers(module, keep_layers)
-    broken = next(
-        (
-            n
-            for n, p in (stored(base) if placing else module.named_parameters())
-            if not torch.isfinite(p).all()
-        ),
-        None,
-    )
-    if broken:
-        files.fail(
-            f"{folder} holds weights that are not finite",
-            f"NaN or infinity in {broken}",
-            "a whole checkpoint",
-        )
-    (module if placing else module.to(device)).eval()
+    check_finite(folder, checkpoints.stored(base) if placing else module.named_parameters())
+    if not placing:
+        module.to(device)
+    module.eval()
     model = Model(module, module.base_model, folder)
     if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
         files.fail(
@@ -353,99 +129,88 @@ def load(
     return model
 
 
-def shards(folder: Path) -> Iterator:
-    """Yield a checkpoint's safetensors files, each opened."""
-    from safetensors import SafetensorError, safe_open
+def read(
+    auto: Any,
+    folder: Path,
+    what: str,
+    *,
+    seed: int | None = None,
+    config: Any = None,
+    lenient: bool = False,
+    **options: Any,
+) -> tuple[Any, dict]:
+    """Return a module of the transformers class `auto`, and what from_pretrained says of its
+    tensors. Of an adapter it is the base.
 
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                yield file
-        except (SafetensorError, OSError) as broken:
-            files.fail(
-                f"{path} cannot be read",
-                broken,
-                "config.json and *.safetensors that belong together",
-            )
+    seed     of a new model, where the folder has no weights; None: such a folder is refused
+    config   instead of the folder's own
+    lenient  tensors of another size than the config's are left out, and listed
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging
 
-
-def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield a checkpoint's tensors with their names as they are on the disk, one after the
-    other."""
-    return ((name, file.get_tensor(name)) for file in shards(folder) for name in file.keys())
-
-
-def shapes(folder: Path) -> list[tuple[int, ...]]:
-    """Return the shapes of a checkpoint's tensors, read from the files' heads alone."""
-    if is_gguf(folder):
-        return [tuple(map(int, tensor.shape)) for tensor in gguf_reader(folder).tensors]
-    return [
-        tuple(file.get_slice(name).get_shape()) for file in shards(folder) for name in file.keys()
-    ]
-
-
-def check_apart(out: str, source: Path, what: str = "student") -> None:
-    """Refuse to write over the model that is read, be it in a stage folder, the adapter beside
-    merged weights, or the base of an adapter."""
-    held = [
-        folder
-        for model in (source, base_of(source))
-        for folder in (model.resolve(), *model.resolve().parents[: 1 + (model.name == "adapter")])
-    ]
-    if Path(out).resolve() in held:
+    logging.disable_progress_bar()
+    base = checkpoints.base_of(folder)
+    new = not checkpoints.has_weights(base)
+    if new and seed is None:
         files.fail(
-            f"--out {out} holds the {what} that is read", source, "another folder", "another --out"
+            f"{folder} has no weights",
+            "config.json alone",
+            "*.safetensors beside it",
+            "make stage1 (stage1_sft.py makes a new model from a config.json)",
+        )
+    try:
+        if new:
+            print(
+                f"model: {folder} has no weights: a new model is made from its config.json,"
+                f" seed {seed}"
+            )
+            torch.manual_seed(seed)
+            trust = options["trust_remote_code"]
+            config = config or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            return auto.from_config(config, **options), {"missing_keys": ()}
+        if checkpoints.is_gguf(folder):
+            base, options = folder.parent, options | {"gguf_file": folder.name}
+        if lenient:
+            options["ignore_mismatched_sizes"] = True
+        return auto.from_pretrained(
+            base, config=config, use_safetensors=True, output_loading_info=True, **options
+        )
+    # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
+    # what it saw
+    except Exception as broken:
+        text, mend = str(broken), None
+        if "trust_remote_code" in text or "custom code" in text:
+            mend = "--trust-remote-code, if you trust that folder's Python"
+        elif "attention" in text or "attn" in text:
+            mend = "--attn eager"
+        files.fail(
+            f"{base} cannot be loaded as {what}",
+            f"{type(broken).__name__}: {text[:300]}",
+            "config.json and *.safetensors that belong together",
+            mend,
         )
 
 
-def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
-    """Refuse a GGUF file that gives other ids to a tokenizer's tokens; return whether it names its
-    tokens at all."""
-    field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
-    tokens = field.contents() if field else None
-    if tokens is None:
-        return False
-    for token, number in sorted(
-        tokenizer.get_vocab().items(), key=lambda item: item[1]
-    ):  # padded with invented tokens, often
-        if number >= len(tokens) or tokens[number] != token:
-            files.fail(
-                f"{folder} has another tokenizer than {whose}",
-                (
-                    f"{tokens[number]!r} as token {number}"
-                    if number < len(tokens)
-                    else f"{len(tokens)} tokens"
-                ),
-                repr(token),
-                "a GGUF file of a model with the same vocabulary",
-            )
-    return True
-
-
-def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
-    """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's:
-    equal sizes prove nothing."""
-    if is_gguf(folder):
-        if check_gguf_vocabulary(folder, dataset.tokenizer(), dataset.folder):
-            return
-        folder = folder.parent
-    if not any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return
-    seen, wanted = (
-        template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"],
-        dataset.identities["vocabulary"],
-    )
-    if seen != wanted:
+def check_complete(folder: Path, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint that lacks tensors, which transformers would fill with random numbers."""
+    if missing := sorted(missing):
         files.fail(
-            f"{folder} has another tokenizer than {dataset.folder}",
-            f"vocabulary {seen[:12]}",
-            wanted[:12],
-            f"python prepare_data.py --tokenizer {folder} --out another folder (teacher and student"
-            " must share one vocabulary)",
+            f"{folder} lacks weights",
+            ", ".join(missing[:3]) + " missing",
+            "every tensor of its config.json",
         )
+
+
+def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a checkpoint with NaN or infinity in one of its tensors, (name, tensor)."""
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            files.fail(
+                f"{folder} holds weights that are not finite",
+                f"NaN or infinity in {name}",
+                "a whole checkpoint",
+            )
 
 
 def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
@@ -586,7 +351,11 @@ def pick_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
         return getattr(torch, name)
     if device.type != "cuda":
         return torch.float32
-    config = {} if is_gguf(folder) else files.read_json(base_of(folder) / "config.json")
+    config = (
+        {}
+        if checkpoints.is_gguf(folder)
+        else files.read_json(checkpoints.base_of(folder) / "config.json")
+    )
     own = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return (
         torch.float16

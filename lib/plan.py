@@ -5,18 +5,16 @@ An epoch is a list of optimizer steps; a step is a list of micro-batches; a micr
 lines; a line holds rows end to end. Rows on one line never see each other (position ids restart),
 so packing changes speed, not results.
 
-With a mix (lib/options/mix.py) there are no epochs: each source is an endless stream of its rows,
-and a step takes from it what its share asks for: a pure function of (lengths, the sources' rows and
-shares, seed, number of steps).
+`Rows` is the plan of one run. What chooses rows in another way (lib/options) makes such a one too.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import torch
 
-from lib import files
-from lib.options.mix import Part
+from lib import data, files
 
 
 def steps(
@@ -96,59 +94,6 @@ def microbatches(
     return batches
 
 
-def stream(
-    rows: np.ndarray, lengths: np.ndarray, seed: int, source: int, tokens: float
-) -> np.ndarray:
-    """Return a source's rows pass after pass, each pass in an order of its own, until they hold at
-    least `tokens` tokens."""
-    passes = max(1, math.ceil(tokens / int(lengths[rows].sum(dtype=np.int64))))
-    return np.concatenate(
-        [
-            np.random.default_rng([seed, number, source]).permutation(rows)
-            for number in range(passes)
-        ]
-    )
-
-
-def asked(parts: Sequence[Part], count: int) -> np.ndarray:
-    """Return the shares (count, parts) that a mix asks for at every step."""
-    return np.stack([np.linspace(part.first, part.last, count) for part in parts], 1)
-
-
-def mixed_run(
-    parts: Sequence[Part], lengths: np.ndarray, seed: int, tokens_per_step: int, shares: np.ndarray
-) -> list[np.ndarray]:
-    """Return the rows of every optimizer step, with the parts' `shares` (steps, parts) of the
-    tokens.
-
-    A row belongs to the step that asks for its middle token: after every step, each source is off
-    by half a row at most from what was asked of it until then. Worked example: rows of 10 tokens,
-    half of steps of 16 tokens: asked 8, 16, 24, 32; taken 10, 20, 20, 30. Shares of later steps do
-    not change what earlier steps take.
-    """
-    count = len(shares)
-    rows, step_of = [], []
-    for part, share in zip(parts, shares.T):
-        until = tokens_per_step * np.cumsum(share)  # tokens until the end of each step
-        order = stream(part.rows, lengths, seed, part.number, until[-1])
-        size = lengths[order].astype(np.int64)
-        step = np.searchsorted(until, np.cumsum(size) - size / 2, side="right")
-        rows.append(order[step < count])
-        step_of.append(step[step < count])
-    rows, step_of = np.concatenate(rows), np.concatenate(step_of)
-    order = np.argsort(step_of, kind="stable")
-    run = np.split(rows[order], np.searchsorted(step_of[order], np.arange(1, count)))
-    if empty := sum(not len(step) for step in run):
-        files.fail(
-            "the steps are too small to be mixed",
-            f"--tokens-per-step {tokens_per_step}: {empty:,} of {count:,} steps hold no row",
-            mend=(
-                f"--tokens-per-step {sum(int(lengths[part.rows].max()) for part in parts)}, or more"
-            ),
-        )
-    return run
-
-
 def whole_run(
     rows: np.ndarray,
     lengths: np.ndarray,
@@ -156,24 +101,11 @@ def whole_run(
     tokens_per_step: int,
     epochs: float,
     count: int = 0,
-    parts: Sequence[Part] = (),
 ) -> list[np.ndarray]:
     """Return the rows of every optimizer step of a run: of `epochs` passes over `rows`, or of
-    exactly `count` steps where it is above 0.
-
-    With the parts of a mix, `epochs` is as many tokens as so many passes over all of their rows
-    hold.
-    """
-    if parts:
-        tokens = sum(int(lengths[part.rows].sum(dtype=np.int64)) for part in parts)
-        return mixed_run(
-            parts,
-            lengths,
-            seed,
-            tokens_per_step,
-            asked(parts, count or max(1, round(epochs * tokens / tokens_per_step))),
-        )
-    run, epoch = [], 0
+    exactly `count` steps where it is above 0."""
+    run: list[np.ndarray] = []
+    epoch = 0
     while count and len(run) < count or not count and epoch < epochs:
         part = steps(rows, lengths, seed, epoch, tokens_per_step)
         if not count and epochs - epoch < 1:
@@ -181,3 +113,79 @@ def whole_run(
         run += part
         epoch += 1
     return run[:count] if count else run
+
+
+class Rows:
+    """Which rows a run trains on, and in which step: here every row once an epoch.
+
+    An option that chooses otherwise is a subclass with another `steps_of_rows` (one entry a step,
+    the numbers of its rows), and what it has to say of them.
+
+    there   the numbers of the rows that can be trained on (default: all)
+    line    how long a line may be (`line_length`)
+    """
+
+    def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
+        self.args, self.dataset, self.split = args, dataset, dataset.train
+        self.lengths = self.split.rows["length"]
+        self.there = np.arange(len(self.lengths)) if there is None else there
+        check(self.lengths[self.there], args.tokens_per_microbatch)
+        self.line = line_length(self.lengths[self.there], args.tokens_per_microbatch, args.attn)
+        self.steps_of_rows = self.choose()
+
+    def choose(self) -> list[np.ndarray]:
+        """Return the rows of every step."""
+        args = self.args
+        return whole_run(
+            self.there, self.lengths, args.seed, args.tokens_per_step, args.epochs, args.steps
+        )
+
+    @property
+    def steps(self) -> int:
+        return len(self.steps_of_rows)
+
+    def identity(self) -> dict[str, str]:
+        """Return what a run that is continued must find again, beside the data's own identity."""
+        return {}
+
+    def resume(self, more: dict[str, Any]) -> None:
+        """Take over, and from now on keep up to date, what the run's state holds of this plan."""
+
+    def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
+        """Take an evaluation before `step`; return what it changes of the plan, for the log."""
+        return {}
+
+    def shares(self, first: int, end: int) -> dict[str, float]:
+        """Return for the log what the sources' shares of the tokens of some steps are; {} where
+        none was asked for."""
+        return {}
+
+    def say(self, eval_every: int) -> None:
+        """Print what is trained on, and in how many steps."""
+        train, val = self.split.rows["targets"][self.there], self.dataset.val
+        print(
+            f"data: {len(self.there):,} rows, {int(train.sum()):,} targets;"
+            f" val {len(val.rows):,} rows, {val.targets:,} targets"
+        )
+        print(
+            f"plan: {self.steps} steps of about {self.args.tokens_per_step:,} tokens,"
+            f" evaluation every {eval_every}"
+        )
+
+    def of(self, step: int) -> np.ndarray:
+        """Return the numbers of a step's rows."""
+        return self.steps_of_rows[step]
+
+    def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
+        """Yield the micro-batches of a step, on a device."""
+        tokens, pack = self.args.tokens_per_microbatch, not self.args.no_pack
+        for lines in microbatches(self.of(step), self.lengths, tokens, self.line, pack):
+            yield self.split.batch(lines).to(device)
+
+    def targets(self, step: int) -> int:
+        """Return how many targets a step has: what its sums are divided by, once."""
+        return int(self.split.rows["targets"][self.of(step)].sum())
+
+    def tokens(self, step: int) -> int:
+        """Return how many tokens a step has."""
+        return int(self.lengths[self.of(step)].sum())

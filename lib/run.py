@@ -1,16 +1,13 @@
 """A training run's folder: what makes it resumable, what is logged, and the checkpoints it leaves.
 
-    runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"; stage 2
-                                    begins with the "teacher" on val), times in seconds of training
+    runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"; stage 2 also
+                                    "teacher", its own measures), times in seconds of training
                     last/           resume state: float32 weights, optimizer, counters; removed when
                                     the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
-                                    (LoRA: last/ holds the adapter's alone, best/ and final/ are
-                                    adapter folders, lib/options/lora.py)
+                                    (of an adapter: its folder, lib/checkpoints.py)
                     samples.md      the same few prompts answered at each evaluation
                     curves.png      the history as a picture
-                    tensorboard/ wandb/   the history once more, where --track asked for it
-                                          (lib/options/track.py)
                     config.json     written last: arguments, versions, identities, git commit, final
                                     figures
 
@@ -28,59 +25,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lib import files, models
-from lib.options import lora, tags, track
+from lib import checkpoints, files, models
 
-MARKS = (
-    "last",
-    ".last.part",
-    ".last.old",
-    "history.jsonl",
-    ".lock",
-)  # and not config.json: any model has one
-FREE = {
-    "tag",
-    "track",
-    "device",
-    "threads",
-    "fresh",
-    "log_every",
-    "save_every",
-    "verify",  # arguments that may differ when a run is continued;
-    "tokens_per_microbatch",
-    "checkpointing",
-    "samples",
-    "sample_tokens",
-    "teacher_device",
-    "teacher_offload",
-}  # these change results by float32 rounding at most
-ADDED = {
-    "eval_only": False,
-    "lora_rank": 0,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.0,
-    "lora_targets": "all-linear",
-    "merge": False,
-    "patience": 0,
-    "eval_sampling": False,
-    "feature_weight": 0.0,
-    "feature_layers": "last:last",
-    "feature_loss": "mse",
-    "attention_weight": 0.0,
-    "attention_layers": "last:last",
-    "contrastive_weight": 0.0,
-    "contrastive_temperature": 0.1,
-    "balance": "none",
-    "balance_every": 10,
-}
-# arguments that older runs do not name, with what these runs did
+# that a folder is a run's; not config.json, which any model has
+MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")
+GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
+HIGHER = ("acc1", "acc5", "agree", "macro_f1")  # measures of which more is better
+
+
+class Listener(Protocol):
+    """What hears of every log line, beside history.jsonl."""
+
+    def line(self, event: str, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Interrupt:
@@ -105,78 +71,97 @@ class Interrupt:
             raise SystemExit(128 + self.number)
 
 
+def settings_of(args, stage: str, identities: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same when a run is continued: its flags, but those marked `free`
+    (lib/flags.py), and the hashes of what it reads."""
+    settings = {name: value for name, value in vars(args).items() if name not in args.free}
+    hashes = {f"{name} identity": value for name, value in identities.items()}
+    return json.loads(json.dumps(settings)) | {"stage": stage} | hashes
+
+
+def differing(seen: dict[str, Any], wanted: dict[str, Any], args) -> list[str]:
+    """Return what tells a run's settings from those wanted now, each as `name seen (now wanted)`.
+    A setting that an older run lacks had its flag's default."""
+
+    def short(value):
+        is_hash = isinstance(value, str) and len(value) == 64
+        return value[:12] if is_hash else repr(value)
+
+    seen = {name: args.defaults[name] for name in wanted if name in args.defaults} | seen
+    return [
+        f"{name} {short(seen.get(name))} (now {short(wanted.get(name))})"
+        for name in sorted({*seen, *wanted} - args.free)
+        if seen.get(name) != wanted.get(name)
+    ]
+
+
 class Run:
     """Open (or continue) the run in args.out. Attributes: step (where to start), updates (optimizer
-    steps taken), best; more: what else a method needs to continue, as JSON."""
+    steps taken), best; more: what else a method needs to continue, as JSON, changed in place."""
 
-    def __init__(self, args, stage: str, identities: dict, best_by: str = "ce") -> None:
+    def __init__(self, args, stage: str, identities: dict[str, Any], best_by: str = "ce") -> None:
         self.args, self.stage, self.identities, self.best_by = args, stage, identities, best_by
-        track.check(args.track)
-        settings = {
-            name: value for name, value in vars(args).items() if name not in FREE and name != "out"
-        }
-        self.settings = (
-            json.loads(json.dumps(settings))
-            | {"stage": stage}
-            | {f"{name} identity": value for name, value in identities.items()}
-        )
-        if args.tag == tags.AUTO:
-            args.out = str(
-                tags.folder(
-                    Path(args.out),
-                    tags.method(args),
-                    lambda settings: not self._differing(settings),
-                    args.fresh,
-                )
-            )
+        self.settings = settings_of(args, stage, identities)
         self.out = Path(args.out)
-        finished = self.out / "config.json"
-        if args.fresh:
-            # what is there goes in `begin`, once everything that could be wrong has been looked at
-            pass
-        elif finished.exists():
-            settings = files.read_json(finished).get("settings")
-            if settings is None:
-                files.fail(
-                    f"{self.out} is no run of ours",
-                    "a config.json without settings",
-                    "a new folder, or a run's",
-                    "another --out",
-                )
-            self._same(settings, "is finished")
-            shutil.rmtree(
-                self.out / "last", ignore_errors=True
-            )  # a kill after config.json may have left it
-            print(f"{stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
-            raise SystemExit(0)
-        if not args.fresh:
-            self._open()
-        (
-            self.step,
-            self.updates,
-            self.best,
-            self.resumed,
-            self.trained_s,
-            self.measures,
-            self.more,
-        ) = (0, 0, None, None, 0.0, {}, {})
         self.history = self.out / "history.jsonl"
-        state = self.out / "last" / "state.json"
-        self.state = files.read_json(state) if state.exists() and not args.fresh else None
-        if self.state:
-            self._same(self.state["settings"], "was started")
-            for name in ("step", "updates", "best", "trained_s", "measures"):
-                setattr(self, name, self.state[name])
-            self.more = self.state.get("more", {})  # states of older versions have none
-            self.resumed = self.step
-            print(f"{stage}: continues {self.out} at step {self.step}")
-        self.bar, self.recent, self.interrupt = None, [], Interrupt(self.say)
+        self.step, self.updates, self.trained_s = 0, 0, 0.0
+        self.best: float | None = None
+        self.resumed: int | None = None  # the step that this process began at, if not at the first
+        self.measures: dict[str, Any] = {}
+        self.more: dict[str, Any] = {}
+        self.state: dict[str, Any] | None = None
+        self.bar: tqdm | None = None
+        self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
+        self.listeners: list[Listener] = []
+        if not args.fresh:  # else what is there goes in `begin`, once all else has been looked at
+            self._leave_if_finished()
+            self._open()
+            self._continue()
+        self.interrupt = Interrupt(self.say)
+
+    def _leave_if_finished(self) -> None:
+        finished = self.out / "config.json"
+        if not finished.exists():
+            return
+        settings = files.read_json(finished).get("settings")
+        if settings is None:
+            files.fail(
+                f"{self.out} is no run of ours",
+                "a config.json without settings",
+                "a new folder, or a run's",
+                "another --out",
+            )
+        self._same(settings, "is finished")
+        # a kill after config.json may have left it
+        shutil.rmtree(self.out / "last", ignore_errors=True)
+        print(f"{self.stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
+        raise SystemExit(0)
 
     def _open(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(self.out)
         for name in ("last", "best", "final"):
             files.recover(self.out / name)
+
+    def _continue(self) -> None:
+        state = self.out / "last" / "state.json"
+        if not state.exists():
+            return
+        self.state = files.read_json(state)
+        self._same(self.state["settings"], "was started")
+        for name in ("step", "updates", "best", "trained_s", "measures", "more"):
+            setattr(self, name, self.state[name])
+        self.resumed = self.step
+        print(f"{self.stage}: continues {self.out} at step {self.step}")
+
+    def _same(self, settings: dict[str, Any], how: str) -> None:
+        if differ := differing(settings, self.settings, self.args):
+            files.fail(
+                f"{self.out} {how} with other settings",
+                "; ".join(differ),
+                "the same command and inputs",
+                "--fresh to start anew, or another --out",
+            )
 
     def begin(self) -> None:
         """Touch the disk for the first time: --fresh deletes, a continued run drops the lines it
@@ -185,36 +170,9 @@ class Run:
             files.remove_ours(self.out, MARKS)
             self._open()
         sizes = self.state["sizes"] if self.state else {}
-        for name in ("history.jsonl", "samples.md"):
+        for name in GROWING:
             if (path := self.out / name).exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
-        self.track, self.untrack = track.start(self)
-
-    def _differing(self, settings: dict) -> list[str]:
-        """Return what tells these settings from the run's own, each as `name seen (now wanted)`."""
-
-        def short(value):
-            return (
-                value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
-            )  # hashes
-
-        settings = {
-            name: value for name, value in ADDED.items() if name in self.settings
-        } | settings
-        return [
-            f"{k} {short(settings.get(k))} (now {short(self.settings.get(k))})"
-            for k in sorted({*settings, *self.settings} - FREE)
-            if settings.get(k) != self.settings.get(k)
-        ]
-
-    def _same(self, settings: dict, how: str) -> None:
-        if differing := self._differing(settings):
-            files.fail(
-                f"{self.out} {how} with other settings",
-                "; ".join(differing),
-                "the same command and inputs",
-                "--fresh to start anew, or another --out",
-            )
 
     def restore(
         self,
@@ -240,9 +198,8 @@ class Run:
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        if (
-            self.state["scaler"] and scaler.is_enabled()
-        ):  # one of them is empty where the run moved between CPU and CUDA
+        # one of them is empty where the run moved between CPU and CUDA
+        if self.state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(self.state["scaler"])
 
     def save(
@@ -263,9 +220,7 @@ class Run:
         }
         save_file(flat, partial / "optimizer.safetensors")
         sizes = {
-            name: (self.out / name).stat().st_size
-            for name in ("history.jsonl", "samples.md")
-            if (self.out / name).exists()
+            name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()
         }
         files.write_json(
             partial / "state.json",
@@ -288,27 +243,20 @@ class Run:
     def stopping(self) -> bool:
         return bool(self.interrupt.number)
 
-    def log(self, event: str, step: int, **values) -> None:
+    def log(self, event: str, step: int, **values: Any) -> None:
         """Append one line to history.jsonl and print it: what is printed is what is stored, raw and
         not smoothed."""
         values = {
             name: float(f"{value:.7g}") if isinstance(value, float) else value
             for name, value in values.items()
         }
+        line = {"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}
         with open(self.history, "a", encoding="utf-8") as log:
-            log.write(
-                json.dumps(
-                    {"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}
-                )
-                + "\n"
-            )
-        self.track(event, step, values)
-        self.say(
-            f"{self.stage} {event} step {step}  "
-            + "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
-            )
-        )
+            log.write(json.dumps(line) + "\n")
+        for listener in self.listeners:
+            listener.line(event, step, values)
+        said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self.say(f"{self.stage} {event} step {step}  " + "  ".join(said))
 
     def say(self, text: str) -> None:
         if self.bar:
@@ -316,14 +264,12 @@ class Run:
         else:
             print(text, flush=True)
 
-    def progress(self, steps: int):
-        """Return the progress bar of the loop; on anything but a terminal it stays silent and the
-        log lines speak."""
-        self.bar = (
-            tqdm(total=steps, initial=self.step, desc=self.stage, unit="step", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+    def progress(self, steps: int) -> None:
+        """Show the progress bar of the loop; on anything but a terminal the log lines speak."""
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=steps, initial=self.step, desc=self.stage, unit="step", dynamic_ncols=True
+            )
 
     def tick(self, seconds: float, tokens: int) -> None:
         """Count one optimizer step's time and tokens, evaluation and saving apart."""
@@ -336,26 +282,25 @@ class Run:
         """Return tokens/s over the last steps (at most 20; the process's first one is left out once
         there are others), and seconds left."""
         recent = self.recent[1:] or self.recent
-        tokens, seconds = (sum(values) for values in zip(*recent))
+        tokens, seconds = sum(t for t, _ in recent), sum(s for _, s in recent)
         return {
             "tok_per_s": round(tokens / seconds, 1),
             "left_s": round(seconds / len(recent) * steps_left, 1),
         }
 
-    def check_finite(self, what: str, value: float, step: int, rows) -> None:
+    def check_finite(self, step: int, rows: Sequence[int], **values: float) -> None:
         """Stop the run at a loss or gradient that is not finite, before it reaches the weights:
         nothing after it could be right."""
-        if not math.isfinite(value):
-            seen = (
-                f"{value} on rows {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}"
-            )
-            files.fail(
-                f"the {what} of step {step} is not finite",
-                seen,
-                "a number",
-                "a lower --lr, --amp off, or a look at these rows; the state before is in"
-                f" {self.out}/last",
-            )
+        for name, value in values.items():
+            if not math.isfinite(value):
+                some = ", ".join(map(str, rows[:8])) + " ..." * (len(rows) > 8)
+                files.fail(
+                    f"the {name} of step {step} is not finite",
+                    f"{value} on rows {some}",
+                    "a number",
+                    "a lower --lr, --amp off, or a look at these rows; the state before is in"
+                    f" {self.out}/last",
+                )
 
     def is_better(self, measures: dict) -> bool:
         """Return whether these measures are the best so far by `best_by`, and remember them if
@@ -363,12 +308,14 @@ class Run:
         value = measures.get(self.best_by)
         if value is None:  # no val rows: the last one is the best one can say
             return True
-        higher = self.best_by in ("acc1", "acc5", "agree", "macro_f1")
-        better = self.best is None or (value > self.best if higher else value < self.best)
-        self.best = value if better else self.best
-        self.more["evaluations_without_better"] = (
-            0 if better else self.more.get("evaluations_without_better", 0) + 1
-        )
+        if self.best is None:
+            better = True
+        else:
+            better = value > self.best if self.best_by in HIGHER else value < self.best
+        if better:
+            self.best = value
+        failed = self.more.get("evaluations_without_better", 0)
+        self.more["evaluations_without_better"] = 0 if better else failed + 1
         return better
 
     @property
@@ -376,135 +323,85 @@ class Run:
         """Whether --patience is at its end: so many evaluations in a row brought nothing better."""
         return 0 < self.args.patience <= self.more.get("evaluations_without_better", 0)
 
-    def export(self, name: str, model: models.Model, tokenizer, step: int, measures: dict) -> None:
+    def export(
+        self,
+        name: str,
+        model: models.Model,
+        tokenizer,
+        step: int,
+        measures: dict[str, Any],
+        merge: bool = False,
+    ) -> None:
         """Write best/ or final/ as an ordinary Hugging Face checkpoint with tokenizer and model
-        card; of an adapter, its folder."""
+        card; of an adapter its folder, or, to `merge`, the whole weights with it inside."""
         partial = files.partial_folder(self.out / name)
-        dtype, adapter, base = (
-            getattr(torch, self.args.save_dtype),
-            lora.config_of(model.module),
-            model.folder,
-        )
+        dtype, adapter = getattr(torch, self.args.save_dtype), checkpoints.adapter_of(model.module)
+        base, library = model.folder, "transformers"
         if adapter:
-            base, inside = (
-                adapter.base_model_name_or_path,
-                (partial / "adapter" if self.args.merge else partial),
-            )
-            lora.save(model.module, tokenizer, inside, dtype, self.identities["student"])
-        if not adapter or self.args.merge:
-            export(model, tokenizer, partial, dtype)
-        library = "peft" if adapter and not self.args.merge else "transformers"
+            base = adapter.base_model_name_or_path
+            inside = partial / "adapter" if merge else partial
+            student = self.identities["student"]
+            checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
+        if not adapter or merge:
+            checkpoints.save(model.module, tokenizer, partial, dtype)
+        else:
+            library = "peft"
         task = "text-generation" if model.module.can_generate() else "text-classification"
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in measures.items() if isinstance(v, float))
         (partial / "README.md").write_text(
-            f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: {task}\ntags:"
-            f" [distillation]\n---\n# {self.out.name}, {name} (step {step})\n\nMade by"
-            f" `{' '.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))}`.\n\n| on"
-            f" held-out targets | |\n| --- | --- |\n{rows}\n",
+            f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: {task}\n"
+            f"tags: [distillation]\n---\n# {self.out.name}, {name} (step {step})\n\n"
+            f"Made by `{command}`.\n\n| on held-out targets | |\n| --- | --- |\n{rows}\n",
             encoding="utf-8",
         )
         files.publish(partial, self.out / name)
 
-    def finish(self, steps: int, step: int, measures: dict, shares: dict) -> None:
+    def finish(self, steps: int, step: int, measures: dict[str, Any], shares: dict) -> None:
         """Write config.json, which says that the run is complete, and drop the resume state. step:
         of `steps`, the one it ended at; shares: of the sources, where they were mixed."""
-        from lib.measure import plots
-
-        early = {}
+        config = {
+            "settings": self.settings,
+            "command": sys.argv,
+            "steps": steps,
+            "updates": self.updates,
+            "best": self.best,
+            "best_by": self.best_by,
+            "trained_s": self.trained_s,
+            "final": measures,
+            "versions": versions(),
+            "git": git_commit(),
+        }
         if step < steps:
-            early = {
-                "stopped_early": step,
-                "stopped_because": (
-                    f"{self.args.patience} evaluations in a row without a better {self.best_by}"
-                ),
-            }
-            self.say(f"{self.stage}: stopped at step {step} of {steps}: {early['stopped_because']}")
-        files.write_json(
-            self.out / "config.json",
-            {
-                "settings": self.settings,
-                "command": sys.argv,
-                "steps": steps,
-                **early,
-                "updates": self.updates,
-                "best": self.best,
-                "best_by": self.best_by,
-                "trained_s": self.trained_s,
-                "final": measures,
-                **({"shares": shares} if shares else {}),
-                "versions": versions(),
-                "git": git_commit(),
-            },
-        )
-        plots.curves(self.history, self.out / "curves.png", self.stage)
-        self.untrack()
+            because = f"{self.args.patience} evaluations in a row without a better {self.best_by}"
+            config |= {"stopped_early": step, "stopped_because": because}
+            self.say(f"{self.stage}: stopped at step {step} of {steps}: {because}")
+        if shares:
+            config["shares"] = shares
+        files.write_json(self.out / "config.json", config)
+        for listener in self.listeners:
+            listener.close()
         shutil.rmtree(self.out / "last", ignore_errors=True)
         if self.bar:
             self.bar.close()
             self.bar = None
         if shares:
-            print(
-                f"{self.stage}: realised shares of the run's tokens: "
-                + "  ".join(f"{name} {share:.4f}" for name, share in shares.items())
-            )
+            said = "  ".join(f"{name} {share:.4f}" for name, share in shares.items())
+            print(f"{self.stage}: realised shares of the run's tokens: {said}")
 
 
 def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a model's parameters and persistent buffers, each once (tied weights have one name),
-    for saving or filling; with LoRA what is trained alone, for the rest is the student's own. (With
-    losses beside the logits the module is a list: the model, and their projections.)
+    for saving or filling; where an adapter is trained, what is trained alone, for the rest is the
+    student's own. (With losses beside the logits the module is a list: the model, and their
+    projections.)
     """
-    if any(map(lora.config_of, [module, *module.children()])):
-        return {n: p.data for n, p in module.named_parameters() if p.requires_grad}
-    keep = set(module.state_dict())
-    return {n: p.data for n, p in module.named_parameters()} | {
-        n: b for n, b in module.named_buffers() if n in keep
-    }
-
-
-def export(
-    model: models.Model, tokenizer, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
-    """Save a model and its tokenizer so that plain `from_pretrained` reads them."""
-    state = lora.merged(model.module) if lora.config_of(model.module) else model.module.state_dict()
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
-    kept = model.module.config.dtype
-    model.module.save_pretrained(folder, state_dict=state)
-    model.module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory
-    model.module.config.save_pretrained(folder)
-    model.module.config.dtype = kept
-    tokenizer.save_pretrained(folder)
-    for_other_readers(folder)
-
-
-def for_other_readers(folder: Path) -> None:
-    """Write the positions' settings and the tokenizer's class as transformers 4 and mlx-lm read
-    them too, beside what transformers 5 has saved.
-
-    Where there is no `rope_theta` at the top of config.json they take their own default and say
-    nothing: the model then writes other text.
-    """
-    config, tokens = (
-        files.read_json(folder / "config.json"),
-        files.read_json(folder / "tokenizer_config.json"),
-    )
-    rope = config.get("rope_parameters") or {}
-    config |= {
-        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope
-    }  # absent where kinds of layers have their own
-    if "rope_theta" in rope and rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
-    files.write_json(folder / "config.json", config)
-    if (
-        tokens.get("tokenizer_class") == "TokenizersBackend"
-    ):  # what transformers 5 calls it, which also knows the old name
-        files.write_json(
-            folder / "tokenizer_config.json",
-            tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
-        )
+    named = dict(module.named_parameters())
+    if any(map(checkpoints.adapter_of, [module, *module.children()])):
+        return {name: p.data for name, p in named.items() if p.requires_grad}
+    there = set(module.state_dict())
+    buffers = {name: b for name, b in module.named_buffers() if name in there}
+    return {name: p.data for name, p in named.items()} | buffers
 
 
 def versions() -> dict:
@@ -522,16 +419,11 @@ def versions() -> dict:
 
 
 def git_commit() -> str | None:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = "git describe --always --dirty --abbrev=12".split()
+    here = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(command, cwd=here, capture_output=True, text=True)
     return result.stdout.strip() or None
 
 

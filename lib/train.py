@@ -5,11 +5,12 @@ clipping, and fp16's scaler; and before the first step, whether it will fit in m
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from lib import files, head, models
+from lib import data, files, head, models
 
 # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4;
 # no attention maps)
@@ -51,12 +52,39 @@ def training_bytes(
     )
 
 
-def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, more: int = 0) -> bool:
-    """Return whether to checkpoint gradients: on request, or when memory is short without. Says
-    what is needed and there; `more` bytes on top."""
+def loading(args, dataset: data.Dataset, amp: torch.dtype | None) -> dict[str, Any]:
+    """Return what loading a student asks of the flags."""
+    return dict(
+        dataset=dataset,
+        attn=args.attn,
+        compiled=args.compile,
+        amp=amp,
+        pack=not args.no_pack,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def described(student: models.Model, amp: torch.dtype | None) -> str:
+    """Return a line that says what the student is."""
+    return (
+        f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
+        f" on {student.device}, {amp or 'float32'}"
+    )
+
+
+def make_room(
+    args, model: models.Model, amp: torch.dtype | None, *more: int, merge: bool = False
+) -> None:
+    """Say what memory and disk are needed and there; switch gradient checkpointing on, on request
+    or when memory is short without.
+
+    more   bytes that are taken beside the student's own
+    merge  whole weights are saved, even where few are trained
+    """
     have = available_bytes(model.device)
     plain, saved = (
-        more + training_bytes(model, args.tokens_per_microbatch, amp, c) for c in (False, True)
+        sum(more) + training_bytes(model, args.tokens_per_microbatch, amp, on)
+        for on in (False, True)
     )
     use = args.checkpointing or plain > have
     if plain > have and not args.checkpointing:
@@ -67,24 +95,21 @@ def checkpointing_needed(model: models.Model, args, amp: torch.dtype | None, mor
     )
     if need > have:
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
-    return use
+    if use:
+        model.module.activation_checkpointing_enable({"use_reentrant": False})
+    check_disk(args.out, model, whole=merge or model.trained == model.parameters)
 
 
-def disk(out, model: models.Model, saved_bytes: int = 4, whole: bool = True) -> None:
+def check_disk(out: str, model: models.Model, whole: bool = True) -> None:
     """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a
     trained weight, best/ and final/ at 4 a weight; of these the trained ones alone, unless the
     `whole` model is saved."""
-    there = [
-        path
-        for name in ("last", "best", "final")
-        for path in (Path(out) / name).rglob("*")
-        if path.is_file()
-    ]
+    there = 0  # what is there already will be replaced
+    for name in ("last", "best", "final"):
+        paths = (Path(out) / name).rglob("*")
+        there += sum(path.stat().st_size for path in paths if path.is_file())
     saved = model.parameters if whole else model.trained
-    need, have = (
-        2 * 12 * model.trained + 3 * saved_bytes * saved,
-        files.free_bytes(out) + sum(path.stat().st_size for path in there),
-    )
+    need, have = 2 * 12 * model.trained + 3 * 4 * saved, files.free_bytes(Path(out)) + there
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     if need > have:
         files.fail(

@@ -18,9 +18,9 @@ optimizer step, so that a step's figure does not depend on how it is cut into mi
 """
 
 import argparse
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from lib import data, files, models
 from lib.head import wide
 from lib.losses import FLOOR
-from lib.options.attention import Ear, listen
+from lib.options.attention import listen
+from lib.options.capture import Side, layer_pairs
+from lib.options.gradnorm import Balance
 
 FEATURES = ("mse", "cosine")
 LAYERS = (
@@ -37,8 +39,9 @@ LAYERS = (
 )
 
 
-def add_flags(group: argparse._ArgumentGroup) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the weights of the losses beside the logits, and what belongs to each."""
+    group = parser.add_argument_group("losses beside the logits (--teacher)")
     group.add_argument(
         "--feature-weight",
         type=float,
@@ -198,126 +201,14 @@ def pool(hidden: Tensor, row_of: Tensor, rows: int) -> Tensor:
     return sums / row_of[real].bincount(minlength=rows)[:, None]
 
 
-def layer_pairs(
-    text: str, student: int, teacher: int, flag: str = "--feature-layers"
-) -> list[tuple[int, int]]:
-    """Read pairs student:teacher of decoder layers. For 4 and 8 layers "0:0,last:last" is [(0, 0),
-    (3, 7)], and "even:2", two pairs evenly spaced with the last layers included, is [(1, 3), (3,
-    7)].
-    """
-    wanted = (
-        f"STUDENT:TEACHER from 0:0 to {student - 1}:{teacher - 1} or last:last, with commas; or"
-        f" even:N, N from 1 to {min(student, teacher)}"
-    )
-    there = f"the student has {student} layers, the teacher {teacher}"
-    try:
-        first, _, count = text.partition(":")
-        if first == "even":
-            n = int(count)
-            if not 1 <= n <= min(student, teacher):
-                raise ValueError(text)
-            return [((i + 1) * student // n - 1, (i + 1) * teacher // n - 1) for i in range(n)]
-        pairs = []
-        for pair in text.split(","):
-            a, b = (
-                size - 1 if word.strip() == "last" else int(word)
-                for word, size in zip(pair.split(":"), (student, teacher), strict=True)
-            )
-            if not (0 <= a < student and 0 <= b < teacher):
-                raise ValueError(pair)
-            pairs.append((a, b))
-        return list(dict.fromkeys(pairs))
-    except ValueError:
-        files.fail(f"{flag} {text} names no layers that are there ({there})", wanted=wanted)
-
-
-def decoder_layers(model: models.Model) -> nn.ModuleList:
-    """Return the list of a model's decoder layers, whatever its body calls it."""
-    count = model.module.config.get_text_config().num_hidden_layers
-    found = next(
-        (
-            part
-            for part in model.body.modules()
-            if isinstance(part, nn.ModuleList) and len(part) == count
-        ),
-        None,
-    )
-    if found is None:
-        files.fail(
-            f"{type(model.module).__name__} has no list of decoder layers",
-            wanted=f"one of {count} layers",
-        )
-    return found
-
-
-class Side:
-    """What is captured of one model: hidden {layer: (B, L, D)}, maps {layer: (B, H, L, L)} as logs,
-    last (B, L, D). No nn.Module, so that the models do not become parts of Beside."""
-
-    def __init__(self, model: models.Model) -> None:
-        if hasattr(model.body, "_orig_mod"):
-            files.fail(
-                "a compiled model does not show its layers",
-                "--compile",
-                "none, with a loss beside the logits",
-                "no --compile",
-            )
-        self.model, self.layers = model, decoder_layers(model)
-        self.hidden, self.last, self.ear = {}, None, Ear()
-        self.hidden_at, self.wants_last = [], False
-
-    def clear(self) -> None:
-        self.hidden, self.last, self.ear.maps = {}, None, {}
-
-    def _keep(self, layer: int | None, _module, _inputs, output) -> None:
-        if layer is None:
-            self.last = output.last_hidden_state
-        else:
-            self.hidden[layer] = output[0] if isinstance(output, tuple) else output
-
-    @contextmanager
-    def watch(self):
-        """Capture the one forward pass that runs inside; the hooks are gone outside, where backward
-        may run layers again."""
-        self.clear()
-        hooks = [
-            self.layers[i].register_forward_hook(partial(self._keep, i)) for i in self.hidden_at
-        ]
-        if self.wants_last:
-            hooks.append(self.model.body.register_forward_hook(partial(self._keep, None)))
-        self.ear.on = True
-        try:
-            yield
-        finally:
-            self.ear.on = False
-            for hook in hooks:
-                hook.remove()
-
-
 class Beside(nn.Module):
     """The losses beside the logits of a student and its live teacher. Its parameters are the
     learned projections, float32: they belong in the optimizer and in the resume state, and never in
     a checkpoint.
 
     A weight of 0 switches a loss off: it is not computed, nothing is hooked, and the models are
-    left as they are. `weights` holds the others. Worked example, one optimizer step of two
-    micro-batches, `tokens` and `rows` counted over both:
-
-        pooled = []
-        # only where "contrastive" is in beside.weights
-        for batch in batches:
-            with torch.inference_mode(), beside.watch("teacher"):
-                teacher.hidden(batch)
-            pooled.append(beside.pool(batch))                # (rows of this batch, D')
-        pooled, offset = torch.cat(pooled), 0
-        for batch in batches:
-            with torch.inference_mode(), beside.watch("teacher"):
-                teacher.hidden(batch)
-            with beside.watch("student"):
-                hidden = student.hidden(batch)
-            terms = beside.terms(batch, tokens, rows, pooled, offset)
-            (logits_loss(hidden) + sum(beside.weights[name] * term for name, term in
-            terms.items())).backward() offset += len(batch.rows)
+    left as they are. `weights` holds the others. A micro-batch is one pass of each model under
+    `watch`, then `terms`; `Step` does that in a training loop.
     """
 
     def __init__(
@@ -578,9 +469,105 @@ class Beside(nn.Module):
         return found
 
 
-def build(args: argparse.Namespace, student: models.Model, teacher: models.Model | None) -> Beside:
-    """Return what the flags of `add_flags` ask for."""
-    return Beside(
+class Step:
+    """The losses beside the logits in a training loop. Worked example, one optimizer step:
+
+        for batch in near.begin(batches, step, tokens, rows):   # tokens and rows of the whole step
+            with near.watch("teacher"):
+                known = teacher.at(batch, temperature)
+            with near.watch("student"):
+                hidden = student.hidden(batch)                  # (N, D)
+            leaf = near.cut(hidden)
+            scaler.scale(loss_of(leaf, known)).backward()       # into the head, and leaf.grad
+            near.backward(batch, scaler)                        # all gradients into the body
+        figures = near.end()
+
+    moved: whether `end` has just moved the weights (a log line is due).
+    """
+
+    def __init__(self, near: Beside, every: int, more: dict[str, Any]) -> None:
+        self.near, self.watch, self.memory_bytes = near, near.watch, near.memory_bytes
+        shared = near.shared() if every else []
+        self.balance = Balance(near.weights, every, shared, more.get("balance"))
+        if every:  # changed in place
+            more["balance"] = {"weights": self.balance.weights}
+        self.moved = False
+
+    def beside(self, module: nn.Module) -> nn.Module:
+        """Return all that is trained: the student, and the projections."""
+        return nn.ModuleList([module, self.near])
+
+    def begin(
+        self, batches: Iterable[data.Batch], step: int, tokens: int, rows: int
+    ) -> Iterable[data.Batch]:
+        """Begin an optimizer step, and return its batches; what contrasts sees them whole first."""
+        self.step, self.tokens, self.rows, self.begun = step, tokens, rows, 0
+        self.sums = torch.zeros(len(self.near.weights), device=self.near.device)
+        if "contrastive" in self.near.weights:
+            batches = list(batches)
+        self.pooled = self.near.pool_step(batches)
+        return batches
+
+    def cut(self, hidden: Tensor) -> Tensor:
+        """Return a leaf that stands for the student's hidden states (N, D) in the logits' loss."""
+        self.hidden, self.leaf = hidden, hidden.detach().requires_grad_()
+        return self.leaf
+
+    def backward(self, batch: data.Batch, scaler: torch.amp.GradScaler) -> None:
+        """Send the logits' gradient from the leaf on into the body, together with the others'."""
+        terms = self.near.terms(batch, self.tokens, self.rows, self.pooled, self.begun)
+        scaled = {name: scaler.scale(term) for name, term in terms.items()}
+        self.balance.backward(self.hidden, self.leaf.grad, scaled, self.step)
+        self.sums += torch.stack([term.detach() for term in terms.values()])
+        self.begun += len(batch.rows)
+
+    def end(self) -> dict[str, float]:
+        """Return the step's losses by name, and, where their weights were moved, how."""
+        self.moved = self.balance.due(self.step)
+        losses = dict(zip(self.near.weights, self.sums.tolist()))
+        return losses | (self.balance.move() if self.moved else {})
+
+
+class Nothing:
+    """The null twin of `Step`: the student learns from the logits alone."""
+
+    moved = False
+
+    def beside(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def memory_bytes(self, tokens: int, line: int) -> int:
+        return 0
+
+    def begin(
+        self, batches: Iterable[data.Batch], step: int, tokens: int, rows: int
+    ) -> Iterable[data.Batch]:
+        return batches
+
+    def watch(self, who: str):
+        return nullcontext()
+
+    def cut(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def backward(self, batch: data.Batch, scaler: torch.amp.GradScaler) -> None:
+        pass
+
+    def end(self) -> dict[str, float]:
+        return {}
+
+
+def open_step(
+    args: argparse.Namespace,
+    student: models.Model,
+    teacher: models.Model | None,
+    more: dict[str, Any],
+) -> Step | Nothing:
+    """Return what the flags of `add_flags` ask for, and say it. more: a run's own, which keeps the
+    weights."""
+    if not any((args.feature_weight, args.attention_weight, args.contrastive_weight)):
+        return Nothing()
+    near = Beside(
         student,
         teacher,
         feature=args.feature_weight,
@@ -592,6 +579,9 @@ def build(args: argparse.Namespace, student: models.Model, teacher: models.Model
         contrastive_temperature=args.contrastive_temperature,
         seed=args.seed,
     )
+    for text in near.say():
+        print(text)
+    return Step(near, args.balance_every if args.balance == "gradnorm" else 0, more)
 
 
 def projection(student: int, teacher: int, made: torch.Generator) -> nn.Module:

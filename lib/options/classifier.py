@@ -9,16 +9,16 @@ labels, gets a new one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lib import data, evaluate, files, models, template
+from lib import checkpoints, data, files, flags, models, template
 from lib.head import Head
-from lib.options import lora
-from lib.prepare import classes
+
+TEACHER_MEND = "dump_logits.py, and --logits: a record holds all class logits, so nothing is lost"
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Classifier(models.Model):
     """order (C,): the place in the model's own logits of each of the data's labels. pad: the token
     its padding is made of."""
 
-    order: Tensor
-    pad: int
+    order: Tensor = field()
+    pad: int = field()
 
     @property
     def vocab(self) -> int:
@@ -52,7 +52,11 @@ class Classifier(models.Model):
 
 def is_classifier(folder: Path) -> bool:
     """Return whether a folder holds a model with a classification head."""
-    if models.is_gguf(folder) or lora.is_adapter(folder) or not (folder / "config.json").exists():
+    if (
+        checkpoints.is_gguf(folder)
+        or checkpoints.is_adapter(folder)
+        or not (folder / "config.json").exists()
+    ):
         return False
     return any(
         name.endswith("ForSequenceClassification")
@@ -124,164 +128,131 @@ def load(
     where it has none of these labels. `from_scratch` allows a folder without weights.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    folder = models.local_folder(name, trust_remote_code)
-    if models.is_gguf(folder) or lora.is_adapter(folder):
+    folder = checkpoints.local_folder(name, trust_remote_code)
+    if checkpoints.is_gguf(folder) or checkpoints.is_adapter(folder):
         files.fail(
             f"{folder} cannot classify",
-            "a GGUF file" if models.is_gguf(folder) else "an adapter",
+            "a GGUF file" if checkpoints.is_gguf(folder) else "an adapter",
             "whole weights, as safetensors",
         )
-    labels, teacher = dataset.labels, rows is not None
-    if not teacher:
-        models.check_vocabulary(folder, dataset, trust_remote_code)
-    own, weights = own_labels(folder), models.has_weights(folder)
-    order = None if own is None else matched(own, labels)
-    if teacher and (order is None or not weights):
-        seen = (
-            "no classification head"
-            if own is None
-            else "no weights"
-            if not weights
-            else f"labels {', '.join(own[:8])}"
-        )
-        files.fail(
-            f"the teacher {folder} does not know these classes",
-            seen,
-            f"a head trained for {', '.join(labels[:8])}",
-            f"stage1_sft.py --data ... --student {name}, on data of its own tokenizer and these"
-            " labels",
-        )
-    if not weights and not from_scratch:
-        files.fail(
-            f"{folder} has no weights",
-            "config.json alone",
-            "*.safetensors beside it",
-            "make stage1 (stage1_sft.py makes a new model from a config.json)",
-        )
+    own, weights = own_labels(folder), checkpoints.has_weights(folder)
+    order = None if own is None else matched(own, dataset.labels)
+    if rows is None:
+        checkpoints.check_vocabulary(folder, dataset, trust_remote_code)
+        tokenizer = dataset.tokenizer()
+    else:
+        check_teacher(name, folder, dataset.labels, own, order)
+        tokenizer = tokenizer_of(folder, dataset, trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
+    name_labels(config, folder, dataset.labels, own, order)
+    pad = choose_pad(config.get_text_config(), tokenizer)
+    check_positions(folder, rows or [dataset.train, dataset.val])
+    torch.manual_seed(seed)  # a new head is random
+    module, loaded = models.read(
+        AutoModelForSequenceClassification,
+        folder,
+        "a classifier",
+        seed=seed if from_scratch else None,
+        config=config,
+        lenient=order is None,
+        attn_implementation=attn,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+    )
+    check_body(module, folder, loaded, order)
+    if weights and order is None:
+        new_head(module)
+        known = (
+            f"a head for other labels ({', '.join(own[:4])})" if own else "no classification head"
+        )
+        print(
+            f"model: {folder} has {known}: a new one is made for {len(dataset.labels)} classes,"
+            f" seed {seed}"
+        )
+    if keep_layers:
+        models.keep_only_layers(module, keep_layers)
+    models.check_finite(folder, module.named_parameters())
+    module.to(device).eval()
+    place = torch.tensor(order or range(len(dataset.labels)), device=device)
+    model = Classifier(module, module, folder, place, pad)
+    probe(model)
+    return replace(model, body=torch.compile(module, dynamic=True)) if compiled else model
+
+
+def check_teacher(
+    name: str, folder: Path, labels: list[str], own: list[str] | None, order: list[int] | None
+) -> None:
+    """Refuse a teacher without a head that was trained for these labels."""
+    weights = checkpoints.has_weights(folder)
+    if order is not None and weights:
+        return
+    if own is None:
+        seen = "no classification head"
+    else:
+        seen = f"labels {', '.join(own[:8])}" if weights else "no weights"
+    files.fail(
+        f"the teacher {folder} does not know these classes",
+        seen,
+        f"a head trained for {', '.join(labels[:8])}",
+        f"stage1_sft.py --data ... --student {name}, on data of its own tokenizer and these labels",
+    )
+
+
+def name_labels(
+    config, folder: Path, labels: list[str], own: list[str] | None, order: list[int] | None
+) -> None:
+    """Give a configuration the data's labels, where it has none of them; say how nameless ones are
+    taken."""
     if order is None:
         config.num_labels = len(labels)
-        config.id2label, config.label2id = (
-            dict(enumerate(labels)),
-            {label: number for number, label in enumerate(labels)},
-        )
-    elif own != labels and all(name.casefold().startswith("label_") for name in own):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: number for number, label in enumerate(labels)}
+    elif own != labels and all(label.casefold().startswith("label_") for label in own or ()):
         print(
             f"model: {folder} calls its classes {own[0]}, {own[1]}, ...; they are taken in the"
             f" data's order: {', '.join(labels[:8])}"
         )
-    tokenizer = tokenizer_of(folder, dataset, trust_remote_code) if teacher else dataset.tokenizer()
-    text.pad_token_id = pad = next(
-        (
-            token
-            for token in (text.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-            if token is not None
-        ),
-        0,
-    )
-    text.use_cache = False
-    most, longest = (
-        positions(folder),
-        max(
-            int(split.rows["length"].max(initial=0))
-            for split in rows or (dataset.train, dataset.val)
-        ),
-    )
+
+
+def choose_pad(config, tokenizer) -> int:
+    """Return the token that padding is made of, and put it into the text model's configuration."""
+    tokens = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    config.pad_token_id = next((token for token in tokens if token is not None), 0)
+    config.use_cache = False
+    return config.pad_token_id
+
+
+def check_positions(folder: Path, splits: list[data.Split]) -> None:
+    """Refuse rows that are longer than the model reads."""
+    most = positions(folder)
+    longest = max(int(split.rows["length"].max(initial=0)) for split in splits)
     if longest > most:
         files.fail(
             f"{folder} reads {most} tokens at most",
             f"a row of {longest}",
             mend=f"prepare_data.py --max-len {most}",
         )
-    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code, dtype=dtype)
-    torch.manual_seed(seed)  # a new head is random
-    try:
-        if weights:
-            module, loaded = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=order is None,
-                **options,
-            )
-        else:
-            print(
-                f"model: {folder} has no weights: a new model is made from its config.json, seed"
-                f" {seed}"
-            )
-            module, loaded = (
-                AutoModelForSequenceClassification.from_config(config, **options),
-                {"missing_keys": ()},
-            )
-    # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
-    # what it saw
-    except Exception as broken:
-        text = str(broken)
-        files.fail(
-            f"{folder} cannot be loaded as a classifier",
-            f"{type(broken).__name__}: {text[:300]}",
-            "config.json and *.safetensors that belong together",
-            "--attn eager" if "attention" in text or "attn" in text else None,
-        )
-    prefix = f"{module.base_model_prefix}."
-    missing = sorted(
-        {*loaded["missing_keys"], *(entry[0] for entry in loaded.get("mismatched_keys", ()))}
-    )
-    fresh = [
-        key for key in missing if not key.startswith(prefix) or ".pooler." in key
-    ]  # the head, and what only it reads
-    if lost := [
-        key for key in missing if order is not None or key not in fresh
-    ]:  # transformers would fill them with random numbers
-        files.fail(
-            f"{folder} lacks weights",
-            ", ".join(lost[:3]) + " missing",
-            "every tensor of its config.json",
-        )
-    if weights and order is None:
-        for layer in (
-            part
-            for name, part in module.named_modules()
-            if isinstance(part, nn.Linear) and not name.startswith(prefix)
-        ):
-            nn.init.normal_(
-                layer.weight, std=getattr(text, "initializer_range", 0.02)
-            )  # where the sizes agree, other labels' head was read
+
+
+def check_body(module, folder: Path, loaded: dict, order: list[int] | None) -> None:
+    """Refuse a checkpoint that lacks tensors; the head, and what only it reads, may be missing
+    where a new one is made."""
+    missing = {*loaded["missing_keys"], *(key for key, *_ in loaded.get("mismatched_keys", ()))}
+    if order is None:
+        prefix = f"{module.base_model_prefix}."
+        missing = {key for key in missing if key.startswith(prefix) and ".pooler." not in key}
+    models.check_complete(folder, missing)
+
+
+def new_head(module) -> None:
+    """Make a random head: where the sizes agree, that of other labels was read."""
+    std = getattr(module.config.get_text_config(), "initializer_range", 0.02)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not name.startswith(f"{module.base_model_prefix}."):
+            nn.init.normal_(layer.weight, std=std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        known = (
-            "no classification head"
-            if own is None
-            else f"a head for other labels ({', '.join(own[:4])})"
-        )
-        print(
-            f"model: {folder} has {known}: a new one is made for {len(labels)} classes, seed {seed}"
-        )
-    if keep_layers:
-        models.keep_only_layers(module, keep_layers)
-    if broken := next(
-        (key for key, value in module.named_parameters() if not torch.isfinite(value).all()), None
-    ):
-        files.fail(
-            f"{folder} holds weights that are not finite",
-            f"NaN or infinity in {broken}",
-            "a whole checkpoint",
-        )
-    module.to(device).eval()
-    model = Classifier(
-        module, module, folder, torch.tensor(order or range(len(labels)), device=device), pad
-    )
-    probe(model)
-    return (
-        Classifier(module, torch.compile(module, dynamic=True), folder, model.order, pad)
-        if compiled
-        else model
-    )
 
 
 @torch.no_grad()
@@ -320,21 +291,31 @@ def read_by(dataset: data.Dataset, name: str, folder: Path, args) -> data.Split:
     """Return a split (train or val) as the tokenizer of the model in `folder` reads its texts: as
     many tokens as the data's --max-len at most."""
     most = min(dataset.meta["args"]["max_len"], positions(folder))
-    return classes.retokenized(
-        dataset.folder, name, tokenizer_of(folder, dataset, args.trust_remote_code), most
-    )
+    tokenizer = tokenizer_of(folder, dataset, args.trust_remote_code)
+    return data.retokenized(dataset.folder, name, tokenizer, most)
 
 
-def alone(
-    args,
-    dataset: data.Dataset,
-    folder: Path,
-    device: torch.device,
-    amp: torch.dtype | None,
-    store=None,
-    **about,
-) -> None:
-    """--eval-only of a classifier, of whatever tokenizer: see evaluate.alone."""
+def check(args, dataset: data.Dataset) -> None:
+    """Set what follows for a trainer from rows that have a class each; refuse what does not go with
+    them."""
+    if not dataset.labels:
+        return
+    args.no_pack, args.samples = True, 0
+    mends = {"lora_rank": None, "teacher": TEACHER_MEND}
+    for name, mend in mends.items():
+        if getattr(args, name, None):
+            files.fail(
+                f"{flags.spelled(name)} does not go with {dataset.folder}",
+                "rows with a class each",
+                "rows of language",
+                mend,
+            )
+
+
+def to_measure(args, dataset: data.Dataset, device: torch.device) -> Classifier:
+    """Return the classifier --student for --eval-only, of whatever tokenizer; the val rows become
+    those that its own tokenizer reads."""
+    folder = checkpoints.local_folder(args.student, args.trust_remote_code)
     if own_labels(folder) is None:
         files.fail(
             f"{folder} cannot be measured",
@@ -343,7 +324,7 @@ def alone(
             f"stage1_sft.py --data {dataset.folder} --student {args.student}, and what it writes",
         )
     dataset.val = read_by(dataset, "val", folder, args)
-    model = load(
+    return load(
         args.student,
         device,
         dataset=dataset,
@@ -351,12 +332,11 @@ def alone(
         attn=args.attn,
         trust_remote_code=args.trust_remote_code,
     )
-    evaluate.alone(args, model, dataset, model.vocab, amp, store, **about)
 
 
 def tokenizer_of(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False):
     """Return a teacher's own tokenizer; where its folder has none, that of the data."""
-    if any((folder / name).exists() for name in models.TOKENIZERS):
+    if any((folder / name).exists() for name in checkpoints.TOKENIZERS):
         return template.load_tokenizer(folder, trust_remote_code)
     return dataset.tokenizer()
 

@@ -3,20 +3,45 @@ against a data folder, said and measured.
 
 Shares are of TOKENS (whole rows, prompt and answer), not of rows and not of targets. A share moves
 in a straight line from the first step to the last. Names are those in meta.json's list of sources;
-one that is not named has share 0. Which rows a step takes is lib/plan.py's matter, and known for
-the whole run before it begins: shares are figures of the plan, so a run that is continued logs the
-same.
+one that is not named has share 0. Each source is an endless stream of its rows, and a step takes
+from it what its share asks for: a pure function of (lengths, the sources' rows and shares, seed,
+number of steps), known for the whole run before it begins; a continued run logs the same.
 """
 
+import argparse
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
-from lib import data, files
+from lib import data, files, flags, plan
 
-MANY = 5  # passes over a source above which its answers are learnt by heart: worth a warning
+MANY_PASSES = 5  # over a source, above which its answers are learnt by heart: worth a warning
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.option(
+        parser.add_argument_group("shares of the sources"),
+        "--mix",
+        default=None,
+        metavar="TEXT",
+        help=(
+            "shares of the sources in a step's tokens: 'a:0.7 b:0.3', or 'a:0.7->0.3 b:0.3->0.7'"
+            " from first step to last; off = every row once an epoch (default: what prepare_data.py"
+            " stored, else off)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    try:
+        if args.mix not in (None, "off"):
+            parse(args.mix)
+    except ValueError as wrong:
+        parser.error(f"--mix: {wrong}")
 
 
 @dataclass(frozen=True)
@@ -60,42 +85,11 @@ def parse(text: str) -> dict[str, tuple[float, float]]:
     return shares
 
 
-def chosen(text: str | None, dataset: data.Dataset) -> str | None:
-    """Return the mix of a run: --mix, else the one that prepare_data.py stored; None = off, every
-    row once an epoch."""
-    text = dataset.meta.get("mix") if text is None else text
-    return None if text in (None, "off") else text
-
-
-def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
-    """Return every source with its part of all tokens for a share."""
-    rows = dataset.train.rows[rows_there]
-    if int(rows["source"].max()) >= len(dataset.sources):  # data of an older prepare_data.py
-        files.fail(
-            "--eval-sampling cannot weigh the sources",
-            f"no names of them in {dataset.folder}/meta.json",
-            "two or more named sources",
-            "prepare_data.py with several named sources, or no --eval-sampling",
-        )
-    tokens = np.bincount(rows["source"], rows["length"])
-    shares = (tokens / tokens.sum()).tolist()
-    return [
-        Part(number, dataset.sources[number], rows_there[rows["source"] == number], share, share)
-        for number, share in enumerate(shares)
-        if share
-    ]
-
-
-def divide(
-    text: str | None, dataset: data.Dataset, rows_there: np.ndarray
-) -> tuple[np.ndarray, list[Part]]:
-    """Return those of `rows_there` that are trained on, and the sources that have a share, each
-    with its own; all of them and [] without a mix.
+def divide(text: str, dataset: data.Dataset, there: np.ndarray) -> list[Part]:
+    """Return the sources that have a share, each with those of its rows that are `there`.
 
     Refused: a name that the data folder does not have, and a source with a share and no row.
     """
-    if text is None:
-        return rows_there, []
     try:
         shares = parse(text)
     except ValueError as wrong:  # of the stored one: the flag has been looked at
@@ -109,83 +103,173 @@ def divide(
             "--mix, or --mix off",
         )
     source, parts = dataset.train.rows["source"], []
-    source_there = source[rows_there]
     for name, (first, last) in shares.items():
-        number = names.index(name)
-        rows = rows_there[source_there == number]
         if not first and not last:
             continue
+        number = names.index(name)
+        rows = there[source[there] == number]
         if not len(rows):
-            chunks = np.unique(np.flatnonzero(source == number) // dataset.meta["rows_per_chunk"])
-            seen = (
-                "all its rows in chunks without logits:"
-                f" {', '.join(map(str, chunks[:4]))}{' ...' * (len(chunks) > 4)}"
-            )
-            make = (
-                f"make logits NAME={dataset.folder.name} CHUNK={chunks[0]}"
-                if len(chunks)
-                else "prepare_data.py with more of it"
-            )
-            files.fail(
-                f"{name} has a share in the mix and no row to train on",
-                seen if len(chunks) else "no row of it in train",
-                mend=f"{make}, or a --mix without it",
-            )
+            refuse_without_rows(name, number, dataset)
         parts.append(Part(number, name, rows, first, last))
-    return np.concatenate([part.rows for part in parts]), parts
+    return parts
 
 
-def identity(parts: Sequence[Part]) -> dict[str, str]:
-    """Return the hash of which rows belong to which source: the data's own identity, of token ids
-    and masks, does not say that."""
-    text = "".join(
-        f"{part.name} {hashlib.sha256(part.rows.astype('<i8')).hexdigest()} " for part in parts
+def refuse_without_rows(name: str, number: int, dataset: data.Dataset) -> NoReturn:
+    """Say why a source has no row to train on, and what brings some."""
+    rows = np.flatnonzero(dataset.train.rows["source"] == number)
+    seen, make = "no row of it in train", "prepare_data.py with more of it"
+    if len(rows):
+        chunks = np.unique(rows // dataset.meta["rows_per_chunk"])
+        some = ", ".join(map(str, chunks[:4])) + " ..." * (len(chunks) > 4)
+        seen = f"all its rows in chunks without logits: {some}"
+        make = f"make logits NAME={dataset.folder.name} CHUNK={chunks[0]}"
+    files.fail(
+        f"{name} has a share in the mix and no row to train on",
+        seen,
+        mend=f"{make}, or a --mix without it",
     )
-    return {"sources": hashlib.sha256(text.encode()).hexdigest()} if parts else {}
 
 
-def tokens_of(
-    parts: Sequence[Part], dataset: data.Dataset, steps_of_rows: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Return the tokens that steps take from each part."""
-    taken = dataset.train.rows[np.concatenate(steps_of_rows)]
-    return np.bincount(taken["source"], taken["length"], len(dataset.sources))[
-        [part.number for part in parts]
+def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
+    """Return every source with its part of all tokens for a share."""
+    rows = dataset.train.rows[rows_there]
+    tokens = np.bincount(rows["source"], rows["length"])
+    shares = (tokens / tokens.sum()).tolist()
+    return [
+        Part(number, dataset.sources[number], rows_there[rows["source"] == number], share, share)
+        for number, share in enumerate(shares)
+        if share
     ]
 
 
-def realised(
-    parts: Sequence[Part], dataset: data.Dataset, steps_of_rows: Sequence[np.ndarray]
-) -> dict[str, float]:
-    """Return each part's share of the tokens of some steps, as share_NAME (log lines: of the steps
-    since the one before); {} without a mix."""
-    if not parts:
-        return {}
-    tokens = tokens_of(parts, dataset, steps_of_rows)
-    return {
-        f"share_{part.name}": share for part, share in zip(parts, (tokens / tokens.sum()).tolist())
-    }
+def stream(
+    rows: np.ndarray, lengths: np.ndarray, seed: int, source: int, tokens: float
+) -> np.ndarray:
+    """Return a source's rows pass after pass, each pass in an order of its own, until they hold at
+    least `tokens` tokens."""
+    passes = max(1, math.ceil(tokens / int(lengths[rows].sum(dtype=np.int64))))
+    return np.concatenate(
+        [
+            np.random.default_rng([seed, number, source]).permutation(rows)
+            for number in range(passes)
+        ]
+    )
 
 
-def say(parts: Sequence[Part], dataset: data.Dataset, steps_of_rows: Sequence[np.ndarray]) -> None:
-    """Print a line for each source: rows, tokens, share, passes over it this run; nothing without a
-    mix."""
-    if not parts:
-        return
-    lengths = dataset.train.rows["length"]
-    for part, taken in zip(parts, tokens_of(parts, dataset, steps_of_rows)):
-        tokens = int(lengths[part.rows].sum(dtype=np.int64))
-        share = f"{part.first:g}" if part.first == part.last else f"{part.first:g} -> {part.last:g}"
-        warning = (
-            "; WARNING: so many passes are learnt by heart: a smaller share, fewer steps, or more"
-            " rows"
-            if taken / tokens > MANY
-            else ""
+def asked(parts: Sequence[Part], count: int) -> np.ndarray:
+    """Return the shares (count, parts) that a mix asks for at every step."""
+    return np.stack([np.linspace(part.first, part.last, count) for part in parts], 1)
+
+
+def mixed_run(
+    parts: Sequence[Part], lengths: np.ndarray, seed: int, tokens_per_step: int, shares: np.ndarray
+) -> list[np.ndarray]:
+    """Return the rows of every optimizer step, with the parts' `shares` (steps, parts) of the
+    tokens.
+
+    A row belongs to the step that asks for its middle token: after every step, each source is off
+    by half a row at most from what was asked of it until then. Worked example: rows of 10 tokens,
+    half of steps of 16 tokens: asked 8, 16, 24, 32; taken 10, 20, 20, 30. Shares of later steps do
+    not change what earlier steps take.
+    """
+    count = len(shares)
+    rows, step_of = [], []
+    for part, share in zip(parts, shares.T):
+        until = tokens_per_step * np.cumsum(share)  # tokens until the end of each step
+        order = stream(part.rows, lengths, seed, part.number, until[-1])
+        size = lengths[order].astype(np.int64)
+        step = np.searchsorted(until, np.cumsum(size) - size / 2, side="right")
+        rows.append(order[step < count])
+        step_of.append(step[step < count])
+    rows, step_of = np.concatenate(rows), np.concatenate(step_of)
+    order = np.argsort(step_of, kind="stable")
+    run = np.split(rows[order], np.searchsorted(step_of[order], np.arange(1, count)))
+    if empty := sum(not len(step) for step in run):
+        files.fail(
+            "the steps are too small to be mixed",
+            f"--tokens-per-step {tokens_per_step}: {empty:,} of {count:,} steps hold no row",
+            mend=(
+                f"--tokens-per-step {sum(int(lengths[part.rows].max()) for part in parts)}, or more"
+            ),
         )
-        print(
-            f"mix: {part.name}: {len(part.rows):,} rows, {tokens:,} tokens, share of the tokens"
-            f" {share}, {taken / tokens:.1f} passes{warning}"
+    return run
+
+
+class MixedRows(plan.Rows):
+    """The plan of a run whose steps hold the shares of a mix."""
+
+    def __init__(self, args, dataset: data.Dataset, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        super().__init__(args, dataset, np.concatenate([part.rows for part in parts]))
+
+    def choose(self) -> list[np.ndarray]:
+        args = self.args
+        return mixed_run(
+            self.parts, self.lengths, args.seed, args.tokens_per_step, self.wanted_shares()
         )
-    for name in dataset.sources:
-        if name not in {part.name for part in parts}:
-            print(f"mix: {name}: share 0, not trained on")
+
+    def wanted_shares(self) -> np.ndarray:
+        """Return the shares (steps, parts) of every step: --epochs is as many tokens as so many
+        passes over all rows of the parts hold."""
+        args, count = self.args, self.args.steps
+        if not count:
+            tokens = sum(int(self.lengths[part.rows].sum(dtype=np.int64)) for part in self.parts)
+            count = max(1, round(args.epochs * tokens / args.tokens_per_step))
+        return asked(self.parts, count)
+
+    def identity(self) -> dict[str, str]:
+        """Return the hash of which rows belong to which source: the data's own identity, of token
+        ids and masks, does not say that."""
+        each = [(part.name, hashlib.sha256(part.rows.astype("<i8"))) for part in self.parts]
+        text = "".join(f"{name} {rows.hexdigest()} " for name, rows in each)
+        return {"sources": hashlib.sha256(text.encode()).hexdigest()}
+
+    def tokens_taken(self, first: int, end: int) -> np.ndarray:
+        """Return the tokens (parts,) that the steps from `first` to before `end` take."""
+        taken = self.split.rows[np.concatenate(self.steps_of_rows[first:end])]
+        tokens = np.bincount(taken["source"], taken["length"], len(self.dataset.sources))
+        return tokens[[part.number for part in self.parts]]
+
+    def shares(self, first: int, end: int) -> dict[str, float]:
+        """Return each part's share of the tokens of some steps, as share_NAME."""
+        tokens = self.tokens_taken(first, end)
+        shares = (tokens / tokens.sum()).tolist()
+        return {f"share_{part.name}": share for part, share in zip(self.parts, shares)}
+
+    def say(self, eval_every: int) -> None:
+        """Print also a line for each source: rows, tokens, share, passes over it this run."""
+        super().say(eval_every)
+        for part, taken in zip(self.parts, self.tokens_taken(0, self.steps)):
+            tokens = int(self.lengths[part.rows].sum(dtype=np.int64))
+            share, passes, warning = f"{part.first:g}", taken / tokens, ""
+            if part.first != part.last:
+                share += f" -> {part.last:g}"
+            if passes > MANY_PASSES:
+                warning = (
+                    "; WARNING: so many passes are learnt by heart: a smaller share, fewer steps,"
+                    " or more rows"
+                )
+            print(
+                f"mix: {part.name}: {len(part.rows):,} rows, {tokens:,} tokens, share of the tokens"
+                f" {share}, {passes:.1f} passes{warning}"
+            )
+        for name in self.dataset.sources:
+            if name not in {part.name for part in self.parts}:
+                print(f"mix: {name}: share 0, not trained on")
+
+
+def wanted(args, dataset: data.Dataset) -> str | None:
+    """Return the mix of a run, and put it into its arguments: --mix, else the one that
+    prepare_data.py stored; None = off."""
+    text = dataset.meta.get("mix") if args.mix is None else args.mix
+    args.mix = None if text in (None, "off") else text
+    return args.mix
+
+
+def open_rows(args, dataset: data.Dataset, there: np.ndarray | None = None) -> plan.Rows:
+    """Return the plan of a run over the rows that are `there` (default: all): mixed, if a mix is
+    wanted."""
+    there = np.arange(len(dataset.train.rows)) if there is None else there
+    if text := wanted(args, dataset):
+        return MixedRows(args, dataset, divide(text, dataset, there))
+    return plan.Rows(args, dataset, there)

@@ -17,86 +17,100 @@ learn: DoReMi (arXiv:2305.10429) and Sheared LLaMA (arXiv:2310.06694, section 2.
 loading); the rule here is simpler than theirs: it has no reference loss.
 """
 
+import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from lib import data, evaluate, files, plan
-from lib.options.mix import Part
+from lib import data, evaluate, files, flags, plan
+from lib.options import mix
 
 RATE = 10.0
 BOUND = 3.0
 
 
-class Sampler:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.option(
+        parser.add_argument_group("shares that follow the evaluations"),
+        "--eval-sampling",
+        action="store_true",
+        help=(
+            "at every evaluation, give more weight to the sources whose val loss fell least since"
+            " the one before (lib/options/sampling.py says the rule)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Nothing can be wrong with it before the data is open."""
+
+
+class SampledRows(mix.MixedRows):
     """The plan of a run whose shares follow its evaluations. state: {"before": ce of each part at
     the last evaluation, "factors": [[from this step, factor of each part], ...]}, as JSON; it is
     changed in place."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        dataset: data.Dataset,
-        seed: int,
-        tokens_per_step: int,
-        steps: int,
-        state: dict,
-    ) -> None:
-        there = {dataset.sources[number] for number in np.unique(dataset.val.rows["source"])}
-        lacking = [part.name for part in parts if part.name not in there]
-        if len(parts) < 2 or lacking or len(there) > evaluate.MANY:
-            seen = (
-                f"no val rows of {', '.join(lacking)}"
-                if lacking
-                else f"{len(parts)} sources with a share, {len(there)} in val"
-            )
-            files.fail(
-                "--eval-sampling cannot weigh the sources",
-                seen,
-                f"2 to {evaluate.MANY} sources, each with a share and val rows",
-                "prepare_data.py with several named sources and --val, or no --eval-sampling",
-            )
-        longest = sum(int(dataset.train.rows["length"][part.rows].max()) for part in parts)
-        if tokens_per_step < longest:  # whatever the shares become, a step holds a row
-            files.fail(
-                "the steps are too small for --eval-sampling",
-                f"--tokens-per-step {tokens_per_step}",
-                f"at least {longest}: the longest row of each source",
-                f"--tokens-per-step {longest}",
-            )
-        self.parts, self.lengths, self.seed, self.tokens_per_step = (
-            parts,
-            dataset.train.rows["length"],
-            seed,
-            tokens_per_step,
-        )
-        self.asked, self.state = plan.asked(parts, steps), state
-        state.setdefault("before", None)
-        state.setdefault("factors", [])
+    def __init__(self, args, dataset: data.Dataset, parts: Sequence[mix.Part]) -> None:
+        check_parts(args, dataset, parts)
+        self.state: dict[str, Any] = {"before": None, "factors": []}
+        super().__init__(args, dataset, parts)
 
-    def shares(self) -> np.ndarray:
+    def wanted_shares(self) -> np.ndarray:
         """Return the shares (steps, parts) that the factors make of those asked for."""
-        factors = np.ones_like(self.asked)
+        asked = super().wanted_shares()
+        factors = np.ones_like(asked)
         for step, values in self.state["factors"]:
             factors[step:] = values
-        return self.asked * factors / (self.asked * factors).sum(1, keepdims=True)
+        return asked * factors / (asked * factors).sum(1, keepdims=True)
 
-    def steps_of_rows(self) -> list[np.ndarray]:
-        """Return the rows of every optimizer step, as far as one can know by now."""
-        return plan.mixed_run(
-            self.parts, self.lengths, self.seed, self.tokens_per_step, self.shares()
-        )
+    def resume(self, more: dict[str, Any]) -> None:
+        self.state = more.setdefault("sampling", self.state)
+        self.steps_of_rows = self.choose()
 
-    def hear(self, step: int, measures: dict) -> dict[str, float]:
+    def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
         """Take an evaluation's ce_NAME; what it changes holds from `step` on. Return the factors as
         factor_NAME."""
         ce, before = [measures[f"ce_{part.name}"] for part in self.parts], self.state["before"]
-        self.state["before"] = ce
-        factors = np.array(
-            self.state["factors"][-1][1] if self.state["factors"] else [1.0] * len(ce)
-        )
+        history = self.state["factors"]
+        factors = np.array(history[-1][1] if history else [1.0] * len(ce))
         if before is not None:
             gain = 1 - np.array(ce) / np.array(before)
             factors = (factors * np.exp(-RATE * (gain - gain.mean()))).clip(1 / BOUND, BOUND)
-            self.state["factors"].append([step, factors.tolist()])
+            history.append([step, factors.tolist()])
+        self.state["before"] = ce
+        self.steps_of_rows = self.choose()  # as far as one can know by now
         return {f"factor_{part.name}": value for part, value in zip(self.parts, factors.tolist())}
+
+
+def check_parts(args, dataset: data.Dataset, parts: Sequence[mix.Part]) -> None:
+    """Refuse sources that cannot be weighed: one alone, without val rows, or in too small steps."""
+    there = {dataset.sources[number] for number in np.unique(dataset.val.rows["source"])}
+    lacking = [part.name for part in parts if part.name not in there]
+    if len(parts) < 2 or lacking or len(there) > evaluate.MANY:
+        seen = f"{len(parts)} sources with a share, {len(there)} in val"
+        files.fail(
+            "--eval-sampling cannot weigh the sources",
+            f"no val rows of {', '.join(lacking)}" if lacking else seen,
+            f"2 to {evaluate.MANY} sources, each with a share and val rows",
+            "prepare_data.py with several named sources and --val, or no --eval-sampling",
+        )
+    longest = sum(int(dataset.train.rows["length"][part.rows].max()) for part in parts)
+    if args.tokens_per_step < longest:  # whatever the shares become, a step holds a row
+        files.fail(
+            "the steps are too small for --eval-sampling",
+            f"--tokens-per-step {args.tokens_per_step}",
+            f"at least {longest}: the longest row of each source",
+            f"--tokens-per-step {longest}",
+        )
+
+
+def open_rows(args, dataset: data.Dataset, there: np.ndarray | None = None) -> plan.Rows:
+    """Return the plan of a run over the rows that are `there` (default: all): one that follows the
+    evaluations, if that is wanted, else as lib/options/mix.py says."""
+    if not args.eval_sampling:
+        return mix.open_rows(args, dataset, there)
+    there = np.arange(len(dataset.train.rows)) if there is None else there
+    text = mix.wanted(args, dataset)
+    parts = mix.divide(text, dataset, there) if text else mix.natural(dataset, there)
+    return SampledRows(args, dataset, parts)

@@ -7,38 +7,47 @@ history.jsonl, under the names of `named`.
                        that a continued run is one run there. Project: the name of the folder OUT
                        lies in. WANDB_MODE=offline needs no account and no network
 
-Contract: `start` gives two functions, one to call with every log line, one at the end. Neither
-package is imported unless it is asked for.
+Contract: `start` adds a listener (lib/run.py) to a run. Neither package is imported unless it is
+asked for.
 """
 
-import json
+import argparse
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from typing import Any
 
-from lib import files
+from lib import files, flags
+from lib.run import Run
 
 PACKAGES = ("tensorboard", "wandb")
 
 
-def start(run) -> tuple[Callable[[str, int, dict], None], Callable[[], None]]:
-    """Return `line(event, step, values)` and `end()` for a run whose history holds what was logged
-    so far."""
-    return (
-        {"tensorboard": tensorboard, "wandb": wandb}[run.args.track](run)
-        if run.args.track
-        else (lambda *_: None, lambda: None)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.option(
+        parser.add_argument_group("the log elsewhere"),
+        "--track",
+        choices=PACKAGES,
+        default="",
+        help="show the log in TensorBoard (OUT/tensorboard) or in Weights & Biases (default: off)",
+        free=True,
     )
 
 
-def check(package: str) -> None:
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse a package that is not installed, before anything is loaded."""
+    if args.track:
+        files.need(args.track, f"--track {args.track}")
+
+
+def start(run: Run, package: str) -> None:
+    """Let TensorBoard or Weights & Biases hear of every log line of a run from now on, and of those
+    that its history holds."""
     if package:
-        files.need(package, f"--track {package}")
+        run.listeners.append({"tensorboard": TensorBoard, "wandb": WandB}[package](run))
 
 
-def named(event: str, values: dict) -> dict:
+def named(event: str, values: dict[str, Any]) -> dict[str, float]:
     """Return a log line's numbers by their names there: named("eval", {"ce": 2, "ce_news": 3}) ==
     {"eval/ce": 2, "eval/ce_by_source/news": 3}."""
     return {
@@ -48,66 +57,58 @@ def named(event: str, values: dict) -> dict:
     }
 
 
-def lines(run) -> list[dict]:
-    """Return what history.jsonl holds, in order."""
-    return (
-        [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
-        if run.history.exists()
-        else []
-    )
+def replay(run: Run, listener) -> None:
+    """Tell a listener what was logged so far."""
+    for values in files.read_jsonl(run.history) if run.history.exists() else ():
+        del values["time_s"]
+        listener.line(values.pop("event"), values.pop("step"), values)
 
 
-def again(run, line: Callable[[str, int, dict], None]) -> None:
-    """Give `line` what was logged so far."""
-    for values in lines(run):
-        line(
-            values.pop("event"),
-            values.pop("step"),
-            {name: value for name, value in values.items() if name != "time_s"},
-        )
+class TensorBoard:
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
+        shutil.rmtree(run.out / "tensorboard", ignore_errors=True)
+        self.writer = SummaryWriter(run.out / "tensorboard", flush_secs=10)
+        # indented: as it is, in Markdown
+        settings = [f"    {name}: {value}" for name, value in run.settings.items()]
+        self.writer.add_text("settings", "\n".join(settings))
+        replay(run, self)
 
-def tensorboard(run):
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(run.out / "tensorboard", ignore_errors=True)
-    writer = SummaryWriter(run.out / "tensorboard", flush_secs=10)
-    writer.add_text(
-        "settings", "\n".join(f"    {name}: {value}" for name, value in run.settings.items())
-    )  # indented: as it is, in Markdown
-
-    def line(event, step, values):
+    def line(self, event: str, step: int, values: dict[str, Any]) -> None:
         for name, value in named(event, values).items():
-            writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
-    again(run, line)
-    return line, writer.close
+    def close(self) -> None:
+        self.writer.close()
 
 
-def wandb(run):
-    import wandb
+class WandB:
+    def __init__(self, run: Run) -> None:
+        import wandb
 
-    known = "wandb" in run.more
-    try:
-        there = wandb.init(
-            project=run.out.resolve().parent.name,
-            name=run.out.name,
-            dir=run.out,
-            config=run.settings,
-            resume="allow",
-            id=run.more.setdefault("wandb", secrets.token_hex(4)),
-        )
-    except wandb.errors.Error as refused:
-        files.fail(
-            "wandb does not start",
-            str(refused)[:200],
-            "a login",
-            "wandb login, or WANDB_MODE=offline in the environment",
-        )
+        known = "wandb" in run.more
+        try:
+            self.run = wandb.init(
+                project=run.out.resolve().parent.name,
+                name=run.out.name,
+                dir=run.out,
+                config=run.settings,
+                resume="allow",
+                id=run.more.setdefault("wandb", secrets.token_hex(4)),
+            )
+        except wandb.errors.Error as refused:
+            files.fail(
+                "wandb does not start",
+                str(refused)[:200],
+                "a login",
+                "wandb login, or WANDB_MODE=offline in the environment",
+            )
+        if not known:
+            replay(run, self)
 
-    def line(event, step, values):
-        return there.log(named(event, values), step=step)
+    def line(self, event: str, step: int, values: dict[str, Any]) -> None:
+        self.run.log(named(event, values), step=step)
 
-    if not known:
-        again(run, line)
-    return line, there.finish
+    def close(self) -> None:
+        self.run.finish()

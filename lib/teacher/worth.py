@@ -1,11 +1,38 @@
 """Can this teacher teach? What it knows of the val targets beside the untouched student and beside
 chance; said before the first step."""
 
+import re
 import sys
 
 import numpy as np
 
 from lib import data
+from lib.run import Run
+from lib.teacher import Teacher
+
+
+def best_by(measure: str, teacher: Teacher) -> str:
+    """Return the measure that best/ follows: the one asked for, or, where the teacher is not known
+    on val, the cross-entropy in its place."""
+    if teacher.compares:
+        return measure
+    found = re.sub("^(kl|agree)", "ce", measure)
+    if found != measure:
+        print(f"best/ follows {found}, since {measure} cannot be measured")
+    return found
+
+
+def report(
+    run: Run, step: int, teacher: Teacher, dataset: data.Dataset, measures: dict, vocab: int
+) -> None:
+    """At step 0, log the teacher's own measures on val, as far as they are known, and say whether
+    it has something to give. measures: the untouched student's."""
+    if step or not dataset.val.targets or not (own := teacher.val_measures()):
+        return
+    run.log("teacher", 0, **own)
+    teacher_can_teach(own, measures, unigram_ce(dataset.train, dataset.val, vocab), run.say)
+    if dataset.labels:
+        classifier_can_teach(own, measures, dataset, run.say)
 
 
 def teacher_can_teach(teacher: dict, student: dict, chance: float, say=print) -> None:

@@ -1,0 +1,430 @@
+"""A model on the disk: found by its name, checked, identified, and saved.
+
+Contract: a checkpoint is a Hugging Face folder (config.json and *.safetensors), a GGUF file, or an
+adapter: a folder of PEFT's whose config names the weights below it. A stage folder stands for its
+best/. No pickle is read. What is saved here, plain `from_pretrained` reads, and llama.cpp, vLLM
+and mlx-lm.
+
+An adapter folder holds
+
+    adapter_config.json adapter_model.safetensors    PEFT's own format:
+                                                     AutoPeftModelForCausalLM.from_pretrained reads
+                                                     the folder as it is
+    base.json                                        the hash of the weights it was trained on,
+                                                     which adapter_config.json names
+    generation_config.json, README.md, tokenizer     as in a whole checkpoint
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib import data, files, template
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_BASE = "base.json"
+ADAPTER = "default"  # PEFT's own name of the only adapter
+
+
+def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = False) -> Path:
+    """Return the folder of a model: `name` itself, or the downloaded snapshot of a hub id. A GGUF
+    file is its own folder.
+
+    A stage folder gives its best/; one whose run is not finished is refused, unless `unfinished`
+    allows a look at it.
+    """
+    path = Path(name)
+    if is_gguf(path):
+        files.need("gguf", f"the GGUF file {name}")
+        return path
+    if path.is_dir():
+        run = (path / "history.jsonl").exists()
+
+        def holds_model(folder):
+            return (folder / "config.json").exists() or is_adapter(folder)
+
+        best = next(
+            (path / stage for stage in ("best", "final") if holds_model(path / stage)), None
+        )
+        if run and not unfinished and not (path / "config.json").exists():
+            files.fail(
+                f"{name} is not finished",
+                "a run without its config.json",
+                "a finished stage",
+                "its own command again" + (f", or {best} by name" if best else ""),
+            )
+        if best and (run or not (path / "config.json").exists()):
+            return best
+        if not holds_model(path):
+            files.fail(
+                f"{name} is no model",
+                "a folder without config.json",
+                "a Hugging Face checkpoint, an adapter, or a stage folder with best/",
+            )
+        return path
+    if path.exists() or str(name).startswith((".", "/")) or str(name).count("/") != 1:
+        files.fail(
+            f"the model {name} is missing",
+            wanted="a folder, or a hub id like Qwen/Qwen2.5-0.5B-Instruct",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + [
+        "*.py"
+    ] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
+        files.fail(
+            f"the model {name} is neither a folder here nor to be had from the hub",
+            str(missing)[:200],
+            mend=f"hf download {name}",
+        )
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def to_train(name: str, out: str, trust_remote_code: bool = False) -> Path:
+    """Return the folder of a model that is to be trained, refused where --out is that folder, or
+    where it cannot be trained."""
+    source = local_folder(name, trust_remote_code)
+    check_apart(out, source)
+    check_trainable(source)
+    return source
+
+
+def check_trainable(source: Path) -> None:
+    """Refuse to train a GGUF file: transformers reads one and cannot save it again, nor would an
+    adapter find it as its base."""
+    if is_gguf(source):
+        files.fail(
+            f"{source} cannot be trained",
+            "a GGUF file",
+            "a folder with config.json and *.safetensors",
+            "the checkpoint that it was made of as --student (as --teacher a GGUF file is welcome)",
+        )
+
+
+def gguf_reader(path: Path):
+    """Return a GGUF file, opened: its fields, and the heads of its tensors."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, OSError) as broken:
+        files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
+
+
+def has_weights(folder: Path) -> bool:
+    return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def base_of(folder: Path) -> Path:
+    """Return the folder of the weights below an adapter, whose config.json tells of the model; a
+    whole checkpoint is its own."""
+    if not is_adapter(folder):
+        return folder
+    config = folder / ADAPTER_CONFIG
+    settings = files.read_json(config)
+    name = str(settings.get("base_model_name_or_path") or "") if isinstance(settings, dict) else ""
+    mend = f"the right folder or hub id as base_model_name_or_path in {config}"
+    here = bool(name) and Path(name).is_dir()
+    if not here and (name.startswith("/") or name.count("/") != 1):
+        files.fail(
+            f"the base of the adapter {folder} is missing",
+            name,
+            "the folder of the model that it was trained on",
+            mend,
+        )
+    base = Path(name) if here else local_folder(name)
+    if is_adapter(base) or not (base / "config.json").exists():
+        files.fail(
+            f"the base of the adapter {folder} is no model",
+            base,
+            "config.json and *.safetensors",
+            mend,
+        )
+    return base
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Return the folder that holds a checkpoint's tokenizer: an adapter of others may leave it to
+    its base."""
+    return folder if any((folder / name).exists() for name in TOKENIZERS) else base_of(folder)
+
+
+def identity(folder: Path) -> str:
+    """Return the hash of a checkpoint's configuration and weights; an adapter's is of its base's as
+    well."""
+    if is_gguf(folder):
+        return files.sha256(folder)
+    there = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
+    return files.sha256(
+        *filter(Path.exists, there),
+        (base := base_of(folder)) / "config.json",
+        *sorted(base.glob("*.safetensors")),
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of a checkpoint's weights on the disk; an adapter's with those of its
+    base."""
+    if is_gguf(folder):
+        return folder.stat().st_size
+    adapter = [folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
+    return sum(
+        path.stat().st_size
+        for path in [*filter(Path.exists, adapter), *base_of(folder).glob("*.safetensors")]
+    )
+
+
+def shards(folder: Path) -> Iterator:
+    """Yield a checkpoint's safetensors files, each opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as broken:
+            files.fail(
+                f"{path} cannot be read",
+                broken,
+                "config.json and *.safetensors that belong together",
+            )
+
+
+def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint's tensors with their names as they are on the disk, one after the
+    other."""
+    return ((name, file.get_tensor(name)) for file in shards(folder) for name in file.keys())
+
+
+def shapes(folder: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of a checkpoint's tensors, read from the files' heads alone."""
+    if is_gguf(folder):
+        return [tuple(map(int, tensor.shape)) for tensor in gguf_reader(folder).tensors]
+    return [
+        tuple(file.get_slice(name).get_shape()) for file in shards(folder) for name in file.keys()
+    ]
+
+
+def check_apart(out: str, source: Path, what: str = "student") -> None:
+    """Refuse to write over the model that is read, be it in a stage folder, the adapter beside
+    merged weights, or the base of an adapter."""
+    held = [
+        folder
+        for model in (source, base_of(source))
+        for folder in (model.resolve(), *model.resolve().parents[: 1 + (model.name == "adapter")])
+    ]
+    if Path(out).resolve() in held:
+        files.fail(
+            f"--out {out} holds the {what} that is read", source, "another folder", "another --out"
+        )
+
+
+def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
+    """Refuse a GGUF file that gives other ids to a tokenizer's tokens; return whether it names its
+    tokens at all."""
+    field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
+    tokens = field.contents() if field else None
+    if tokens is None:
+        return False
+    for token, number in sorted(
+        tokenizer.get_vocab().items(), key=lambda item: item[1]
+    ):  # padded with invented tokens, often
+        if number >= len(tokens) or tokens[number] != token:
+            files.fail(
+                f"{folder} has another tokenizer than {whose}",
+                (
+                    f"{tokens[number]!r} as token {number}"
+                    if number < len(tokens)
+                    else f"{len(tokens)} tokens"
+                ),
+                repr(token),
+                "a GGUF file of a model with the same vocabulary",
+            )
+    return True
+
+
+def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
+    """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's:
+    equal sizes prove nothing."""
+    if is_gguf(folder):
+        if check_gguf_vocabulary(folder, dataset.tokenizer(), dataset.folder):
+            return
+        folder = folder.parent
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        return
+    seen, wanted = (
+        template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"],
+        dataset.identities["vocabulary"],
+    )
+    if seen != wanted:
+        files.fail(
+            f"{folder} has another tokenizer than {dataset.folder}",
+            f"vocabulary {seen[:12]}",
+            wanted[:12],
+            f"python prepare_data.py --tokenizer {folder} --out another folder (teacher and student"
+            " must share one vocabulary)",
+        )
+
+
+def peft_library():
+    """Return the module peft; the one-line error where it is missing."""
+    try:
+        import peft
+    except ImportError as missing:
+        files.fail(
+            "LoRA adapters need the package peft", missing, "peft 0.21 or newer", "pip install peft"
+        )
+    return peft
+
+
+def adapter_of(module: nn.Module):
+    """Return the configuration of the adapter that is trained in a model, or None."""
+    return getattr(module, "peft_config", {}).get(ADAPTER)
+
+
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the ordinary model that a model with an adapter amounts to; the
+    model itself stays as it is."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        layer, _, part = name.rpartition(".base_layer.")
+        if part == "weight":
+            tensor = tensor + module.get_submodule(layer).get_delta_weight(ADAPTER)
+        if f".{ADAPTER}." not in name:  # its own matrices
+            state[name.replace(".base_layer.", ".")] = tensor
+    return state
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Refuse an adapter whose base is not what it was trained on (adapters made elsewhere do not
+    say)."""
+    if not (folder / ADAPTER_BASE).exists():
+        return
+    written, seen = files.read_json(folder / ADAPTER_BASE), identity(base)
+    known = isinstance(written, dict) and written.get("identity") or "no identity in it"
+    if known != seen:
+        files.fail(
+            f"the base of the adapter {folder} has changed",
+            f"{base} with weights {seen[:12]}",
+            known[:12],
+            "the weights it was trained on, named as base_model_name_or_path in"
+            f" {folder / ADAPTER_CONFIG}",
+        )
+
+
+def merge_adapter(module: nn.Module, folder: Path, base: Path) -> nn.Module:
+    """Return the ordinary model that a base model and the adapter in a folder amount to."""
+    check_base(folder, base)
+    peft = peft_library()
+    if not (folder / ADAPTER_WEIGHTS).exists():  # PEFT would read a pickle instead
+        files.fail(
+            f"{folder} has no weights", f"{ADAPTER_CONFIG} alone", f"{ADAPTER_WEIGHTS} beside it"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings(
+                "error", message="Found missing adapter keys"
+            )  # PEFT would leave them random
+            module = (
+                peft.PeftModel.from_pretrained(module, folder)
+                .merge_and_unload()
+                .requires_grad_(True)
+            )  # PEFT froze them
+        if (folder / "generation_config.json").exists():
+            module.generation_config = type(module.generation_config).from_pretrained(folder)
+    # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
+    except Exception as broken:
+        files.fail(
+            f"the adapter {folder} cannot be put on its base",
+            f"{type(broken).__name__}: {str(broken)[:300]}",
+            f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} that belong together",
+        )
+    return module
+
+
+def save_adapter(module: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, base: str) -> None:
+    """Write an adapter folder; `base` is the identity of the weights below."""
+    config, state = (
+        copy.copy(adapter_of(module)),
+        peft_library().get_peft_model_state_dict(module),
+    )
+    config.target_modules, config.inference_mode = (
+        sorted(config.target_modules),
+        True,
+    )  # a set has another order in each process
+    config.save_pretrained(folder)
+    save_file(
+        {
+            f"base_model.model.{name}": tensor.to(dtype).contiguous()
+            for name, tensor in state.items()
+        },
+        folder / ADAPTER_WEIGHTS,
+        {"format": "pt"},
+    )
+    files.write_json(folder / ADAPTER_BASE, {"identity": base})
+    module.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save(module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save a model, with its adapter merged, and its tokenizer so that plain `from_pretrained`
+    reads them."""
+    state = merged_state(module) if adapter_of(module) else module.state_dict()
+    for name, tensor in state.items():
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    in_memory = module.config.dtype
+    module.save_pretrained(folder, state_dict=state)
+    module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory
+    module.config.save_pretrained(folder)
+    module.config.dtype = in_memory
+    tokenizer.save_pretrained(folder)
+    for_other_readers(folder)
+
+
+def for_other_readers(folder: Path) -> None:
+    """Write the positions' settings and the tokenizer's class as transformers 4 and mlx-lm read
+    them too, beside what transformers 5 has saved.
+
+    Where there is no `rope_theta` at the top of config.json they take their own default and say
+    nothing: the model then writes other text.
+    """
+    config, tokens = (
+        files.read_json(folder / "config.json"),
+        files.read_json(folder / "tokenizer_config.json"),
+    )
+    rope = config.get("rope_parameters") or {}
+    config |= {
+        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope
+    }  # absent where kinds of layers have their own
+    if "rope_theta" in rope and rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    files.write_json(folder / "config.json", config)
+    if (
+        tokens.get("tokenizer_class") == "TokenizersBackend"
+    ):  # what transformers 5 calls it, which also knows the old name
+        files.write_json(
+            folder / "tokenizer_config.json",
+            tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        )
