@@ -27,11 +27,11 @@ import re
 
 import torch
 
-from lib import evaluate, flags, losses, models, plan, train
+from lib import evaluate, flags, losses, models, plan, teacher, train
 from lib.data import Dataset
 from lib.options import beside, classifier, gradnorm, lora, mix, samples, sampling
 from lib.run import Run, clock
-from lib.teacher import live, logits, worth
+from lib.teacher import worth
 
 
 def parse_args(argv=None):
@@ -42,20 +42,8 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("read and write")
     flags.add(group, "--data")
-    teacher = group.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--logits", metavar="DIR", help="the folder dump_logits.py wrote")
-    teacher.add_argument(
-        "--teacher",
-        metavar="DIR|ID",
-        help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
-    )
-    flags.add(group, "--student", "--out")
-    group.add_argument(
-        "--verify",
-        action="store_true",
-        help="check the logits' checksums first (default: their sizes and identities alone)",
-    )
-    flags.add(group, "--eval-only")
+    flags.add(group, "--student", "--out", "--eval-only")
+    teacher.add_flags(parser)
     group = parser.add_argument_group("the method")
     group.add_argument(
         "--alpha",
@@ -100,12 +88,11 @@ def parse_args(argv=None):
             " classes (default: %(default)s)"
         ),
     )
-    live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
     beside.add_flags(parser.add_argument_group("losses beside the logits (--teacher)"))
     flags.add_trainer(parser)
     args = parser.parse_args(argv)
     flags.check_trainer(parser, args)
-    live.check_flags(parser, args)
+    teacher.check_flags(parser, args)
     beside.check_flags(parser, args)
     if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
@@ -124,12 +111,7 @@ def main(argv=None):
     dataset = Dataset(args.data, args.trust_remote_code)
     flags.check_labelled(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
-    measured = None if args.eval_only else args.temperature
-    store = (
-        logits.Store(args.logits, dataset, measured, args.verify)
-        if args.logits
-        else live.Teacher(args, dataset)
-    )
+    store = teacher.open_teacher(args, dataset)
     best_by = args.best if store.compares else re.sub("^(kl|agree)", "ce", args.best)
     args.mix = mix.chosen(args.mix, dataset)
     rows_there, parts = (
@@ -165,18 +147,14 @@ def main(argv=None):
     )
     if args.lora_rank and not args.eval_only:
         lora.attach(student.module, args, source)
-    store.join(student, args, amp)
+    student = store.join(student, args, amp)
     if args.eval_only:
-        if not store.compares:
-            print(
-                "eval: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with 1"
-                " in TEMPERATURES"
-            )
+        store.say()
         about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
         return evaluate.alone(args, student, dataset, store.vocab, amp, store, **about)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    head = student.head(store.vocab)
+    head = student.head()
 
     lengths = dataset.train.rows["length"]
     plan.check(lengths[rows_there], args.tokens_per_microbatch)
@@ -214,11 +192,8 @@ def main(argv=None):
     )
     mix.say(parts, dataset, steps_of_rows)
     store.say()
-    if not store.compares:
-        print(
-            f"logits: no val dump with T=1, so no KL to the teacher, and best/ follows {best_by};"
-            " make logits CHUNK=val, with 1 in TEMPERATURES"
-        )
+    if best_by != args.best:
+        print(f"best/ follows {best_by}, since {args.best} cannot be measured")
     near = beside.build(args, student, store.model)
     for text in near.say():
         print(text)
@@ -319,7 +294,7 @@ def main(argv=None):
         tokens, begun, pooled = int(lengths[rows].sum()), 0, near.pool_step(batches)
         for batch in batches:
             with near.watch("teacher"):
-                kept = store.train(batch, temperature)
+                kept = store.at(batch, temperature)
             with near.watch("student"), torch.autocast(device.type, amp, enabled=amp is not None):
                 hidden = student.hidden(batch)  # (N, D)
             leaf = hidden.detach().requires_grad_() if near.weights else hidden

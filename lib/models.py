@@ -9,7 +9,7 @@ with the adapter merged in memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -172,11 +172,12 @@ def weight_bytes(folder: Path) -> int:
 @dataclass(frozen=True)
 class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
-    came from."""
+    came from. limit: how many tokens its head is cut to (None = all): those its teacher knows."""
 
     module: nn.Module
     body: nn.Module
     folder: Path
+    limit: int | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +204,7 @@ class Model:
         return output.last_hidden_state.flatten(0, 1)[batch.where]
 
     def head(self, vocab: int | None = None) -> Head:
-        """Return the output layer, cut to the first `vocab` tokens (default: all)."""
+        """Return the output layer, cut to the first `vocab` tokens (default: `limit`, or all)."""
         config, layer = self.module.config.get_text_config(), self.module.get_output_embeddings()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
@@ -211,7 +212,7 @@ class Model:
         return Head(
             layer.weight,
             getattr(layer, "bias", None),
-            vocab or self.vocab,
+            vocab or self.limit or self.vocab,
             scale,
             getattr(config, "final_logit_softcapping", None) or 0.0,
         )
