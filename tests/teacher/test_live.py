@@ -884,7 +884,7 @@ def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(
     seen, plain = [], live.LiveTeacher.at
     monkeypatch.setattr(
         live.LiveTeacher,
-        "train",
+        "at",
         lambda self, batch, temperature: seen.append(batch.rows) or plain(self, batch, temperature),
     )
     make.call(
