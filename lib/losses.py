@@ -30,12 +30,12 @@ softmax(z / T).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
-from lib.teacher.basis import Basis
 
 FLOOR = (
     -70.0
@@ -64,7 +64,7 @@ class TopK:
     gap: Tensor
     tail: Tensor
     coef: Tensor | None = None
-    basis: Basis | None = None
+    basis: Any = None  # lib/teacher/basis.py's
 
     def __getitem__(self, part: slice) -> "TopK":
         return TopK(

@@ -290,9 +290,9 @@ TIMES = {"tok_per_s", "left_s", "time_s"}
 
 def store(
     folder: Path, temperature: float | None = 2.0, name: str = "logits", **options
-) -> logits.Store:
+) -> logits.Records:
     """Open the dump of a world."""
-    return logits.Store(folder / name, data.Dataset(folder / "data"), temperature, **options)
+    return logits.Records(folder / name, data.Dataset(folder / "data"), temperature, **options)
 
 
 def history(folder: Path, event: str | None = None) -> list[dict]:

@@ -1,0 +1,92 @@
+"""Whatever stands for the teacher while a student is trained and measured: its records on disk
+(logits.py), or the model live beside the student (live.py).
+
+Contract: `Teacher` below is all that stage2_kd.py and lib/evaluate.py ask of one; neither asks
+which it is. `open_teacher` chooses by the flags.
+"""
+
+import argparse
+import typing
+
+import numpy as np
+import torch
+
+from lib import data, losses, models
+from lib.teacher import live, logits
+
+
+class Teacher(typing.Protocol):
+    """A teacher over the tokens 0 .. `vocab` - 1 that it and the student both know."""
+
+    @property
+    def vocab(self) -> int:
+        """V, the tokens that both know; a live teacher's is known from `join` on."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether `val_at` knows it at T=1, so that KL and agreement can be measured."""
+
+    @property
+    def model(self) -> models.Model | None:
+        """The model itself, where it is live: for what else is taken of it (hidden states, its own
+        answers)."""
+
+    def identity(self) -> dict:
+        """Return what a run that is continued must find again: names and hashes."""
+
+    def rows(self) -> np.ndarray:
+        """Return the numbers of the train rows that it can teach."""
+
+    def join(
+        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+    ) -> models.Model:
+        """Get ready beside a student (a live teacher loads here), refuse one that does not fit, and
+        return it cut to the tokens that both know."""
+
+    def say(self) -> None:
+        """Print what it is, how much of it is compared, and what is missing."""
+
+    def memory_bytes(self, device: torch.device) -> int:
+        """Return what training with it takes on the student's device, beside weights that are
+        there."""
+
+    def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
+        """Return its distribution at a train batch's targets, on the device of their labels."""
+
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole | None:
+        """Return the same at a val batch's targets; None where it is not known there."""
+
+    def val_measures(self) -> dict | None:
+        """Return its own measures on val, as far as they are known; None where none is."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a teacher, and those of either kind."""
+    group = parser.add_argument_group("the teacher")
+    either = group.add_mutually_exclusive_group(required=True)
+    either.add_argument("--logits", metavar="DIR", help="the folder dump_logits.py wrote")
+    either.add_argument(
+        "--teacher",
+        metavar="DIR|ID",
+        help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="check the logits' checksums first (default: their sizes and identities alone)",
+    )
+    live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) flags that cannot work, and put in the defaults of a live teacher."""
+    live.check_flags(parser, args)
+
+
+def open_teacher(args: argparse.Namespace, dataset: data.Dataset) -> Teacher:
+    """Return the teacher that the flags name. With --eval-only no train rows are asked for."""
+    if args.teacher:
+        return live.LiveTeacher(args, dataset)
+    return logits.Records(
+        args.logits, dataset, None if args.eval_only else args.temperature, args.verify
+    )

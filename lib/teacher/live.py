@@ -1,11 +1,9 @@
 """The teacher live, beside the student: run on each micro-batch, where a logits folder would be
 read (stage2_kd.py --teacher).
 
-Contract: `Teacher` answers what `logits.Store` answers (rows, identity, join, say, vocab, train,
-val_at, val_measures, compares, memory_bytes), so that training and evaluation do not ask which of
-the two they have. Any temperature is allowed. The teacher is frozen, in eval mode, and its body
-runs once a micro-batch; its output layer lies on the student's device, wherever its body is, and
-makes logits chunk by chunk.
+Contract: `LiveTeacher` is a `Teacher` (lib/teacher/__init__.py) at any temperature. The model is
+frozen, in eval mode, and its body runs once a micro-batch; its output layer lies on the student's
+device, wherever its body is, and makes logits chunk by chunk.
 """
 
 import argparse
@@ -22,15 +20,10 @@ import torch
 from lib import data, evaluate, files, flags, losses, models, train
 from lib.head import topk_and_tails
 
-QUANT_BYTES = {
-    "8bit": 1.0,
-    "4bit": 0.5625,
-}  # a weight of the layers: 4 bits, and a float32 scale for each 64 of them
-VAL_BYTES = (
-    1 << 28
-    # kept of the teacher at val targets, on the student's device; what is beyond is computed at every
-    # evaluation
-)
+# a weight of the layers; 4bit: and a float32 scale for each 64 of them
+QUANT_BYTES = {"8bit": 1.0, "4bit": 0.5625}
+# kept of the teacher at val targets, on the student's device; more is computed each time
+VAL_BYTES = 1 << 28
 OWN = ("k", "teacher_dtype", "teacher_device", "teacher_quant", "teacher_offload")
 
 
@@ -96,7 +89,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
-class Teacher:
+class LiveTeacher:
     """A frozen causal LM that is asked for its distribution at the targets of a batch. `join` loads
     it; before, it is a name and a hash."""
 
@@ -138,7 +131,7 @@ class Teacher:
 
     def join(
         self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
-    ) -> None:
+    ) -> models.Model:
         """Load the teacher beside a student: say what both need, check it, and cut both to the
         tokens that both know."""
         training = (
@@ -198,6 +191,7 @@ class Teacher:
         self.head = replace(
             head, weight=head.operand(head.weight.dtype)
         )  # widened once, and not for every chunk
+        return replace(student, limit=self.vocab)
 
     def placing(self, room: int) -> dict | None:
         """Return where from_pretrained is to put the weights, if not all of them, unchanged, on one
@@ -283,7 +277,7 @@ class Teacher:
             f"teacher: {self.folder}, live on {self.device}, {self.dtype}{quant}; {what}, at any T"
         )
 
-    def train(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
+    def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return the teacher at a batch's targets and a temperature, on the device of its labels:
         one pass of its body."""
         # no inference mode: what else is taken from this pass may be saved for a student's backward
@@ -304,7 +298,7 @@ class Teacher:
         kept = self.remembered.get(key := (temperature, *batch.rows))
         if kept is not None:
             return kept
-        kept = self.train(batch, temperature)
+        kept = self.at(batch, temperature)
         if not torch.isfinite(kept.hidden if isinstance(kept, losses.Whole) else kept.gap).all():
             files.fail(
                 "the teacher's hidden states are not finite",

@@ -146,7 +146,7 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
     )
 
 
-class Part:
+class Chunk:
     """One finished chunk (or val) of a logits folder, checked against the data it is to be used
     with."""
 
@@ -198,12 +198,12 @@ class Part:
             )
 
 
-class Store:
+class Records:
     """The finished chunks of a logits folder, read by target number at one temperature, or at those
     from `temperature`'s first to its second.
 
     `temperature=None` is for measuring alone: val is enough then. `chunks` are the numbers of the
-    train chunks that are there, `missing` those that are not; `val` is a Part or None.
+    train chunks that are there, `missing` those that are not; `val` is a Chunk or None.
     """
 
     model = None  # no teacher is here, but what it said (lib/teacher/live.py)
@@ -227,9 +227,9 @@ class Store:
             if (chunk_folder(self.folder, c) / "meta.json").exists()
         ]
         self.missing = sorted(set(range(dataset.chunks)) - set(whole))
-        self.parts = {c: Part(chunk_folder(self.folder, c), dataset, verify) for c in whole}
+        self.parts = {c: Chunk(chunk_folder(self.folder, c), dataset, verify) for c in whole}
         val = chunk_folder(self.folder, "val")
-        self.val = Part(val, dataset, verify) if (val / "meta.json").exists() else None
+        self.val = Chunk(val, dataset, verify) if (val / "meta.json").exists() else None
         every = [*self.parts.values(), *([self.val] if self.val else [])]
         if temperature is not None and not self.parts or not every:
             files.fail(
@@ -290,7 +290,7 @@ class Store:
         first = dataset.train.rows["first_target"]
         self.starts = {c: int(first[dataset.chunk_rows(c).start]) for c in self.parts}
 
-    def _basis(self, parts: list[Part]) -> Basis | None:
+    def _basis(self, parts: list[Chunk]) -> Basis | None:
         """Return the folder's basis, refused where a chunk's coefficients were made with another
         one; None for dumps without."""
         if not self.meta["tail_rank"]:
@@ -314,7 +314,7 @@ class Store:
                 )
         return shape
 
-    def _can_guess(self, part: Part, wanted: float) -> tuple[float, float, float]:
+    def _can_guess(self, part: Chunk, wanted: float) -> tuple[float, float, float]:
         """Measure how well the tail's mass at one dumped temperature follows from the others and
         the basis; refuse where it cannot be told.
 
@@ -391,8 +391,8 @@ class Store:
         that are there."""
         return {"teacher": self.meta["teacher"], "chunks": self.chunks, "records": self.records}
 
-    def join(self, student: models.Model, args, amp: torch.dtype | None) -> None:
-        """Refuse a student that lacks tokens of the records."""
+    def join(self, student: models.Model, args, amp: torch.dtype | None) -> models.Model:
+        """Return the student cut to the records' tokens; refuse one that lacks some of them."""
         if student.vocab < self.vocab:
             files.fail(
                 f"{student.folder} knows fewer tokens than the logits",
@@ -405,6 +405,7 @@ class Store:
                     f"--student {args.student} --fresh",
                 ),
             )
+        return replace(student, limit=self.vocab)
 
     def say(self) -> None:
         """Print what the teacher is, how much of it is kept, and what is missing."""
@@ -425,10 +426,15 @@ class Store:
                 f" T={t:g}, computed from the others in the same way, is off by {mean:.4f} on"
                 f" average, {worst:.4f} at most (shares of 1)"
             )
-        if self.missing:
+        if self.missing and self.temperature is not None:
             print(
                 f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be"
                 f" trained on; {self.mend()}"
+            )
+        if not self.compares:
+            print(
+                "logits: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with"
+                " 1 in TEMPERATURES"
             )
 
     def val_measures(self) -> dict | None:
@@ -452,9 +458,9 @@ class Store:
         """Return the numbers of all train rows whose chunk is there."""
         return np.concatenate([np.asarray(self.dataset.chunk_rows(c)) for c in self.chunks])
 
-    def train(self, batch: data.Batch, temperature: float | None = None) -> losses.TopK:
-        """Return the teacher at a train batch's targets, on the device of its labels; at the
-        store's own temperature, or at this one."""
+    def at(self, batch: data.Batch, temperature: float) -> losses.TopK:
+        """Return the teacher at a train batch's targets and a temperature, on the device of its
+        labels."""
         size, numbers = self.dataset.meta["rows_per_chunk"], batch.numbers.numpy()
         out, at = [], 0
         for row in batch.rows:  # a row is one slice of one chunk
@@ -464,12 +470,7 @@ class Store:
             at += count
         if self.shape is not None and self.placed != batch.labels.device:  # once
             self.shape, self.placed = self.shape.to(batch.labels.device), batch.labels.device
-        return self._kept(
-            np.concatenate(out),
-            self.temperature if temperature is None else temperature,
-            batch,
-            self.shape,
-        )
+        return self._kept(np.concatenate(out), temperature, batch, self.shape)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not

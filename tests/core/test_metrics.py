@@ -289,7 +289,7 @@ def test_log_lines_hold_no_table_and_an_older_run_goes_on_without_eval_only(
 def test_a_live_teachers_val_measures_are_remembered_in_the_shape_that_evaluate_takes(world):
     args = stage2_kd.parse_args([str(word) for word in make.live(world, "--k", 8)])
     dataset = data.Dataset(world / "data")
-    student, teacher = models.load(str(world / "student"), CPU), live.Teacher(args, dataset)
+    student, teacher = models.load(str(world / "student"), CPU), live.LiveTeacher(args, dataset)
     teacher.join(student, args, None)
     seen = evaluate.evaluate(student, dataset.val, make.V, 64, store=teacher)
     q, p = (logp(world / name, dataset.val, range(13)).exp() for name in ("student", "teacher"))

@@ -334,11 +334,11 @@ def test_the_logits_of_a_row_are_those_of_plain_transformers_alone(kind, world, 
 def test_the_loss_is_that_of_torch_over_the_classes(world):
     dataset = data.Dataset(world / "data")
     model = classifier.load(str(world / "stage1"), CPU, dataset=dataset)
-    store = logits.Store(world / "logits", dataset, 2.0)
+    store = logits.Records(world / "logits", dataset, 2.0)
     batch = dataset.train.batch([[row] for row in range(12)])
     z = model.hidden(batch).detach().double().requires_grad_()
     loss, ce, _ = losses.head_loss(
-        z, model.head(), batch.labels, store.train(batch), losses.Method(0.7, 2.0)
+        z, model.head(), batch.labels, store.at(batch, 2.0), losses.Method(0.7, 2.0)
     )
     loss.backward()
     teacher = classifier.load(
@@ -916,8 +916,8 @@ def test_chat_says_the_classes_of_a_text_and_of_a_file(world, tmp_path, capsys):
 def test_a_temperature_that_was_not_dumped_is_exact_all_the_same(world):
     dataset = data.Dataset(world / "data")
     batch = dataset.train.batch([[row] for row in range(9)])
-    kept = logits.Store(world / "logits", dataset, (4.0, 2.5)).train(batch, 3.0)
-    one = logits.Store(world / "logits", dataset, 1.0).train(batch)
+    kept = logits.Records(world / "logits", dataset, (4.0, 2.5)).at(batch, 3.0)
+    one = logits.Records(world / "logits", dataset, 1.0).at(batch, 1.0)
     plain = losses.teacher_logp(one, 1.0)[:, :-1].double()  # in the order of one.ids
     torch.testing.assert_close(
         losses.teacher_logp(kept, 3.0)[:, :-1].double(),

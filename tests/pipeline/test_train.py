@@ -47,7 +47,7 @@ def dataset(world):
 
 @pytest.fixture(scope="module")
 def store(world, dataset):
-    return logits.Store(world / "logits", dataset, 2.0)
+    return logits.Records(world / "logits", dataset, 2.0)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def gradient(student, dataset, store, steps, method):
             student.hidden(batch),
             student.head(),
             batch.labels,
-            store.train(batch) if method.alpha else None,
+            store.at(batch, method.temperature) if method.alpha else None,
             method,
         )[0]
         (loss / targets).backward()
@@ -739,7 +739,7 @@ def test_best_by_a_source_that_is_not_measured_is_refused_before_anything_is_loa
 def test_best_by_a_kl_that_no_dump_gives_follows_the_cross_entropy_of_that_source(
     two_sources, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(logits.Store, "compares", property(lambda self: False))
+    monkeypatch.setattr(logits.Records, "compares", property(lambda self: False))
     for best, followed in (("kl_b", "ce_b"), ("agree", "ce"), ("acc1", "acc1")):
         make.call(
             stage2_kd.main,

@@ -32,7 +32,7 @@ import stage2_kd
 from lib import data, files, losses, models, plan
 from lib import head as heads
 from lib.head import Head
-from lib.losses import TopK, Method
+from lib.losses import Method, TopK
 from lib.measure import plots
 from lib.teacher import basis, logits
 from lib.teacher.basis import Basis
@@ -626,7 +626,7 @@ def test_the_target_is_nearer_to_the_teacher_than_one_whose_tail_is_spread_evenl
     batch = some(world)
     p, kept = (
         torch.softmax(teacher_logits(world, batch) / t, 1),
-        wide(make.store(world, t, name).train(batch)),
+        wide(make.store(world, t, name).at(batch, t)),
     )
     even = replace(
         kept,
@@ -653,7 +653,7 @@ def test_the_gradient_of_a_student_far_from_its_teacher_is_nearer_to_full_distil
     )
     p, kept, method = (
         torch.softmax(teacher_logits(world, batch) / t, 1),
-        wide(make.store(world, t, name).train(batch)),
+        wide(make.store(world, t, name).at(batch, t)),
         Method(1.0, t),
     )
     full = gradients(lambda h, w: dense_loss(p, h @ w.t(), batch.labels, method), hidden, weight)
@@ -674,7 +674,7 @@ def test_a_teacher_on_disk_with_all_its_dimensions_gives_the_loss_of_the_teacher
         Method(0.9, 2.0, kind, BETAS[kind]),
     )
     hidden, weight = student.hidden(batch).detach(), student.head().weight.detach()
-    seen = ours(hidden, weight, batch.labels, make.store(world).train(batch), method)
+    seen = ours(hidden, weight, batch.labels, make.store(world).at(batch, 2.0), method)
     p = torch.softmax(teacher_logits(world, batch) / 2, 1)
     wanted = gradients(
         lambda h, w: dense_loss(p, h @ w.t(), batch.labels, method),
@@ -691,7 +691,7 @@ def test_a_teacher_on_disk_with_all_its_dimensions_gives_the_loss_of_the_teacher
 def test_coefficients_on_disk_follow_target_numbers_and_are_the_teachers_own(world, name):
     whole, batch = make.store(world, name=name), some(world)
     teacher = models.load(str(world / "teacher"), torch.device("cpu"))
-    kept = whole.train(batch)
+    kept = whole.at(batch, 2.0)
     wanted = whole.shape.encode(teacher.hidden(batch).detach())
     ends = whole.shape.step * 2.0 ** (whole.shape.bits.float() - 1)
     off = (kept.coef - wanted.clamp(-ends, ends)).abs()
@@ -812,7 +812,7 @@ def test_a_dump_without_a_basis_has_none_and_trains(world, tmp_path):
     assert not (world / "none" / "basis.safetensors").exists() and not any(
         "basis" in meta for meta in metas(world / "none")
     )
-    kept = make.store(world, name="none").train(some(world))
+    kept = make.store(world, name="none").at(some(world), 2.0)
     assert kept.coef is None and kept.basis is None
     lines = trains(world, tmp_path, "none", "--temperature", 2)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
@@ -923,14 +923,14 @@ def test_a_tail_of_one_token_or_none_has_no_basis(world, tmp_path, k):
     assert not (tmp_path / "logits" / "basis.safetensors").exists() and {
         meta["tail_rank"] for meta in metas(tmp_path / "logits")
     } == {0}
-    whole = logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 2.0)
-    assert whole.shape is None and whole.train(some(world)).coef is None
+    whole = logits.Records(tmp_path / "logits", data.Dataset(world / "data"), 2.0)
+    assert whole.shape is None and whole.at(some(world), 2.0).coef is None
 
 
 def test_a_tail_of_two_tokens_has_a_basis(world, tmp_path):
     make.call(dump_logits.main, *make.dump(world, "--k", make.V - 2, "--out", tmp_path / "logits"))
     batch, t = some(world), 2.0
-    kept = logits.Store(tmp_path / "logits", data.Dataset(world / "data"), t).train(batch)
+    kept = logits.Records(tmp_path / "logits", data.Dataset(world / "data"), t).at(batch, t)
     assert (
         kl(torch.softmax(teacher_logits(world, batch) / t, 1), dense(wide(kept), t)).mean() < 1e-3
     )
@@ -1129,7 +1129,7 @@ def test_the_tail_at_a_dumped_temperature_is_the_one_that_was_dumped(world, name
 def test_a_tail_that_is_computed_is_within_the_error_that_was_measured(world, name, t):
     whole, batch = make.store(world, t, name), some(world)
     _, mean, worst = whole.guess
-    seen, truth = logits.rest_mass(whole.train(batch), t), mass_outside(world, batch, 8, t)
+    seen, truth = logits.rest_mass(whole.at(batch, t), t), mass_outside(world, batch, 8, t)
     assert (
         (seen - truth).abs().mean() <= mean + 1e-3
         and (seen - truth).abs().max() <= worst + 1e-3
@@ -1145,7 +1145,7 @@ def test_the_error_that_is_measured_is_that_of_the_temperature_left_out(world):
         data.Dataset(world / "data").train.batch([[row] for row in range(16)]),
     )
     left, mean, worst = whole.guess
-    at = {t: make.store(world, t, "small").train(batch) for t in (1.0, 2.0, 4.0)}
+    at = {t: make.store(world, t, "small").at(batch, t) for t in (1.0, 2.0, 4.0)}
     tails = torch.stack([at[1.0].tail, at[2.0].tail], 1)
     made = basis.tail_between(
         whole.shape.to(torch.device("cpu")), at[1.0].ids, at[1.0].coef, tails, [1.0, 2.0], 4.0
@@ -1209,9 +1209,9 @@ def test_a_measured_error_that_is_no_number_is_refused(world, monkeypatch):
 @pytest.mark.parametrize("t", (1.5, 3.0))
 def test_computed_tails_do_not_depend_on_the_chunk_size(world, t, monkeypatch):
     batch, whole = some(world), make.store(world, t)
-    wanted = whole.train(batch).tail
+    wanted = whole.at(batch, t).tail
     monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * make.V * 5)
-    torch.testing.assert_close(whole.train(batch).tail, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole.at(batch, t).tail, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -1236,7 +1236,7 @@ def test_a_dump_of_one_temperature_has_no_other(world, tmp_path, t):
         *make.dump(world, "--temperatures", 2, "--chunk", 0, "--out", tmp_path / "logits"),
     )
     with pytest.raises(SystemExit, match=f"temperature {t:g} was not dumped.* with 2; wanted"):
-        logits.Store(tmp_path / "logits", data.Dataset(world / "data"), t)
+        logits.Records(tmp_path / "logits", data.Dataset(world / "data"), t)
 
 
 def test_a_basis_too_poor_to_tell_is_refused_with_the_error_that_was_measured(
@@ -1256,7 +1256,7 @@ def test_a_basis_too_poor_to_tell_is_refused_with_the_error_that_was_measured(
             tmp_path / "logits",
         ),
     )
-    _, mean, _ = logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 0.75).guess
+    _, mean, _ = logits.Records(tmp_path / "logits", data.Dataset(world / "data"), 0.75).guess
     monkeypatch.setattr(logits, "GUESS_LIMIT", 0.9 * mean)
     with pytest.raises(
         SystemExit,
@@ -1265,7 +1265,7 @@ def test_a_basis_too_poor_to_tell_is_refused_with_the_error_that_was_measured(
             " where T=1 "
         ),
     ):
-        logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 0.75)
+        logits.Records(tmp_path / "logits", data.Dataset(world / "data"), 0.75)
 
 
 @pytest.mark.parametrize("dumped, wanted", [("1,4", 2), ("1,4", 8), ("1,4,8", 2)])
@@ -1279,7 +1279,7 @@ def test_two_temperatures_or_two_far_apart_tell_nothing_of_a_third(world, tmp_pa
     with pytest.raises(
         SystemExit, match=f"temperature {wanted} was not dumped; .*within a factor of 2"
     ):
-        logits.Store(tmp_path / "logits", data.Dataset(world / "data"), wanted)
+        logits.Records(tmp_path / "logits", data.Dataset(world / "data"), wanted)
 
 
 def test_a_student_trains_at_a_temperature_that_was_not_dumped(world, tmp_path):
@@ -1351,7 +1351,7 @@ def test_a_token_that_no_tail_ever_reaches_keeps_its_row_within_float16(tmp_path
 def test_measuring_asks_for_no_basis(world, tmp_path):
     shutil.copytree(world / "logits", tmp_path / "logits")
     (tmp_path / "logits" / "basis.safetensors").unlink()
-    assert logits.Store(tmp_path / "logits", data.Dataset(world / "data"), None).compares
+    assert logits.Records(tmp_path / "logits", data.Dataset(world / "data"), None).compares
 
 
 def test_a_dump_beside_chunks_whose_basis_is_lost_or_another_is_refused_before_the_first_forward_pass(
@@ -1394,4 +1394,4 @@ def test_fresh_without_a_basis_takes_the_old_one_away(world, tmp_path):
         *make.dump(world, "--tail-rank", 0, "--fresh", "--out", tmp_path / "logits"),
     )
     assert not (tmp_path / "logits" / "basis.safetensors").exists()
-    assert logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 2.0).shape is None
+    assert logits.Records(tmp_path / "logits", data.Dataset(world / "data"), 2.0).shape is None

@@ -29,7 +29,7 @@ import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, head, losses, models, train
 from lib.head import Head
-from lib.losses import TopK, Method, Whole
+from lib.losses import Method, TopK, Whole
 from lib.measure import plots
 from lib.teacher import live, logits
 
@@ -62,11 +62,10 @@ def both(world, dataset, *more, dtype="float64", student="student"):
     args = stage2_kd.parse_args([str(word) for word in make.live(world, *more)])
     args.teacher_dtype = dtype
     teacher, pupil = (
-        live.Teacher(args, dataset),
+        live.LiveTeacher(args, dataset),
         models.load(str(world / student), CPU, getattr(torch, dtype), dataset=dataset),
     )
-    teacher.join(pupil, args, None)
-    return pupil, teacher
+    return teacher.join(pupil, args, None), teacher
 
 
 def row_logits(folder, batch, split):
@@ -266,7 +265,7 @@ def test_a_live_teacher_gives_the_loss_and_gradient_that_are_written_out_over_al
 ):
     student, teacher = pair
     batch, method = dataset.train.batch(LINES), Method(0.6, t, kind, BETAS[kind])
-    seen = loss_and_gradient(student, batch, teacher.train(batch, t), method)
+    seen = loss_and_gradient(student, batch, teacher.at(batch, t), method)
     all_close(
         seen,
         written_out(student, batch, row_logits(world / "teacher", batch, dataset.train), method),
@@ -288,7 +287,7 @@ def test_a_live_teacher_and_all_of_its_logits_kept_give_one_loss_and_gradient(
     )
     wanted = loss_and_gradient(student, batch, TopK(ids, gap, tails[:, 0]), method)
     all_close(
-        loss_and_gradient(student, batch, teacher.train(batch, t), method),
+        loss_and_gradient(student, batch, teacher.at(batch, t), method),
         wanted,
         rtol=1e-6,
         atol=1e-6,
@@ -315,11 +314,11 @@ def test_a_live_top_k_is_that_of_the_disk(world, dataset, tmp_path, monkeypatch,
             world, "--k", k, "--tail-rank", rank, "--values", "fp16", "--out", tmp_path / "logits"
         ),
     )
-    store = logits.Store(tmp_path / "logits", dataset, t)
+    store = logits.Records(tmp_path / "logits", dataset, t)
     student, teacher = both(world, dataset, "--k", 0 if k == make.V else k, dtype="float32")
     batch, method = dataset.train.batch(LINES), Method(0.6, t)
     seen, wanted = (
-        loss_and_gradient(student, batch, source.train(batch, t), method)
+        loss_and_gradient(student, batch, source.at(batch, t), method)
         for source in (teacher, store)
     )
     n = len(batch.labels)
@@ -330,12 +329,12 @@ def test_a_live_top_k_gives_the_bucket_loss_that_is_written_out(world, dataset):
     student, teacher = both(world, dataset, "--k", 8)
     batch, method = dataset.train.batch(LINES), Method(0.6, 2.0)
     z = row_logits(world / "teacher", batch, dataset.train)
-    loss, ce, kd, _ = loss_and_gradient(student, batch, teacher.train(batch, 2.0), method)
+    loss, ce, kd, _ = loss_and_gradient(student, batch, teacher.at(batch, 2.0), method)
     s = student.hidden(batch) @ student.module.get_output_embeddings().weight.t()
     all_close(
         (loss, ce, kd), reference_loss(z, s.detach(), batch.labels, 8, method), rtol=1e-6, atol=1e-6
     )
-    assert isinstance(teacher.train(batch, 2.0), TopK) and teacher.train(batch, 2.0).ids.shape == (
+    assert isinstance(teacher.at(batch, 2.0), TopK) and teacher.at(batch, 2.0).ids.shape == (
         len(batch.labels),
         8,
     )
@@ -353,7 +352,7 @@ def test_output_layers_of_two_sizes_are_cut_to_the_smaller_one(
     assert teacher.vocab == 61
     batch, method = dataset.train.batch(LINES), Method(0.6, 2.0)
     z = row_logits(tmp_path / "teacher", batch, dataset.train)[:, :61]
-    seen = loss_and_gradient(student, batch, teacher.train(batch, 2.0), method)
+    seen = loss_and_gradient(student, batch, teacher.at(batch, 2.0), method)
     if not k:
         return all_close(seen, written_out(student, batch, z, method), rtol=1e-6, atol=1e-6)
     s = (student.hidden(batch) @ student.module.get_output_embeddings().weight.t())[:, :61].detach()
@@ -436,9 +435,9 @@ def test_a_live_run_is_a_run_on_the_dump_of_all_tokens(world, tmp_path, capsys):
 
 
 def test_any_temperature_is_allowed_and_may_move(world, tmp_path, monkeypatch):
-    asked, plain = [], live.Teacher.train
+    asked, plain = [], live.LiveTeacher.at
     monkeypatch.setattr(
-        live.Teacher, "train", lambda self, batch, t: asked.append(t) or plain(self, batch, t)
+        live.LiveTeacher, "at", lambda self, batch, t: asked.append(t) or plain(self, batch, t)
     )
     make.call(
         stage2_kd.main,
@@ -455,7 +454,7 @@ def test_any_temperature_is_allowed_and_may_move(world, tmp_path, monkeypatch):
 def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(
     world, tmp_path, monkeypatch
 ):
-    passes, plain, batches = [], live.Teacher.train, []
+    passes, plain, batches = [], live.LiveTeacher.at, []
 
     def watched(self, batch, temperature):
         if not batches:
@@ -472,7 +471,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_runs_once_a_micro_batch(
         )
         return kept
 
-    monkeypatch.setattr(live.Teacher, "train", watched)
+    monkeypatch.setattr(live.LiveTeacher, "at", watched)
     make.call(
         stage2_kd.main,
         *make.live(world, "--steps", 3, "--eval-every", 99, "--out", tmp_path / "live"),
@@ -524,11 +523,11 @@ def test_layers_that_do_not_fit_wait_on_disk_and_change_nothing(
 ):
     _, teacher = both(world, dataset)
     batch = dataset.train.batch(LINES)
-    wanted = teacher.train(batch, 2.0).hidden
+    wanted = teacher.at(batch, 2.0).hidden
     monkeypatch.setattr(train, "available_bytes", lambda device: 0)
     _, teacher = both(world, dataset, "--teacher-offload", "--out", tmp_path / "run")
     assert next(teacher.model.module.model.layers.parameters()).is_meta
-    torch.testing.assert_close(teacher.train(batch, 2.0).hidden, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(teacher.at(batch, 2.0).hidden, wanted, rtol=0, atol=0)
 
 
 def test_layers_fill_the_places_in_order(world):
@@ -587,9 +586,9 @@ def test_a_quantised_teacher_is_near_itself(world, dataset, bits):
     pytest.importorskip("bitsandbytes")
     batch = dataset.train.batch(LINES)
     _, teacher = both(world, dataset, dtype="float32")
-    wanted = teacher.train(batch, 2.0).hidden
+    wanted = teacher.at(batch, 2.0).hidden
     _, teacher = both(world, dataset, "--teacher-quant", bits, dtype="float32")
-    error = (teacher.train(batch, 2.0).hidden - wanted).norm() / wanted.norm()
+    error = (teacher.at(batch, 2.0).hidden - wanted).norm() / wanted.norm()
     assert 0 < error < 0.1
 
 
@@ -657,9 +656,9 @@ def test_a_gguf_file_is_the_teacher_that_it_was_made_of(world, dataset, tmp_path
     pytest.importorskip("gguf")
     path = to_gguf(world / "teacher", tmp_path / "teacher.gguf", tokens)
     batch = dataset.train.batch(LINES)
-    wanted = both(world, dataset, dtype="float32")[1].train(batch, 2.0).hidden
+    wanted = both(world, dataset, dtype="float32")[1].at(batch, 2.0).hidden
     teacher = both(world, dataset, "--teacher", path, dtype="float32")[1]
-    torch.testing.assert_close(teacher.train(batch, 2.0).hidden, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(teacher.at(batch, 2.0).hidden, wanted, rtol=1e-6, atol=1e-6)
     assert teacher.identity()["teacher"] == files.sha256(path)
     make.call(
         stage2_kd.main,
@@ -868,23 +867,24 @@ def test_a_run_is_not_continued_with_another_teacher(mine, more, words):
 
 
 def test_a_teacher_whose_numbers_overflow_is_told_from_a_student_that_does(world, monkeypatch):
-    plain = live.Teacher.join
+    plain = live.LiveTeacher.join
 
     def join(self, *args):
-        plain(self, *args)
+        student = plain(self, *args)
         self.model.module.model.norm.weight.fill_(float("inf"))
+        return student
 
-    monkeypatch.setattr(live.Teacher, "join", join)
+    monkeypatch.setattr(live.LiveTeacher, "join", join)
     refused(world, of=["the teacher's hidden states are not finite", "--teacher-dtype float32"])
 
 
 def test_the_teacher_is_run_over_val_once_and_not_at_every_evaluation(
     world, tmp_path, monkeypatch, capsys
 ):
-    seen, plain = [], live.Teacher.train
+    seen, plain = [], live.LiveTeacher.at
     monkeypatch.setattr(
-        live.Teacher,
-        "train",
+        live.LiveTeacher,
+        "at",
         lambda self, batch, temperature: seen.append(batch.rows) or plain(self, batch, temperature),
     )
     make.call(

@@ -140,7 +140,7 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
     live = losses.TopK(ids, gaps.half().float() if rounded else gaps, tail)
     student = models.load(str(world / "student"), CPU)
     seen = []
-    for kept in (full.train(batch), live):
+    for kept in (full.at(batch, 2.0), live):
         hidden = student.hidden(batch).detach().requires_grad_()
         loss = losses.head_loss(hidden, student.head(), batch.labels, kept, Method(0.9, 2.0))[
             0
@@ -159,7 +159,7 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
 def test_records_hold_the_top_k_and_the_exact_tail_of_the_teachers_own_logits(world, t):
     top = make.store(world, t)
     batch = top.dataset.train.batch([[row] for row in (3, 20, 39, 0)])
-    kept, (ids, gaps, tail) = top.train(batch), plain(teacher_logits(world, batch), 8, t)
+    kept, (ids, gaps, tail) = top.at(batch, t), plain(teacher_logits(world, batch), 8, t)
     assert (kept.ids == ids).all()
     assert ((kept.gap - gaps).abs() <= 0.51 / 255 * gaps.amax(1, keepdim=True)).all()  # half a step
     torch.testing.assert_close(kept.tail.double(), tail, rtol=1e-5, atol=1e-5)
@@ -175,11 +175,11 @@ def test_trap_22_records_follow_target_numbers_whatever_order_and_packing_the_ro
     by_number = {}
     for row in range(len(train.rows)):
         batch = train.batch([[row]])
-        by_number |= dict(zip(batch.numbers.tolist(), listed(top.train(batch))))
+        by_number |= dict(zip(batch.numbers.tolist(), listed(top.at(batch, 2.0))))
     assert sorted(by_number) == list(range(train.targets))
     for lines in ([[39, 0], [17, 16, 15], [2]], [[2, 15], [0], [39, 16, 17]], [[31], [32]]):
         batch = train.batch(lines)
-        assert [by_number[n] for n in batch.numbers.tolist()] == listed(top.train(batch))
+        assert [by_number[n] for n in batch.numbers.tolist()] == listed(top.at(batch, 2.0))
 
 
 def test_a_dump_does_not_depend_on_the_size_of_its_batches(world, tmp_path):
@@ -216,12 +216,12 @@ def test_trap_16_a_padded_teacher_is_cut_to_the_students_tokens_before_softmax_a
             tmp_path / "logits",
         ),
     )
-    top = logits.Store(tmp_path / "logits", data.Dataset(world / "data"), 2.0)
+    top = logits.Records(tmp_path / "logits", data.Dataset(world / "data"), 2.0)
     assert top.vocab == make.V
     batch = top.dataset.train.batch([[5], [30]])
     z = teacher_logits(tmp_path, batch, "padded")
     assert z.shape[1] == 70 and (z.topk(8, 1).indices >= 61).any()
-    kept, (ids, _, tail) = top.train(batch), plain(z[:, :61], 8, 2.0)
+    kept, (ids, _, tail) = top.at(batch, 2.0), plain(z[:, :61], 8, 2.0)
     assert (kept.ids == ids).all()
     torch.testing.assert_close(kept.tail.double(), tail, rtol=1e-5, atol=1e-5)
 
@@ -363,7 +363,8 @@ def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_
     )
     assert some.rows().tolist() == list(range(16, 32))
     batch = some.dataset.train.batch([[31], [16]])
-    assert (some.train(batch).ids == make.store(mine, name="full").train(batch).ids[:, :8]).all()
+    full = make.store(mine, name="full")
+    assert (some.at(batch, 2.0).ids == full.at(batch, 2.0).ids[:, :8]).all()
 
 
 def test_a_folder_without_one_finished_chunk_is_refused(mine):
