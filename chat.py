@@ -39,7 +39,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from lib import files, flags, models, template
+from lib import checkpoints, files, flags, models, template
 from lib.chat import serve, talk
 from lib.measure import labels, prompts, score
 from lib.options import classifier
@@ -235,12 +235,14 @@ def load(args, name=None, other=None):
     """Return the model `name` (None: --ckpt) and its tokenizer. A GGUF file's is the `other` one,
     the student's, if it has its tokens."""
     device = models.pick_device(args.device, args.threads)
-    folder = models.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
-    if other is not None and models.is_gguf(folder):
-        models.check_gguf_vocabulary(folder, other, args.ckpt)
+    folder = checkpoints.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
+    if other is not None and checkpoints.is_gguf(folder):
+        checkpoints.check_gguf_vocabulary(folder, other, args.ckpt)
         tokenizer = other
     else:
-        tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
+        tokenizer = template.load_tokenizer(
+            checkpoints.with_tokenizer(folder), args.trust_remote_code
+        )
         template.ensure_template(tokenizer)
     dtype = models.pick_dtype(args.dtype, device, folder)
     return (
@@ -254,7 +256,7 @@ def load(args, name=None, other=None):
 def both(args):
     """Return the Chat of --ckpt, and that of --teacher or None."""
     if args.teacher is not None and classifier.is_classifier(
-        folder := models.local_folder(args.teacher, args.trust_remote_code, unfinished=True)
+        folder := checkpoints.local_folder(args.teacher, args.trust_remote_code, unfinished=True)
     ):
         files.fail(
             f"{folder} cannot answer beside {args.ckpt}",
@@ -397,7 +399,7 @@ def main(argv=None):
 def run(args):
     """Do what the flags ask for: classes, answers to a file, a server, one answer, or a
     conversation."""
-    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
+    folder = checkpoints.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     if classifier.is_classifier(folder):
         if args.serve:
             files.fail(f"--serve does not go with {folder}", "a classifier", "a language model")

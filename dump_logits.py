@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import files, flags, models, plan
+from lib import checkpoints, files, flags, models, plan
 from lib import head as heads
 from lib.data import Dataset
 from lib.options import classifier
@@ -147,7 +147,7 @@ def pick_vocab(args, teacher, dataset):
         return teacher.vocab
     if args.student and not args.vocab:
         config = files.read_json(
-            models.base_of(models.local_folder(args.student, args.trust_remote_code))
+            checkpoints.base_of(checkpoints.local_folder(args.student, args.trust_remote_code))
             / "config.json"
         )
         vocab = min(vocab, config.get("text_config", config)["vocab_size"])
@@ -476,7 +476,7 @@ def main(argv=None):
     if not len(dataset.val.rows) and "val" in wanted:
         print("dump: val is empty, so there is nothing to dump for it")
         wanted.remove("val")
-    folder = models.local_folder(args.teacher, args.trust_remote_code)
+    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(
@@ -508,7 +508,7 @@ def main(argv=None):
         args.tail_rank = most
     args.tail_bytes = min(args.tail_bytes, args.tail_rank)  # at most 8 bits a dimension
     settings = {
-        "teacher": models.identity(folder),
+        "teacher": checkpoints.identity(folder),
         "teacher_folder": str(args.teacher),
         "data": dataset.identities["data"],
         "k": args.k,

@@ -5,10 +5,10 @@ Teacher and student are compared over k+1 categories: the teacher's k largest to
 bucket for all the others, whose teacher mass at T is exact (it was summed over the whole vocabulary
 when the teacher ran). With d_i = z_i - z_max:
 
-    log p_i = d_i/T - log Z,   log p_rest = tail_T - log Z,   log Z = logaddexp(logsumexp over S of
-                               d_i/T, tail_T)
-    log q_i = s_i/T - logsumexp(s/T over ALL V tokens),   q_rest = the sum of the others, never 1 -
-                                                          sum
+    log p_i = d_i/T - log Z    log p_rest = tail_T - log Z
+              log Z = logaddexp(logsumexp over S of d_i/T, tail_T)
+    log q_i = s_i/T - logsumexp(s/T over ALL V tokens)
+              q_rest = the sum of the others, never 1 - sum
 
     loss = alpha * T^2 * D(p, q) + (1 - alpha) * CE      summed over targets, in nats
 
@@ -16,45 +16,52 @@ The T^2 keeps gradients of one size over T (Hinton et al., arXiv:1503.02531, sec
 divergence here is a function of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the
 gradient at ALL V logits is closed:
 
-    T * dD/ds_j = g_j - q_j G  for j in S;    q_j (g_rest / q_rest - G)  for j not in S
+    T * dD/ds_j = g_j - q_j G                 for j in S
+                  q_j (g_rest / q_rest - G)   for j not in S
 
 So the gradient is computed in the forward pass, chunk by chunk of targets: no (targets, V) tensor
 for the batch, nothing recomputed.
 
-One bucket cannot say where in the vocabulary the tail lies. Where the teacher's dump has a basis
-(lib/teacher/basis.py), the categories are all V tokens: the top k as before, and the bucket's exact
-mass spread over the others like softmax(basis logits / T). The gradient is then T * dD/ds_j = g_j -
-q_j G everywhere: T (q - p) for the forward KL. So it is where a live teacher is taken whole:
-softmax(z / T).
+One bucket cannot say where in the vocabulary the tail lies. Where the teacher's records have a
+basis (lib/teacher/basis.py), the categories are all V tokens: the top k as before, and the bucket's
+exact mass spread over the others like softmax(basis logits / T). The gradient is then
+T * dD/ds_j = g_j - q_j G everywhere: T (q - p) for the forward KL. So it is where a live teacher is
+taken whole: softmax(z / T).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lib.flags import Moving
 from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
 
-FLOOR = (
-    -70.0
-)  # log of the bucket's least mass, on both sides alike: below it exp underflows in float32
+# log of the bucket's least mass, on both sides alike: below it exp underflows in float32
+FLOOR = -70.0
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
-PIECE_BYTES = {
-    "cpu": 1 << 24
-    # of a chunk, what a divergence over all V tokens is computed on at once: what stays in a CPU's
-    # cache, or
-}
-PIECE_BYTES_ELSEWHERE = (
-    1 << 26
-)  # few enough kernels on a GPU; it takes about six temporaries of this size
+# Of a chunk, what a divergence over all V tokens is computed on at once: what stays in a CPU's
+# cache, or few enough kernels on a GPU. It takes about six temporaries of this size.
+PIECE_BYTES = {"cpu": 1 << 24}
+PIECE_BYTES_ELSEWHERE = 1 << 26
+
+AddGradient = Callable[[Tensor, float], None]  # (d (n, V), weight): adds weight * a gradient to d
+
+
+class TailShape(Protocol):
+    """What the shape of a tail answers (lib/teacher/basis.py)."""
+
+    def logits(self, coef: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the logits (n, V), in `out` if given, that coefficients (n, R) stand for."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What a logits file keeps of the teacher at N targets: ids (N, K) int64, gap (N, K) = z_max -
-    z_i >= 0, tail (N,) at one T.
+    """The teacher at N targets as records hold it: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0,
+    tail (N,) at one T.
 
     With a `basis`, coef (N, R) are the tail's coefficients over it; without one, the tail is a
     bucket.
@@ -64,7 +71,7 @@ class TopK:
     gap: Tensor
     tail: Tensor
     coef: Tensor | None = None
-    basis: Any = None  # lib/teacher/basis.py's
+    basis: TailShape | None = None
 
     def __getitem__(self, part: slice) -> "TopK":
         return TopK(
@@ -75,23 +82,17 @@ class TopK:
             self.basis,
         )
 
-    @property
-    def dense(self) -> bool:
-        """Whether it says something of every token by itself."""
-        return self.basis is not None
-
     def logits(self, out: Tensor) -> Tensor:
         """Put the basis' logits of these targets into out (n, V): good for the tail alone."""
+        assert self.basis is not None and self.coef is not None
         return self.basis.logits(self.coef, out)
 
     def logp_all(self, z: Tensor, temperature: float) -> Tensor:
         """Return the log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is
         overwritten."""
         logp = teacher_logp(self, temperature)
-        shape = (
-            z.div_(temperature).scatter_(1, self.ids, -torch.inf).log_softmax(1)
-        )  # of the tail alone
-        return shape.add_(logp[:, -1:]).scatter_(1, self.ids, logp[:, :-1])
+        tail = z.div_(temperature).scatter_(1, self.ids, -torch.inf).log_softmax(1)
+        return tail.add_(logp[:, -1:]).scatter_(1, self.ids, logp[:, :-1])
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,6 @@ class Whole:
 
     hidden: Tensor
     head: Head
-    dense = True
 
     def __getitem__(self, part: slice) -> "Whole":
         return Whole(self.hidden[part], self.head)
@@ -112,9 +112,8 @@ class Whole:
     def logits(self, out: Tensor) -> Tensor:
         """Put the logits of these targets into out (n, V)."""
         weight = self.head.operand(self.hidden.dtype)
-        return out.copy_(
-            self.head.logits(self.hidden.to(weight.dtype), weight, out)
-        )  # half-precision products have no `out`
+        # half-precision products have no `out`
+        return out.copy_(self.head.logits(self.hidden.to(weight.dtype), weight, out))
 
     def logp_all(self, z: Tensor, temperature: float) -> Tensor:
         """Return the log-probabilities (n, V) at T over all tokens. z (n, V), the logits, is
@@ -131,6 +130,40 @@ class Method:
     temperature: float = 1.0
     divergence: str = "fkl"
     beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The Method of each step of a run: `method = schedule(step)`. alpha and temperature: a number,
+    or (first, last), and then it moves in a straight line from the first step to the last."""
+
+    alpha: Moving = 0.0
+    temperature: Moving = 1.0
+    divergence: str = "fkl"
+    beta: float = 0.5
+    steps: int = 1
+
+    def __call__(self, step: int) -> Method:
+        """Return the method of step `step`, counted from 0."""
+        share = min(1.0, step / max(1, self.steps - 1))
+        alpha, temperature = between(self.alpha, share), between(self.temperature, share)
+        return Method(alpha, temperature, self.divergence, self.beta)
+
+    def moving(self, step: int) -> dict[str, float]:
+        """Return by name what moves over the run, as it is at a step: for the log."""
+        method, moved = self(step), {}
+        for name in ("alpha", "temperature"):
+            if isinstance(getattr(self, name), tuple):
+                moved[name] = getattr(method, name)
+        return moved
+
+
+def between(value: Moving, share: float) -> float:
+    """Return a number as it is, and of (first, last) what lies at `share` of the way."""
+    if not isinstance(value, tuple):
+        return value
+    first, last = value
+    return first + (last - first) * share
 
 
 def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tensor:
@@ -151,72 +184,81 @@ def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tens
         return kl(logq, logp)
     if kind == "tvd":
         return (logp.exp() - logq.exp()).abs().sum(-1) / 2
-    mixture = torch.logaddexp(
-        logp + math.log(beta), logq + math.log(1 - beta)
-    )  # of logs: where both underflow, log(0) would be NaN
+    # of logs: where both underflow, log(0) would be NaN
+    mixture = torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
     if kind == "skl":
         return kl(logp, mixture)
     assert kind == "jsd", kind
     return beta * kl(logp, mixture) + (1 - beta) * kl(logq, mixture)
 
 
-def teacher_logp(kept: TopK, temperature: float) -> Tensor:
+def divergence_and_gradient(logp: Tensor, logq: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    """Return the divergence summed over targets, nats, and g (n, C), its gradient at logq."""
+    with torch.enable_grad():
+        leaf = logq.detach().requires_grad_()
+        kd = divergence(logp, leaf, method.divergence, method.beta).sum()
+        (g,) = torch.autograd.grad(kd, leaf)
+    return kd.detach(), g
+
+
+def teacher_logp(teacher: TopK, temperature: float) -> Tensor:
     """Return the teacher's log-probabilities (N, K+1) at T over its K tokens and, last, the bucket
     of all others."""
-    d = -kept.gap / temperature
-    log_z = torch.logaddexp(d.logsumexp(-1), kept.tail)
-    return torch.cat([d - log_z[:, None], (kept.tail - log_z)[:, None].clamp_min(FLOOR)], -1)
+    d = -teacher.gap / temperature
+    log_z = torch.logaddexp(d.logsumexp(-1), teacher.tail)
+    rest = (teacher.tail - log_z)[:, None].clamp_min(FLOOR)
+    return torch.cat([d - log_z[:, None], rest], -1)
 
 
-def student_logq(
-    z: Tensor, ids: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the student's log-probabilities (n, K+1) at T over the same categories. z (n, V) holds
-    s - s_max and is overwritten.
+def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the student's log-probabilities (n, K+1) at T over the same categories, and the sums
+    of exp((s - s_max)/T) over the others (n,) and over all (n,).
 
-    Also returned, for the gradient: z itself, now exp((s - s_max)/T) with zeros at `ids`, its sum
-    over the others (n,) and over all (n,).
+    z (n, V) holds s - s_max and becomes exp((s - s_max)/T) with zeros at `ids`.
     """
-    kept = z.gather(1, ids) / temperature
-    z.div_(temperature).exp_().scatter_(
-        1, ids, 0.0
-    )  # zeros at S, so that the bucket is a sum and never 1 - sum
+    inside = z.gather(1, ids) / temperature
+    # zeros at S, so that the bucket is a sum and never 1 - sum
+    z.div_(temperature).exp_().scatter_(1, ids, 0.0)
     rest = z.sum(1).clamp_min(math.exp(FLOOR))  # and no smaller: the gradient divides by it
-    total = kept.exp().sum(1) + rest
+    total = inside.exp().sum(1) + rest
     log_total = total.log()
-    return (
-        torch.cat(
-            [kept - log_total[:, None], (rest.log() - log_total)[:, None].clamp_min(FLOOR)], -1
-        ),
-        z,
-        rest,
-        total,
-    )
+    bucket = (rest.log() - log_total)[:, None].clamp_min(FLOOR)
+    return torch.cat([inside - log_total[:, None], bucket], -1), rest, total
+
+
+def piece_bytes(device: torch.device) -> int:
+    """Return the size of what a divergence over all tokens is computed on at once."""
+    return PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE)
 
 
 def pieces(z: Tensor) -> list[slice]:
     """Cut the targets of a chunk of logits (n, V) so that what is computed over all tokens has
     small temporaries."""
-    size = max(
-        1, PIECE_BYTES.get(z.device.type, PIECE_BYTES_ELSEWHERE) // (z.element_size() * z.shape[1])
-    )
+    size = max(1, piece_bytes(z.device) // (z.element_size() * z.shape[1]))
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 
-def distance(z: Tensor, kept: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_bytes(device: torch.device) -> int:
+    """Return the memory that a divergence over all tokens takes beside the student's logits: a
+    second buffer, and a piece's temporaries."""
+    return 6 * piece_bytes(device) + 2 * CHUNK_BYTES
+
+
+def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's
     likeliest token, and the sum of exp(z) over all tokens, each (n,).
 
     z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher
     that is there whole, over all tokens.
     """
-    if isinstance(kept, TopK):
-        logp, (logq, _, _, total) = teacher_logp(kept, 1.0), student_logq(z, kept.ids, 1.0)
-        return divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl"), kept.ids[:, 0], total
-    other = kept.logits(torch.empty_like(z))
+    if isinstance(teacher, TopK):
+        logp, (logq, _, total) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0)
+        kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
+        return kl, rkl, teacher.ids[:, 0], total
+    other = teacher.logits(torch.empty_like(z))
     top, (total, kl, rkl) = other.argmax(1), z.new_empty(3, len(z))
     for piece in pieces(z):
-        logp, logq = kept.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
+        logp, logq = teacher.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
         student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both
         total[piece] = student.sum(1)
         apart = logp - logq
@@ -225,30 +267,119 @@ def distance(z: Tensor, kept: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Ten
     return kl, rkl, top, total
 
 
-def dense_bytes(device: torch.device) -> int:
-    """Return the memory that a divergence over all tokens takes beside the student's logits: a
-    second buffer, and a piece's temporaries."""
-    return 6 * PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE) + 2 * CHUNK_BYTES
+def divergence_over_bucket(
+    z: Tensor, teacher: TopK, method: Method, out: Tensor
+) -> tuple[Tensor, AddGradient]:
+    """Return the divergence summed over targets, nats, over the top k and one bucket, and what adds
+    T times its gradient at s. z (n, V) holds s - s_max; out (n, V) is a buffer."""
+    ids, t = teacher.ids, method.temperature
+    logq, rest, total = student_logq(soft := out.copy_(z), ids, t)
+    kd, g = divergence_and_gradient(teacher_logp(teacher, t), logq, method)  # (), (n, K+1)
+    g_sum = g.sum(1)
+
+    # soft is zero at S; the bucket's tokens share its gradient in proportion to their mass
+    def add_gradient(d: Tensor, weight: float) -> None:
+        d.addcmul_(soft, (weight * (g[:, -1] / rest - g_sum / total))[:, None])
+        d.scatter_add_(1, ids, weight * (g[:, :-1] - logq[:, :-1].exp() * g_sum[:, None]))
+
+    return kd, add_gradient
 
 
-def divergence_over_all(z: Tensor, kept: TopK | Whole, method: Method, out: Tensor) -> Tensor:
-    """Return the divergence summed over targets, nats, over all V tokens; put T times its gradient
-    at s into out (n, V).
+def divergence_over_all(
+    z: Tensor, teacher: TopK | Whole, method: Method, out: Tensor
+) -> tuple[Tensor, AddGradient]:
+    """Return the divergence summed over targets, nats, over all V tokens, and what adds T times its
+    gradient at s. z (n, V) holds s - s_max.
 
-    z (n, V) holds s - s_max; out, a buffer, takes the teacher's (or its basis') logits first. Piece
-    by piece, so that temporaries stay small.
+    out (n, V), a buffer, takes the teacher's (or its basis') logits first, and then the gradient:
+    piece by piece, so that temporaries stay small.
     """
-    kept.logits(out)
+    teacher.logits(out)
     kd_sum = torch.zeros((), dtype=z.dtype, device=z.device)
     for piece in pieces(z):
-        logp = kept[piece].logp_all(out[piece], method.temperature)
+        logp = teacher[piece].logp_all(out[piece], method.temperature)
         logq = (z[piece] / method.temperature).log_softmax(1)
-        with torch.enable_grad():
-            kd = divergence(logp, logq.requires_grad_(), method.divergence, method.beta).sum()
-            (g,) = torch.autograd.grad(kd, logq)
-        kd_sum += kd.detach()
-        torch.addcmul(g, logq.detach().exp_(), g.sum(1, keepdim=True), value=-1, out=out[piece])
-    return kd_sum
+        kd, g = divergence_and_gradient(logp, logq, method)
+        kd_sum += kd
+        torch.addcmul(g, logq.exp_(), g.sum(1, keepdim=True), value=-1, out=out[piece])
+
+    def add_gradient(d: Tensor, weight: float) -> None:
+        d.add_(out, alpha=weight)
+
+    return kd_sum, add_gradient
+
+
+def cross_entropy(z: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Return the cross-entropy summed over targets, nats. z (n, V) holds s - s_max and becomes
+    `weight` times its gradient at s: softmax(s) - 1 at the label (n,)."""
+    label = labels[:, None]
+    at_label = z.gather(1, label)[:, 0]
+    total = z.exp_().sum(1)
+    z.mul_((weight / total)[:, None])
+    z.scatter_add_(1, label, torch.full_like(label, -weight, dtype=z.dtype))
+    return (total.log() - at_label).sum()
+
+
+def loss_of_logits(
+    z: Tensor, labels: Tensor, teacher: TopK | Whole | None, method: Method, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return cross-entropy and divergence summed over targets, nats. z (n, V) holds the student's
+    logits s and becomes the loss' gradient at them; out (n, V) is a buffer."""
+    z -= z.amax(1, keepdim=True)
+    if teacher is None:
+        return cross_entropy(z, labels, 1 - method.alpha), z.new_zeros(())
+    if isinstance(teacher, TopK) and teacher.basis is None:
+        kd, add_gradient = divergence_over_bucket(z, teacher, method, out)
+    else:
+        kd, add_gradient = divergence_over_all(z, teacher, method, out)
+    ce = cross_entropy(z, labels, 1 - method.alpha)
+    add_gradient(z, method.alpha * method.temperature)
+    return ce, kd
+
+
+class _Gradients:
+    """Gradients at the hidden states, the weight and the bias, summed over chunks in float32 or
+    wider. operand (V, D): the weight in the dtype of the products."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor
+    ) -> None:
+        self.operand = operand
+        # fp16 holds q - p of a flat tail (1/V = 7e-6) to two digits only: lift by 2^10 for the
+        # products, and lower the sums again
+        self.lift = 1024.0 if operand.dtype == torch.float16 else 1.0
+
+        def zeros(tensor: Tensor) -> Tensor:
+            return torch.zeros(tensor.shape, dtype=wide(operand.dtype), device=hidden.device)
+
+        self.hidden = zeros(hidden)
+        self.weight = zeros(weight) if weight.requires_grad else None
+        self.bias = zeros(bias) if bias is not None and bias.requires_grad else None
+
+    def add(self, part: slice, rows: Tensor, d: Tensor) -> None:
+        """Add what follows from d (n, V), the gradient at rows @ weight.T + bias, which is
+        overwritten; rows (n, D) are the hidden states of the targets `part`."""
+        vocab = d.shape[1]
+        if self.bias is not None:
+            self.bias[:vocab] += d.sum(0)
+        if self.lift != 1:
+            d.mul_(self.lift).clamp_(-65504.0, 65504.0)
+        d = d.to(self.operand.dtype)
+        self.hidden[part] = matmul(d, self.operand)
+        if self.weight is None:
+            return
+        if d.dtype == self.weight.dtype:
+            self.weight[:vocab].addmm_(d.t(), rows)
+        else:
+            self.weight[:vocab] += matmul(d.t(), rows)
+
+    def lowered(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the three, no longer lifted."""
+        if self.lift != 1:
+            self.hidden /= self.lift
+            if self.weight is not None:
+                self.weight /= self.lift
+        return self.hidden, self.weight, self.bias
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -256,113 +387,33 @@ class _HeadLoss(torch.autograd.Function):
     the mathematics."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        head: Head,
-        labels,
-        kept: TopK | Whole | None,
-        method: Method,
-        dtype,
-        grad: bool,
-    ):
-        n_all, device = len(labels), hidden.device
-        operand = head.operand(dtype)
-        alpha, t = method.alpha, method.temperature
+    def forward(ctx, hidden, weight, bias, head: Head, labels, teacher, method, dtype, grad: bool):
+        operand, device = head.operand(dtype), hidden.device
         ce_sum, kd_sum = (torch.zeros((), dtype=wide(dtype), device=device) for _ in range(2))
-        grad_hidden = torch.zeros(hidden.shape, dtype=wide(dtype), device=device) if grad else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=wide(dtype), device=device)
-            if grad and weight.requires_grad
-            else None
-        )
-        grad_bias = (
-            torch.zeros(bias.shape, dtype=wide(dtype), device=device)
-            if grad and bias is not None and bias.requires_grad
-            else None
-        )
-        # fp16 holds q - p of a flat tail (1/V = 7e-6) to two digits only: lift by 2^10 for the
-        # products, and lower the sums again
-        lift = 1024.0 if operand.dtype == torch.float16 else 1.0
-
-        size = min(head.chunk(), max(n_all, 1))
+        gradients = _Gradients(hidden, weight, bias, operand) if grad else None
+        size = min(head.chunk(), max(len(labels), 1))
         buffer = torch.empty(size, head.vocab, dtype=wide(operand.dtype), device=device)
-        second = torch.empty_like(buffer) if kept is not None else None
-        for start in range(0, n_all, size):
-            part = slice(start, min(start + size, n_all))
-            n = part.stop - part.start
-            rows, label = hidden[part].to(operand.dtype), labels[part, None]
-            z = head.logits(rows, operand, buffer[:n])  # (n, V)
+        second = torch.empty_like(buffer if teacher is not None else buffer[:0])
+        for start in range(0, len(labels), size):
+            part = slice(start, min(start + size, len(labels)))
+            rows = hidden[part].to(operand.dtype)
+            z = head.logits(rows, operand, buffer[: len(rows)])  # (n, V)
             slope = 1 - (z / head.softcap) ** 2 if head.softcap else None
-            z -= z.amax(1, keepdim=True)
-            at_label = z.gather(1, label)[:, 0]
-
-            dense = kept is not None and kept.dense
-            if dense:
-                kd_sum += divergence_over_all(z, kept[part], method, second[:n])
-                one = z.exp_()
-            elif kept is not None:
-                one = z if t == 1 else second[:n].copy_(z)
-                logq, soft, rest, total = student_logq(
-                    second[:n].copy_(z) if t == 1 else z, kept.ids[part], t
-                )
-                one = one.exp_()
-            else:
-                one = z.exp_()
-            one_sum = one.sum(1)
-            ce_sum += (one_sum.log() - at_label).sum()
-
-            if kept is not None and not dense:
-                with torch.enable_grad():
-                    logq.requires_grad_()
-                    kd = divergence(
-                        teacher_logp(kept[part], t), logq, method.divergence, method.beta
-                    ).sum()
-                    (g,) = torch.autograd.grad(kd, logq)  # (n, K+1)
-                kd_sum += kd.detach()
-            if not grad:
+            known = None if teacher is None else teacher[part]
+            ce, kd = loss_of_logits(z, labels[part], known, method, second[: len(rows)])
+            ce_sum += ce
+            kd_sum += kd
+            if gradients is None:
                 continue
-
-            d = one.mul_(((1 - alpha) / one_sum)[:, None])  # d loss / d s, (n, V)
-            d.scatter_add_(1, label, torch.full_like(label, -(1 - alpha), dtype=d.dtype))
-            if dense:
-                d.add_(second[:n], alpha=alpha * t)
-            elif kept is not None:
-                total_g = g.sum(1)
-                # soft is zero at S; the bucket's tokens share its gradient in proportion to their
-                # mass
-                d.addcmul_(soft, (alpha * t * (g[:, -1] / rest - total_g / total))[:, None])
-                d.scatter_add_(
-                    1,
-                    kept.ids[part],
-                    alpha * t * (g[:, :-1] - logq.detach()[:, :-1].exp() * total_g[:, None]),
-                )
             if slope is not None:
-                d *= slope
+                z *= slope
             if head.scale != 1:
-                d *= head.scale
-            if grad_bias is not None:
-                grad_bias[: head.vocab] += d.sum(0)
-            d = (
-                d.mul_(lift).clamp_(-65504.0, 65504.0).to(operand.dtype)
-                if lift != 1
-                else d.to(operand.dtype)
-            )
-            grad_hidden[part] = matmul(d, operand)
-            if grad_weight is not None:
-                if d.dtype == grad_weight.dtype:
-                    grad_weight[: head.vocab].addmm_(d.t(), rows)
-                else:
-                    grad_weight[: head.vocab] += matmul(d.t(), rows)
-        if lift != 1 and grad:
-            grad_hidden /= lift
-            if grad_weight is not None:
-                grad_weight /= lift
+                z *= head.scale
+            gradients.add(part, rows, z)
 
-        ctx.grads = (grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype)
+        ctx.grads = gradients and gradients.lowered()
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
+        alpha, t = method.alpha, method.temperature
         loss = (1 - alpha) * ce_sum + alpha * t * t * kd_sum
         ctx.mark_non_differentiable(ce_sum, kd_sum)
         return loss, ce_sum, kd_sum
@@ -370,13 +421,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, _ce, _kd):
-        hidden, weight, bias = ctx.grads
-        assert hidden is not None, "the head's gradients were computed with grad off, or used twice"
-        ctx.grads = (None, None, None)  # scaled in place: a second backward would scale them twice
-        scaled = [
-            g if g is None else g.mul_(scale).to(dtype)
-            for g, dtype in zip((hidden, weight, bias), (*ctx.dtypes, ctx.dtypes[1]))
-        ]
+        assert ctx.grads, "the head's gradients were computed with grad off, or used twice"
+        grads, ctx.grads = ctx.grads, None  # scaled in place: a second backward would do it twice
+        scaled = []
+        for grad, dtype in zip(grads, ctx.dtypes):
+            scaled.append(None if grad is None else grad.mul_(scale).to(dtype))
         return *scaled, *[None] * 6
 
 
@@ -384,17 +433,17 @@ def head_loss(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    kept: TopK | Whole | None = None,
+    teacher: TopK | Whole | None = None,
     method: Method = Method(),
     dtype: torch.dtype | None = None,
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss_sum, ce_sum, kd_sum): the loss of N targets, differentiable, and its two parts
     in nats (kd without T^2, alpha).
 
     hidden (N, D)  the body's last hidden states at the positions that predict the targets; only
                    these reach the head
     labels (N,)    the target tokens, all < head.vocab
-    kept           the teacher at these targets, over the head's V tokens; None = cross-entropy
+    teacher        the teacher at these targets, over the head's V tokens; None = cross-entropy
                    alone, and then method.alpha must be 0
     dtype          of the matrix products (default: hidden's); logits, losses and sums are float32
                    or wider whatever it is
@@ -402,15 +451,13 @@ def head_loss(
     All sums, never means: the caller divides once, by the targets of the whole optimizer step. N =
     0 gives 0 and zero gradients.
     """
-    assert (kept is not None) or method.alpha == 0, f"alpha {method.alpha} without a teacher"
-    assert not isinstance(kept, Whole) or kept.head.vocab == head.vocab, (
-        kept.head.vocab,
-        head.vocab,
-    )
+    assert teacher is not None or method.alpha == 0, f"alpha {method.alpha} without a teacher"
+    if isinstance(teacher, Whole):
+        assert teacher.head.vocab == head.vocab, (teacher.head.vocab, head.vocab)
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
     dtype = compute_dtype(dtype or hidden.dtype, hidden.device)
     grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(
-            hidden, head.weight, head.bias, head, labels, kept, method, dtype, grad
+            hidden, head.weight, head.bias, head, labels, teacher, method, dtype, grad
         )

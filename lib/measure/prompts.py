@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lib import files, models, template
+from lib import checkpoints, files, template
 from lib.measure import labels, score
 from lib.run import clock
 
@@ -149,8 +149,8 @@ def answer(args, make):
     path, out = prompts_file(args), Path(args.out)
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
-    folder = models.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
-    if not models.has_weights(folder):
+    folder = checkpoints.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
+    if not checkpoints.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     chosen = (
         "ckpt",
@@ -166,7 +166,7 @@ def answer(args, make):
         "dtype",
     )
     settings = {name: getattr(args, name) for name in chosen} | {
-        "weights": models.identity(folder),
+        "weights": checkpoints.identity(folder),
         "prompts": files.sha256(path),
     }
     # None where it is not in use, as in files that were made before these were
@@ -207,7 +207,7 @@ def answer(args, make):
         write_answers(args, chat, prompts, ready, metrics, names, lines, out)
     if args.score:
         rows = score.read(out)
-        classes = score.classification(*score.classes_of(rows, names)) if names else {}
+        classes = score.by_class(rows, names) if names else {}
         made = {
             "ckpt": args.ckpt,
             "weights": settings["weights"],
@@ -342,7 +342,7 @@ def classify(args, read, folder):
     prompts, out = read_prompts(Path(args.prompts), None)[: args.limit or None], Path(args.out)
     made = {
         "ckpt": args.ckpt,
-        "weights": models.identity(folder),
+        "weights": checkpoints.identity(folder),
         "prompts": files.sha256(Path(args.prompts)),
         "limit": args.limit,
     }

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import jinja2
 from tqdm import tqdm
 
-from lib import files, flags, template
+from lib import checkpoints, files, flags, template
 from lib.prepare import ask, quality, sources, split
 from lib.prepare.store import ABOUT, Store, name_of
 
@@ -174,10 +174,10 @@ def settings(args) -> dict | None:
         } | common
     from transformers import AutoConfig, GenerationConfig
 
-    from lib import generate, models
+    from lib import generate
 
-    folder = models.local_folder(args.teacher, args.trust_remote_code)
-    tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
+    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+    tokenizer = template.load_tokenizer(checkpoints.with_tokenizer(folder), args.trust_remote_code)
     template.ensure_template(tokenizer)
     if (folder / "generation_config.json").exists():
         try:
@@ -192,7 +192,7 @@ def settings(args) -> dict | None:
     else:
         own = GenerationConfig.from_model_config(
             AutoConfig.from_pretrained(
-                models.base_of(folder), trust_remote_code=args.trust_remote_code
+                checkpoints.base_of(folder), trust_remote_code=args.trust_remote_code
             )
         )
     how = dataclasses.asdict(
@@ -200,7 +200,7 @@ def settings(args) -> dict | None:
     )
     return {
         "teacher": args.teacher,
-        "weights": models.identity(folder),
+        "weights": checkpoints.identity(folder),
         "tokenizer": template.identities(tokenizer)["tokenizer"],
         "sampling": how | {"stops": list(how["stops"])},
     } | common
@@ -312,7 +312,7 @@ def local(args, made: dict, missing: Iterator[tuple[Question, int]], tokenizer) 
     from lib import generate, models
 
     device = models.pick_device(args.device, args.threads)
-    folder = models.local_folder(args.teacher, args.trust_remote_code)
+    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     module = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
@@ -451,13 +451,13 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
     ):  # the prompt is written as the teacher knows it, and leaves room in its context
         from transformers import AutoConfig
 
-        from lib import models
-
-        folder = models.local_folder(args.teacher, args.trust_remote_code)
-        tokenizer = template.load_tokenizer(models.with_tokenizer(folder), args.trust_remote_code)
+        folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+        tokenizer = template.load_tokenizer(
+            checkpoints.with_tokenizer(folder), args.trust_remote_code
+        )
         template.ensure_template(tokenizer)
         config = AutoConfig.from_pretrained(
-            models.base_of(folder), trust_remote_code=args.trust_remote_code
+            checkpoints.base_of(folder), trust_remote_code=args.trust_remote_code
         ).get_text_config()
         longest = min(
             longest, (getattr(config, "max_position_embeddings", None) or longest + 1) - 1

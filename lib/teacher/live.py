@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, evaluate, files, flags, losses, models, train
+from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib.head import topk_and_tails
 
 # a weight of the layers; 4bit: and a float32 scale for each 64 of them
@@ -107,8 +107,8 @@ class LiveTeacher:
             files.need(
                 "accelerate", "--teacher-quant" if args.teacher_quant else "--teacher-offload"
             )
-        self.folder = models.local_folder(args.teacher, args.trust_remote_code)
-        self.base = models.base_of(self.folder)
+        self.folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+        self.base = checkpoints.base_of(self.folder)
         if self.base != self.folder and (args.teacher_quant or args.teacher_offload):
             files.fail(
                 "--teacher-quant and --teacher-offload do not take an adapter",
@@ -116,14 +116,14 @@ class LiveTeacher:
                 "whole weights",
                 "a run with --merge, its best/",
             )
-        self.shapes = models.shapes(self.base)
-        models.check_apart(args.out, self.folder, "teacher")
+        self.shapes = checkpoints.shapes(self.base)
+        checkpoints.check_apart(args.out, self.folder, "teacher")
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
     def identity(self) -> dict:
         """Return what a run that is continued must find again."""
-        return {"teacher": models.identity(self.folder)}
+        return {"teacher": checkpoints.identity(self.folder)}
 
     def rows(self) -> np.ndarray:
         """Return the numbers of the train rows it can teach: all."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
-from lib import files, models, template
+from lib import checkpoints, files, template
 from lib.chat import talk
 from lib.measure import prompts, score
 from lib.prepare import demo
@@ -548,7 +548,7 @@ def test_scored_answers_are_the_greedy_ones_with_their_scores(checkpoint, asked,
     assert made["metrics"] == score.summarise(rows, ["exact", "bleu"]) and made["count"] == 5
     assert (
         made["prompts"] == files.sha256(asked(checkpoint))
-        and made["weights"] == models.identity(folder)
+        and made["weights"] == checkpoints.identity(folder)
         and made["ckpt"] == str(folder)
     )
     assert "bleu" in (said := capsys.readouterr().out) and "answers.scores.json" in said

@@ -9,7 +9,7 @@ import torch
 from lib import head as heads
 from lib import losses
 from lib.head import Head
-from lib.losses import TopK, Method
+from lib.losses import Method, TopK
 
 BETAS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3, "skl": 0.1, "tvd": 0.5}
 TEMPERATURES = (1.0, 2.0, 4.0)

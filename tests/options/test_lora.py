@@ -16,7 +16,7 @@ import chat
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import data, files, models, train
+from lib import checkpoints, data, files, models, train
 from lib import run as runs
 from lib.measure import plots
 from lib.options import lora
@@ -179,7 +179,8 @@ def test_the_seed_makes_the_adapter(world, tmp_path):
             ),
         )
     one, two, other = (
-        load_file(tmp_path / name / "final" / lora.WEIGHTS) for name in ("one", "two", "other")
+        load_file(tmp_path / name / "final" / checkpoints.ADAPTER_WEIGHTS)
+        for name in ("one", "two", "other")
     )
     name = next(name for name in one if "lora_A" in name)
     assert torch.equal(one[name], two[name]) and not torch.allclose(one[name], other[name])
@@ -190,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing_with_an_adapter(world, tmp_path)
         stage1_sft.main, *make.stage1(world, *FAST, "--checkpointing", "--out", tmp_path / "run")
     )
     plain, saved = (
-        load_file(folder / "final" / lora.WEIGHTS)
+        load_file(folder / "final" / checkpoints.ADAPTER_WEIGHTS)
         for folder in (world / "adapter", tmp_path / "run")
     )
     assert all(torch.allclose(plain[name], saved[name], atol=1e-5) for name in plain)
@@ -201,7 +202,8 @@ def test_half_precision_trains_an_adapter_in_float32(world, tmp_path):
         stage2_kd.main, *make.stage2(world, *LORA, "--amp", "fp16", "--out", tmp_path / "run")
     )
     assert {
-        tensor.dtype for tensor in load_file(tmp_path / "run/final" / lora.WEIGHTS).values()
+        tensor.dtype
+        for tensor in load_file(tmp_path / "run/final" / checkpoints.ADAPTER_WEIGHTS).values()
     } == {torch.float32}
     assert all(line["loss"] == line["loss"] for line in make.history(tmp_path / "run", "train"))
 
@@ -211,7 +213,10 @@ def test_targets_by_name(world, tmp_path, capsys):
         stage1_sft.main,
         *make.stage1(world, *LORA, "--lora-targets", "q_proj,v_proj", "--out", tmp_path / "run"),
     )
-    names = {name.split(".")[-3] for name in load_file(tmp_path / "run/final" / lora.WEIGHTS)}
+    names = {
+        name.split(".")[-3]
+        for name in load_file(tmp_path / "run/final" / checkpoints.ADAPTER_WEIGHTS)
+    }
     assert (
         names == {"q_proj", "v_proj"}
         and "in 4 layers; all others are frozen" in capsys.readouterr().out
@@ -278,7 +283,7 @@ def test_an_adapter_folder_is_pefts_own(world, name):
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    config = files.read_json(folder / lora.CONFIG)
+    config = files.read_json(folder / checkpoints.ADAPTER_CONFIG)
     assert (
         config["base_model_name_or_path"] == str((world / "student").resolve())
         and config["r"] == 4
@@ -287,7 +292,9 @@ def test_an_adapter_folder_is_pefts_own(world, name):
     assert config["target_modules"] == sorted(config["target_modules"]), (
         "equal runs must leave equal files"
     )
-    assert files.read_json(folder / lora.BASE) == {"identity": models.identity(world / "student")}
+    assert files.read_json(folder / checkpoints.ADAPTER_BASE) == {
+        "identity": checkpoints.identity(world / "student")
+    }
     assert AutoTokenizer.from_pretrained(folder).chat_template == make.tokenizer().chat_template
     assert "library_name: peft" in (folder / "README.md").read_text()
 
@@ -427,9 +434,9 @@ def test_stage_2_puts_an_adapter_on_merged_weights_and_on_no_adapter(world, tmp_
         and not (tmp_path / "run").exists()
     )
     make.call(stage2_kd.main, *argv, "--student", world / "merged")
-    assert files.read_json(tmp_path / "run/best" / lora.CONFIG)["base_model_name_or_path"] == str(
-        (world / "merged/best").resolve()
-    )
+    assert files.read_json(tmp_path / "run/best" / checkpoints.ADAPTER_CONFIG)[
+        "base_model_name_or_path"
+    ] == str((world / "merged/best").resolve())
     assert make.history(tmp_path / "run", "eval")[0]["kl"] > 0
 
 
@@ -458,22 +465,25 @@ def test_eval_only_and_a_dump_take_an_adapter_as_they_take_merged_weights(world,
     assert seen == wanted
     seen, wanted = (tmp_path / f"{name}-logits" for name in ("adapter", "merged"))
     assert (seen / "val/topk.npy").read_bytes() == (wanted / "val/topk.npy").read_bytes()
-    assert files.read_json(seen / "val/meta.json")["teacher"] == models.identity(
+    assert files.read_json(seen / "val/meta.json")["teacher"] == checkpoints.identity(
         world / "adapter/best"
     )
 
 
 def test_identity_of_an_adapter_changes_with_one_bit_of_it_or_of_its_base(mine):
-    config = mine / "adapter/best" / lora.CONFIG
+    config = mine / "adapter/best" / checkpoints.ADAPTER_CONFIG
     files.write_json(
         config, files.read_json(config) | {"base_model_name_or_path": str(mine / "student")}
     )
-    seen = [models.identity(mine / "adapter/best")]
-    for path in (mine / "adapter/best" / lora.WEIGHTS, mine / "student/model.safetensors"):
+    seen = [checkpoints.identity(mine / "adapter/best")]
+    for path in (
+        mine / "adapter/best" / checkpoints.ADAPTER_WEIGHTS,
+        mine / "student/model.safetensors",
+    ):
         weights = load_file(path)
         next(iter(weights.values())).view(-1)[0] += 1e-3
         save_file(weights, path, {"format": "pt"})
-        seen.append(models.identity(mine / "adapter/best"))
+        seen.append(checkpoints.identity(mine / "adapter/best"))
     assert len(set(seen)) == 3
 
 
@@ -630,7 +640,7 @@ def test_without_peft_the_line_that_installs_it(mine, tmp_path, monkeypatch, com
 @pytest.fixture
 def moved(mine):
     """Return a world whose adapter knows its base by the name that it has there."""
-    config = mine / "adapter/best" / lora.CONFIG
+    config = mine / "adapter/best" / checkpoints.ADAPTER_CONFIG
     files.write_json(
         config, files.read_json(config) | {"base_model_name_or_path": str(mine / "student")}
     )
@@ -669,7 +679,7 @@ def test_a_base_that_has_changed(moved):
     ),
 )
 def test_a_base_that_is_not_there(moved, name, words):
-    config = moved / "adapter/best" / lora.CONFIG
+    config = moved / "adapter/best" / checkpoints.ADAPTER_CONFIG
     files.write_json(
         config, files.read_json(config) | {"base_model_name_or_path": name.format(moved)}
     )
@@ -686,39 +696,46 @@ def test_a_base_that_is_not_there(moved, name, words):
     "damage, words",
     (
         (
-            lambda folder: (folder / lora.WEIGHTS).unlink(),
+            lambda folder: (folder / checkpoints.ADAPTER_WEIGHTS).unlink(),
             "has no weights; saw adapter_config.json alone",
         ),
         (
-            lambda folder: (folder / lora.WEIGHTS).rename(folder / "adapter_model.bin"),
+            lambda folder: (folder / checkpoints.ADAPTER_WEIGHTS).rename(
+                folder / "adapter_model.bin"
+            ),
             "has no weights",
         ),
         (
-            lambda folder: (folder / lora.WEIGHTS).write_bytes(
-                (folder / lora.WEIGHTS).read_bytes()[:-9]
+            lambda folder: (folder / checkpoints.ADAPTER_WEIGHTS).write_bytes(
+                (folder / checkpoints.ADAPTER_WEIGHTS).read_bytes()[:-9]
             ),
             "cannot be put on its base",
         ),
         (
             lambda folder: change(
-                folder / lora.WEIGHTS, lambda weights: weights.pop(sorted(weights)[0])
+                folder / checkpoints.ADAPTER_WEIGHTS,
+                lambda weights: weights.pop(sorted(weights)[0]),
             ),
             "Found missing adapter keys",
         ),
         (
             lambda folder: change(
-                folder / lora.WEIGHTS,
+                folder / checkpoints.ADAPTER_WEIGHTS,
                 lambda weights: weights.update({sorted(weights)[0]: torch.ones(3, 3)}),
             ),
             "cannot be put on",
         ),
         (
             lambda folder: change(
-                folder / lora.WEIGHTS, lambda weights: weights[sorted(weights)[0]].fill_(torch.nan)
+                folder / checkpoints.ADAPTER_WEIGHTS,
+                lambda weights: weights[sorted(weights)[0]].fill_(torch.nan),
             ),
             "not finite",
         ),
-        (lambda folder: (folder / lora.CONFIG).write_text('{"r": '), "is not readable JSON"),
+        (
+            lambda folder: (folder / checkpoints.ADAPTER_CONFIG).write_text('{"r": '),
+            "is not readable JSON",
+        ),
     ),
 )
 def test_an_adapter_that_is_damaged(moved, damage, words):
@@ -736,7 +753,7 @@ def test_an_adapter_with_another_tokenizer(moved):
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(moved, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (moved / "adapter/best" / name).unlink()
-    assert models.with_tokenizer(moved / "adapter/best") == moved / "student"
+    assert checkpoints.with_tokenizer(moved / "adapter/best") == moved / "student"
     models.load(str(moved / "adapter"), CPU, dataset=data.Dataset(moved / "data"))
     chat.main(
         [
@@ -765,7 +782,7 @@ def test_a_run_does_not_write_over_the_base_of_its_student(moved):
 
 def test_an_adapter_of_others_has_no_base_json(moved, tmp_path):
     wanted = logits_of(moved / "adapter")
-    (moved / "adapter/best" / lora.BASE).unlink()
+    (moved / "adapter/best" / checkpoints.ADAPTER_BASE).unlink()
     assert torch.equal(
         logits_of(shutil.copytree(moved / "adapter/best", tmp_path / "theirs")), wanted
     )
@@ -774,9 +791,9 @@ def test_an_adapter_of_others_has_no_base_json(moved, tmp_path):
 @pytest.mark.parametrize(
     "name, text, words",
     (
-        (lora.CONFIG, "[]", "is missing"),
-        (lora.BASE, "{}", "has changed"),
-        (lora.BASE, "[]", "has changed"),
+        (checkpoints.ADAPTER_CONFIG, "[]", "is missing"),
+        (checkpoints.ADAPTER_BASE, "{}", "has changed"),
+        (checkpoints.ADAPTER_BASE, "[]", "has changed"),
     ),
 )
 def test_json_that_says_nothing_is_one_line(moved, name, text, words):

@@ -15,7 +15,7 @@ import pytest
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import files, models
+from lib import checkpoints, files
 from lib.measure import plots
 from lib.options import tags
 
@@ -79,7 +79,9 @@ def test_a_tag_of_ones_own_is_a_run_beside_the_others(world, tmp_path, capsys):
         make.ends(stage2_kd.main, *argv) == (0, "")
         and "already finished" in capsys.readouterr().out
     )
-    assert models.local_folder(str(tmp_path / "stage2-colder")) == tmp_path / "stage2-colder/best"
+    assert (
+        checkpoints.local_folder(str(tmp_path / "stage2-colder")) == tmp_path / "stage2-colder/best"
+    )
     make.call(
         stage2_kd.main,
         *argv,

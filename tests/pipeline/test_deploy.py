@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stage1_sft
-from lib import files, models, run
+from lib import checkpoints, files, models, run
 
 TEXT = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
 FILES = {
@@ -129,7 +129,7 @@ def test_a_model_whose_kinds_of_layers_turn_differently_keeps_its_fields(tmp_pat
     }
     files.write_json(tmp_path / "config.json", config)
     files.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
-    run.for_other_readers(tmp_path)
+    checkpoints.for_other_readers(tmp_path)
     assert files.read_json(tmp_path / "config.json") == config
     assert files.read_json(tmp_path / "tokenizer_config.json") == {
         "tokenizer_class": "Qwen2Tokenizer"

@@ -10,7 +10,7 @@ import make
 import pytest
 
 import stage2_kd
-from lib import files, models
+from lib import checkpoints, files
 from lib.measure import plots
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_the_stages_run_one_from_the_other(tmp_path, monkeypatch):
         run = tmp_path / "runs" / "x" / f"domain{stage}"
         config = files.read_json(run / "config.json")
         assert (
-            config["settings"]["student identity"] == models.identity(before)
+            config["settings"]["student identity"] == checkpoints.identity(before)
             and (run / "samples.md").read_text().count("teacher:") == 3
         )
         before = run / "best"

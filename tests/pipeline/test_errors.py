@@ -16,7 +16,7 @@ import dump_logits
 import prepare_data
 import stage1_sft
 import stage2_kd
-from lib import data, files, flags, models
+from lib import checkpoints, data, files, flags, models
 from lib.measure import plots
 
 SCRIPTS = {
@@ -509,12 +509,12 @@ def test_abbreviations_are_off(name):
 
 
 def test_identity_of_a_model_changes_with_one_bit(world):
-    before = models.identity(world / "student")
+    before = checkpoints.identity(world / "student")
     change_weights(world / "student", lambda weights: weights["model.norm.weight"].add_(1e-6))
-    assert models.identity(world / "student") != before
+    assert checkpoints.identity(world / "student") != before
     assert json.loads((world / "logits" / "val" / "meta.json").read_text())[
         "teacher"
-    ] == models.identity(world / "teacher")
+    ] == checkpoints.identity(world / "teacher")
 
 
 # --- what a hostile reader of the code found

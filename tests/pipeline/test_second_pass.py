@@ -13,7 +13,7 @@ import pytest
 
 import prepare_data
 import stage1_sft
-from lib import data, files, models
+from lib import checkpoints, data, files, models
 from lib.measure import plots
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +76,8 @@ def test_the_second_pass_starts_from_the_best_of_the_first_and_trains_on_the_ori
     settings = files.read_json(second / "config.json")["settings"]
     assert (
         settings["student identity"]
-        == models.identity(first / "best")
-        != models.identity(first / "final")
+        == checkpoints.identity(first / "best")
+        != checkpoints.identity(first / "final")
     )
     assert (
         settings["data identity"]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import data, evaluate, files, losses, models, plan
+from lib import checkpoints, data, evaluate, files, losses, models, plan
 from lib.losses import Method
 from lib.measure import plots
 from lib.run import Run
@@ -724,7 +724,9 @@ def test_best_follows_the_measure_of_one_source(two_sources, tmp_path, script, a
 def test_best_by_a_source_that_is_not_measured_is_refused_before_anything_is_loaded(
     world, two_sources, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(models, "local_folder", lambda *_: pytest.fail("a model was looked for"))
+    monkeypatch.setattr(
+        checkpoints, "local_folder", lambda *_: pytest.fail("a model was looked for")
+    )
     for script, arguments, folder, best, words in (
         (stage1_sft, make.stage1, two_sources, "ce_c", "saw c; wanted ce_a, ce_b"),
         (stage2_kd, make.stage2, two_sources, "kl_x", "wanted kl_a, kl_b"),
@@ -775,7 +777,7 @@ def test_best_and_final_load_in_plain_transformers_with_the_weights_and_measures
             == make.tokenizer().chat_template
         )
         assert f"{ce:.4f}" in (tmp_path / "run" / name / "README.md").read_text()
-    assert models.local_folder(str(tmp_path / "run")) == tmp_path / "run" / "best"
+    assert checkpoints.local_folder(str(tmp_path / "run")) == tmp_path / "run" / "best"
     assert not (tmp_path / "run" / "last").exists()
 
 
@@ -898,7 +900,7 @@ def test_config_json_says_what_was_run(world, tmp_path):
     )
     assert said["settings"]["data identity"] == data.Dataset(world / "data").identities["data"]
     assert (
-        said["settings"]["teacher identity"] == models.identity(world / "teacher")
+        said["settings"]["teacher identity"] == checkpoints.identity(world / "teacher")
         and said["versions"]["torch"] == torch.__version__
     )
     assert said["final"]["kl"] == pytest.approx(

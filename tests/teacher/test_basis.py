@@ -29,7 +29,7 @@ from test_losses import (
 
 import dump_logits
 import stage2_kd
-from lib import data, files, losses, models, plan
+from lib import checkpoints, data, files, losses, models, plan
 from lib import head as heads
 from lib.head import Head
 from lib.losses import Method, TopK
@@ -751,7 +751,7 @@ def test_the_basis_says_what_it_was_fitted_to(world):
     assert {
         name: about[name] for name in ("teacher", "data", "vocab", "k", "tail_rank", "tail_bytes")
     } == {
-        "teacher": models.identity(world / "teacher"),
+        "teacher": checkpoints.identity(world / "teacher"),
         "data": meta["data"],
         "vocab": 61,
         "k": 8,
