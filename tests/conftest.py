@@ -1,5 +1,5 @@
-"""Tests run from anywhere, with one thread (two fight where others use the cores), without network,
-and each in a folder of its own."""
+"""Tests run from anywhere, with one thread (two fight where others use the cores; TEST_THREADS=4:
+with four), without network, and each in a folder of its own."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 def one_thread_and_no_signal_handlers_left():
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
     torch.manual_seed(0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
