@@ -362,7 +362,9 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
     wanted |= {"kl": np.mean(kl), "rkl": np.mean(rkl), "agree": np.mean(agree)}
     assert seen.pop("targets") == len(ce) == dataset.val.targets
     assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
-    assert seen["ce"] == pytest.approx(own_loss(world / "student", dataset.val, range(12)), rel=1e-5)
+    assert seen["ce"] == pytest.approx(
+        own_loss(world / "student", dataset.val, range(12)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("tokens", (1, 4096))
@@ -572,7 +574,10 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
             *make.stage1(world, "--steps", 2, *more, "--out", tmp_path / str(number)),
         )
     plain, saved = (
-        [(line["loss"], line["grad_norm"]) for line in make.history(tmp_path / str(number), "train")]
+        [
+            (line["loss"], line["grad_norm"])
+            for line in make.history(tmp_path / str(number), "train")
+        ]
         for number in range(2)
     )
     np.testing.assert_allclose(saved, plain, rtol=1e-4)
