@@ -46,13 +46,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
 	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 
 setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-index-url https://download.pytorch.org/whl/cpu")
 .venv/ready: requirements.txt constraints.txt
@@ -120,6 +120,9 @@ serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:80
 
 test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
 	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 20 minutes)
+	$(PY) tests/machines.py $(ARGS)
 
 lint: .venv/ready-test ## ruff: its rules, and its format at 100 columns
 	.venv/bin/ruff check .

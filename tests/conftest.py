@@ -1,5 +1,6 @@
-"""Tests run from anywhere, with one thread (two fight where others use the cores; TEST_THREADS=4:
-with four), without network, and each in a folder of its own."""
+"""Tests run from anywhere, with one thread (two fight where others use the cores), without network,
+and each in a folder of its own. TEST_THREADS=4: with four; TEST_ORDER=reverse: the last test first
+(tests/machines.py tries both)."""
 
 import os
 import shutil
@@ -34,6 +35,8 @@ def pytest_collection_modifyitems(items):
     assert not gone, f"LONGEST in tests/conftest.py names files that are not there: {gone}"
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    if os.environ.get("TEST_ORDER") == "reverse":
+        items.reverse()
 
 
 @pytest.fixture(autouse=True)
