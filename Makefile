@@ -46,13 +46,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test lint bench fidelity clean
+.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
 	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
 	@echo
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 
 setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-index-url https://download.pytorch.org/whl/cpu")
 .venv/ready: requirements.txt constraints.txt
@@ -121,12 +121,15 @@ serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:80
 test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
 	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 20 minutes)
+	$(PY) tests/machines.py $(ARGS)
+
 lint: .venv/ready-test ## ruff: its rules, and its format at 100 columns
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
-	$(PY) bench/bench.py $(ARGS)
+	$(PY) bench/speed/bench.py $(ARGS)
 
 # --- docs/fidelity.md: what a record is worth, on real models. REAL holds smollm2, qwen05 and stdlib.parquet (docs/real-models.md)
 
@@ -137,18 +140,18 @@ SMOL_FAR  := 0,1,2,3,5,6,7,8,9,10,12,13,14,15,16,17,19,20,21,22,23,24,26,27,28,2
 SMOL_NEAR := 0,1,2,3,4,5,6,7,8,9,10,11,12,17,18,19,20,21,22,23,24,25,26,27,28,29
 QWEN_NEAR := 0,1,2,4,5,6,7,8,10,11,12,13,15,16,17,18,19,21,22,23
 QWEN_FAR  := 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19
-DEMO_OUTCOME = $(PY) bench/outcome.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --k 4 --tail-rank 32 --tail-bytes 16 --steps 60 --val-rows 100 --tokens-per-step 2048 --lr 3e-3 --threads 1
+DEMO_OUTCOME = $(PY) bench/fidelity/outcome.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 --k 4 --tail-rank 32 --tail-bytes 16 --steps 60 --val-rows 100 --tokens-per-step 2048 --lr 3e-3 --threads 1
 
 fidelity: .venv/ready ## all measurements of docs/fidelity.md (REAL=real: the models; after `make demo`; about two hours on 2 CPU cores)
 	$(PY) prepare_data.py --source $(REAL)/stdlib.parquet --tokenizer $(REAL)/smollm2 --out $(F)/data-smollm2 --max-len 200 --limit 400 --val 80
 	$(PY) prepare_data.py --source $(REAL)/stdlib.parquet --tokenizer $(REAL)/qwen05 --out $(F)/data-qwen05 --max-len 200 --limit 400 --val 80
-	$(PY) bench/fidelity.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student far=$(REAL)/smollm2:$(SMOL_FAR) --student near=$(REAL)/smollm2:$(SMOL_NEAR) --tried --out $(F)/smollm2
-	$(PY) bench/fidelity.py --data $(F)/data-qwen05 --teacher $(REAL)/qwen05 --student far=$(REAL)/qwen05:$(QWEN_FAR) --student near=$(REAL)/qwen05:$(QWEN_NEAR) --fewer --out $(F)/qwen05
+	$(PY) bench/fidelity/fidelity.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student far=$(REAL)/smollm2:$(SMOL_FAR) --student near=$(REAL)/smollm2:$(SMOL_NEAR) --tried --out $(F)/smollm2
+	$(PY) bench/fidelity/fidelity.py --data $(F)/data-qwen05 --teacher $(REAL)/qwen05 --student far=$(REAL)/qwen05:$(QWEN_FAR) --student near=$(REAL)/qwen05:$(QWEN_NEAR) --fewer --out $(F)/qwen05
 	$(DEMO_OUTCOME) --out $(F)/outcome-demo-near
 	$(DEMO_OUTCOME) --out $(F)/outcome-demo-far --keep-layers 1
-	$(PY) bench/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_FAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-far
-	$(PY) bench/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_NEAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-near
-	$(PY) bench/tables.py --results $(F) --doc docs/fidelity.md
+	$(PY) bench/fidelity/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_FAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-far
+	$(PY) bench/fidelity/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_NEAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-near
+	$(PY) bench/fidelity/tables.py --results $(F) --doc docs/fidelity.md
 
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
 	rm -rf $(D) data/$(D) data/$(D)-teacher logits/$(D) runs/$(D)

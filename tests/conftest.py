@@ -1,5 +1,6 @@
 """Tests run from anywhere, with one thread (two fight where others use the cores), without network,
-and each in a folder of its own."""
+and each in a folder of its own. TEST_THREADS=4: with four; TEST_ORDER=reverse: the last test first
+(tests/machines.py tries both)."""
 
 import os
 import shutil
@@ -10,10 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("core", "teacher", "options", "prepare", "measure", "chat", "pipeline")
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), *(str(ROOT / "tests" / room) for room in ROOMS)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
 
 # files that take longest begin first, so that no core waits for the last one
 LONGEST = (
@@ -32,15 +31,19 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
+    gone = set(LONGEST) - {path.stem for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert not gone, f"LONGEST in tests/conftest.py names files that are not there: {gone}"
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    if os.environ.get("TEST_ORDER") == "reverse":
+        items.reverse()
 
 
 @pytest.fixture(autouse=True)
 def one_thread_and_no_signal_handlers_left():
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
     torch.manual_seed(0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield

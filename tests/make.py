@@ -127,6 +127,20 @@ def model(folder: Path, seed: int = 0, scale: float = 8.0, with_tokenizer=True, 
     return Path(folder)
 
 
+# A run whose outcome is certain on every machine, whatever its kernels round:
+TOO_FAST = ("--lr", 3, "--warmup", 0)  # each step moves each weight by about 3: all gets worse
+NO_STEP = 1e-30  # a learning rate that changes no bit of a weight
+# all rows in every step, and steps so short that each of them goes downhill
+DOWNHILL = "--steps 8 --tokens-per-step 10000 --lr 1e-3 --warmup 0".split()
+
+
+def assert_falls(losses: list[float]) -> None:
+    """Assert that a loss falls at each of the steps of a run that goes DOWNHILL, by far more than
+    its rounding."""
+    steps = np.diff(losses) / losses[0]
+    assert len(steps) > 1 and (steps < -1e-4).all(), losses
+
+
 def chat_run(folder: Path, picture: bytes) -> Path:
     """Write a run's folder, stage2/ and teacher/: random models of the demo's tokens, their weights
     large enough that their answers wander."""
@@ -347,7 +361,7 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     from lib.measure import plots
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
     plots.curves, dump_logits.FLUSH_S = lambda *_: None, 0.0
     if hook:
         module, function = hook["where"].rsplit(".", 1)

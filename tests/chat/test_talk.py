@@ -15,6 +15,7 @@ import time
 import make
 import pytest
 import torch
+from gguf_files import WORDS, to_gguf
 from tiny_tokenizers import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -465,8 +466,6 @@ def test_a_teacher_of_other_tokens_answers_and_is_not_compared(tmp_path, monkeyp
 
 def test_a_gguf_file_is_a_teacher_with_the_students_tokenizer(tmp_path, capsys):
     pytest.importorskip("gguf")
-    from test_live import WORDS, to_gguf
-
     make.model(tmp_path / "student")
     make.model(tmp_path / "teacher", seed=1)
 

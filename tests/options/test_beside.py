@@ -460,18 +460,17 @@ def test_the_loss_decreases_and_projections_are_learned(split, options):
         p.dtype == torch.float32 for p in before
     )
     optimizer = torch.optim.AdamW(
-        [*student.module.parameters(), *both.parameters()], lr=3e-3, weight_decay=0.0
+        [*student.module.parameters(), *both.parameters()], lr=1e-3, weight_decay=0.0
     )
     seen = []
-    for _ in range(20):
+    for _ in range(8):
         loss = sum(whole(both, student, teacher, batches).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         seen.append(loss.item())
-    assert seen[-1] < 0.8 * seen[0] and all(
-        not torch.equal(a, b) for a, b in zip(before, both.parameters())
-    ), seen
+    make.assert_falls(seen)
+    assert all(not torch.equal(a, b) for a, b in zip(before, both.parameters()))
 
 
 def test_weight_0_leaves_model_and_training_as_they_are_bit_for_bit(split):

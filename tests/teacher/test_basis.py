@@ -798,14 +798,12 @@ def test_the_basis_is_fitted_to_a_sample_of_train_rows_of_about_the_size_wanted(
 
 
 def trains(world, tmp_path, name, *more):
-    """Train a student for 8 steps on a dump, and return the log of its steps."""
-    make.call(
-        stage2_kd.main,
-        *make.stage2(
-            world, "--steps", 8, "--alpha", 1, *more, "--out", tmp_path / "run", logits=name
-        ),
-    )
-    return make.history(tmp_path / "run", "train")
+    """Train a student on a dump, downhill, and return the log of its steps."""
+    more = (*make.DOWNHILL, "--alpha", 1, *more, "--out", tmp_path / "run")
+    make.call(stage2_kd.main, *make.stage2(world, *more, logits=name))
+    lines = make.history(tmp_path / "run", "train")
+    make.assert_falls([line["loss"] for line in lines])
+    return lines
 
 
 def test_a_dump_without_a_basis_has_none_and_trains(world, tmp_path):
@@ -814,8 +812,7 @@ def test_a_dump_without_a_basis_has_none_and_trains(world, tmp_path):
     )
     kept = make.store(world, name="none").at(some(world), 2.0)
     assert kept.coef is None and kept.basis is None
-    lines = trains(world, tmp_path, "none", "--temperature", 2)
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    trains(world, tmp_path, "none", "--temperature", 2)
 
 
 def older(folder):
@@ -846,8 +843,7 @@ def test_a_dump_of_a_time_without_bases_is_read_trained_on_and_counts_as_finishe
 
 
 def test_a_student_trains_on_a_dump_with_a_basis(world, tmp_path):
-    lines = trains(world, tmp_path, "small", "--temperature", 2)
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    trains(world, tmp_path, "small", "--temperature", 2)
 
 
 @pytest.mark.parametrize("rank, size", ((32, 32), (8, 4), (20, 3)))
@@ -1284,7 +1280,6 @@ def test_two_temperatures_or_two_far_apart_tell_nothing_of_a_third(world, tmp_pa
 
 def test_a_student_trains_at_a_temperature_that_was_not_dumped(world, tmp_path):
     lines = trains(world, tmp_path, "logits", "--temperature", 3)
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     args, dataset = (
         files.read_json(tmp_path / "run" / "config.json")["settings"],
         data.Dataset(world / "data"),

@@ -150,7 +150,7 @@ def test_a_teacher_on_disk_equals_the_teacher_live(world, rounded, limit):
     (disk, disk_grad), (live, live_grad) = seen
     assert (
         live > 0.1
-        and abs(disk - live) < limit * max(1, live)
+        and abs(disk - live) < 3 * limit * max(1, live)
         and (disk_grad - live_grad).norm() < 10 * limit * live_grad.norm()
     )
 
@@ -252,8 +252,8 @@ def test_the_teachers_own_score_is_the_models_cross_entropy_and_accuracy(world, 
     )
     batch = split.batch([[row] for row in rows])
     z, meta = teacher_logits(world, batch), files.read_json(world / "logits" / part / "meta.json")
-    assert (
-        abs(meta["teacher_ce"] - torch.nn.functional.cross_entropy(z, batch.labels).item()) < 1e-6
+    assert meta["teacher_ce"] == pytest.approx(
+        torch.nn.functional.cross_entropy(z, batch.labels).item(), rel=1e-5
     )
     assert abs(meta["teacher_acc1"] - (z.argmax(1) == batch.labels).double().mean().item()) < 1e-9
 

@@ -1,7 +1,7 @@
 """Stand-ins for the data sets and models of recipes/ that a machine without a network can make:
 descriptions of Debian's packages.
 
-    python bench/standins.py --source real/debian.parquet --out real
+    python bench/data/standins.py --source real/debian.parquet --out real
 
 Reads   --source: parquet with the columns description, synopsis and section (../shared/README.md
         says how it is made)

@@ -1,7 +1,7 @@
 """Write a parquet file like DistilQwen_100k: columns `instruction` and `output`, Chinese and
 English, of realistic lengths; the same for a seed.
 
-    python bench/rows.py out/rows.parquet 100000
+    python bench/data/rows.py out/rows.parquet 100000
 
 Lengths are log-normal: median 30 words asked and 120 answered (a word: one of English, or one or
 two Chinese characters), cut at 2000. One row in a hundred is a duplicate, one in two hundred has an
@@ -16,14 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 GROUP = 10_000  # rows of a row group
-ENGLISH = """the of and to in is that it for as with was on be by at this from or an are which not have one we can all will when use how first
-more than
-about into data model number example each step time work value people answer question following between system problem result because should
-write function return list string change different important process information order point given form large small question water energy
-language world history market company user text explain table reason method health light cell rate function test sentence image code learn
-price law country school city sound""".split()
-CHINESE = "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多定行学法所民得经"
-CHINESE += "十三之进着等部度家电力里如水化高自二理起小物现实加量都两体制机当使点从业本去把性好应开它合还因由其些然前外天政四日那社义事平形"
+ENGLISH = """
+the of and to in is that it for as with was on be by at this from or an are which not have one
+we can all will when use how first more than about into data model number example each step time
+work value people answer question following between system problem result because should write
+function return list string change different important process information order point given
+form large small question water energy language world history market company user text explain
+table reason method health light cell rate function test sentence image code learn price law
+country school city sound
+""".split()
+CHINESE = (
+    "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动"
+    "同工也能下过子说产种面而方后多定行学法所民得经十三之进着等部度家电力里如水化高自"
+    "二理起小物现实加量都两体制机当使点从业本去把性好应开它合还因由其些然前外天政四日"
+    "那社义事平形"
+)
 
 
 def words(rng, chinese):

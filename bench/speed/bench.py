@@ -1,9 +1,9 @@
 """Measure what this project promises, each figure a ratio of two things timed side by side in one
 run.
 
-    python bench/bench.py                 # all; about 10 minutes on 2 CPU cores
-    python bench/bench.py head --quick    # one of step, dump, head; --quick: a small vocabulary,
-                                          seconds, for the tests
+    python bench/speed/bench.py                 # all; about 10 minutes on 2 CPU cores
+    python bench/speed/bench.py head --quick    # one of step, dump, head; --quick: a small
+                                                # vocabulary, seconds, for the tests
 
 step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a
       basis of 32 dimensions (k=32), and the default one (k=16, rank 384)                       goal
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, head, losses, models, train  # noqa: E402
 from lib.teacher import basis, logits  # noqa: E402
 

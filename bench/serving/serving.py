@@ -1,10 +1,10 @@
 """What batching is worth: tokens/s and the time to the first token of chat.py --serve, for one
 client and for many at once.
 
-    python bench/serving.py --ckpt runs/demo/stage2
+    python bench/serving/serving.py --ckpt runs/demo/stage2
     # beside another server
-    python bench/serving.py --ckpt real/smollm2 --peer http://127.0.0.1:8001/v1 --peer-model \
-        real/smollm2
+    python bench/serving/serving.py --ckpt real/smollm2 --peer http://127.0.0.1:8001/v1 \
+        --peer-model real/smollm2
 
 Starts the server, asks it greedily for answers of at most --max-tokens by its stream, and takes
 turns: 1 client, 8, 32, 1, 8, 32, ... Each client asks --asks questions, one after another.
@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = "Ann Tom Leo Mia Eva Sara Hugo Ruth".split()
 
 

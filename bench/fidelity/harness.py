@@ -2,7 +2,7 @@
 labels, and perplexity.
 
     python -m venv out/lmeval && out/lmeval/bin/pip install "lm-eval[hf]==0.4.13"
-    python bench/harness.py --python out/lmeval/bin/python --model real/smollm2 --source \
+    python bench/fidelity/harness.py --python out/lmeval/bin/python --model real/smollm2 --source \
         real/debian.parquet --out out/harness
 
 The rows are Debian's packages: description -> section, one of six; and the descriptions as plain
@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import chat
 import prepare_data
@@ -130,18 +130,15 @@ def ours(args, rows, out):
     )
 
 
-def theirs(args, rows, texts, out):
-    """Run the harness on the same rows: its two numbers, and log p of every choice."""
-    tokenizer = template.load_tokenizer(args.model)
+def write_tasks(rows, texts, tokenizer, out):
+    """Write what the harness reads: the rows of its two tasks, and a file about each task."""
     end = tokenizer.convert_ids_to_tokens(model_end(tokenizer))
     choices = [name + end for name in SECTIONS]
-    lines(
-        out / "ours_labels.jsonl",
-        [
-            {"prompt": row["prompt"], "choices": choices, "place": SECTIONS.index(row["reference"])}
-            for row in rows
-        ],
-    )
+    asked = [
+        {"prompt": row["prompt"], "choices": choices, "place": SECTIONS.index(row["reference"])}
+        for row in rows
+    ]
+    lines(out / "ours_labels.jsonl", asked)
     lines(out / "ours_text.jsonl", [{"text": text + tokenizer.eos_token} for text in texts])
     for name, task in TASKS.items():
         source = {
@@ -150,62 +147,48 @@ def theirs(args, rows, texts, out):
             "dataset_kwargs": {"data_files": {"test": str((out / f"{name}.jsonl").resolve())}},
         }
         files.write_json(out / f"{name}.yaml", source | {"test_split": "test"} | task)
-    found, logs = {}, {}
-    for name, more in (("ours_labels", ["--apply_chat_template"]), ("ours_text", [])):
-        words = [
-            args.python,
-            "-m",
-            "lm_eval",
-            "run",
-            "--model",
-            "hf",
-            "--model_args",
-            f"pretrained={args.model},dtype=float32",
-            "--device",
-            "cpu",
-            "--tasks",
-            name,
-            "--include_path",
-            str(out),
-            "--batch_size",
-            "8",
-            "--output_path",
-            str(out / name),
-            "--log_samples",
-            *more,
-        ]
-        subprocess.run(
-            words,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=os.environ
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "HF_DATASETS_OFFLINE": "1",
-                "HF_HOME": str(out.resolve() / "hf"),
-            },
-        )
 
-        def newest(pattern, name=name):
-            return max((out / name).rglob(pattern), key=lambda path: path.stat().st_mtime)
 
-        found |= {
-            key: value
-            for key, value in files.read_json(newest("results_*.json"))["results"][name].items()
-            if isinstance(value, float)
-        }
-        logs[name] = [
-            json.loads(line) for line in newest("samples_*.jsonl").read_text().splitlines()
-        ]
-    chosen = [
-        [float(answer[0][0]) for answer in row["resps"]]
-        for row in sorted(logs["ours_labels"], key=lambda row: row["doc_id"])
-    ]
+def run_harness(args, out, task, *more):
+    """Run the harness on one task; return its numbers by name, and its log of every row."""
+    options = {
+        "--model": "hf",
+        "--model_args": f"pretrained={args.model},dtype=float32",
+        "--device": "cpu",
+        "--tasks": task,
+        "--include_path": str(out),
+        "--batch_size": "8",
+        "--output_path": str(out / task),
+    }
+    words = [word for option in options.items() for word in option]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    subprocess.run(
+        [args.python, "-m", "lm_eval", "run", *words, "--log_samples", *more],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | offline | {"HF_HOME": str(out.resolve() / "hf")},
+    )
+
+    def newest(pattern):
+        return max((out / task).rglob(pattern), key=lambda path: path.stat().st_mtime)
+
+    results = files.read_json(newest("results_*.json"))["results"][task]
+    numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+    samples = newest("samples_*.jsonl").read_text().splitlines()
+    return numbers, [json.loads(line) for line in samples]
+
+
+def theirs(args, rows, texts, out):
+    """Run the harness on the same rows: its two numbers, and log p of every choice."""
+    tokenizer = template.load_tokenizer(args.model)
+    write_tasks(rows, texts, tokenizer, out)
+    by_label, answered = run_harness(args, out, "ours_labels", "--apply_chat_template")
+    by_text, _ = run_harness(args, out, "ours_text")
+    answered.sort(key=lambda row: row["doc_id"])
+    chosen = [[float(answer[0][0]) for answer in row["resps"]] for row in answered]
     letters = sum(len((text + tokenizer.eos_token).encode()) for text in texts)
-    return {
-        "accuracy": found["acc,none"],
-        "nats": math.log(found["byte_perplexity,none"]) * letters,
-    }, chosen
+    nats = math.log(by_text["byte_perplexity,none"]) * letters
+    return {"accuracy": by_label["acc,none"], "nats": nats}, chosen
 
 
 def model_end(tokenizer):

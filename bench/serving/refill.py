@@ -1,7 +1,7 @@
 """What refilling is worth: lib/generate.py against transformers' model.generate in sorted batches,
 on prompts whose answers differ in length.
 
-    python bench/refill.py --model real/smollm2 --source real/stdlib.parquet
+    python bench/serving/refill.py --model real/smollm2 --source real/stdlib.parquet
 
 Both answer greedily with the same number of rows in work, and both must write the same answers; CPU
 seconds of one thread, so that other work beside it does not count. model.generate waits for the
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import generate, template  # noqa: E402
 
 

@@ -1,10 +1,10 @@
 """How far is the gradient of offline distillation from that of the whole vocabulary? By what is
 kept of the teacher, and its bytes.
 
-    python bench/fidelity.py --data data/stdlib --teacher real/smollm2 --student \
+    python bench/fidelity/fidelity.py --data data/stdlib --teacher real/smollm2 --student \
         far=real/smollm2:0,1,3 --out out/fidelity/smollm2
     # after `make demo`
-    python bench/fidelity.py --data data/demo --teacher runs/demo/teacher --student \
+    python bench/fidelity/fidelity.py --data data/demo --teacher runs/demo/teacher --student \
         near=runs/demo/stage1 --out out/try --quick
 
 A teacher and one or more students (a name, a checkpoint, and the layers of it to keep). Measured on
@@ -16,7 +16,7 @@ function that trains (losses.TopK.logp_all):
                    norm. Sums over its entries in float64.
     kl             KL(P || P') in nats a target (for a bucket, the student's own tail is its shape)
 
-Writes OUT/angles.json; bench/tables.py makes the tables and the picture of docs/fidelity.md of it.
+Writes OUT/angles.json; tables.py makes the tables and the picture of docs/fidelity.md of it.
 `make fidelity` runs it all.
 """
 
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, files, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
 from lib.teacher import basis, logits  # noqa: E402
@@ -329,29 +329,42 @@ def tried(
 ) -> None:
     """Measure what was tried and not taken, each beside the plain basis of as many dimensions
     (coefficients not packed)."""
-    bench.temperatures = ts = [t for t in bench.temperatures if t in (1, 2, 4)]
-    z, hidden, plain_at = bench.z, bench.hidden, basis.WEIGH_AT
+    bench.temperatures = [t for t in bench.temperatures if t in (1, 2, 4)]
+    shape = tried_weights(bench, head, train, k, rank)
+    kept = unpacked(bench, shape, k)
+    tried_coefficients(bench, shape, kept)
+    width = bench.hidden.shape[1]
+    more, _ = basis.fit(head, train, k, width, width)
+    tried_targets(bench, shape, kept, k, more, more.encode(train).square().mean(0))
+    tried_places(bench, head, train, place_train, place, shape, kept)
 
-    def unpacked(shape, coef=None):
-        kept, _ = kept_of(z, hidden, k, ts, shape, len(shape.bits))
-        return {
-            t: replace(kept[t], coef=shape.encode(hidden) if coef is None else coef) for t in ts
-        }
 
-    shapes = {}
-    ours = "tokens weighted by their tail mass at T=2 (ours)"
+def unpacked(bench: Bench, shape: basis.Basis, k: int) -> dict[float, losses.TopK]:
+    """Return the records of each temperature with coefficients that are not rounded."""
+    kept, _ = kept_of(bench.z, bench.hidden, k, bench.temperatures, shape, len(shape.bits))
+    return {t: replace(kept[t], coef=shape.encode(bench.hidden)) for t in bench.temperatures}
+
+
+def tried_weights(
+    bench: Bench, head: heads.Head, train: torch.Tensor, k: int, rank: int
+) -> basis.Basis:
+    """Measure bases whose fit weighs the tokens by other temperatures; return the plain one."""
+    shapes, plain_at = {}, basis.WEIGH_AT
     for name, at in (
-        (ours, plain_at),
+        ("tokens weighted by their tail mass at T=2 (ours)", plain_at),
         ("... at T=1", 1.0),
         ("... at T=4", 4.0),
         ("all tokens weigh alike", 1e9),
     ):
         basis.WEIGH_AT = at
-        shapes[name], _ = basis.fit(head, train, k, rank, rank)
-        bench.measure(name, 0, dense(unpacked(shapes[name]), shapes[name]), tried=True)
+        shapes[at], _ = basis.fit(head, train, k, rank, rank)
+        bench.measure(name, 0, dense(unpacked(bench, shapes[at], k), shapes[at]), tried=True)
     basis.WEIGH_AT = plain_at
-    shape = shapes[ours]
-    kept = unpacked(shape)
+    return shapes[plain_at]
+
+
+def tried_coefficients(bench: Bench, shape: basis.Basis, kept: dict) -> None:
+    """Measure no coefficients at all, and coefficients that are fitted to the divergence."""
     empty = replace(
         shape,
         rows=shape.rows[:0],
@@ -359,22 +372,19 @@ def tried(
         step=shape.step[:0],
         encoder=shape.encoder[:, :0],
     )
-    bench.measure(
-        "the mean alone, no coefficient",
-        0,
-        dense({t: replace(kept[t], coef=kept[t].coef[:, :0]) for t in ts}, empty),
-        tried=True,
-    )
-    for at in ts:
-        bench.measure(
-            f"coefficients fitted to KL at T={at:g}",
-            0,
-            dense(fitted_to_kl(kept, shape, z, at), shape),
-            tried=True,
-        )
-    share = tail_share(z, k)
+    none = {t: replace(kept[t], coef=kept[t].coef[:, :0]) for t in kept}
+    bench.measure("the mean alone, no coefficient", 0, dense(none, empty), tried=True)
+    for t in kept:
+        fitted = dense(fitted_to_kl(kept, shape, bench.z, t), shape)
+        bench.measure(f"coefficients fitted to KL at T={t:g}", 0, fitted, tried=True)
+
+
+def tried_targets(
+    bench: Bench, shape: basis.Basis, kept: dict, k: int, more: basis.Basis, power: torch.Tensor
+) -> None:
+    """Measure targets whose tail is told by something else than the basis alone."""
+    dual = (shape.rows * tail_share(bench.z, k)).t().contiguous()
     for part in (0.5, 1.0):
-        dual = (shape.rows * share).t().contiguous()
         bench.measure(
             f"the student's own tail for the rest, by {part:g}",
             0,
@@ -383,29 +393,30 @@ def tried(
             tried=True,
         )
     for count in (16, 64):
-        bench.measure(
-            f"{count} sampled tail tokens on top, weighted",
-            0,
-            with_samples(kept, shape, z, count),
-            tried=True,
-        )
-    width = hidden.shape[1]
-    more, _ = basis.fit(head, train, k, width, width)
-    bench.measure(
-        "the rest inferred from the top k",
-        0,
-        with_top_k(kept, shape, z, more, more.encode(train).square().mean(0)),
-        tried=True,
-    )
+        sampled = with_samples(kept, shape, bench.z, count)
+        bench.measure(f"{count} sampled tail tokens on top, weighted", 0, sampled, tried=True)
+    inferred = with_top_k(kept, shape, bench.z, more, power)
+    bench.measure("the rest inferred from the top k", 0, inferred, tried=True)
+
+
+def tried_places(
+    bench: Bench,
+    head: heads.Head,
+    train: torch.Tensor,
+    place_train: torch.Tensor,
+    place: torch.Tensor,
+    shape: basis.Basis,
+    kept: dict,
+) -> None:
+    """Measure a basis with a mean for each of four places in the answer."""
 
     def bins(places):
         return torch.bucketize(places, torch.tensor([4, 16, 48]))
 
-    means = (
-        torch.stack([train[bins(place_train) == b].mean(0) for b in range(4)]) - shape.center
-    )  # (4, D)
+    means = torch.stack([train[bins(place_train) == b].mean(0) for b in range(4)])  # (4, D)
+    means -= shape.center
     moved = means @ head.weight.detach()[: head.vocab].float().t()
-    coef = shape.encode(hidden - means[bins(place)])
+    coef = shape.encode(bench.hidden - means[bins(place)])
 
     def by_place(part, t, s):
         return kept[t][part].logp_all(shape.logits(coef[part]) + moved[bins(place[part])], t).exp_()

@@ -1,9 +1,10 @@
 """Kill things while a teacher answers, and count: every prompt answered exactly --generations
 times, nothing asked twice but what was in flight.
 
-    python bench/answers.py --model real/smollm2 --source real/stdlib.parquet --out /tmp/answers
-    python bench/answers.py --model real/smollm2 --source real/stdlib.parquet --out /tmp/answers
-    --server "transformers serve --port 8765 {model}"
+    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \
+        --out out/answers
+    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \
+        --out out/answers --server "transformers serve --port 8765 {model}"
 
 Without --server the teacher is run by prepare_data.py, which is sent SIGKILL twice; with it, the
 server is, and is started again each time. The server must take the chat completions of OpenAI at
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def written(out):

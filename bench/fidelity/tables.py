@@ -1,7 +1,7 @@
-"""Put the figures of bench/fidelity.py and bench/outcome.py into docs/fidelity.md and draw
+"""Put the figures of fidelity.py and outcome.py into docs/fidelity.md and draw
 docs/fidelity.png.
 
-    python bench/tables.py --results out/fidelity --doc docs/fidelity.md
+    python bench/fidelity/tables.py --results out/fidelity --doc docs/fidelity.md
 
 Reads   RESULTS/ANYTHING/angles.json (fidelity.py) and RESULTS/outcome-ANYTHING/METHOD-T-SEED.json
         (outcome.py).
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import outcome  # noqa: E402
 
 from lib import files  # noqa: E402
@@ -64,6 +64,15 @@ def angles(result: dict, tried: bool) -> str:
     return "\n".join(lines)
 
 
+FAMILIES = {  # the kind of a method: the color of its line, and what the legend says of it
+    "renormalised": ("tab:red", "top k renormalised"),
+    "bucket": ("tab:blue", "top k and exact bucket"),
+    "sampling": ("tab:gray", "random sampling, 50 rounds"),
+    None: ("tab:green", "top k, exact mass and basis"),
+}
+STYLES = ("-", "--", ":", "-.")
+
+
 def picture(results: dict[str, dict], path: Path) -> None:
     """Draw the angle over the bytes of a target, a panel for each of T = 1, 2, 4; one line a family
     of methods and student."""
@@ -73,13 +82,6 @@ def picture(results: dict[str, dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), sharey=True)
-    families = {
-        "renormalised": ("tab:red", "top k renormalised"),
-        "bucket": ("tab:blue", "top k and exact bucket"),
-        "sampling": ("tab:gray", "random sampling, 50 rounds"),
-        None: ("tab:green", "top k, exact mass and basis"),
-    }
-    styles = ["-", "--", ":", "-."]
     sides = [
         (folder, student)
         for folder, result in results.items()
@@ -87,13 +89,13 @@ def picture(results: dict[str, dict], path: Path) -> None:
         if isinstance(about, dict)
     ]
     for panel, t in zip(panels, (1, 2, 4)):
-        for (folder, student), style in zip(sides, styles):
+        for (folder, student), style in zip(sides, STYLES):
             rows = [
                 row
                 for row in results[folder]["rows"]
                 if row["student"] == student and row["T"] == t and not row.get("tried")
             ]
-            for kind, (color, _) in families.items():
+            for kind, (color, _) in FAMILIES.items():
                 points = sorted(
                     (row["bytes"], row["angle"]) for row in rows if row.get("kind") == kind
                 )
@@ -113,7 +115,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
         panel.axvline(200, color="black", linewidth=0.6)
     panels[0].set_ylabel("degrees to full-vocabulary distillation")
-    lines = [pyplot.Line2D([], [], color=color, label=label) for color, label in families.values()]
+    lines = [pyplot.Line2D([], [], color=color, label=label) for color, label in FAMILIES.values()]
     lines += [
         pyplot.Line2D(
             [],
@@ -122,7 +124,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
             linestyle=style,
             label=f"{results[folder]['about']['teacher']}, {student}",
         )
-        for (folder, student), style in zip(sides, styles)
+        for (folder, student), style in zip(sides, STYLES)
     ]
     figure.legend(handles=lines, loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
