@@ -12,10 +12,7 @@ import make
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_logits import teacher_logits
-from test_losses import (
+from references import (
     BETAS,
     TEMPERATURES,
     all_close,
@@ -26,13 +23,16 @@ from test_losses import (
     problem,
     reference_divergence,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_logits import teacher_logits
 
 import dump_logits
 import stage2_kd
 from lib import data, files, losses, models, plan
 from lib import head as heads
 from lib.head import Head
-from lib.losses import TopK, Method
+from lib.losses import Method, TopK
 from lib.measure import plots
 from lib.teacher import basis, logits
 from lib.teacher.basis import Basis

@@ -10,8 +10,7 @@ import make
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_losses import (
+from references import (
     BETAS,
     TEMPERATURES,
     all_close,
@@ -22,6 +21,7 @@ from test_losses import (
     reference_divergence,
     reference_loss,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dump_logits
@@ -29,7 +29,7 @@ import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, head, losses, models, train
 from lib.head import Head
-from lib.losses import TopK, Method, Whole
+from lib.losses import Method, TopK, Whole
 from lib.measure import plots
 from lib.teacher import live, logits
 
