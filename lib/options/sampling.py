@@ -44,7 +44,7 @@ class Sampler:
     ) -> None:
         there = {dataset.sources[number] for number in np.unique(dataset.val.rows["source"])}
         lacking = [part.name for part in parts if part.name not in there]
-        if len(parts) < 2 or lacking or len(there) > evaluate.MANY:
+        if len(parts) < 2 or lacking or len(there) > evaluate.MANY_SOURCES:
             seen = (
                 f"no val rows of {', '.join(lacking)}"
                 if lacking
@@ -53,7 +53,7 @@ class Sampler:
             files.fail(
                 "--eval-sampling cannot weigh the sources",
                 seen,
-                f"2 to {evaluate.MANY} sources, each with a share and val rows",
+                f"2 to {evaluate.MANY_SOURCES} sources, each with a share and val rows",
                 "prepare_data.py with several named sources and --val, or no --eval-sampling",
             )
         longest = sum(int(dataset.train.rows["length"][part.rows].max()) for part in parts)
