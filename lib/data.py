@@ -13,7 +13,7 @@ On disk, in data/NAME/ (SPLIT is train or val):
     tokenizer/         the tokenizer itself, so that no later stage needs a network
     report.png         how long rows are, where they come from, why others were dropped
                        (lib/measure/plots.py; without matplotlib there is none)
-    answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the kept rows as text
+    answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the rows as text
                        (lib/prepare/export.py), where they were asked for
     meta.json          written last: identities, counts, sources, what was dropped and why
 
@@ -21,23 +21,20 @@ The model's output at position t-1 predicts token t; position 0 of a row is neve
 is the rows [c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import files
+from lib import files, template
 
 FORMAT = 1
 ROW = np.dtype(
     [
         ("start", "<u8"),  # first token's place in SPLIT.tokens.npy
         ("length", "<u4"),  # tokens in the row
-        (
-            "first_target",
-            "<u8",
-        ),  # number of the row's first target, counting all targets of the split in order
+        ("first_target", "<u8"),  # the first one's number among all targets of the split, in order
         ("targets", "<u4"),  # targets in the row
         ("source", "<u2"),  # number of the source in meta.json's list
     ]
@@ -68,19 +65,18 @@ class Batch:
     row_of: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        def move(tensor):
-            return tensor.to(
-                device, non_blocking=device.type == "cuda"
-            )  # what comes to the CPU is read there at once
+        """Return what a model reads of it on a device; numbers and rows stay on the CPU."""
 
-        return Batch(
-            move(self.tokens),
-            move(self.positions),
-            move(self.where),
-            move(self.labels),
-            self.numbers,
-            self.rows,
-            self.row_of,
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            # what comes to the CPU is read there at once
+            return tensor.to(device, non_blocking=device.type == "cuda")
+
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            positions=move(self.positions),
+            where=move(self.where),
+            labels=move(self.labels),
         )
 
 
@@ -88,14 +84,14 @@ class Split:
     """The rows of train or val. labels: the class of each, where they have one
     (lib/prepare/classes.py), else None."""
 
-    labels = None
+    labels: np.ndarray | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
+        def part(what: str) -> np.ndarray:
+            return np.load(folder / f"{name}.{what}.npy", mmap_mode="r")
+
         try:
-            self.tokens, self.answer, self.rows = (
-                np.load(folder / f"{name}.{part}.npy", mmap_mode="r")
-                for part in ("tokens", "answer", "rows")
-            )
+            self.tokens, self.answer, self.rows = part("tokens"), part("answer"), part("rows")
             if (labels := folder / f"{name}.labels.npy").exists():
                 self.labels = np.load(labels)
         except (OSError, ValueError) as broken:
@@ -104,17 +100,12 @@ class Split:
                 seen=broken,
                 mend="make data, with ARGS=--fresh",
             )
-        if (
-            self.rows.dtype != ROW
-            or len(self.tokens) != len(self.answer)
-            or (self.labels is not None and len(self.labels) != len(self.rows))
-            or self.targets
-            and int(self.rows["targets"].sum()) != self.targets
-        ):
-            seen = f"{len(self.tokens)} tokens, {len(self.answer)} mask entries"
+        fits = self.rows.dtype == ROW and len(self.tokens) == len(self.answer)
+        fits = fits and (self.labels is None or len(self.labels) == len(self.rows))
+        if not fits or int(self.rows["targets"].sum()) != self.targets:
             files.fail(
                 f"{folder}/{name}.*.npy do not fit together",
-                seen,
+                seen=f"{len(self.tokens)} tokens, {len(self.answer)} mask entries",
                 mend="make data, with ARGS=--fresh",
             )
 
@@ -131,11 +122,10 @@ class Split:
     def end_tokens(self) -> list[int]:
         """Return the tokens that end nine answers in ten, if there is such a one: what a generator
         must stop at."""
-        last = [
-            int(self.row(row)[0][np.flatnonzero(self.row(row)[1])[-1]])
-            for row in range(min(1000, len(self.rows)))
-            if self.rows[row]["targets"]
-        ]
+        last = []
+        for number in range(min(1000, len(self.rows))):
+            ids, answer = self.row(number)
+            last += ids[np.flatnonzero(answer)[-1:]].tolist()
         return [token for token in set(last) if last.count(token) >= 0.9 * len(last)]
 
     def batch(self, lines: list[list[int]], pad_to: int = 1) -> Batch:
@@ -146,31 +136,29 @@ class Split:
         lengths = self.rows["length"]
         width = max(sum(int(lengths[row]) for row in line) for line in lines)
         width = -(-width // pad_to) * pad_to
-        tokens, positions = (
-            np.zeros((len(lines), width), np.int64),
-            np.zeros((len(lines), width), np.int64),
-        )
-        row_of = np.full((len(lines), width), -1, np.int64)
-        where, labels, numbers, count = [], [], [], 0
+        shape = (len(lines), width)
+        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        row_of = np.full(shape, -1, np.int64)
+        rows: list[int] = []
+        where, labels, numbers = [], [], []
         for b, line in enumerate(lines):
             at = 0
             for row in line:
                 ids, answer = self.row(row)
-                tokens[b, at : at + len(ids)] = ids
-                positions[b, at : at + len(ids)] = np.arange(len(ids))
-                row_of[b, at : at + len(ids)] = count
-                targets = np.flatnonzero(answer)
+                here, targets = slice(at, at + len(ids)), np.flatnonzero(answer)
+                tokens[b, here] = ids
+                positions[b, here] = np.arange(len(ids))
+                row_of[b, here] = len(rows)
                 where.append(b * width + at + targets - 1)
                 labels.append(ids[targets] if self.labels is None else self.labels[[row]])
                 numbers.append(int(self.rows[row]["first_target"]) + np.arange(len(targets)))
+                rows.append(row)
                 at += len(ids)
-                count += 1
             positions[b, at:] = np.arange(width - at)
 
-        def join(parts):
+        def join(parts: list[np.ndarray]) -> torch.Tensor:
             return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-        rows = [row for line in lines for row in line]
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(positions),
@@ -214,7 +202,7 @@ class Dataset:
     @property
     def sources(self) -> list[str]:
         """The names of the sources; a row's `source` is a place in this list."""
-        return [source["name"] for source in self.meta.get("sources", [])]
+        return [source["name"] for source in self.meta["sources"]]
 
     @property
     def labels(self) -> list[str]:
@@ -232,6 +220,4 @@ class Dataset:
 
     def tokenizer(self):
         """Return the tokenizer that made the data."""
-        from lib import template
-
         return template.load_tokenizer(self.folder / "tokenizer", self.trust_remote_code)

@@ -6,11 +6,13 @@ nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lib import checkpoints, data, files, losses, plan
 from lib.models import Model
@@ -18,10 +20,19 @@ from lib.models import Model
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
 # of confidence, for the expected calibration error (Guo et al., arXiv:1706.04599, eq. 3)
 BINS = 15
-MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is kept
-# sources above which none is measured by itself: log lines are to be read, and older data counts
-# each file as a source
-MANY = 16
+MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is written
+MANY_SOURCES = 16  # above which none is measured by itself: log lines are to be read
+
+
+class ComparedTeacher(Protocol):
+    """What evaluation asks of a teacher (lib/teacher/)."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is known at the val targets at T=1."""
+
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole | None:
+        """Return the teacher at the targets of a val batch."""
 
 
 def evaluate(
@@ -30,12 +41,12 @@ def evaluate(
     vocab: int,
     tokens_per_microbatch: int,
     amp: torch.dtype | None = None,
-    store=None,
+    teacher: ComparedTeacher | None = None,
     sources: Sequence[str] = (),
 ) -> dict:
     """Return what `measure` does as one log line holds it: of the sources, ce_NAME and kl_NAME
     alone."""
-    return flat(measure(model, split, vocab, tokens_per_microbatch, amp, store, sources))
+    return flat(measure(model, split, vocab, tokens_per_microbatch, amp, teacher, sources))
 
 
 @torch.no_grad()
@@ -45,56 +56,27 @@ def measure(
     vocab: int,
     tokens_per_microbatch: int,
     amp: torch.dtype | None = None,
-    store=None,
+    teacher: ComparedTeacher | None = None,
     sources: Sequence[str] = (),
 ) -> dict:
     """Return the measures (README says what each means) over all targets of a split; `kl`, `rkl`
-    and `agree` where `store`, a logits.Store or a live.Teacher, knows the teacher there at T=1;
-    "by_source": {NAME: the same} where the rows come from several of the `sources`; of rows with a
-    class each "predicted": the class numbers (rows,)."""
+    and `agree` where the teacher is known there at T=1; "by_source": {NAME: the same} where the
+    rows come from several of the `sources`; of rows with a class each "predicted": the class
+    numbers (rows,)."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
     model.module.eval()
-    head, device = model.head(vocab), model.device
-    there, of_row = np.unique(split.rows["source"], return_inverse=True)  # S sources have rows
-    of_target = torch.from_numpy(
-        np.repeat(of_row, split.rows["targets"]).astype(np.int64)
-    )  # (targets of the split,)
-    sums = torch.zeros(len(there), len(COLUMNS), dtype=torch.float64)
-    bins = torch.zeros(len(there) * BINS, 2, dtype=torch.float64)  # confidence, right
-    predicted = None if split.labels is None else np.zeros(len(split.rows), np.int64)
-    lengths = split.rows["length"]
-    compared = store is not None and store.compares
-    longest = int(lengths.max())
-    for lines in plan.microbatches(
-        np.arange(len(split.rows)),
-        lengths,
-        max(tokens_per_microbatch, longest),
-        longest,
-        pack=False,
-    ):
-        batch = split.batch(lines).to(device)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
+    head, tally = model.head(vocab), Tally(split)
+    if teacher is not None and not teacher.compares:
+        teacher = None
+    for batch in val_batches(split, tokens_per_microbatch):
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, amp, enabled=amp is not None):
             hidden = model.hidden(batch)
-        kept = store.val_at(batch, 1) if compared else None
+        known = None if teacher is None else teacher.val_at(batch, 1)
         for part, z in head.chunks(hidden.to(amp) if amp else hidden):
-            label = batch.labels[part, None]
-            z -= z.amax(1, keepdim=True)
-            at_label = z.gather(1, label)
-            rank = (z > at_label).sum(1)
-            top = z.argmax(1)
-            right = top == label[:, 0]
-            if kept is not None:
-                kl, rkl, teachers, total = losses.distance(z, kept[part])
-                distances = [kl, rkl, top == teachers]
-            else:
-                total, distances = z.exp_().sum(1), []
-            confidence, ce = 1 / total, total.log() - at_label[:, 0]
-            columns = [torch.ones_like(ce), ce, right, rank < 5, *distances, confidence]
-            values = (
-                torch.stack([column.to(ce.dtype) for column in columns], 1).cpu().double()
-            )  # (n, columns)
+            values, top = at_targets(z, batch.labels[part], None if known is None else known[part])
             if not torch.isfinite(values).all():
                 files.fail(
                     "the model's logits on val are not finite",
@@ -102,34 +84,80 @@ def measure(
                     "numbers",
                     "--amp off, or a checkpoint from before",
                 )
-            number = of_target[batch.numbers[part]]
-            if predicted is not None:
-                predicted[batch.numbers[part].numpy()] = top.cpu().numpy()
-            sums[:, : values.shape[1] - 1].index_add_(0, number, values[:, :-1])
-            bins.index_add_(
-                0,
-                number * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1),
-                values[:, [-1, 2]],
-            )
+            tally.add(batch.numbers[part], values, top)
     model.module.train(training)
-    bins = bins.view(len(there), BINS, 2)
-    apart_there = {name: np.searchsorted(there, number) for number, name in apart(split, sources)}
-    by_source = {
-        name: shares(sums[place], bins[place], compared) for name, place in apart_there.items()
-    }
-    whole = shares(sums.sum(0), bins.sum(0), compared)
-    if predicted is not None:
-        for measures in (whole, *by_source.values()):
-            del measures["ppl"], measures["acc5"]
-        of_classes = classification(split.labels, predicted, vocab)
-        whole = {
-            "ce": whole.pop("ce"),
-            "acc1": whole.pop("acc1"),
-            "macro_f1": of_classes["macro_f1"],
-            **whole,
-            "predicted": predicted,
-        }
-    return whole | ({"by_source": by_source} if by_source else {})
+    return tally.measures(vocab, sources, teacher is not None)
+
+
+def val_batches(split: data.Split, tokens_per_microbatch: int) -> Iterator[data.Batch]:
+    """Yield all rows of a split, one a line, in batches of about so many tokens."""
+    lengths = split.rows["length"]
+    longest = int(lengths.max())
+    size = max(tokens_per_microbatch, longest)
+    for lines in plan.microbatches(np.arange(len(lengths)), lengths, size, longest, pack=False):
+        yield split.batch(lines)
+
+
+def at_targets(
+    z: Tensor, labels: Tensor, teacher: losses.TopK | losses.Whole | None
+) -> tuple[Tensor, Tensor]:
+    """Return at n targets the COLUMNS (without the teacher's, where there is none) and last the
+    confidence, (n, columns) on the CPU in float64, and the likeliest token (n,). z (n, V), the
+    logits, is overwritten."""
+    label = labels[:, None]
+    z -= z.amax(1, keepdim=True)
+    at_label = z.gather(1, label)
+    rank = (z > at_label).sum(1)
+    top = z.argmax(1)
+    distances = []
+    if teacher is None:
+        total = z.exp_().sum(1)
+    else:
+        kl, rkl, teachers, total = losses.distance(z, teacher)
+        distances = [kl, rkl, top == teachers]
+    confidence, ce = 1 / total, total.log() - at_label[:, 0]
+    columns = [torch.ones_like(ce), ce, top == labels, rank < 5, *distances, confidence]
+    values = torch.stack([column.to(ce.dtype) for column in columns], 1)
+    return values.cpu().double(), top
+
+
+class Tally:
+    """What is summed over the targets of a split, apart for each of the S sources that have rows;
+    of rows with a class each, `predicted` (rows,)."""
+
+    def __init__(self, split: data.Split) -> None:
+        self.split = split
+        self.there, of_row = np.unique(split.rows["source"], return_inverse=True)
+        of_target = np.repeat(of_row, split.rows["targets"]).astype(np.int64)
+        self.of_target = torch.from_numpy(of_target)  # (targets of the split,)
+        self.sums = torch.zeros(len(self.there), len(COLUMNS), dtype=torch.float64)
+        # confidence, right
+        self.bins = torch.zeros(len(self.there) * BINS, 2, dtype=torch.float64)
+        self.predicted = np.zeros(len(split.rows), np.int64)
+
+    def add(self, numbers: Tensor, values: Tensor, top: Tensor) -> None:
+        """Add n targets, by their numbers in the split (n,): what `at_targets` returned."""
+        if self.split.labels is not None:
+            self.predicted[numbers.numpy()] = top.cpu().numpy()
+        source = self.of_target[numbers]
+        self.sums[:, : values.shape[1] - 1].index_add_(0, source, values[:, :-1])
+        place = source * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1)
+        self.bins.index_add_(0, place, values[:, [-1, 2]])
+
+    def measures(self, vocab: int, sources: Sequence[str], compared: bool) -> dict:
+        """Return what `measure` does."""
+        bins = self.bins.view(len(self.there), BINS, 2)
+        whole, by_source = shares(self.sums.sum(0), bins.sum(0), compared), {}
+        for number, name in sources_apart(self.split, sources):
+            place = np.searchsorted(self.there, number)
+            by_source[name] = shares(self.sums[place], bins[place], compared)
+        if self.split.labels is not None:
+            for measures in (whole, *by_source.values()):
+                del measures["ppl"], measures["acc5"]
+            macro_f1 = classification(self.split.labels, self.predicted, vocab)["macro_f1"]
+            first = {"ce": whole["ce"], "acc1": whole["acc1"], "macro_f1": macro_f1}
+            whole = first | whole | {"predicted": self.predicted}
+        return whole | ({"by_source": by_source} if by_source else {})
 
 
 def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
@@ -185,35 +213,28 @@ def classification(
     names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
     table = confusion(reference, predicted, len(names))
     accuracy, macro_f1, each = class_scores(table)
-    rows = zip(names, *each.tolist(), table.sum(1).tolist())
+    per_class = {}
+    for name, *row in zip(names, *each.tolist(), table.sum(1).tolist()):
+        per_class[name] = dict(zip(("precision", "recall", "f1", "support"), row))
     return {
         "accuracy": accuracy,
         "macro_f1": macro_f1,
         "labels": names,
         "confusion": table.tolist(),
-        "per_class": {
-            name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, *row in rows
-        },
+        "per_class": per_class,
     }
 
 
 def flat(measures: dict) -> dict:
     """Return measures as one log line holds them: of the sources, ce_NAME and kl_NAME alone."""
-    by_source, whole = (
-        measures.get("by_source", {}),
-        {name: value for name, value in measures.items() if name not in ("by_source", "predicted")},
-    )
-    targets = whole.pop("targets")
-    return (
-        whole
-        | {
-            f"{name}_{source}": own[name]
-            for name in ("ce", "kl")
-            for source, own in by_source.items()
-            if name in own
-        }
-        | {"targets": targets}
-    )
+    line = dict(measures)
+    line.pop("predicted", None)
+    by_source, targets = line.pop("by_source", {}), line.pop("targets")
+    for name in ("ce", "kl"):
+        for source, own in by_source.items():
+            if name in own:
+                line[f"{name}_{source}"] = own[name]
+    return line | {"targets": targets}
 
 
 def alone(
@@ -222,13 +243,14 @@ def alone(
     dataset: data.Dataset,
     vocab: int,
     amp: torch.dtype | None,
-    store=None,
+    teacher: ComparedTeacher | None = None,
+    /,
     **about,
 ) -> None:
     """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about:
     what else eval.json is to hold."""
     measures = measure(
-        model, dataset.val, vocab, args.tokens_per_microbatch, amp, store, dataset.sources
+        model, dataset.val, vocab, args.tokens_per_microbatch, amp, teacher, dataset.sources
     )
     about = {
         "student": str(model.folder),
@@ -238,29 +260,22 @@ def alone(
         "data": dataset.identities["data"],
         **about,
     }
+    line, of_classes = flat(measures), {}
+    if dataset.val.labels is not None and dataset.val.targets:
+        of_classes = classification(dataset.val.labels, measures["predicted"], dataset.labels)
+        if len(dataset.labels) > MOST_CONFUSED:
+            del of_classes["confusion"]
+    by_source = {"by_source": measures.get("by_source", {})}
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    of_classes = (
-        classification(dataset.val.labels, measures["predicted"], dataset.labels)
-        if dataset.labels and dataset.val.targets
-        else {}
-    )
-    if len(dataset.labels) > MOST_CONFUSED:
-        of_classes.pop("confusion", None)
-    files.write_json(
-        Path(args.out) / "eval.json",
-        about | flat(measures) | of_classes | {"by_source": measures.get("by_source", {})},
-    )
-    print(f"eval {model.folder}: " + "  ".join(f"{k} {v:.4g}" for k, v in flat(measures).items()))
+    files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
+    print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))
 
 
-def apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:
+def sources_apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:
     """Return the number and name of the sources that are measured by themselves."""
-    there = [
-        (number, sources[number])
-        for number in np.unique(split.rows["source"]).tolist()
-        if number < len(sources)
-    ]
-    return there if 1 < len(there) <= MANY else []
+    numbers = np.unique(split.rows["source"]).tolist()
+    there = [(number, sources[number]) for number in numbers if number < len(sources)]
+    return there if 1 < len(there) <= MANY_SOURCES else []
 
 
 def check_best(best: str, dataset: data.Dataset, patience: int = 0) -> None:
@@ -283,11 +298,11 @@ def check_best(best: str, dataset: data.Dataset, patience: int = 0) -> None:
             )
         return
     measure, _, source = best.partition("_")
-    names = [name for _, name in apart(dataset.val, dataset.sources)]
+    names = [name for _, name in sources_apart(dataset.val, dataset.sources)]
     if source and source not in names:
         files.fail(
             f"--best {best} names no source of the val rows of {dataset.folder}",
             source,
             ", ".join(f"{measure}_{name}" for name in names)
-            or f"{measure}: val does not hold 2 to {MANY} named sources",
+            or f"{measure}: val does not hold 2 to {MANY_SOURCES} named sources",
         )

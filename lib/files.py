@@ -18,6 +18,10 @@ from typing import NoReturn
 import numpy as np
 from filelock import FileLock, Timeout
 
+# inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
+# answers cost money
+NEVER_DELETED = "answers"
+
 
 def fail(
     wrong: str, seen: object = None, wanted: object = None, mend: str | None = None
@@ -112,29 +116,22 @@ def beside(folder: Path, what: str) -> Path:
     return folder.with_name(f".{folder.name}.{what}")
 
 
-# inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
-# answers cost money
-KEPT = "answers"
-
-
 def _drop(old: Path, folder: Path) -> None:
-    """Delete the replaced self of `folder`, once what is kept of it has moved on."""
-    if (old / KEPT).exists():
-        os.replace(old / KEPT, folder / KEPT)
+    """Delete the replaced self of `folder`, once what is NEVER_DELETED has moved on from it."""
+    if (old / NEVER_DELETED).exists():
+        os.replace(old / NEVER_DELETED, folder / NEVER_DELETED)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(partial: Path, folder: Path) -> None:
     """Put the finished folder `partial` in the place of `folder`; `recover` mends a kill between
     the renames."""
-    readers = (
-        partial.stat().st_mode & 0o444
-    )  # what the umask leaves: safetensors writes for its owner alone
+    # what the umask leaves: safetensors writes for its owner alone
+    readers = partial.stat().st_mode & 0o444
     for path in partial.rglob("*"):
         if path.is_file():
-            if readers & ~(
-                mode := path.stat().st_mode
-            ):  # else untouched: some mounted drives refuse any chmod
+            mode = path.stat().st_mode
+            if readers & ~mode:  # else untouched: some mounted drives refuse any chmod
                 path.chmod(mode | readers)
             sync(path)
     old = beside(folder, "old")
@@ -166,10 +163,10 @@ def partial_folder(folder: Path) -> Path:
 
 def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
     """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing), all but
-    what is `KEPT`; refuse any other one."""
+    what is NEVER_DELETED; refuse any other one."""
     if not folder.exists():
         return
-    inside = [path for path in folder.iterdir() if path.name != KEPT]
+    inside = [path for path in folder.iterdir() if path.name != NEVER_DELETED]
     if inside and not any((folder / mark).exists() for mark in marks):
         fail(
             f"--fresh would delete {folder}",
@@ -178,19 +175,21 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
         )
     if (folder / ".lock").exists():
         lock(folder).release()  # refused while another process writes there
-    if not (folder / KEPT).exists():
-        return shutil.rmtree(folder)
-    os.replace(folder, old := beside(folder, "old"))  # a kill in between is undone by `recover`
-    folder.mkdir()
-    _drop(old, folder)
+    if (folder / NEVER_DELETED).exists():
+        old = beside(folder, "old")
+        os.replace(folder, old)  # a kill in between is undone by `recover`
+        folder.mkdir()
+        _drop(old, folder)
+    else:
+        shutil.rmtree(folder)
 
 
 def lock(folder: Path, wait: bool = False) -> FileLock:
     """Hold a folder for this process until it ends or calls `.release()`; a second process is
     refused, or waits. Keep the value that is returned."""
-    holding = FileLock(folder / ".lock")
+    holding = FileLock(folder / ".lock", timeout=-1 if wait else 0)
     try:
-        holding.acquire(timeout=-1 if wait else 0)
+        holding.acquire()
     except Timeout:
         fail(
             f"{folder} is being written by another process",
@@ -205,10 +204,10 @@ def locked(folder: Path) -> bool:
     if not (folder / ".lock").exists():
         return False
     try:
-        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+        with FileLock(folder / ".lock", timeout=0):
+            return False
     except Timeout:
         return True
-    return False
 
 
 def free_bytes(folder: Path) -> int:

@@ -17,32 +17,31 @@ Worked example (ChatML):
 
     whole    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello!<|im_end|>\\n
     prompt   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    targets                                                         Hello!<|im_end|>        and not
-    the last \\n
+    targets                                                         Hello!<|im_end|>   (no last \\n)
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jinja2
 import numpy as np
 
 from lib import files
 
+Span = tuple[int, int]  # the first character of a part of a text, and the one after its last
+
 ROLES = ("system", "user", "assistant", "tool")
-OPEN, CLOSE = (
-    "<think>",
-    "</think>",
-)  # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
-BROKEN = re.compile(
-    "[\ud800-\udfff]"
-)  # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
+# a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
+OPEN, CLOSE = "<think>", "</think>"
+# half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
+BROKEN = re.compile("[\ud800-\udfff]")
 
 # For a tokenizer without a template of its own: plain headings, and eos_token as the end of an
-# assistant's turn. Every heading
-# ends in a line break, which no common tokenizer merges with the word after it. `{bos}` becomes
-# bos_token where the tokenizer adds one.
+# assistant's turn. Every heading ends in a line break, which no common tokenizer merges with the
+# word after it. `{bos}` becomes bos_token where the tokenizer adds one.
 FALLBACK = (
     "{bos}{% for message in messages %}{{ {'system': 'System', 'user': 'User', 'assistant':"
     " 'Assistant', 'tool': 'Tool'}[message['role']] + ':\\n' + message['content'] }}{% if"
@@ -72,9 +71,8 @@ def load_tokenizer(name, trust_remote_code: bool = False):
 
 
 def _hash(value: object) -> str:
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def identities(tokenizer) -> dict:
@@ -85,12 +83,10 @@ def identities(tokenizer) -> dict:
     serves teacher and student (the templates of Qwen2.5-Coder 0.5B and 1.5B differ in their tools
     block).
     """
-    vocabulary = tokenizer.get_vocab()
-    special = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in tokenizer.special_tokens_map.items()
-        if isinstance(token, str)
-    }
+    vocabulary, special = tokenizer.get_vocab(), {}
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str):
+            special[name] = tokenizer.convert_tokens_to_ids(token)
     return {
         "vocabulary": _hash(vocabulary),
         "tokenizer": _hash([vocabulary, special, tokenizer.chat_template]),
@@ -99,9 +95,8 @@ def identities(tokenizer) -> dict:
 
 def adds_bos(tokenizer) -> bool:
     """Return whether the tokenizer puts bos_token before plain text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def ensure_template(tokenizer) -> bool:
@@ -133,9 +128,8 @@ def ensure_template(tokenizer) -> bool:
 def special_ids(tokenizer) -> set[int]:
     """Return the ids of all special tokens, those of the chat template (<|im_end|>, <|eot_id|>)
     among them."""
-    return {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    } | set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    return {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
 
 
 def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -159,10 +153,10 @@ def is_conversation(messages: object) -> bool:
     """Return whether a value from JSON is a list of at least one {"role": "...", "content":
     "..."}."""
 
-    def whole(message):
-        return isinstance(message, dict) and all(
-            isinstance(message.get(field), str) for field in ("role", "content")
-        )
+    def whole(message: object) -> bool:
+        if not isinstance(message, dict):
+            return False
+        return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
     return isinstance(messages, list) and bool(messages) and all(map(whole, messages))
 
@@ -175,7 +169,7 @@ def with_system(messages: list[dict], system: str | None) -> list[dict]:
     return messages
 
 
-def traces(text: str) -> list[tuple[int, int]] | None:
+def traces(text: str) -> list[Span] | None:
     """Return the (start, end) characters of the reasoning traces in an answer, or None if one of
     them is never closed.
 
@@ -201,20 +195,21 @@ def traces(text: str) -> list[tuple[int, int]] | None:
 def without_think(messages: list[dict]) -> list[dict]:
     """Return the conversation without the reasoning traces of its assistant turns: what --think
     drop renders."""
+    shown = []
+    for message in messages:
+        text = message["content"]
+        if message["role"] == "assistant":
+            found = traces(text)
+            assert found is not None, text
+            for start, end in reversed(found):
+                text = text[:start] + text[end:]
+        shown.append({**message, "content": text})
+    return shown
 
-    def drop(text):
-        for start, end in reversed(traces(text)):
-            text = text[:start] + text[end:]
-        return text
 
-    return [
-        (
-            {**message, "content": drop(message["content"])}
-            if message["role"] == "assistant"
-            else message
-        )
-        for message in messages
-    ]
+def texts_of(role: str, messages: list[dict]) -> list[str]:
+    """Return what one role says."""
+    return [message["content"] for message in messages if message["role"] == role]
 
 
 def fault(messages: list[dict], think: str = "keep") -> str | None:
@@ -226,27 +221,22 @@ def fault(messages: list[dict], think: str = "keep") -> str | None:
     if any(BROKEN.search(message["content"]) for message in messages):
         return "broken Unicode"
     if think != "keep":
-        if any(
-            message["role"] == "assistant" and traces(message["content"]) is None
-            for message in messages
-        ):
+        if any(traces(text) is None for text in texts_of("assistant", messages)):
             return "unclosed think"
         messages = without_think(messages)
-    asked = [message["content"].strip() for message in messages if message["role"] == "user"]
-    answered = [
-        message["content"].strip() for message in messages if message["role"] == "assistant"
-    ]
-    return "empty" if not any(answered) or asked and not any(asked) else None
+    asked = texts_of("user", messages)
+    answered = any(text.strip() for text in texts_of("assistant", messages))
+    return None if answered and (not asked or any(text.strip() for text in asked)) else "empty"
+
+
+def is_answer(message: dict) -> bool:
+    """Return whether a message is an assistant's turn that says something."""
+    return message["role"] == "assistant" and bool(message["content"].strip())
 
 
 def last_answer(messages: list[dict]) -> int:
-    """Return the place of the last assistant's turn that says something; what comes after it is not
-    used."""
-    return max(
-        place
-        for place, message in enumerate(messages)
-        if message["role"] == "assistant" and message["content"].strip()
-    )
+    """Return the place of the last answer; what comes after it is not used."""
+    return max(place for place, message in enumerate(messages) if is_answer(message))
 
 
 def coda(tokenizer) -> str:
@@ -258,26 +248,19 @@ def coda(tokenizer) -> str:
     """
     eos, asked = tokenizer.eos_token, [{"role": "user", "content": "x"}]
     try:
-        closed, prompt = (
-            render(tokenizer, asked),
-            render(tokenizer, asked, add_generation_prompt=True),
-        )
+        closed = render(tokenizer, asked)
+        prompt = render(tokenizer, asked, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError):
         return ""
     if not eos or not closed.endswith(eos) or prompt.startswith(closed):
         return ""
-    return (
-        eos
-        if closed.removesuffix(eos)
-        .rstrip()
-        .endswith(tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer))))
-        else ""
-    )
+    ends = tuple(tokenizer.convert_ids_to_tokens(special_ids(tokenizer)))
+    return eos if closed.removesuffix(eos).rstrip().endswith(ends) else ""
 
 
 def answer_spans(
     tokenizer, messages: list[dict], turns: str = "all", closing: str = ""
-) -> tuple[str, list[tuple[int, int]]]:
+) -> tuple[str, list[Span]]:
     """Render a conversation up to its last answer; return the text and the (start, end) characters
     of each answer to learn.
 
@@ -289,29 +272,26 @@ def answer_spans(
     last = last_answer(messages)
     messages = messages[: last + 1]
 
-    def show(some):
+    def show(some: list[dict]) -> str:
         return render(tokenizer, some).removesuffix(closing)
 
-    def ask(some):
+    def ask(some: list[dict]) -> str:
         return render(tokenizer, some, add_generation_prompt=True)
 
-    whole, spans, prompt = show(messages), [], ask(messages[:last]) if last else ""
+    whole, prompt = show(messages), ask(messages[:last]) if last else ""
     if not whole.startswith(prompt) and messages[last - 1]["role"] == "user":
         # Mistral writes the system message into the last question, and nowhere once that is
-        # answered: take the prompt that chat
-        # would send, and behind it the answer as the template writes it after its question alone
+        # answered: take the prompt that chat would send, and behind it the answer as the template
+        # writes it after its question alone
         question, both = ask(messages[last - 1 : last]), show(messages[last - 1 :])
         whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
+    spans = []
     for turn in [last] if turns == "last" else range(1, last + 1):
-        if (
-            messages[turn]["role"] != "assistant"
-            or turn == 0
-            or not messages[turn]["content"].strip()
-        ):
+        if turn == 0 or not is_answer(messages[turn]):
             continue
-        before, end = (
-            (prompt, whole) if turn == last else (ask(messages[:turn]), show(messages[: turn + 1]))
-        )
+        before, end = prompt, whole
+        if turn != last:
+            before, end = ask(messages[:turn]), show(messages[: turn + 1])
         if whole.startswith(before) and whole.startswith(end) and len(before) < len(end):
             spans.append((len(before), len(end)))
     return whole, spans
@@ -329,11 +309,11 @@ def rewrites(tokenizer) -> bool:
 
 def answer_mask(
     ids: list[int],
-    offsets: list[tuple[int, int]],
+    offsets: list[Span],
     text: str,
-    spans: list[tuple[int, int]],
+    spans: list[Span],
     special: set[int],
-    masked: list[tuple[int, int]] = (),
+    masked: Sequence[Span] = (),
 ) -> np.ndarray:
     """Return which tokens are targets, (L,) bool: those that start inside a span, up to the span's
     end-of-turn token.
@@ -358,8 +338,45 @@ def answer_mask(
     return answer
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text: where its answers lie, and what in them is no target. spans None: a plain
+    text, of which every token but the first is one."""
+
+    text: str
+    spans: list[Span] | None = None
+    masked: Sequence[Span] = ()
+
+
+def render_row(
+    tokenizer, row: list[dict] | str, turns: str, think: str, closing: str
+) -> Rendered | str:
+    """Return a conversation or a plain text as it is tokenized, or the reason why it cannot be
+    used. See `encode`; `closing`: the template's `coda`."""
+    if isinstance(row, str):
+        if not row.strip():
+            return "empty"
+        return "broken Unicode" if BROKEN.search(row) else Rendered(row)
+    if (reason := fault(row, think)) is not None:
+        return reason
+    try:
+        shown = without_think(row) if think == "drop" else row
+        text, spans = answer_spans(tokenizer, shown, turns, closing)
+    except (jinja2.TemplateError, TypeError) as refused:
+        return f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
+    if not spans:
+        return "rewritten by the chat template" if last_answer(row) else "no target"
+    masked = []
+    for start, stop in spans if think == "mask" else ():
+        found = traces(text[start:stop])
+        if found is None:  # the template cut the end off
+            return "unclosed think"
+        masked += [(start + begin, start + end) for begin, end in found]
+    return Rendered(text, spans, masked)
+
+
 def encode(
-    tokenizer, rows: list[list[dict] | str], turns: str = "all", think: str = "keep"
+    tokenizer, rows: Sequence[list[dict] | str], turns: str = "all", think: str = "keep"
 ) -> list[tuple[np.ndarray, np.ndarray] | str]:
     """Turn conversations (or plain texts) into (ids (L,) uint32, answer (L,) bool); a row that
     cannot be used into the reason why.
@@ -382,67 +399,26 @@ def encode(
             seen="a slow tokenizer",
             wanted="one with tokenizer.json",
         )
-    found: list = [None] * len(rows)
-    texts, spans, masked = {}, {}, {}
     closing = coda(tokenizer) if any(not isinstance(row, str) for row in rows) else ""
-    for number, row in enumerate(rows):
+    rendered = [render_row(tokenizer, row, turns, think, closing) for row in rows]
+    texts = [row.text for row in rendered if isinstance(row, Rendered)]
+    if not texts:
+        return [row for row in rendered if isinstance(row, str)]
+    encodings = iter(tokenizer(texts, add_special_tokens=False, verbose=False).encodings)
+    special = special_ids(tokenizer)
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded: list[tuple[np.ndarray, np.ndarray] | str] = []
+    for row in rendered:
         if isinstance(row, str):
-            texts[number] = row
-            found[number] = (
-                "empty" if not row.strip() else "broken Unicode" if BROKEN.search(row) else None
-            )
-        elif (reason := fault(row, think)) is not None:
-            found[number] = reason
-        else:
-            try:
-                texts[number], spans[number] = answer_spans(
-                    tokenizer, without_think(row) if think == "drop" else row, turns, closing
-                )
-                found[number] = (
-                    None
-                    if spans[number]
-                    else "rewritten by the chat template"
-                    if last_answer(row)
-                    else "no target"
-                )
-            except (jinja2.TemplateError, TypeError) as refused:
-                found[number] = (
-                    f"refused by the chat template ({' '.join(str(refused).split())[:80]})"
-                )
-                continue
-            if think == "mask":
-                found_in = [traces(texts[number][start:stop]) for start, stop in spans[number]]
-                if None in found_in:  # the template cut the end off
-                    found[number] = "unclosed think"
-                    continue
-                masked[number] = [
-                    (start + begin, start + end)
-                    for (start, _), blocks in zip(spans[number], found_in)
-                    for begin, end in blocks
-                ]
-    usable = [number for number in texts if found[number] is None]
-    if not usable:
-        return found
-    special, bos, eos = (
-        special_ids(tokenizer),
-        tokenizer.bos_token_id if adds_bos(tokenizer) else None,
-        tokenizer.eos_token_id,
-    )
-    encodings = tokenizer(
-        [texts[number] for number in usable], add_special_tokens=False, verbose=False
-    ).encodings
-    for number, encoding in zip(usable, encodings):
+            encoded.append(row)
+            continue
+        encoding = next(encodings)
         ids = encoding.ids
-        if number in spans:
-            answer = answer_mask(
-                ids, encoding.offsets, texts[number], spans[number], special, masked.get(number, ())
-            )
-        else:
-            ids = (
-                ([bos] if bos is not None and ids[:1] != [bos] else [])
-                + ids
-                + ([eos] if eos is not None and ids[-1:] != [eos] else [])
-            )
+        if row.spans is None:
+            ids = (bos if ids[:1] != bos else []) + ids + (eos if ids[-1:] != eos else [])
             answer = np.arange(len(ids)) > 0
-        found[number] = (np.array(ids, np.uint32), answer) if answer.any() else "no target"
-    return found
+        else:
+            answer = answer_mask(ids, encoding.offsets, row.text, row.spans, special, row.masked)
+        encoded.append((np.array(ids, np.uint32), answer) if answer.any() else "no target")
+    return encoded

@@ -90,6 +90,7 @@ def dataset(
             "identities": template.identities(made) | {"data": files.sha256(*parts)},
             "rows": counts,
             "targets": targets,
+            "sources": [],
             "rows_per_chunk": rows_per_chunk,
             "seed": seed,
         },

@@ -87,12 +87,12 @@ def check_parts(args, dataset: data.Dataset, parts: Sequence[mix.Part]) -> None:
     """Refuse sources that cannot be weighed: one alone, without val rows, or in too small steps."""
     there = {dataset.sources[number] for number in np.unique(dataset.val.rows["source"])}
     lacking = [part.name for part in parts if part.name not in there]
-    if len(parts) < 2 or lacking or len(there) > evaluate.MANY:
+    if len(parts) < 2 or lacking or len(there) > evaluate.MANY_SOURCES:
         seen = f"{len(parts)} sources with a share, {len(there)} in val"
         files.fail(
             "--eval-sampling cannot weigh the sources",
             f"no val rows of {', '.join(lacking)}" if lacking else seen,
-            f"2 to {evaluate.MANY} sources, each with a share and val rows",
+            f"2 to {evaluate.MANY_SOURCES} sources, each with a share and val rows",
             "prepare_data.py with several named sources and --val, or no --eval-sampling",
         )
     longest = sum(int(dataset.train.rows["length"][part.rows].max()) for part in parts)

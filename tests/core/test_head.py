@@ -165,9 +165,9 @@ torch.set_num_threads(1)
 n, v, d = 4096, 20011, 16
 head.CHUNK_BYTES = 1 << 22
 hidden, weight, labels = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True), torch.randint(v, (n,))
-kept = losses.TopK(torch.randint(v, (n, 4)), torch.rand(n, 4), torch.zeros(n))
+teacher = losses.TopK(torch.randint(v, (n, 4)), torch.rand(n, 4), torch.zeros(n))
 def loss(size):
-    made = losses.head_loss(hidden[:size], head.Head(weight, None, v), labels[:size], kept[:size], losses.Method(0.5, 2.0))[0]
+    made = losses.head_loss(hidden[:size], head.Head(weight, None, v), labels[:size], teacher[:size], losses.Method(0.5, 2.0))[0]
     made.backward()
     hidden.grad = weight.grad = None
 def peak():

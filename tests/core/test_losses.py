@@ -1,108 +1,27 @@
-"""The loss against references written out here: full vocabulary, float64, autograd, with none of
-the code under test."""
+"""The loss against references that hold none of the code under test (tests/references.py)."""
 
 import math
 
 import pytest
 import torch
+from references import (
+    BETAS,
+    TEMPERATURES,
+    all_close,
+    angle,
+    bucket,
+    gradients,
+    keep,
+    ours,
+    problem,
+    reference_divergence,
+    reference_loss,
+)
 
 from lib import head as heads
 from lib import losses
 from lib.head import Head
 from lib.losses import Method, TopK
-
-BETAS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3, "skl": 0.1, "tvd": 0.5}
-TEMPERATURES = (1.0, 2.0, 4.0)
-CE = Method()
-
-
-def problem(n=6, v=23, d=5, seed=0, dtype=torch.float64, spread=1.5):
-    """Return hidden (n, d), weight (v, d), labels (n,) and teacher logits (n, v)."""
-    made = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=made, dtype=torch.float64).to(dtype)
-
-    return (
-        draw(n, d),
-        spread * draw(v, d),
-        torch.randint(v, (n,), generator=made),
-        2 * spread * draw(n, v),
-    )
-
-
-def keep(z, k, t):
-    """Return the k largest of teacher logits z (n, V) and the exact tail at t, without
-    lib/head.py."""
-    values, ids = z.sort(dim=1, descending=True)
-    d = values - values[:, :1]
-    return TopK(ids[:, :k], -d[:, :k], (d[:, k:] / t).logsumexp(1))
-
-
-def reference_divergence(p, q, kind, beta):
-    """Return D(p, q) (n,) from probabilities (n, C), by the definitions in the papers."""
-
-    def kl(a, b):
-        return torch.special.xlogy(a, a).sum(1) - torch.special.xlogy(a, b).sum(1)
-
-    mixture = beta * p + (1 - beta) * q
-    return {
-        "fkl": lambda: kl(p, q),
-        "rkl": lambda: kl(q, p),
-        "jsd": lambda: beta * kl(p, mixture) + (1 - beta) * kl(q, mixture),
-        "skl": lambda: kl(p, mixture),
-        "tvd": lambda: (p - q).abs().sum(1) / 2,
-    }[kind]()
-
-
-def bucket(p, ids):
-    """Return probabilities (n, k+1): those at `ids`, then the sum of all the others."""
-    others = torch.ones_like(p).scatter(1, ids, 0.0)
-    return torch.cat([p.gather(1, ids), (p * others).sum(1, keepdim=True)], 1)
-
-
-def reference_loss(z, s, labels, k, method):
-    """Return (loss, ce, kd) summed over targets: the k+1 bucket loss over the whole vocabulary, in
-    float64."""
-    t = method.temperature
-    p, q = (torch.softmax(x.double() / t, 1) for x in (z, s))
-    ids = z.topk(k, 1).indices
-    kd = reference_divergence(bucket(p, ids), bucket(q, ids), method.divergence, method.beta).sum()
-    ce = torch.nn.functional.cross_entropy(s.double(), labels, reduction="sum")
-    return method.alpha * t * t * kd + (1 - method.alpha) * ce, ce, kd
-
-
-def gradients(loss_of, *tensors):
-    """Return the loss and its gradients with respect to copies of `tensors`."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-    loss = loss_of(*leaves)
-    loss.backward()
-    return loss.detach(), *[leaf.grad for leaf in leaves]
-
-
-def ours(hidden, weight, labels, kept=None, method=CE, bias=None, **head):
-    """Return (loss, gradient of hidden, gradient of weight) of head_loss."""
-    options = {"vocab": len(weight)} | head
-    return gradients(
-        lambda h, w: losses.head_loss(h, Head(w, bias, **options), labels, kept, method)[0],
-        hidden,
-        weight,
-    )
-
-
-def all_close(seen, wanted, **limits):
-    for a, b in zip(seen, wanted, strict=True):
-        torch.testing.assert_close(a, b, **{"rtol": 1e-9, "atol": 1e-9} | limits)
-
-
-def angle(a, b):
-    """Return the angle between two gradients, in degrees."""
-    return math.degrees(
-        math.acos(
-            min(1.0, torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item())
-        )
-    )
-
 
 # --- what the loss is
 
@@ -172,9 +91,9 @@ def test_no_divergence_is_ever_below_zero(kind, dtype):
     for seed, near in ((seed, near) for seed in range(20) for near in (0.0, 1e-3, 1.0)):
         hidden, weight, _, noise = problem(seed=seed, dtype=dtype)
         s = hidden @ weight.t()
-        kept = keep(s + near * noise, 3, 2.0)
-        logq = losses.student_logq(s - s.amax(1, keepdim=True), kept.ids, 2.0)[0]
-        divergence = losses.divergence(losses.teacher_logp(kept, 2.0), logq, kind, BETAS[kind])
+        teacher = keep(s + near * noise, 3, 2.0)
+        logq = losses.student_logq(s - s.amax(1, keepdim=True), teacher.ids, 2.0)[0]
+        divergence = losses.divergence(losses.teacher_logp(teacher, 2.0), logq, kind, BETAS[kind])
         assert divergence.min() >= -8 * torch.finfo(dtype).eps, (seed, near, divergence.min())
 
 
@@ -184,16 +103,16 @@ def test_gradient_agrees_with_finite_differences_through_softcap_scale_and_bias(
     """Trap 5: a T^2 in the printed loss alone would show here, since the printed loss is what is
     differenced."""
     hidden, weight, labels, z = problem(n=3, v=11, d=4)
-    bias, kept, method = (
+    bias, teacher, method = (
         torch.linspace(-1, 1, 11, dtype=torch.float64),
         keep(z, 3, t),
         Method(0.6, t, kind, BETAS[kind]),
     )
 
     def loss_of(h, w):
-        return losses.head_loss(h, Head(w, bias, 11, scale=0.7, softcap=5.0), labels, kept, method)[
-            0
-        ]
+        return losses.head_loss(
+            h, Head(w, bias, 11, scale=0.7, softcap=5.0), labels, teacher, method
+        )[0]
 
     _, *grads = gradients(loss_of, hidden, weight)
     for number, grad in enumerate(grads):
@@ -223,11 +142,11 @@ def test_a_constant_added_to_all_logits_changes_nothing():
 @pytest.mark.parametrize("targets", (1, 4, 1000))
 def test_loss_and_gradient_do_not_depend_on_the_chunk_size(kind, targets, monkeypatch):
     hidden, weight, labels, z = problem(n=13)
-    kept, method = keep(z, 4, 2.0), Method(0.7, 2.0, kind, BETAS[kind])
-    whole = ours(hidden, weight, labels, kept, method)
+    teacher, method = keep(z, 4, 2.0), Method(0.7, 2.0, kind, BETAS[kind])
+    whole = ours(hidden, weight, labels, teacher, method)
     monkeypatch.setattr(heads, "CHUNK_BYTES", 4 * len(weight) * targets)
     assert Head(weight, None, len(weight)).chunk() == targets
-    all_close(ours(hidden, weight, labels, kept, method), whole, rtol=1e-12, atol=1e-12)
+    all_close(ours(hidden, weight, labels, teacher, method), whole, rtol=1e-12, atol=1e-12)
 
 
 # --- traps
@@ -284,7 +203,7 @@ def test_trap_3_the_tail_is_not_one_tempered_token():
 @pytest.mark.parametrize("far", (30.0, 3000.0, 60000.0))
 @pytest.mark.parametrize("t", (1.0, 8.0))
 def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dtype, tail, far, t):
-    kept = TopK(
+    teacher = TopK(
         torch.tensor([[3, 1, 4]]),
         torch.tensor([[0.0, far, far]], dtype=dtype),
         torch.tensor([tail], dtype=dtype),
@@ -298,7 +217,11 @@ def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dt
         s = torch.full((1, 9), others, dtype=dtype)
         s[0, first] = 0.0
         loss, grad, _ = ours(
-            s, torch.eye(9, dtype=dtype), torch.tensor([3]), kept, Method(1.0, t, kind, BETAS[kind])
+            s,
+            torch.eye(9, dtype=dtype),
+            torch.tensor([3]),
+            teacher,
+            Method(1.0, t, kind, BETAS[kind]),
         )
         assert torch.isfinite(loss) and torch.isfinite(grad).all(), (first, others, loss, grad)
 
@@ -307,25 +230,25 @@ def test_trap_4_a_confident_teacher_and_a_confident_student_give_no_nan(kind, dt
 def test_trap_4_a_bucket_that_underflows_gives_a_finite_gradient(t):
     """The teacher's mass lies outside S, the student's all inside: g_rest / q_rest is the largest
     number of the whole loss."""
-    kept = TopK(torch.tensor([[3]]), torch.tensor([[0.0]]), torch.tensor([30.0]))
+    teacher = TopK(torch.tensor([[3]]), torch.tensor([[0.0]]), torch.tensor([30.0]))
     s = torch.full((1, 9), -1e5)
     s[0, 3] = 0.0
-    loss, grad, _ = ours(s, torch.eye(9), torch.tensor([3]), kept, Method(1.0, t))
+    loss, grad, _ = ours(s, torch.eye(9), torch.tensor([3]), teacher, Method(1.0, t))
     assert torch.isfinite(loss) and torch.isfinite(grad).all(), grad
 
 
 def test_trap_4_the_bucket_of_a_confident_student_is_summed_and_not_one_minus_the_rest():
     s = torch.full((1, 50), -40.0) + torch.arange(50) / 100
     s[0, 7] = 0.0
-    kept = TopK(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
-    logq = losses.student_logq(s.clone(), kept.ids, 1.0)[0]
+    teacher = TopK(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
+    logq = losses.student_logq(s.clone(), teacher.ids, 1.0)[0]
     exact = (
         torch.softmax(s.double(), 1)
-        .masked_fill(torch.zeros(1, 50, dtype=torch.bool).scatter(1, kept.ids, True), 0)
+        .masked_fill(torch.zeros(1, 50, dtype=torch.bool).scatter(1, teacher.ids, True), 0)
         .sum(1)
         .log()
     )
-    assert 1 - torch.softmax(s, 1).gather(1, kept.ids).sum() <= 0, (
+    assert 1 - torch.softmax(s, 1).gather(1, teacher.ids).sum() <= 0, (
         "the example must be one where 1 - sum is lost in float32"
     )
     torch.testing.assert_close(logq[:, -1].double(), exact, rtol=1e-6, atol=1e-6)
@@ -367,17 +290,17 @@ def test_trap_7_no_mean_over_the_vocabulary():
     method, impossible = Method(0.5, 2.0), torch.full((230,), 0.0, dtype=z.dtype)
     impossible[23:] = -1e6
     wide = torch.cat([weight, torch.zeros(207, weight.shape[1], dtype=z.dtype)])
-    kept = keep(torch.nn.functional.pad(z, (0, 207), value=-1e6), 4, 2.0)
-    loss, grad, _ = ours(hidden, wide, labels, kept, method, bias=impossible)
+    teacher = keep(torch.nn.functional.pad(z, (0, 207), value=-1e6), 4, 2.0)
+    loss, grad, _ = ours(hidden, wide, labels, teacher, method, bias=impossible)
     all_close((loss, grad), ours(hidden, weight, labels, keep(z, 4, 2.0), method)[:2])
 
 
 def test_trap_9_cross_entropy_and_divergence_are_both_sums_over_the_same_targets():
     hidden, weight, labels, z = problem()
-    kept, method, head = keep(z, 4, 2.0), Method(0.3, 2.0), Head(weight, None, len(weight))
-    together = losses.head_loss(hidden, head, labels, kept, method)
+    teacher, method, head = keep(z, 4, 2.0), Method(0.3, 2.0), Head(weight, None, len(weight))
+    together = losses.head_loss(hidden, head, labels, teacher, method)
     each = [
-        losses.head_loss(hidden[i : i + 1], head, labels[i : i + 1], kept[i : i + 1], method)
+        losses.head_loss(hidden[i : i + 1], head, labels[i : i + 1], teacher[i : i + 1], method)
         for i in range(len(labels))
     ]
     all_close(together, [sum(one[i] for one in each) for i in range(3)])
@@ -391,9 +314,9 @@ def test_trap_16_rows_above_the_common_vocabulary_are_cut_before_softmax_and_get
     method,
 ):
     hidden, weight, labels, z = problem(v=70)
-    labels, kept = labels % 61, keep(z[:, :61], 4, 2.0) if method.alpha else None
-    loss, grad, grad_weight = ours(hidden, weight, labels, kept, method, vocab=61)
-    all_close((loss, grad, grad_weight[:61]), ours(hidden, weight[:61], labels, kept, method))
+    labels, teacher = labels % 61, keep(z[:, :61], 4, 2.0) if method.alpha else None
+    loss, grad, grad_weight = ours(hidden, weight, labels, teacher, method, vocab=61)
+    all_close((loss, grad, grad_weight[:61]), ours(hidden, weight[:61], labels, teacher, method))
     assert (
         grad_weight.shape == (70, 5)
         and not grad_weight[61:].any()
@@ -408,12 +331,14 @@ def test_trap_18_logits_and_sums_are_float32_under_half_precision(amp, monkeypat
         Head, "logits", lambda *args, **more: seen.append(plain(*args, **more)) or seen[-1]
     )
     hidden, weight, labels, z = problem(n=300, v=997, d=8, dtype=torch.float32)
-    kept, method = keep(z, 4, 2.0), Method(0.5, 2.0)
+    teacher, method = keep(z, 4, 2.0), Method(0.5, 2.0)
     hidden, weight = (6 * hidden).to(amp).float(), weight.to(amp).float()
-    wanted = ours(hidden, weight, labels, kept, method)
+    wanted = ours(hidden, weight, labels, teacher, method)
     with torch.autocast("cpu", amp):
-        half = ours(hidden.to(amp), weight, labels, kept, method)
-        float_half = losses.head_loss(hidden, Head(weight, None, 997), labels, kept, method, amp)[0]
+        half = ours(hidden.to(amp), weight, labels, teacher, method)
+        float_half = losses.head_loss(
+            hidden, Head(weight, None, 997), labels, teacher, method, amp
+        )[0]
     assert (
         {z.dtype for z in seen} == {torch.float32}
         and half[0].dtype == half[2].dtype == torch.float32
@@ -428,17 +353,17 @@ def test_trap_18_a_flat_tail_of_1e_8_a_token_has_its_whole_gradient_in_float32()
     vanish."""
     v = 100_000
     weight = torch.randn(v, 3, generator=torch.Generator().manual_seed(0))
-    kept = TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), torch.full((2,), math.log(1e-3)))
+    teacher = TopK(torch.tensor([[0], [1]]), torch.zeros(2, 1), torch.full((2,), math.log(1e-3)))
     options = dict(
         labels=torch.tensor([0, 1]),
-        kept=kept,
+        teacher=teacher,
         method=Method(1.0, 1.0),
         bias=torch.zeros(v).index_fill(0, torch.tensor([0, 1]), 15.0),
     )
     loss, grad, _ = ours(torch.full((2, 3), 0.1), weight, **options)
     exact = {
         "bias": options["bias"].double(),
-        "kept": TopK(kept.ids, kept.gap.double(), kept.tail.double()),
+        "teacher": TopK(teacher.ids, teacher.gap.double(), teacher.tail.double()),
     }
     exact = ours(torch.full((2, 3), 0.1).double(), weight.double(), **options | exact)
     assert loss > 0.01
@@ -463,7 +388,7 @@ def test_trap_20_softcap_and_scale_are_honoured(softcap, scale):
 
 def test_bias_is_honoured_and_trained():
     hidden, weight, labels, z = problem()
-    bias, method, kept = (
+    bias, method, teacher = (
         torch.linspace(-2, 2, 23, dtype=torch.float64),
         Method(0.6, 2.0),
         keep(z, 4, 2.0),
@@ -473,7 +398,7 @@ def test_bias_is_honoured_and_trained():
     )
     all_close(
         gradients(
-            lambda h, w, b: losses.head_loss(h, Head(w, b, 23), labels, kept, method)[0],
+            lambda h, w, b: losses.head_loss(h, Head(w, b, 23), labels, teacher, method)[0],
             hidden,
             weight,
             bias,
@@ -485,12 +410,12 @@ def test_bias_is_honoured_and_trained():
 @pytest.mark.parametrize("method", (Method(), Method(0.5, 2.0)))
 def test_trap_23_a_batch_without_targets_has_loss_zero_and_backward_works(method):
     hidden, weight, labels, z = problem(n=0)
-    kept = (
+    teacher = (
         TopK(torch.zeros(0, 4, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0))
         if method.alpha
         else None
     )
-    loss, grad, grad_weight = ours(hidden, weight, labels, kept, method)
+    loss, grad, grad_weight = ours(hidden, weight, labels, teacher, method)
     assert (
         loss == 0
         and grad.shape == (0, 5)
@@ -503,6 +428,26 @@ def test_trap_25_a_teacher_that_is_missing_is_an_error_and_not_cross_entropy():
     hidden, weight, labels, _ = problem()
     with pytest.raises(AssertionError, match="without a teacher"):
         losses.head_loss(hidden, Head(weight, None, 23), labels, None, Method(0.5, 2.0))
+
+
+# --- a method that moves
+
+
+def test_what_moves_goes_in_a_straight_line_from_the_first_step_to_the_last():
+    schedule = losses.Schedule((0.9, 0.5), 2.0, "jsd", 0.3, steps=5)
+    assert [schedule(step).alpha for step in range(6)] == pytest.approx(
+        [0.9, 0.8, 0.7, 0.6, 0.5, 0.5]
+    )
+    assert schedule(0) == Method(0.9, 2.0, "jsd", 0.3)
+    assert schedule.moving(0) == {"alpha": 0.9}
+    assert losses.Schedule((0.9, 0.5), (4.0, 2.0)).moving(0) == {"alpha": 0.9, "temperature": 4.0}
+
+
+def test_what_does_not_move_is_the_same_at_every_step_and_not_logged():
+    schedule = losses.Schedule(0.9, 2.0, "skl", 0.1, steps=5)
+    assert {schedule(step) for step in range(5)} == {Method(0.9, 2.0, "skl", 0.1)}
+    assert schedule.moving(3) == {}
+    assert losses.Schedule()(0) == Method()
 
 
 # --- the rest
@@ -518,27 +463,27 @@ def test_a_second_backward_asserts_instead_of_scaling_the_gradient_twice():
 
 def test_the_scale_that_arrives_in_backward_multiplies_the_gradient():
     hidden, weight, labels, z = problem()
-    kept, method = keep(z, 4, 2.0), Method(0.5, 2.0)
+    teacher, method = keep(z, 4, 2.0), Method(0.5, 2.0)
     scaled = gradients(
-        lambda h, w: 1024 * losses.head_loss(h, Head(w, None, 23), labels, kept, method)[0] / 7,
+        lambda h, w: 1024 * losses.head_loss(h, Head(w, None, 23), labels, teacher, method)[0] / 7,
         hidden,
         weight,
     )
-    all_close(scaled, [x * 1024 / 7 for x in ours(hidden, weight, labels, kept, method)])
+    all_close(scaled, [x * 1024 / 7 for x in ours(hidden, weight, labels, teacher, method)])
 
 
 def test_the_loss_is_the_same_without_gradients():
     hidden, weight, labels, z = problem()
-    kept, method = keep(z, 4, 2.0), Method(0.5, 2.0)
+    teacher, method = keep(z, 4, 2.0), Method(0.5, 2.0)
     with torch.no_grad():
-        plain = losses.head_loss(hidden, Head(weight, None, 23), labels, kept, method)[0]
-    assert plain == ours(hidden, weight, labels, kept, method)[0] and not plain.requires_grad
+        plain = losses.head_loss(hidden, Head(weight, None, 23), labels, teacher, method)[0]
+    assert plain == ours(hidden, weight, labels, teacher, method)[0] and not plain.requires_grad
 
 
 def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t_2():
     hidden, weight, labels, noise = problem(n=64, v=2000, d=32, spread=0.5)
     t, k, z = 2.0, 16, hidden @ weight.t() + 0.5 * noise  # a student near its teacher
-    kept, ids = keep(z, k, t), z.topk(k, 1).indices
+    teacher, ids = keep(z, k, t), z.topk(k, 1).indices
 
     def kl(a, b):
         return (
@@ -553,7 +498,7 @@ def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t
     renormalised = gradients(
         lambda h, w: kl(z.gather(1, ids), (h @ w.t()).gather(1, ids)), hidden, weight
     )
-    bucketed = ours(hidden, weight, labels, kept, Method(1.0, t))
+    bucketed = ours(hidden, weight, labels, teacher, Method(1.0, t))
     for place in (1, 2):  # of hidden, of weight
         assert angle(bucketed[place], full[place]) < 0.85 * angle(renormalised[place], full[place])
         size, other = (x[place].norm() / full[place].norm() for x in (bucketed, renormalised))
@@ -563,9 +508,8 @@ def test_the_bucket_gradient_is_nearer_to_full_kl_than_a_renormalised_top_k_at_t
 @pytest.mark.parametrize("dtype, limit", ((torch.float16, 2e-3), (torch.bfloat16, 1e-2)))
 @pytest.mark.parametrize("kind", losses.DIVERGENCES)
 def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype, limit, kind):
-    """The road of a GPU, walked on the CPU: operands rounded to half, sums in float32, gradients
+    """A GPU's products on the CPU: operands rounded to half, sums in float32, gradients
     lifted over fp16's smallest numbers."""
-    from lib import head as heads
 
     def product(a, b, out=None):
         made = a.float() @ b.float()
@@ -603,15 +547,13 @@ def test_half_precision_products_give_the_gradient_of_float32(monkeypatch, dtype
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_half_precision_on_a_gpu_gives_the_gradient_of_float32(dtype):
-    from lib import head as heads
-
     torch.manual_seed(3)
     hidden, weight, labels = (
         torch.randn(64, 128).cuda(),
         torch.randn(512, 128).cuda(),
         torch.randint(0, 512, (64,)).cuda(),
     )
-    kept = heads.topk_and_tails(torch.randn(64, 512).cuda() * 3, 32, [2.0])
+    teacher = heads.topk_and_tails(torch.randn(64, 512).cuda() * 3, 32, [2.0])
     gradients = []
     for precision in (torch.float32, dtype):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
@@ -619,7 +561,7 @@ def test_half_precision_on_a_gpu_gives_the_gradient_of_float32(dtype):
             leaves[0],
             heads.Head(leaves[1], None, 512),
             labels,
-            losses.TopK(kept[0], kept[1], kept[2][:, 0]),
+            losses.TopK(teacher[0], teacher[1], teacher[2][:, 0]),
             losses.Method(0.7, 2.0),
             precision,
         )

@@ -97,7 +97,7 @@ def test_perplexity_is_that_of_transformers_own_loss(world, val, dtype):
 @pytest.mark.parametrize("k", (0, make.V))
 def test_both_kls_over_all_tokens_are_those_of_torch(world, val, pair, k):
     student, teacher = pair
-    seen = evaluate.evaluate(student, val, make.V, 64, store=beside(teacher, k))
+    seen = evaluate.evaluate(student, val, make.V, 64, teacher=beside(teacher, k))
     logq, logp_ = (logp(world / name, val, range(13)) for name in ("student", "teacher"))
     assert seen["kl"] == pytest.approx(
         kl_div(logq, logp_, reduction="batchmean", log_target=True).item(), rel=1e-9
@@ -109,7 +109,7 @@ def test_both_kls_over_all_tokens_are_those_of_torch(world, val, pair, k):
 
 
 def test_both_kls_of_a_model_to_itself_are_exactly_zero(val, pair):
-    seen = evaluate.evaluate(pair[1], val, make.V, 64, store=beside(pair[1]))
+    seen = evaluate.evaluate(pair[1], val, make.V, 64, teacher=beside(pair[1]))
     assert (seen["kl"], seen["rkl"], seen["agree"]) == (0, 0, 1)
 
 
@@ -165,7 +165,12 @@ def test_batch_size_padding_and_row_order_change_nothing(world, val, pair, token
 
     def measured(split, tokens):
         return evaluate.measure(
-            student, split, make.V, tokens, store=beside(teacher, 8), sources=("general", "finance")
+            student,
+            split,
+            make.V,
+            tokens,
+            teacher=beside(teacher, 8),
+            sources=("general", "finance"),
         )
 
     seen, wanted = measured(with_rows(val, order), tokens), measured(val, 64)
@@ -181,7 +186,7 @@ def test_batch_size_padding_and_row_order_change_nothing(world, val, pair, token
 
 def test_every_measure_of_a_source_is_that_of_its_rows_alone_and_all_sum_up_to_the_whole(val, pair):
     student, teacher = pair
-    options = dict(store=beside(teacher, 8), sources=("general", "finance"))
+    options = dict(teacher=beside(teacher, 8), sources=("general", "finance"))
     whole = evaluate.measure(student, val, make.V, 64, **options)
     parts = whole.pop("by_source")
     assert list(parts) == ["general", "finance"]
@@ -231,7 +236,7 @@ def test_eval_only_writes_what_the_contract_says(world, tmp_path, name, monkeypa
         )
     )
     wanted = evaluate.measure(
-        student, dataset.val, make.V, 64, store=store, sources=dataset.sources
+        student, dataset.val, make.V, 64, teacher=store, sources=dataset.sources
     )
     for own, due in (
         (seen, wanted),
@@ -291,7 +296,7 @@ def test_a_live_teachers_val_measures_are_remembered_in_the_shape_that_evaluate_
     dataset = data.Dataset(world / "data")
     student, teacher = models.load(str(world / "student"), CPU), live.LiveTeacher(args, dataset)
     teacher.join(student, args, None)
-    seen = evaluate.evaluate(student, dataset.val, make.V, 64, store=teacher)
+    seen = evaluate.evaluate(student, dataset.val, make.V, 64, teacher=teacher)
     q, p = (logp(world / name, dataset.val, range(13)).exp() for name in ("student", "teacher"))
     ids = p.topk(8).indices
     p, q = (

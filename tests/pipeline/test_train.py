@@ -332,7 +332,7 @@ def test_trap_25_a_divergence_that_is_not_finite_ends_the_run_and_names_step_and
 
 @pytest.mark.parametrize("tokens", (1, 50, 4096))
 def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store, student, tokens):
-    seen = evaluate.evaluate(student, dataset.val, make.V, tokens, store=store)
+    seen = evaluate.evaluate(student, dataset.val, make.V, tokens, teacher=store)
     ce, hits, hits5, kl, rkl, agree, confidences = [], [], [], [], [], [], []
     for row in range(12):
         ids, answer, s = own_logits(world / "student", dataset.val, row)
@@ -375,7 +375,7 @@ def test_measures_by_source_are_those_of_its_own_targets_alone(
     split.rows = split.rows.copy()
     split.rows["source"] = np.where(np.arange(12) < 5, 2, 0)
     seen = evaluate.evaluate(
-        student, split, make.V, tokens, store=store, sources=("a", "b", "c", "d")
+        student, split, make.V, tokens, teacher=store, sources=("a", "b", "c", "d")
     )
     for name, rows in (("a", range(5, 12)), ("c", range(5))):
         kl = []
@@ -404,13 +404,13 @@ def test_measures_by_source_are_those_of_its_own_targets_alone(
         "kl_c",
     }
     assert "ce_a" not in evaluate.evaluate(
-        student, dataset.val, make.V, tokens, store=store, sources=("a", "b")
+        student, dataset.val, make.V, tokens, teacher=store, sources=("a", "b")
     ), "val holds one source alone"
 
 
 def test_a_teacher_has_no_distance_to_its_own_dump(world, dataset, store):
     teacher = models.load(str(world / "teacher"), CPU)
-    seen = evaluate.evaluate(teacher, dataset.val, make.V, 64, store=store)
+    seen = evaluate.evaluate(teacher, dataset.val, make.V, 64, teacher=store)
     assert (
         0 <= seen["kl"] < 1e-5
         and seen["agree"] == 1
@@ -463,7 +463,7 @@ def test_eval_only_measures_and_writes_nothing_else(world, dataset, store, stude
     assert [path.name for path in (tmp_path / "measured").iterdir()] == ["eval.json"]
     seen, wanted = (
         files.read_json(tmp_path / "measured" / "eval.json"),
-        evaluate.evaluate(student, dataset.val, make.V, 4096, store=store),
+        evaluate.evaluate(student, dataset.val, make.V, 4096, teacher=store),
     )
     assert {name: seen[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
     assert before == {path: path.stat().st_mtime_ns for path in (world / "student").iterdir()}

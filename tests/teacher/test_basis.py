@@ -12,10 +12,7 @@ import make
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_logits import teacher_logits
-from test_losses import (
+from references import (
     BETAS,
     TEMPERATURES,
     all_close,
@@ -26,6 +23,9 @@ from test_losses import (
     problem,
     reference_divergence,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_logits import teacher_logits
 
 import dump_logits
 import stage2_kd

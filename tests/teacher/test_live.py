@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import WORDS, to_gguf
-from safetensors.torch import load_file, save_file
-from test_losses import (
+from references import (
     BETAS,
     TEMPERATURES,
     all_close,
@@ -23,6 +22,7 @@ from test_losses import (
     reference_divergence,
     reference_loss,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dump_logits
@@ -362,7 +362,7 @@ def test_output_layers_of_two_sizes_are_cut_to_the_smaller_one(
 
 def test_evaluation_compares_with_a_live_teacher_over_all_tokens(world, pair, dataset):
     student, teacher = pair
-    seen = evaluate.evaluate(student, dataset.val, teacher.vocab, 64, store=teacher)
+    seen = evaluate.evaluate(student, dataset.val, teacher.vocab, 64, teacher=teacher)
     batch = dataset.val.batch([[row] for row in range(8)])
     z, s = (row_logits(world / name, batch, dataset.val) for name in ("teacher", "student"))
     kl = reference_divergence(torch.softmax(z, 1), torch.softmax(s, 1), "fkl", 0.5).mean().item()
@@ -393,7 +393,7 @@ def test_evaluation_with_a_live_top_k_compares_over_a_bucket(world, dataset):
         .mean()
         .item()
     )
-    assert evaluate.evaluate(student, dataset.val, teacher.vocab, 64, store=teacher)[
+    assert evaluate.evaluate(student, dataset.val, teacher.vocab, 64, teacher=teacher)[
         "kl"
     ] == pytest.approx(kl, rel=1e-6)
 
