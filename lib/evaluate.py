@@ -13,37 +13,15 @@ import numpy as np
 import torch
 
 from lib import data, files, losses, models, plan
-from lib.measure import score
 from lib.models import Model
 
 COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
-BINS = 15  # of confidence, for the calibration error
+# of confidence, for the expected calibration error (Guo et al., arXiv:1706.04599, eq. 3)
+BINS = 15
 MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is kept
 # sources above which none is measured by itself: log lines are to be read, and older data counts
 # each file as a source
 MANY = 16
-
-GLOSSARY = {
-    "ce": "cross-entropy of the reference token, nats a target",
-    "ppl": "perplexity, exp(ce)",
-    "acc1": "share of targets where the likeliest token is the reference token",
-    "acc5": "share of targets whose reference token is among the five likeliest",
-    "ece": "expected calibration error, 15 bins (Guo et al., arXiv:1706.04599, eq. 3)",
-    "kl": (
-        "KL(teacher || student) at T=1 over the teacher's top k and one bucket for the others (live"
-        " with --k 0: over all tokens), nats a target"
-    ),
-    "rkl": "the reverse, KL(student || teacher), over the same categories, nats a target",
-    "agree": "share of targets where student and teacher have the same likeliest token",
-    "macro_f1": (
-        "of rows with a class each: the mean over classes of F1 (then there are no ppl and acc5;"
-        " accuracy is acc1)"
-    ),
-    "ce_NAME": (
-        "ce over the targets of one source, where val holds several; kl_NAME likewise (eval.json:"
-        " by_source holds all measures of each)"
-    ),
-}
 
 
 def evaluate(
@@ -70,10 +48,10 @@ def measure(
     store=None,
     sources: Sequence[str] = (),
 ) -> dict:
-    """Return the measures of GLOSSARY over all targets of a split; `kl`, `rkl` and `agree` where
-    `store`, a logits.Store or a live.Teacher, knows the teacher there at T=1; "by_source": {NAME:
-    the same} where the rows come from several of the `sources`; of rows with a class each
-    "predicted": the class numbers (rows,)."""
+    """Return the measures (README says what each means) over all targets of a split; `kl`, `rkl`
+    and `agree` where `store`, a logits.Store or a live.Teacher, knows the teacher there at T=1;
+    "by_source": {NAME: the same} where the rows come from several of the `sources`; of rows with a
+    class each "predicted": the class numbers (rows,)."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
@@ -143,7 +121,7 @@ def measure(
     if predicted is not None:
         for measures in (whole, *by_source.values()):
             del measures["ppl"], measures["acc5"]
-        of_classes = score.classification(split.labels, predicted, vocab)
+        of_classes = classification(split.labels, predicted, vocab)
         whole = {
             "ce": whole.pop("ce"),
             "acc1": whole.pop("acc1"),
@@ -168,6 +146,54 @@ def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
         "ece": ece,
         **(distances if compared else {}),
         "targets": n,
+    }
+
+
+def confusion(
+    reference: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Return how often each class (a row) was predicted to be each class (a column), (classes,
+    classes)."""
+    cells = np.asarray(reference, np.int64) * classes + np.asarray(predicted, np.int64)
+    return np.bincount(cells, weights, classes * classes).reshape(classes, classes)
+
+
+def class_scores(table: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Return accuracy, macro-F1, and (3, classes) precision, recall and F1 of a confusion table.
+
+    As scikit-learn has them: 0 where there is nothing to divide by, and the mean is over classes
+    that were asked for or predicted.
+    """
+    right, said, true = np.diag(table), table.sum(0), table.sum(1)
+    f1 = 2 * right / np.maximum(said + true, 1)
+    each = np.stack([right / np.maximum(said, 1), right / np.maximum(true, 1), f1])
+    return (
+        float(right.sum() / max(table.sum(), 1)),
+        float(f1[said + true > 0].mean()) if table.any() else 0.0,
+        each,
+    )
+
+
+def classification(
+    reference: np.ndarray, predicted: np.ndarray, labels: int | Sequence[str]
+) -> dict:
+    """Return accuracy, macro_f1, labels, confusion (row = reference, column = predicted) and
+    per_class of two arrays of class numbers (N,).
+
+    labels: the classes' names, or how many they are (then they are named by their numbers).
+    """
+    names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
+    table = confusion(reference, predicted, len(names))
+    accuracy, macro_f1, each = class_scores(table)
+    rows = zip(names, *each.tolist(), table.sum(1).tolist())
+    return {
+        "accuracy": accuracy,
+        "macro_f1": macro_f1,
+        "labels": names,
+        "confusion": table.tolist(),
+        "per_class": {
+            name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, *row in rows
+        },
     }
 
 
@@ -214,7 +240,7 @@ def alone(
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     of_classes = (
-        score.classification(dataset.val.labels, measures["predicted"], dataset.labels)
+        classification(dataset.val.labels, measures["predicted"], dataset.labels)
         if dataset.labels and dataset.val.targets
         else {}
     )

@@ -207,7 +207,7 @@ def answer(args, make):
         write_answers(args, chat, prompts, ready, metrics, names, lines, out)
     if args.score:
         rows = score.read(out)
-        classes = score.classification(*score.classes_of(rows, names)) if names else {}
+        classes = score.by_class(rows, names) if names else {}
         made = {
             "ckpt": args.ckpt,
             "weights": settings["weights"],

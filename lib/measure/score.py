@@ -194,54 +194,6 @@ def rouge_of():
 # --- classification
 
 
-def confusion(
-    reference: np.ndarray, predicted: np.ndarray, classes: int, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Return how often each class (a row) was predicted to be each class (a column), (classes,
-    classes)."""
-    cells = np.asarray(reference, np.int64) * classes + np.asarray(predicted, np.int64)
-    return np.bincount(cells, weights, classes * classes).reshape(classes, classes)
-
-
-def class_scores(table: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Return accuracy, macro-F1, and (3, classes) precision, recall and F1 of a confusion table.
-
-    As scikit-learn has them: 0 where there is nothing to divide by, and the mean is over classes
-    that were asked for or predicted.
-    """
-    right, said, true = np.diag(table), table.sum(0), table.sum(1)
-    f1 = 2 * right / np.maximum(said + true, 1)
-    each = np.stack([right / np.maximum(said, 1), right / np.maximum(true, 1), f1])
-    return (
-        float(right.sum() / max(table.sum(), 1)),
-        float(f1[said + true > 0].mean()) if table.any() else 0.0,
-        each,
-    )
-
-
-def classification(
-    reference: np.ndarray, predicted: np.ndarray, labels: int | Sequence[str]
-) -> dict:
-    """Return accuracy, macro_f1, labels, confusion (row = reference, column = predicted) and
-    per_class of two arrays of class numbers (N,).
-
-    labels: the classes' names, or how many they are (then they are named by their numbers).
-    """
-    names = [str(i) for i in range(labels)] if isinstance(labels, int) else list(labels)
-    table = confusion(reference, predicted, len(names))
-    accuracy, macro_f1, each = class_scores(table)
-    rows = zip(names, *each.tolist(), table.sum(1).tolist())
-    return {
-        "accuracy": accuracy,
-        "macro_f1": macro_f1,
-        "labels": names,
-        "confusion": table.tolist(),
-        "per_class": {
-            name: dict(zip(("precision", "recall", "f1", "support"), row)) for name, *row in rows
-        },
-    }
-
-
 def classes_of(
     rows: Sequence[dict], labels: Sequence[str] | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -258,6 +210,13 @@ def classes_of(
         return np.array([place.get(row[field].strip(), len(place)) for row in rows], np.int64)
 
     return numbers("reference"), numbers("answer"), names
+
+
+def by_class(rows: Sequence[dict], labels: Sequence[str] | None = None) -> dict:
+    """Return evaluate.classification of references and answers, whole texts as labels."""
+    from lib import evaluate  # here, not above: it brings torch
+
+    return evaluate.classification(*classes_of(rows, labels))
 
 
 # --- many rows
@@ -330,10 +289,15 @@ def measures(
 
         found["bleu"] = corpus
     if "macro_f1" in metrics:
+        from lib import evaluate  # here, not above: it brings torch, and the others need none
+
         reference, predicted, names = classes_of(rows)
-        found["macro_f1"] = lambda weights: class_scores(
-            confusion(reference, predicted, len(names), weights)
-        )[1]
+
+        def macro_f1(weights: np.ndarray) -> float:
+            table = evaluate.confusion(reference, predicted, len(names), weights)
+            return evaluate.class_scores(table)[1]
+
+        found["macro_f1"] = macro_f1
     return {name: found[name] for name in metrics}
 
 
@@ -535,11 +499,7 @@ def main(argv=None):
     except ValueError as wrong:
         parser.error(f"--metrics: {wrong}")
     for path, rows in zip(args.answers, sets):
-        classes = (
-            classification(*classes_of(rows))["per_class"]
-            if {"accuracy", "macro_f1"} & set(metrics)
-            else None
-        )
+        classes = by_class(rows)["per_class"] if {"accuracy", "macro_f1"} & set(metrics) else None
         print(f"{path}\n{show(summarise(rows, metrics, args.seed, args.rounds), classes)}\n")
     if len(sets) == 2:
         print(
