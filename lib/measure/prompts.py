@@ -206,7 +206,7 @@ def answer(args, make):
     if lines is not None:
         write_answers(args, chat, prompts, ready, metrics, names, lines, out)
     if args.score:
-        rows = score.read(out)
+        rows = score.read_answers(out)
         classes = score.by_class(rows, names) if names else {}
         made = {
             "ckpt": args.ckpt,
