@@ -176,11 +176,10 @@ def notes(result: dict) -> list[str]:
     """Return the lines under the table: what it was measured on, how to read it, and the paired
     differences."""
     models, about = result["models"].values(), []
-    counted = {"held-out targets": "targets", "held-out prompts": "answers"}
-    counts = {
-        what: next((m[key] for m in models if key in m), None) for what, key in counted.items()
-    }
-    if counts := [f"{count:,} {what}" for what, count in counts.items() if count is not None]:
+    counts = []
+    for what, key in (("held-out targets", "targets"), ("held-out prompts", "answers")):
+        counts += [f"{model[key]:,} {what}" for model in models if key in model][:1]
+    if counts:
         about.append(f"{', '.join(counts)}.")
     if len(models) > 1:
         apart = ", the teacher apart" if "teacher" in result["roles"] else ""

@@ -11,7 +11,7 @@ from lib import files
 # what a run's picture shows, where its history has it
 PANELS = ("ce", "kl", "acc1", "loss", "feature", "attention", "contrastive")
 GREY, BLUE, AMBER, RED = "#8a93a3", "#3b7dd8", "#e0b46c", "#c8584e"
-SPLITS = {"train": BLUE, "val": AMBER}
+SPLIT_COLOURS = {"train": BLUE, "val": AMBER}
 
 
 def pyplot():
@@ -80,7 +80,7 @@ def prepared(folder: Path) -> None:
     spare = 0.35 if meta.get("classes") else 0.12
     _draw_lengths(pair(height - 0.85, height - 3.3, left=0.04, wspace=spare), meta, *split)
     below = pair(0.2 + 0.3 * places, 0.2, left=0.2, wspace=0.6)
-    _bars(below[0], sources, "rows by source", SPLITS, places)
+    _bars(below[0], sources, "rows by source", SPLIT_COLOURS, places)
     _bars(below[1], drops, _dropped_of(meta, *split), {"dropped": RED}, places)
     figure.suptitle(_title(meta, *split), y=1 - 0.2 / height)
     with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def _draw_lengths(axes, meta: dict, train: np.ndarray, val: np.ndarray) -> None:
     _histogram(axes[0], lengths, "tokens of a row", GREY, max(1, lengths.min()), high)
     rows = [(_short(name), [count["train"], count["val"]]) for name, count in labels.items()]
     rows = _largest(rows, "classes", 8)
-    _bars(axes[1], rows, f"rows of {len(labels)} classes", SPLITS, max(4, len(rows)))
+    _bars(axes[1], rows, f"rows of {len(labels)} classes", SPLIT_COLOURS, max(4, len(rows)))
 
 
 def _short(name: str) -> str:
