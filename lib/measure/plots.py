@@ -1,22 +1,17 @@
 """Pictures, by matplotlib: the curves of one run's history.jsonl, and what a prepared data set
 holds."""
 
-import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-PANELS = (
-    "ce",
-    "kl",
-    "acc1",
-    "loss",
-    "feature",
-    "attention",
-    "contrastive",
-)  # what a run's picture shows, where its history has it
+from lib import files
+
+# what a run's picture shows, where its history has it
+PANELS = ("ce", "kl", "acc1", "loss", "feature", "attention", "contrastive")
 GREY, BLUE, AMBER, RED = "#8a93a3", "#3b7dd8", "#e0b46c", "#c8584e"
+SPLIT_COLOURS = {"train": BLUE, "val": AMBER}
 
 
 def pyplot():
@@ -38,27 +33,22 @@ def curves(history: Path, out: Path, title: str) -> None:
     raw and thin, the teacher as a dashed line."""
     if (plt := pyplot()) is None:
         return
-    lines = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    lines = files.read_jsonl(history)
     panels = [p for p in PANELS if any(p in line for line in lines)]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False, layout="constrained"
     )
     for axis, name in zip(axes[0], panels):
+        there = [line for line in lines if name in line]
         for event, style in (
-            ("train", dict(color=GREY, lw=0.8)),
-            ("eval", dict(color=BLUE, marker="o", ms=3)),
+            ("train", dict(label="training step", color=GREY, lw=0.8)),
+            ("eval", dict(label="held out", color=BLUE, marker="o", ms=3)),
         ):
-            points = [
-                (line["step"], line[name])
-                for line in lines
-                if line["event"] == event and name in line
-            ]
+            points = [(line["step"], line[name]) for line in there if line["event"] == event]
             if points:
-                axis.plot(
-                    *zip(*points), label="held out" if event == "eval" else "training step", **style
-                )
-        for line in lines:
-            if line["event"] == "teacher" and name in line:
+                axis.plot(*zip(*points), **style)
+        for line in there:
+            if line["event"] == "teacher":
                 axis.axhline(line[name], label="teacher, held out", color=AMBER, ls="--", lw=1.2)
         axis.set(xlabel="optimizer step", title=name)
         axis.grid(alpha=0.3)
@@ -69,96 +59,88 @@ def curves(history: Path, out: Path, title: str) -> None:
 
 
 def prepared(folder: Path) -> None:
-    """Draw a prepared data set (see lib/data.py) into its report.png: lengths, rows by source,
-    drops by reason."""
+    """Draw a prepared data set (see lib/data.py) into its report.png: lengths and classes above,
+    rows by source and drops by reason below."""
     if (plt := pyplot()) is None:
         return
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    train, val = (np.load(folder / f"{split}.rows.npy") for split in ("train", "val"))
-    rows = np.concatenate([train, val])
-    targets, lengths = rows["targets"].astype(np.int64), rows["length"].astype(np.int64)
-
-    counts = zip(
-        *(
-            np.bincount(part["source"], minlength=len(meta["sources"])).tolist()
-            for part in (train, val)
-        )
-    )
-    sources = _largest(
-        [(_short(source["name"]), list(both)) for source, both in zip(meta["sources"], counts)],
-        "sources",
-    )
-    drops = _largest(
-        [(_short(reason), [count]) for reason, count in meta["dropped"].items()], "reasons"
-    )
-
+    meta = files.read_json(folder / "meta.json")
+    split = [np.load(folder / f"{name}.rows.npy") for name in ("train", "val")]
+    sources, drops = _sources(meta, *split), _drops(meta)
     places = max(len(sources), len(drops), 2)
     height = 4.6 + 0.3 * places  # inches: the lengths take 2.6, the bars 0.3 each
-
-    def inch(*values):
-        return [value / height for value in values]
-
     figure = plt.figure(figsize=(11, height))
-    lengths_at = dict(
-        zip(("top", "bottom"), inch(height - 0.85, height - 3.3)),
-        left=0.04,
-        right=0.97,
-        wspace=0.12,
-    )
-    bars_at = dict(
-        zip(("top", "bottom"), inch(0.2 + 0.3 * places, 0.2)), left=0.2, right=0.97, wspace=0.6
-    )
-    low, high = (
-        max(1, min(targets.min(), (lengths - targets).min())),
-        max(2, targets.max(), (lengths - targets).max()),
-    )
-    lengths_of = (
-        (0, lengths - targets, "prompt: how many tokens of a row are not learnt", GREY),
-        (1, targets, "answer: how many tokens of a row are learnt", BLUE),
-    )
-    if labels := meta.get("classes"):
-        lengths_of, low = ((0, lengths, "tokens of a row", GREY),), max(1, lengths.min())
-        there = _largest(
-            [(_short(name), [count["train"], count["val"]]) for name, count in labels.items()],
-            "classes",
-            8,
+
+    def pair(top: float, bottom: float, **spare):
+        """Return two axes side by side, between so many inches from below."""
+        grid = figure.add_gridspec(
+            1, 2, top=top / height, bottom=bottom / height, right=0.97, **spare
         )
-        axis = figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at | {"wspace": 0.35})[1])
-        _bars(
-            axis,
-            there,
-            f"rows of {len(labels)} classes",
-            {"train": BLUE, "val": AMBER},
-            max(4, len(there)),
-        )
-    for place, values, label, colour in lengths_of:
-        _histogram(
-            figure.add_subplot(figure.add_gridspec(1, 2, **lengths_at)[place]),
-            values,
-            label,
-            colour,
-            low,
-            high,
-        )
-    axes = [figure.add_subplot(figure.add_gridspec(1, 2, **bars_at)[place]) for place in (0, 1)]
-    _bars(axes[0], sources, "rows by source", {"train": BLUE, "val": AMBER}, places)
-    lost = sum(meta["dropped"].values())
-    of = "prompts and answers" if meta.get("teacher") else f"of {len(rows) + lost:,} rows read"
-    _bars(axes[1], drops, f"{lost:,} {of} were dropped", {"dropped": RED}, places)
-    learnt = (
-        f"one class of {len(labels)} a row"
-        if labels
-        else f"{targets.sum():,} of {lengths.sum():,} tokens are learnt"
-    )
-    figure.suptitle(
-        f"{len(train):,} rows to train on, {len(val):,} held out; {learnt}", y=1 - 0.2 / height
-    )
+        return [figure.add_subplot(grid[place]) for place in (0, 1)]
+
+    spare = 0.35 if meta.get("classes") else 0.12
+    _draw_lengths(pair(height - 0.85, height - 3.3, left=0.04, wspace=spare), meta, *split)
+    below = pair(0.2 + 0.3 * places, 0.2, left=0.2, wspace=0.6)
+    _bars(below[0], sources, "rows by source", SPLIT_COLOURS, places)
+    _bars(below[1], drops, _dropped_of(meta, *split), {"dropped": RED}, places)
+    figure.suptitle(_title(meta, *split), y=1 - 0.2 / height)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # a source's name may hold characters that the font lacks
+        # a source's name may hold characters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")
         figure.savefig(folder / "report.png", dpi=110)
     plt.close(figure)
+
+
+def _sources(meta: dict, train: np.ndarray, val: np.ndarray) -> list[tuple[str, list[int]]]:
+    """Return each source's rows, (name, [train, val])."""
+    names = [_short(source["name"]) for source in meta["sources"]]
+    counts = [np.bincount(part["source"], minlength=len(names)) for part in (train, val)]
+    return _largest(list(zip(names, np.transpose(counts).tolist())), "sources")
+
+
+def _drops(meta: dict) -> list[tuple[str, list[int]]]:
+    """Return how many rows were dropped, (reason, [count])."""
+    return _largest([(_short(why), [count]) for why, count in meta["dropped"].items()], "reasons")
+
+
+def _dropped_of(meta: dict, train: np.ndarray, val: np.ndarray) -> str:
+    """Return how many rows were dropped, and of how many, in words."""
+    lost = sum(meta["dropped"].values())
+    read = f"of {len(train) + len(val) + lost:,} rows read"
+    return f"{lost:,} {'prompts and answers' if meta.get('teacher') else read} were dropped"
+
+
+def _title(meta: dict, train: np.ndarray, val: np.ndarray) -> str:
+    """Return how many rows and tokens there are to learn, in words."""
+    learnt, tokens = (
+        sum(int(part[field].sum(dtype=np.int64)) for part in (train, val))
+        for field in ("targets", "length")
+    )
+    of = f"{learnt:,} of {tokens:,} tokens are learnt"
+    if labels := meta.get("classes"):
+        of = f"one class of {len(labels)} a row"
+    return f"{len(train):,} rows to train on, {len(val):,} held out; {of}"
+
+
+def _draw_lengths(axes, meta: dict, train: np.ndarray, val: np.ndarray) -> None:
+    """Draw how long prompts and answers are; of rows with a class each how long they are, and how
+    many rows each class has."""
+    targets, lengths = (
+        np.concatenate([train[field], val[field]]).astype(np.int64)
+        for field in ("targets", "length")
+    )
+    prompts = lengths - targets
+    high = max(2, targets.max(), prompts.max())
+    if not (labels := meta.get("classes")):
+        low = max(1, min(targets.min(), prompts.min()))
+        of_prompts = "prompt: how many tokens of a row are not learnt"
+        _histogram(axes[0], prompts, of_prompts, GREY, low, high)
+        of_answers = "answer: how many tokens of a row are learnt"
+        _histogram(axes[1], targets, of_answers, BLUE, low, high)
+        return
+    _histogram(axes[0], lengths, "tokens of a row", GREY, max(1, lengths.min()), high)
+    rows = [(_short(name), [count["train"], count["val"]]) for name, count in labels.items()]
+    rows = _largest(rows, "classes", 8)
+    _bars(axes[1], rows, f"rows of {len(labels)} classes", SPLIT_COLOURS, max(4, len(rows)))
 
 
 def _short(name: str) -> str:

@@ -8,11 +8,10 @@ are called and printed.
                          answers.scores.json    measures of the answers with their intervals, and
                                                 the model's speed (chat.py --score, written last)
 
-Any of the files may be missing or older than what is read here: a measure that is not there is left
-out, never guessed.
+Any of the files may be missing: a measure that is not there is left out, never guessed.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib import files
@@ -43,51 +42,32 @@ ROWS = {
     "training.trained_s": ("seconds of training", 0),
     "training.tok_per_s": ("training tokens/s", 0),
 }
-HIGHER = (
-    "acc1",
-    "acc5",
-    "agree",
-    "exact",
-    "accuracy",
-    "macro_f1",
-    "bleu",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-)
-LOWER = (
-    "ce",
-    "ppl",
-    "kl",
-    "rkl",
-    "ece",
-)  # measures that are better when they are lower; what is in neither (sizes, speed) has no best
-PRIMARY = (
-    "exact",
-    "accuracy",
-    "rougeL",
-    "acc1",
-)  # the first of these that was measured stands for a model's quality
 OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "rougeL")
+# measures that are better when they are higher, and when they are lower; what is in neither (sizes,
+# speed) has no best
+HIGHER = ("acc1", "acc5", "agree", *OF_ANSWERS)
+LOWER = ("ce", "ppl", "kl", "rkl", "ece")
+# the first of these that was measured stands for a model's quality
+PRIMARY = ("exact", "accuracy", "rougeL", "acc1")
 
 
-def at(model: dict, measure: str):
-    """Return a measure by its name in ROWS, or None. Worked example: at({"speed": {"tok_per_s":
-    9.0}}, "speed.tok_per_s") == 9.0"""
+def value_of(model: dict, measure: str):
+    """Return a measure by its name in ROWS, or None. Worked example: value_of({"speed":
+    {"tok_per_s": 9.0}}, "speed.tok_per_s") == 9.0"""
     for part in measure.split("."):
         model = model.get(part) if isinstance(model, dict) else None
     return model
 
 
-def say(measure: str, value: float | None) -> str:
-    """Return a value as tables print it: say("ce", 0.13907) == "0.1391"; say("bytes", 388112) ==
-    "388.1 kB"."""
+def shown(measure: str, value: float | None) -> str:
+    """Return a value as tables print it: shown("ce", 0.13907) == "0.1391"; shown("bytes", 388112)
+    == "388.1 kB"."""
     digits = ROWS[measure][1] if measure in ROWS else 4
     if value is None:
         return ""
-    return (
-        files.human(value) if digits is None else f"{round(value, digits) + 0:,.{digits}f}"
-    )  # + 0: a KL of rounding size is no -0.0000
+    if digits is None:
+        return files.human(value)
+    return f"{round(value, digits) + 0:,.{digits}f}"  # + 0: a KL of rounding size is no -0.0000
 
 
 def signed(measure: str, difference: float | None) -> str:
@@ -101,88 +81,90 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def table(
+    rows: Sequence[Sequence[str]], left: Sequence[int] = (0,), markdown: bool = True
+) -> list[str]:
+    """Return a table's lines, in Markdown or without its bars; aligned, so that either reads in a
+    terminal. The first row is the head, `left` are columns of words."""
+    if markdown:
+        rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(3 if markdown else 0, *map(len, column)) for column in zip(*rows)]
+
+    def aligned(row):
+        return [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+
+    if not markdown:
+        return ["  ".join(aligned(row)).rstrip() for row in rows]
+    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return [f"| {' | '.join(aligned(row))} |" for row in (rows[0], rule, *rows[1:])]
+
+
 def present(models: dict[str, dict]) -> list[str]:
     """Return the rows of a table of these models: the measures that one of them has at least."""
-    return [name for name in ROWS if any(at(model, name) is not None for model in models.values())]
+    return [
+        name for name in ROWS if any(value_of(model, name) is not None for model in models.values())
+    ]
 
 
 def there(folder: Path) -> bool:
     """Return whether a folder holds measures of a model."""
-    return any(
-        (folder / name).exists() for name in ("eval.json", "answers.jsonl", "answers.scores.json")
-    )
+    measured = ("eval.json", "answers.jsonl", "answers.scores.json")
+    return any((folder / name).exists() for name in measured)
 
 
-def lines(path: Path) -> list[dict]:
-    """Return the objects of a .jsonl file; what follows the last line end is still being written,
-    and left out."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as broken:
-            files.fail(f"{path} line {number} is not JSON", seen=f"{line[:60]!r} ({broken})")
-    return found
-
-
-def answers(folder: Path) -> list[dict]:
+def answers_in(folder: Path) -> list[dict]:
     """Return the answered prompts of an evaluation folder, in their order; none where there are
     none."""
     path = Path(folder) / "answers.jsonl"
-    return lines(path) if path.exists() else []
+    return files.read_jsonl(path, torn=True) if path.exists() else []
 
 
-def read(folder: Path) -> dict:
+def question(row: dict) -> tuple:
+    """Return what identifies an answered prompt: the prompt itself, and its reference."""
+    return row.get("messages", row.get("prompt")), row.get("reference")
+
+
+def read_evaluation(folder: Path) -> dict:
     """Return what an evaluation folder holds: every measure by its name, and beside them
     "intervals" {measure: [low, high]} (95 %), "by_source", "labels", "confusion", "per_class",
     "speed", "settings" of the answers, and "answers", how many there are.
     """
     folder = Path(folder)
     model = files.read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
-    if model.get("accuracy") is not None and model.get("accuracy") == model.get("acc1"):
+    if "accuracy" in model and model["accuracy"] == model.get("acc1"):
         del model["acc1"]  # of classes it is the same, under the name people look for
-    if "by_source" not in model:  # older folders name a source's measures ce_NAME and kl_NAME
-        older = [name for name in model if name[:3] in ("ce_", "kl_")]
-        sources = dict.fromkeys(name[3:] for name in older)
-        model["by_source"] = {
-            source: {name[:2]: model[name] for name in older if name[3:] == source}
-            for source in sources
-        }
-        model = {name: value for name, value in model.items() if name not in older}
+    model.setdefault("by_source", {})
+    if not (scored := read_scores(folder)):
+        return model
+    metrics, how = scored["metrics"], scored.get("settings", {})
+    more = ("labels", "confusion", "per_class", "speed", "prompts")
+    model |= {name: scored[name] for name in more if name in scored}
+    if "weights" in scored:
+        model["scored_weights"] = scored["weights"]
+    hidden = ("ckpt", "weights", "prompts")
+    model["settings"] = {name: value for name, value in how.items() if name not in hidden}
+    model |= {name: one["value"] for name, one in metrics.items()}
+    model["answers"] = scored["count"]
+    model["intervals"] = {
+        name: [one["low"], one["high"]] for name, one in metrics.items() if "low" in one
+    }
+    return model
+
+
+def read_scores(folder: Path) -> dict:
+    """Return what answers.scores.json holds; of answers that chat.py --prompts wrote, unscored, the
+    exact matches where all have a reference; else {}."""
     scores, made = folder / "answers.scores.json", folder / "answers.jsonl.meta.json"
     if scores.exists():
-        scored = files.read_json(scores)
-        metrics, count = scored["metrics"], scored["count"]
-        model |= {
-            name: scored[name]
-            for name in ("labels", "confusion", "per_class", "speed")
-            if name in scored
-        }
-        how, model["prompts"], model["scored_weights"] = (
-            scored.get("settings", {}),
-            scored.get("prompts"),
-            scored.get("weights"),
-        )
-    elif (rows := answers(folder)) and all("reference" in row for row in rows):
-        metrics, count = summarise(rows), len(rows)
-        how = files.read_json(made) if made.exists() else {}
-        model["prompts"] = how.get("prompts")
-    else:
-        return model
-    model["settings"] = {
-        name: value for name, value in how.items() if name not in ("ckpt", "weights", "prompts")
-    }
-    model |= {name: one["value"] for name, one in metrics.items()} | {"answers": count}
-    return model | {
-        "intervals": {
-            name: [one["low"], one["high"]] for name, one in metrics.items() if "low" in one
-        }
-    }
-
-
-def summarise(rows: list[dict]) -> dict:
-    """Return the exact matches of answers that chat.py wrote without scoring them, as
-    lib/measure/score.py counts them."""
+        return files.read_json(scores)
+    rows = answers_in(folder)
+    if not rows or not all("reference" in row for row in rows):
+        return {}
     from lib.measure import score  # here, not above: most folders need none of it
 
-    return score.summarise(rows, ["exact"])
+    how = files.read_json(made) if made.exists() else {}
+    metrics = score.summarise(rows, ["exact"])
+    return {"metrics": metrics, "count": len(rows), "settings": how, "prompts": how.get("prompts")}

@@ -31,7 +31,6 @@ reference falls into the class `OTHER`.
 """
 
 import argparse
-import json
 import logging
 import re
 import string
@@ -43,13 +42,15 @@ from pathlib import Path
 import numpy as np
 
 from lib import files
+from lib.measure import results
 
 METRICS = ("exact", "bleu", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1")
 ROUGE = ("rouge1", "rouge2", "rougeL")
 OTHER = "(other)"
 MARK = re.compile(r"####[ \t]*(\S[^\n]*)")
 PHRASE = re.compile(
-    r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(?!not\b)(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)",
+    r"\banswer(?:\s+is\s*[:：]?|\s*[:：])\s*(?!not\b)(\S[^\n]*?)(?=\.?\s*\n|\.\s|\.?\s*$)"
+    r"|答案(?:是|为)?\s*[:：]?\s*([^\n。]+)",
     re.I,
 )
 # a minus behind a letter, a digit or a bracket subtracts: 78-22 holds 78 and 22. Bounded, for a
@@ -58,12 +59,11 @@ NUMBER = re.compile(
     r"(?:(?<![\w.)\]])-)?(?:\d{1,300}(?:\.\d{1,300})?|(?<![\w.])\.\d{1,300})(?:/0{0,9}[1-9]\d{0,300})?"
 )
 BARE, UNIT = r"\s*%?\.?", r"\s*%?(?:(?!(?i:hundred|thousand|[mbt]r?illion)\b)[^\W\d]+)?\.?"
-# Thai to Khmer, CJK
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-WORD = re.compile(
-    rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+"
-)  # as rouge-score, none for é
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+CHINESE = re.compile(f"[{HAN}]")
+UNSPACED = f"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff{HAN}"  # Thai to Khmer, CJK
+# as rouge-score, none for é
+WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")
 
 
 # --- exact match
@@ -101,27 +101,23 @@ def digits(text: str) -> str:
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
-def plain(text: str) -> str:
+def normalised(text: str) -> str:
     """Return a text without case, articles, punctuation and spare blanks (SQuAD's rule); one that
     is nothing else stays as it is.
 
-    Unlike SQuAD's, what tells numbers and names apart stays: plain("In C++, 3.5 is not 35.") == "in
-    c++ 3.5 is not 35".
+    Unlike SQuAD's, what tells numbers and names apart stays: normalised("In C++, 3.5 is not 35.")
+    == "in c++ 3.5 is not 35".
     """
     text = re.sub(
         r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text).lower().strip()
     )
-    kept = set(
-        m.start()
-        for m in re.finditer(
-            r"(?<=\d)[.,:/-](?=\d)|(?<=[^\W_])#|(?<=[^\W_])\+|(?<=[^\W_]\+)\+", text
-        )
-    )
-    kept = "".join(
-        c
-        for i, c in enumerate(text)
-        if i in kept or c not in string.punctuation and not unicodedata.category(c).startswith("P")
-    )
+    telling = r"(?<=\d)[.,:/-](?=\d)|(?<=[^\W_])#|(?<=[^\W_])\+|(?<=[^\W_]\+)\+"
+    stays = {found.start() for found in re.finditer(telling, text)}
+
+    def punctuation(c):
+        return c in string.punctuation or unicodedata.category(c).startswith("P")
+
+    kept = "".join(c for i, c in enumerate(text) if i in stays or not punctuation(c))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or " ".join(kept.split()) or text
 
 
@@ -129,11 +125,8 @@ def latex(text: str) -> str:
     """Return a formula without what does not change its value: spaces, \\left, \\text{}, the d of
     \\dfrac, a last full stop."""
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
-    return (
-        re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\.$", "", text)
-        .replace("dfrac", "frac")
-        .replace("tfrac", "frac")
-    )
+    text = re.sub(r"\\(?:left|right|[!,;: ])|[\s$]|\.$", "", text)
+    return text.replace("dfrac", "frac").replace("tfrac", "frac")
 
 
 def number(text: str, unit: bool = False) -> Fraction | None:
@@ -151,7 +144,7 @@ def exact_match(reference: str, answer: str) -> bool:
     if value is not None:
         found = NUMBER.findall(digits(answer if said is None else said.rpartition("=")[2]))
         return bool(found) and Fraction(found[-1 if said is None else 0]) == value
-    compared = latex if boxed(reference) is not None else plain
+    compared = latex if boxed(reference) is not None else normalised
     return compared(reference if marked is None else marked) == compared(
         answer if said is None else said
     )
@@ -168,7 +161,8 @@ class Words:
 
 
 def words(text: str) -> list[str]:
-    """Return ROUGE's tokens (see the module): words("Ein Café 自然") == ["ein", "caf", "自", "然"]."""
+    """Return ROUGE's tokens (see the module): words("Ein Café 自然") == ["ein", "caf", "自",
+    "然"]."""
     return WORD.findall(text.lower())
 
 
@@ -314,13 +308,9 @@ def summarise(
     """Return {metric: {"value", "low", "high", "n"}} of rows with a reference and an answer; low
     and high: the percentile bootstrap's 95 %."""
     found = measures(rows, metrics)
-    drawn = np.array(
-        [
-            [value(weights) for value in found.values()]
-            for weights in samples(len(rows), seed, rounds)
-        ]
-    )  # (rounds, metrics)
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
+    often = samples(len(rows), seed, rounds)
+    drawn = np.array([[value(weights) for value in found.values()] for weights in often])
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()  # drawn (rounds, metrics)
     whole = np.ones(len(rows), np.int64)
     return {
         name: {"value": value(whole), "low": low[i], "high": high[i], "n": len(rows)}
@@ -339,30 +329,17 @@ def paired(
     2^(1-N), the least that N signs can say. Source: Koehn 2004, "Statistical significance tests for
     machine translation evaluation".
     """
-
-    def asked(row):
-        return (row.get("messages"), row.get("prompt"), row["reference"])
-
-    if len(a) != len(b):
-        files.fail(
-            "the answers are to different prompts",
-            f"{len(a)} and {len(b)} answers",
-            "the same prompts in the same order",
-        )
-    if other := [i for i in range(len(a)) if asked(a[i]) != asked(b[i])]:
-        files.fail(
-            "the answers are to different prompts",
-            f"others in answer {other[0] + 1} of {len(a)}",
-            "the same prompts in the same order",
-        )
+    seen = f"{len(a)} and {len(b)} answers" if len(a) != len(b) else None
+    for number, (old, new) in enumerate(zip(a, b), 1):
+        if not seen and results.question(old) != results.question(new):
+            seen = f"others in answer {number} of {len(a)}"
+    if seen:
+        wanted = "the same prompts in the same order"
+        files.fail("the answers are to different prompts", seen, wanted)
     pairs = list(zip(measures(a, metrics).values(), measures(b, metrics).values()))
-    drawn = np.array(
-        [
-            [new(weights) - old(weights) for old, new in pairs]
-            for weights in samples(len(a), seed, rounds)
-        ]
-    )  # (rounds, metrics)
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
+    often = samples(len(a), seed, rounds)
+    drawn = np.array([[new(weights) - old(weights) for old, new in pairs] for weights in often])
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()  # drawn (rounds, metrics)
     p = np.minimum(1, 2 * (np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0)) + 1) / (rounds + 1))
     p = np.maximum(p, 2.0 ** (1 - len(a))).tolist()
     whole = np.ones(len(a), np.int64)
@@ -381,72 +358,39 @@ def paired(
 # --- tables, and the command
 
 
-def columns(table: Sequence[Sequence[str]]) -> str:
-    """Return a table for a terminal: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in table
-    )
-
-
 def show(metrics: dict[str, dict], per_class: dict[str, dict] | None = None) -> str:
     """Return the table of `summarise`, or of `paired`, and one of the classes where there are
     any."""
-    first = [name for name in ("value", "difference") if all(name in m for m in metrics.values())][
-        0
-    ]
-    more = ["p"] if first == "difference" else []
-    table = [["metric", first, "95 % from", "to", *more, "rows"]]
+    compared = any("p" in m for m in metrics.values())
+    first, sign, more = ("difference", "+", ["p"]) if compared else ("value", "", [])
+    rows = [["metric", first, "95 % from", "to", *more, "rows"]]
     for name, m in metrics.items():
-        sign, p = "+" if more else "", [f"{m[field]:.3f}" for field in more]
-        table.append(
-            [
-                name,
-                f"{m[first]:{sign}.4f}",
-                f"{m['low']:{sign}.4f}",
-                f"{m['high']:{sign}.4f}",
-                *p,
-                f"{m['n']:,}",
-            ]
-        )
-    text = columns(table)
+        values = [f"{m[field]:{sign}.4f}" for field in (first, "low", "high")]
+        rows.append([name, *values, *(f"{m[field]:.3f}" for field in more), f"{m['n']:,}"])
+    lines = results.table(rows, markdown=False)
     if per_class:
         fields = ("precision", "recall", "f1")
-        rows = [
-            [name, *(f"{scores[field]:.4f}" for field in fields), f"{scores['support']:,}"]
-            for name, scores in per_class.items()
-        ]
-        text += "\n\n" + columns([["class", *fields, "rows"], *rows])
-    return text
+        rows = [["class", *fields, "rows"]]
+        for name, scores in per_class.items():
+            rows.append([name, *(f"{scores[f]:.4f}" for f in fields), f"{scores['support']:,}"])
+        lines += ["", *results.table(rows, markdown=False)]
+    return "\n".join(lines)
 
 
-def read(path: str) -> list[dict]:
+def read_answers(path: str) -> list[dict]:
     """Return the lines of a file of answers; the first one without a reference or an answer ends
     the program, by its number."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as broken:
-        files.fail(
-            f"{path} cannot be read",
-            broken,
-            'a UTF-8 file of lines like {"reference": "...", "answer": "..."}',
-        )
+        wanted = 'a UTF-8 file of lines like {"reference": "...", "answer": "..."}'
+        files.fail(f"{path} cannot be read", broken, wanted)
     rows = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as broken:
-            files.fail(f"{path} line {at} is not JSON", broken)
+    for number, row in files.json_lines(lines, path):
         for field in ("reference", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                files.fail(
-                    f"{path} line {at} has no {field}", line[:60], f'a text in the field "{field}"'
-                )
+                seen, wanted = lines[number - 1][:60], f'a text in the field "{field}"'
+                files.fail(f"{path} line {number} has no {field}", seen, wanted)
         rows.append(row)
     if not rows:
         files.fail(f"{path} holds no answer", wanted="at least one line")
@@ -486,26 +430,21 @@ def main(argv=None):
         parser.error(f"{len(args.answers)} files, wanted one or two")
     if args.rounds < 1 or args.seed < 0:
         parser.error("--rounds must be above 0 and --seed 0 or more")
-    sets = [read(path) for path in args.answers]
-    labelled = args.metrics == "auto" and all(
-        "logp" in row for row in sets[0]
-    )  # chosen among labels (lib/measure/labels.py)
-    try:
-        metrics = (
-            ["accuracy", "macro_f1"]
-            if labelled
-            else chosen(args.metrics, [row["reference"] for row in sets[0]])
-        )
-    except ValueError as wrong:
-        parser.error(f"--metrics: {wrong}")
+    sets = [read_answers(path) for path in args.answers]
+    metrics = ["accuracy", "macro_f1"]
+    if args.metrics != "auto" or not all("logp" in row for row in sets[0]):
+        # else they were chosen among labels (lib/measure/labels.py)
+        try:
+            metrics = chosen(args.metrics, [row["reference"] for row in sets[0]])
+        except ValueError as wrong:
+            parser.error(f"--metrics: {wrong}")
+    of_classes = {"accuracy", "macro_f1"} & set(metrics)
     for path, rows in zip(args.answers, sets):
-        classes = by_class(rows)["per_class"] if {"accuracy", "macro_f1"} & set(metrics) else None
+        classes = by_class(rows)["per_class"] if of_classes else None
         print(f"{path}\n{show(summarise(rows, metrics, args.seed, args.rounds), classes)}\n")
     if len(sets) == 2:
-        print(
-            "the second less the first, over the same"
-            f" prompts\n{show(paired(*sets, metrics, args.seed, args.rounds))}"
-        )
+        made = paired(*sets, metrics, args.seed, args.rounds)
+        print(f"the second less the first, over the same prompts\n{show(made)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ def demo(tmp_path):
 def no_pictures(monkeypatch):
     """Compare without matplotlib, which takes a second."""
     monkeypatch.setattr(panels, "png", lambda *_: None)
-    monkeypatch.setattr(panels, "svgs", lambda *_: ([], []))
 
 
 def run(*argv) -> None:
@@ -132,36 +131,21 @@ def test_a_prefix_with_a_dot_keeps_it(demo, tmp_path, no_pictures):
     assert (tmp_path / "stage2-T2.0-a0.9.md").exists()
 
 
-def test_older_folders_without_scores_bytes_and_sources_are_read(tmp_path, no_pictures):
-    folders.evaluation(
-        tmp_path / "s-eval",
-        bytes=None,
-        data=None,
-        ce_news=1.5,
-        kl_news=0.25,
-        ce_code=0.5,
-        kl_code=0.125,
-    )
+def test_answers_without_scores_are_scored_and_sources_have_a_table(tmp_path, no_pictures):
+    sources = {"news": {"ce": 1.5, "kl": 0.25}, "code": {"ce": 0.5, "kl": 0.125}}
+    folders.evaluation(tmp_path / "s-eval", bytes=None, data=None, by_source=sources)
     folders.answers(tmp_path / "s-eval", scored=False)
     (model,) = compared(tmp_path / "out", tmp_path / "s-eval")["models"].values()
-    assert (
-        model["exact"] == 0.8
-        and model["answers"] == 10
-        and model["intervals"]["exact"][0] < 0.8 < model["intervals"]["exact"][1]
-    )
-    assert (
-        model["by_source"] == {"news": {"ce": 1.5, "kl": 0.25}, "code": {"ce": 0.5, "kl": 0.125}}
-        and "ce_news" not in model
-    )
-    assert re.search(
-        r"\| news +\| CE, nats a target +\| +1\.5000 \|", (tmp_path / "out.md").read_text()
-    )
+    assert model["exact"] == 0.8 and model["answers"] == 10
+    assert model["intervals"]["exact"][0] < 0.8 < model["intervals"]["exact"][1]
+    text = (tmp_path / "out.md").read_text()
+    assert re.search(r"\| news +\| CE, nats a target +\| +1\.5000 \|", text)
 
 
 def test_it_starts_without_torch():
     code = (
-        "import sys; from lib.measure import compare, runs; sys.exit('torch' in sys.modules or 'matplotlib'"
-        " in sys.modules)"
+        "import sys; from lib.measure import compare, runs, score;"
+        " sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -339,8 +323,8 @@ def test_curves_begin_where_the_stage_before_was_at_its_best_and_leave_out_other
     demo, tmp_path
 ):
     names = ("teacher", "stage1", "control", "stage2")
-    read = {name: runs.read(demo / name) for name in names}
-    lines = compare.curves(
+    read = {name: runs.read_run(demo / name) for name in names}
+    lines = panels.training_curves(
         read, {"teacher": {"ce": 0.11}}, {"teacher": "teacher", "student": "stage2"}
     )
     assert lines["left"] == ["teacher"] and lines["level"] == {"ce": 0.11}
@@ -354,8 +338,8 @@ def test_curves_begin_where_the_stage_before_was_at_its_best_and_leave_out_other
 def test_runs_that_name_each_other_as_their_start_do_not_go_round_for_ever(tmp_path):
     for name, other in (("a", "b"), ("b", "a")):
         folders.run(tmp_path / "g" / name, student=f"runs/g/{other}")
-    read = {name: runs.read(tmp_path / "g" / name) for name in "ab"}
-    assert set(compare.starts(read, "ab")) == {"a", "b"}
+    read = {name: runs.read_run(tmp_path / "g" / name) for name in "ab"}
+    assert set(panels.first_steps(read, "ab")) == {"a", "b"}
 
 
 # --- tables
@@ -542,12 +526,15 @@ def test_a_broken_line_of_answers_is_named(demo):
 def test_the_bars_are_the_values_and_their_error_bars_the_intervals(demo):
     from matplotlib import pyplot as plt
 
-    models = {name: results.read(demo / f"{name}-eval") for name in ("teacher", "stage2")}
+    models = {
+        name: results.read_evaluation(demo / f"{name}-eval") for name in ("teacher", "stage2")
+    }
     result = {"models": models, "roles": {"teacher": "teacher", "student": "stage2"}}
     names, measures = panels.drawn(result)
     assert measures == ["ce", "kl", "acc1", "exact", "parameters"]
+    panel = panels.bar_panel("exact", result, names)
     _, axis = plt.subplots()
-    panels.bars(axis, "exact", result, names)
+    panels.draw_bars(axis, panel, panels.model_colours(result))
     assert [bar.get_height() for bar in axis.patches] == [0.996, 0.816]
     ends = [
         [point[1] for point in segment]
@@ -556,6 +543,58 @@ def test_the_bars_are_the_values_and_their_error_bars_the_intervals(demo):
     ]
     assert ends == [pytest.approx([0.966, 1.0]), pytest.approx([0.786, 0.846])]
     plt.close("all")
+
+
+def test_the_bars_of_the_page_are_as_high_as_their_values(demo, tmp_path):
+    """rect and interval in the template's units: 150 high, from y = 184 up."""
+    made = compared(tmp_path / "out", demo / "teacher", demo / "stage2")
+    drawing = (tmp_path / "out.html").read_text().split("<svg")[4]
+    assert "exact match of the answer: the numbers are in the table" in drawing
+    top = panels.bar_panel("exact", made, ["teacher", "stage2"])["top"]
+    high = [float(text) for text in re.findall(r' height="([\d.]+)"', drawing)]
+    assert high == pytest.approx([150 * 0.996 / top, 150 * 0.816 / top], abs=0.01)
+    ends = re.findall(r'd="M[\d.]+ ([\d.]+)h6m-3 0V([\d.]+)m', drawing)
+    for pair, interval in zip(ends, ([0.966, 1.0], [0.786, 0.846]), strict=True):
+        low, up = ((184 - float(y)) * top / 150 for y in reversed(pair))
+        assert (low, up) == pytest.approx(tuple(interval), abs=1e-3)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_holds_its_ends_and_its_ticks_are_round_numbers_in_their_places(log):
+    place, ticks = panels.axis_of(0.1, 3.4, log)
+    assert 0 < place(0.1) < 0.06 and 0.94 < place(3.4) < 1
+    assert ticks == ([0.1, 0.2, 0.5, 1.0, 2.0] if log else [0.0, 1.0, 2.0, 3.0])
+    middle = 0.1 * 34**0.5 if log else 1.75
+    assert place(middle) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "low,high,wanted",
+    [
+        (0.0, 0.34, [0.0, 0.1, 0.2, 0.3, 0.4]),
+        (5, 5, [5]),
+        (0, 1100, [0, 200, 400, 600, 800, 1000, 1200]),
+        (-0.2, 0.09, [-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1]),
+    ],
+)
+def test_ticks_are_round(low, high, wanted):
+    assert panels.ticks(low, high) == wanted
+
+
+def test_the_curves_of_the_page_have_a_point_an_evaluation(demo, tmp_path):
+    compared(tmp_path / "out", demo)
+    curves = (tmp_path / "out.html").read_text().split("<h2>Over training</h2>")[1]
+    drawing = curves.split("<svg")[1]
+    assert "CE, nats a target, held out" in drawing and "optimizer steps, those of the" in drawing
+    points = re.findall(r'<polyline points="([^"]*)"', drawing)
+    assert [len(line.split()) for line in points] == [3, 3, 3] and 'class="level"' in drawing
+
+
+def test_the_page_has_its_pictures_without_matplotlib(demo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    compared(tmp_path / "out", demo)
+    assert (tmp_path / "out.html").read_text().count("<svg") == 5 + 3
+    assert not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -617,7 +656,7 @@ def number(text: str) -> float:
 
 def test_a_browser_reads_the_table_back_asks_for_nothing_and_runs_nothing(demo, tmp_path, browser):
     for name in ("stage2", "teacher"):
-        rows = results.answers(demo / f"{name}-eval")
+        rows = results.answers_in(demo / f"{name}-eval")
         folders.jsonl(
             demo / f"{name}-eval" / "answers.jsonl", [{**row, "answer": EVIL} for row in rows]
         )
@@ -644,7 +683,7 @@ def test_a_browser_reads_the_table_back_asks_for_nothing_and_runs_nothing(demo, 
     shown = 0
     for measure in results.present(made["models"]):
         for name, model in made["models"].items():
-            value, text = results.at(model, measure), seen[measure, name]
+            value, text = results.value_of(model, measure), seen[measure, name]
             assert (value is None) == (text == "")
             if value is not None:
                 decimals = len(text.split()[0].partition(".")[2])

@@ -85,7 +85,8 @@ def test_the_numbers_are_those_of_best_from_the_evaluation_folder_or_else_from_t
 @pytest.mark.parametrize("best_by,step", [("ce", 10), ("acc1", 10), ("kl", 10), ("nothing", 20)])
 def test_best_is_the_lowest_loss_or_the_highest_accuracy(tmp_path, best_by, step):
     assert (
-        runs.best_line(runs.read(folders.run(tmp_path / "x"))["history"], best_by)["step"] == step
+        runs.best_line(runs.read_run(folders.run(tmp_path / "x"))["history"], best_by)["step"]
+        == step
     )
 
 

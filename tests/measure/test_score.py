@@ -126,7 +126,7 @@ def squad(text):
     "text", ["The  Cat's; a (dog)!", "An apple a day", "in 1,990\tA.D.", "theatre - another"]
 )
 def test_plain_text_is_normalised_as_squad_does(text):
-    assert score.plain(text) == squad(text) != ""
+    assert score.normalised(text) == squad(text) != ""
 
 
 # --- BLEU and ROUGE
@@ -336,7 +336,9 @@ def test_two_files_are_shown_and_compared(tmp_path, capsys):
     a, b = (write(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(coins([0.5, 0.8])))
     score.main([str(a), str(b), "--rounds", "50"])
     said = capsys.readouterr().out
-    values = [score.summarise(score.read(path), ["exact"], rounds=50)["exact"] for path in (a, b)]
+    values = [
+        score.summarise(score.read_answers(path), ["exact"], rounds=50)["exact"] for path in (a, b)
+    ]
     for value in values:
         assert f"exact {value['value']:.4f} {value['low']:.4f} {value['high']:.4f} 400" in re.sub(
             " +", " ", said
