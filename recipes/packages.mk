@@ -1,7 +1,7 @@
 # Language modelling on real text that a machine without a network can make: descriptions of Debian's packages. A teacher made here on 11,800
 # rows, a student a fifth of its size on 2,000. docs/tasks.md has the table.
 #
-#   python bench/standins.py --source real/debian.parquet --out real
+#   python bench/data/standins.py --source real/debian.parquet --out real
 #   make data stage1 RECIPE=packages ROLE=teacher
 #   make data stage1 logits stage2 control measure compare RECIPE=packages
 

@@ -1,7 +1,7 @@
 # Classification on real text that a machine without a network can make: which of ten sections a Debian package belongs to, by its description. A
 # teacher made here on 8,500 rows, a student less than a quarter of its size on 2,000. docs/tasks.md has the table.
 #
-#   python bench/standins.py --source real/debian.parquet --out real
+#   python bench/data/standins.py --source real/debian.parquet --out real
 #   make data stage1 RECIPE=sections ROLE=teacher
 #   make data stage1 logits stage2 control measure compare RECIPE=sections      # KIND=decoder: the same with decoders; SEED=1: another student
 

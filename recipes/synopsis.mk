@@ -1,7 +1,7 @@
 # Summarisation on real text that a machine without a network can make: a Debian package's description -> its synopsis. SmolLM2-135M-Instruct,
 # fine-tuned on 1,460 of them, teaches 20 of its own 30 layers on 600. docs/tasks.md has the table (two hours on one CPU core).
 #
-#   python bench/standins.py --source real/debian.parquet --out real
+#   python bench/data/standins.py --source real/debian.parquet --out real
 #   make data stage1 RECIPE=synopsis ROLE=teacher
 #   make data stage1 logits stage2 control measure compare RECIPE=synopsis
 
