@@ -22,13 +22,16 @@ The core, flat: what every reader of a trainer needs, from the floor up.
 
 Rooms: what one may leave out. Each room's __init__ lists its files.
 
-    teacher/     whatever stands for the teacher: logits basis live worth, and the protocol
+    teacher/     whatever stands for the teacher: record writer logits basis fit live worth, and in
+                 __init__ the protocol
     options/     what a trainer can do without: lora mix sampling beside attention gradnorm
                  classifier tags track samples
-    prepare/     for prepare_data.py: sources places hub split classes rows answers ask store
-                 quality export describe demo workers
-    measure/     scores and comparisons: score labels prompts results runs compare page panels plots
-    chat/        for chat.py: model talk heat text engine api serve, chat.html, openapi.json
+    prepare/     for prepare_data.py: sources places hub formats schema rows classes workers split
+                 answers questions ask store quality export describe demo
+    measure/     scores and comparisons: score labels prompts results runs compare entries page
+                 panels plots
+    chat/        for chat.py: model talk terminal heat text engine api routes serve, chat.html,
+                 openapi.json
 
 THE RULE. A flat file imports flat files only. A room imports flat files and itself, never another
 room. Scripts import anything; nothing imports a script. What must pass from room to room is handed
@@ -38,11 +41,13 @@ Where is ...?
 
     the loss               losses.head_loss: alpha T^2 divergence + (1 - alpha) CE, in one pass
     ... a new divergence   one case in losses.divergence, its name in losses.DIVERGENCES
-                           (--divergence offers it), its formula in tests/core/test_losses.py
+                           (--divergence offers it), its formula in tests/references.py
     the optimizer step     written out in the loops of stage1_sft.py and stage2_kd.py, nowhere else
-    records written        teacher/logits.py, class Writer, called by dump_logits.py
-    records read           teacher/logits.py, class Store; their tail's shape: teacher/basis.py
-    a live teacher         teacher/live.py; the words that every teacher answers: teacher/__init__
+    records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record
+                           holds, byte by byte: teacher/record.py
+    records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
+    a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer:
+                           teacher/__init__.py, class Teacher
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
                            same weights, bit for bit (run.py). A dump writes the rows that done.npy

@@ -102,6 +102,16 @@ def test_the_map_names_the_files_of_every_room():
         assert not missing, (name, missing)
 
 
+def test_what_the_map_points_to_is_there():
+    lines = docstring(ROOT / "lib")
+    classes = re.findall(r"(\w+/\w+\.py),\s+class (\w+)", lines)
+    assert len(classes) >= 3
+    for path, name in classes:
+        assert f"\nclass {name}" in (ROOT / "lib" / path).read_text(encoding="utf-8"), (path, name)
+    for module, name in re.findall(r"\b(losses)\.(\w+)", lines):
+        assert hasattr(importlib.import_module(f"lib.{module}"), name), (module, name)
+
+
 def test_pages_that_are_pointed_to_exist():
     for page in {*re.findall(r"(?:docs|recipes|bench|lib|tests)/[\w./-]+\.\w+", SHOWN)}:
         assert (ROOT / page).exists(), page
