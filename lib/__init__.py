@@ -1,0 +1,62 @@
+"""The map of lib/, and its one rule. Five scripts tell the story; files on disk are all that passes
+between them. Where to look is said here.
+
+    prepare_data.py -> data/NAME/ -> stage1_sft.py -> runs/NAME/stage1/
+    dump_logits.py (data + teacher) -> logits/NAME/ -> stage2_kd.py -> runs/NAME/stage2/ -> chat.py
+
+The core, flat: what every reader of a trainer needs, from the floor up.
+
+    files        files that are whole or absent, locks, JSON lines, errors of one line
+    flags        flags that several scripts share: one name, one default, one text
+    template     a conversation -> token ids and which of them are answer tokens
+    data         the prepared data set: memory maps, rows, batches
+    plan         which rows go in which optimizer step and micro-batch: a pure function of the seed
+    checkpoints  a model on disk: find it, check it, its identity, read adapters, save
+    models       a model in memory: body (tokens -> hidden states) and head
+    head         the output layer: hidden states -> logits, a chunk of targets at a time
+    losses       the mathematics: cross-entropy, divergences, head_loss with its gradient
+    train        what both trainers set up: AdamW, schedule, clipping, scaler; does it fit in memory
+    evaluate     measures on val: CE, accuracy, calibration, KL to the teacher
+    run          a run's folder: resume, log, best/ and final/, what happens on a kill
+    generate     a model writes, many rows at once
+
+Rooms: what one may leave out. Each room's __init__ lists its files.
+
+    teacher/     whatever stands for the teacher: record writer logits basis fit live worth, and in
+                 __init__ the protocol
+    options/     what a trainer can do without: lora mix sampling beside attention gradnorm
+                 classifier tags track samples
+    prepare/     for prepare_data.py: sources places hub formats schema rows classes workers split
+                 answers questions ask store quality export describe demo
+    measure/     scores and comparisons: score labels prompts results runs compare entries page
+                 panels plots
+    chat/        for chat.py: model talk terminal heat text engine api routes serve, chat.html,
+                 openapi.json
+
+THE RULE. A flat file imports flat files only. A room imports flat files and itself, never another
+room. Scripts import anything; nothing imports a script. What must pass from room to room is handed
+over by the script, as an argument. tests/core/test_shape.py holds it.
+
+Where is ...?
+
+    the loss               losses.head_loss: alpha T^2 divergence + (1 - alpha) CE, in one pass
+    ... a new divergence   one case in losses.divergence, its name in losses.DIVERGENCES
+                           (--divergence offers it), its formula in tests/references.py
+    the optimizer step     written out in the loops of stage1_sft.py and stage2_kd.py, nowhere else
+    records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record
+                           holds, byte by byte: teacher/record.py
+    records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
+    a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer:
+                           teacher/__init__.py, class Teacher
+    kill -9                every file is written beside its target and renamed (files.py). A trainer
+                           goes on from last/, saved every --save-every steps, and ends in the
+                           same weights, bit for bit (run.py). A dump writes the rows that done.npy
+                           lacks. prepare_data.py starts over, but asks no teacher twice
+                           (prepare/store.py). Locks end with their process. SIGTERM, Ctrl-C: a
+                           trainer saves first. In every case: the same command again
+    an option (--mix ...)  one file of options/, with add_flags and check_flags, and a few lines in
+                           each script that uses it. To delete one: that file, those lines, its test
+    a shared flag          flags.py; a flag of one script: that script's parse_args
+    its tests              tests/ROOM as lib/ROOM (the flat files: tests/core; whole runs:
+                           tests/pipeline): make test ROOM=teacher
+"""

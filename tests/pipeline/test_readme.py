@@ -1,6 +1,7 @@
-"""The README is true as far as a machine can tell: its commands parse, its targets exist, its tree
-is the tree."""
+"""README, docs/ and the map are true as far as a machine can tell: commands parse, targets and
+pages exist, every file of lib/ has its line."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -11,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("data", "methods", "domain", "experiments", "compare", "tasks", "chat", "deploy")
-SHOWN = TEXT + "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES)
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = "\n".join([TEXT, *(page.read_text(encoding="utf-8") for page in PAGES)])
 BLOCKS = [
     line.split("   #")[0].strip()
     for block in re.findall(r"```\n(.*?)```", SHOWN, re.S)
@@ -23,7 +24,7 @@ COMMANDS = [line for line in BLOCKS if re.match(r"(\.venv/bin/)?python \w+\.py "
 COMMANDS += [
     line.split("   #")[0].strip()
     for text in DOCSTRINGS.values()
-    for line in text.splitlines()
+    for line in re.sub(r"\\\n *", "", text).splitlines()
     if line.strip().startswith("python ")
 ]
 TARGETS = sorted(
@@ -72,12 +73,48 @@ def test_a_recipe_gives_each_stage_flags_that_exist(recipe, target, role):
         importlib.import_module(script.removesuffix(".py")).parse_args(argv)
 
 
-def test_the_tree_names_every_module_and_no_other():
+def test_the_tree_names_every_script_and_room():
     tree = TEXT.split("## The tree")[1]
-    assert set(re.findall(r"lib/(\w+)\.py", tree)) == {
-        path.stem for path in (ROOT / "lib").glob("*.py")
-    } - {"__init__"}
-    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"\w+\.py", tree))
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    assert scripts == set(re.findall(r"\w+\.py\b", tree)) - {"__init__.py"}
+    rooms = {path.parent.name for path in (ROOT / "lib").glob("*/__init__.py")}
+    assert rooms == set(re.findall(r"lib/(\w+)/", tree))
+
+
+def stems(folder):
+    return {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def docstring(folder):
+    return ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("room", ("", "options", "prepare", "measure", "chat"))
+def test_the_map_has_a_line_for_every_file_and_for_no_other(room):
+    lines = docstring(ROOT / "lib" / room).split("Rooms:")[0]
+    assert set(re.findall(r"^ *(\w+)  +\S", lines, re.M)) == stems(ROOT / "lib" / room)
+
+
+def test_the_map_names_the_files_of_every_room():
+    rooms = docstring(ROOT / "lib").split("Rooms:")[1].split("THE RULE")[0]
+    for name, files in re.findall(r"^    (\w+)/(.*(?:\n     .*)*)", rooms, re.M):
+        missing = stems(ROOT / "lib" / name) - set(re.findall(r"\w+", files))
+        assert not missing, (name, missing)
+
+
+def test_what_the_map_points_to_is_there():
+    lines = docstring(ROOT / "lib")
+    classes = re.findall(r"(\w+/\w+\.py),\s+class (\w+)", lines)
+    assert len(classes) >= 3
+    for path, name in classes:
+        assert f"\nclass {name}" in (ROOT / "lib" / path).read_text(encoding="utf-8"), (path, name)
+    for module, name in re.findall(r"\b(losses)\.(\w+)", lines):
+        assert hasattr(importlib.import_module(f"lib.{module}"), name), (module, name)
+
+
+def test_pages_that_are_pointed_to_exist():
+    for page in {*re.findall(r"(?:docs|recipes|bench|lib|tests)/[\w./-]+\.\w+", SHOWN)}:
+        assert (ROOT / page).exists(), page
 
 
 def test_no_figure_is_still_to_come():
