@@ -405,7 +405,7 @@ def finished(out, args, shaping):
     that another one made."""
     if out.exists() and (
         not out.is_dir()
-        or {path.name for path in out.iterdir()} - {files.KEPT}
+        or {path.name for path in out.iterdir()} - {files.NEVER_DELETED}
         and not (out / "train.rows.npy").exists()
     ):
         files.fail(
@@ -647,7 +647,7 @@ def main(argv=None):
             " the last one is learnt",
             flush=True,
         )
-    store = Store(out / files.KEPT, settings) if settings else None
+    store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
     written = answers.write(store, inputs, args, tokenizer) if store else None

@@ -1,6 +1,7 @@
 """Tiny tokenizers, data sets, models and logits, made in the test: 61 tokens, width 32, two layers;
 and scripts run in-process."""
 
+import argparse
 import gc
 import importlib
 import json
@@ -308,6 +309,14 @@ def store(
 ) -> logits.Records:
     """Open the dump of a world."""
     return logits.Records(folder / name, data.Dataset(folder / "data"), temperature, **options)
+
+
+def plan_args(**settings) -> argparse.Namespace:
+    """Return what lib/plan.py asks of a trainer's flags."""
+    plain = dict(
+        seed=0, tokens_per_microbatch=4096, epochs=1.0, steps=0, attn="sdpa", no_pack=False
+    )
+    return argparse.Namespace(**plain | settings)
 
 
 def history(folder: Path, event: str | None = None) -> list[dict]:

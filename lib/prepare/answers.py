@@ -531,7 +531,7 @@ def write(store: Store, inputs: list[sources.Source], args, tokenizer) -> Writte
         "generations": args.generations,
         "prompts": len(wanted),
         "answers": total,
-        "folder": f"{files.KEPT}/{store.folder.name}",
+        "folder": f"{files.NEVER_DELETED}/{store.folder.name}",
     }
     return Written(rows(), reasons.count(None), read, lost, meta)
 

@@ -2,6 +2,7 @@
 logged, and what a resumed run does."""
 
 import signal
+import types
 
 import make
 import numpy as np
@@ -35,7 +36,7 @@ def parts(*shares):
 
 
 def mixed_run(groups, lengths, seed, tokens_per_step, count):
-    return plan.mixed_run(groups, lengths, seed, tokens_per_step, plan.asked(groups, count))
+    return mix.mixed_run(groups, lengths, seed, tokens_per_step, mix.asked(groups, count))
 
 
 def taken(run):
@@ -193,9 +194,11 @@ def test_a_source_of_one_row_is_repeated_as_often_as_its_share_asks_also_within_
 @pytest.mark.parametrize("epochs", (0.5, 1.0, 3.0))
 def test_epochs_are_so_many_tokens_of_the_sources_that_are_mixed(epochs):
     mixed = parts((0.5, 0.5), None, (0.5, 0.5))
-    run = plan.whole_run(np.arange(900), LENGTHS, 0, 2000, epochs, 0, mixed)
-    assert len(run) == round(epochs * int(LENGTHS[SOURCE != 1].sum()) / 2000)
-    assert len(plan.whole_run(np.arange(900), LENGTHS, 0, 2000, epochs, 7, mixed)) == 7
+    split = types.SimpleNamespace(rows={"length": LENGTHS})
+    for steps, wanted in ((0, round(epochs * int(LENGTHS[SOURCE != 1].sum()) / 2000)), (7, 7)):
+        args = make.plan_args(tokens_per_step=2000, epochs=epochs, steps=steps)
+        rows = mix.MixedRows(args, types.SimpleNamespace(train=split), mixed)
+        assert rows.steps == wanted
 
 
 def test_without_a_mix_the_plan_is_the_one_it_was():

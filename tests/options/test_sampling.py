@@ -10,7 +10,7 @@ import pytest
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import data, plan
+from lib import data
 from lib.measure import plots
 from lib.options import mix, sampling
 
@@ -30,10 +30,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def sampler(world, steps=10, state=None, text="general:0.5 finance:0.5"):
-    dataset = data.Dataset(world / "data")
-    _, parts = mix.divide(text, dataset, np.arange(40))
-    return sampling.Sampler(parts, dataset, 0, 128, steps, {} if state is None else state)
+def sampler(world, steps=10, text="general:0.5 finance:0.5"):
+    args = make.plan_args(tokens_per_step=128, steps=steps, mix=text, eval_sampling=True)
+    return sampling.open_rows(args, data.Dataset(world / "data"))
 
 
 def ce(general, finance):
@@ -45,8 +44,8 @@ def test_the_worked_example_of_the_rule(world):
     assert one.hear(0, ce(2.0, 3.0)) == {"factor_general": 1.0, "factor_finance": 1.0}
     factors = one.hear(4, ce(2.0 * 0.94, 3.0 * 0.98))
     assert factors == pytest.approx({"factor_general": np.exp(-0.2), "factor_finance": np.exp(0.2)})
-    assert one.shares()[:4].tolist() == [[0.5, 0.5]] * 4
-    np.testing.assert_allclose(one.shares()[4:], [[0.4013, 0.5987]] * 6, atol=1e-4)
+    assert one.wanted_shares()[:4].tolist() == [[0.5, 0.5]] * 4
+    np.testing.assert_allclose(one.wanted_shares()[4:], [[0.4013, 0.5987]] * 6, atol=1e-4)
 
 
 def test_equal_gains_change_nothing_whatever_their_size(world):
@@ -61,36 +60,33 @@ def test_factors_are_bounded_however_long_a_source_stands_still(world):
         factors = one.hear(step, ce(value, 3.0))
         value *= 0.9
     assert factors == {"factor_general": 1 / sampling.BOUND, "factor_finance": sampling.BOUND}
-    assert one.shares()[-1].tolist() == pytest.approx([0.1, 0.9])
+    assert one.wanted_shares()[-1].tolist() == pytest.approx([0.1, 0.9])
 
 
 def test_a_share_of_zero_stays_zero_and_a_schedule_is_still_followed(world):
     one = sampler(world, 10, text="general:1->0 finance:0->1")
     one.hear(0, ce(2.0, 3.0))
     one.hear(1, ce(1.0, 3.0))
-    shares = one.shares()
+    shares = one.wanted_shares()
     assert (
         shares[0].tolist() == [1, 0]
         and shares[-1].tolist() == [0, 1]
         and (np.diff(shares[:, 1]) > 0).all()
     )
-    assert (shares[1:-1, 1] > plan.asked(one.parts, 10)[1:-1, 1]).all()
+    assert (shares[1:-1, 1] > mix.asked(one.parts, 10)[1:-1, 1]).all()
 
 
 def test_steps_before_an_evaluation_keep_their_rows_and_later_ones_follow_the_shares(world):
     one = sampler(world, 60)
-    before = [rows.tolist() for rows in one.steps_of_rows()]
+    before = [rows.tolist() for rows in one.steps_of_rows]
     one.hear(0, ce(2.0, 3.0))
     one.hear(20, ce(1.0, 3.0))
-    after = one.steps_of_rows()
+    after = one.steps_of_rows
     assert [rows.tolist() for rows in after[:20]] == before[:20] and [
         rows.tolist() for rows in after[20:]
     ] != before[20:]
-    dataset = data.Dataset(world / "data")
-    shares = [
-        mix.realised(one.parts, dataset, part)["share_finance"] for part in (after[:20], after[20:])
-    ]
-    assert shares == pytest.approx([0.5, one.shares()[-1, 1]], abs=0.03) and shares[1] > 0.8
+    shares = [one.shares(*part)["share_finance"] for part in ((0, 20), (20, 60))]
+    assert shares == pytest.approx([0.5, one.wanted_shares()[-1, 1]], abs=0.03) and shares[1] > 0.8
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -163,15 +159,3 @@ def test_what_cannot_be_weighed_is_refused_in_one_line(tmp_path, text, val, word
         ),
     )
     assert code == 1 and words in said and "\n" not in said.strip()
-
-
-def test_data_that_names_no_sources_is_refused(tmp_path):
-    """It ended in an IndexError: older data folders have no list of sources."""
-    code, said = make.ends(
-        stage1_sft.main, *make.stage1(make.world(tmp_path), "--eval-sampling", "--steps", 4)
-    )
-    assert (
-        code == 1
-        and "--eval-sampling cannot weigh the sources" in said
-        and "no names of them" in said
-    )
