@@ -367,12 +367,12 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     the process sends itself the signal at the n-th call (before the call, or after it, or so many
     seconds later; of calls on a path that ends in `source`, if it is given).
     """
-    import dump_logits
     from lib.measure import plots
+    from lib.teacher import writer
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
-    plots.curves, dump_logits.FLUSH_S = lambda *_: None, 0.0
+    plots.curves, writer.FLUSH_S = lambda *_: None, 0.0
     if hook:
         module, function = hook["where"].rsplit(".", 1)
         module, count = importlib.import_module(module), 0

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, files, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
-from lib.teacher import basis, logits  # noqa: E402
+from lib.teacher import basis, fit, record  # noqa: E402
 
 DUMPED = 3  # temperatures whose tails a record is counted with
 FEWER = [(16, 0, 0), (64, 0, 0), (24, 16, 16), (24, 64, 64), (16, 384, 128)]
@@ -61,7 +61,7 @@ def hidden_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states (N, D) at the targets of rows spread evenly over a split, float32,
     and each target's place in its answer."""
-    rows, made, places = basis.sample_rows(split.rows["targets"], targets), [], []
+    rows, made, places = fit.sample_rows(split.rows["targets"], targets), [], []
     for lines in plan.microbatches(rows, split.rows["length"], 2048, 2048, pack=False):
         batch = split.batch(lines)
         made.append(model.hidden(batch).float())
@@ -183,8 +183,8 @@ def kept_of(
             *(heads.topk_and_tails(z[part].clone(), k, temperatures) for part in pieces(z))
         )
     )
-    dtype = logits.record_dtype(k, temperatures, vocab, "u8", packed)
-    records = logits.encode(
+    dtype = record.record_dtype(k, temperatures, vocab, "u8", packed)
+    records = record.pack(
         ids.numpy(),
         gaps.numpy(),
         tails.numpy(),
@@ -192,8 +192,8 @@ def kept_of(
         vocab,
         shape and shape.pack(shape.encode(hidden)),
     )
-    size = logits.record_dtype(k, temperatures[:1] * DUMPED, vocab, "u8", packed).itemsize
-    return {t: logits.decode(records, vocab, i, shape) for i, t in enumerate(temperatures)}, size
+    size = record.record_dtype(k, temperatures[:1] * DUMPED, vocab, "u8", packed).itemsize
+    return {t: record.unpack(records, vocab, i, shape) for i, t in enumerate(temperatures)}, size
 
 
 def stored(shape: basis.Basis) -> basis.Basis:
@@ -334,7 +334,7 @@ def tried(
     kept = unpacked(bench, shape, k)
     tried_coefficients(bench, shape, kept)
     width = bench.hidden.shape[1]
-    more, _ = basis.fit(head, train, k, width, width)
+    more, _ = fit.fit_basis(head, train, k, width, width)
     tried_targets(bench, shape, kept, k, more, more.encode(train).square().mean(0))
     tried_places(bench, head, train, place_train, place, shape, kept)
 
@@ -349,17 +349,17 @@ def tried_weights(
     bench: Bench, head: heads.Head, train: torch.Tensor, k: int, rank: int
 ) -> basis.Basis:
     """Measure bases whose fit weighs the tokens by other temperatures; return the plain one."""
-    shapes, plain_at = {}, basis.WEIGH_AT
+    shapes, plain_at = {}, fit.WEIGH_AT
     for name, at in (
         ("tokens weighted by their tail mass at T=2 (ours)", plain_at),
         ("... at T=1", 1.0),
         ("... at T=4", 4.0),
         ("all tokens weigh alike", 1e9),
     ):
-        basis.WEIGH_AT = at
-        shapes[at], _ = basis.fit(head, train, k, rank, rank)
+        fit.WEIGH_AT = at
+        shapes[at], _ = fit.fit_basis(head, train, k, rank, rank)
         bench.measure(name, 0, dense(unpacked(bench, shapes[at], k), shapes[at]), tried=True)
-    basis.WEIGH_AT = plain_at
+    fit.WEIGH_AT = plain_at
     return shapes[plain_at]
 
 
@@ -427,7 +427,7 @@ def tried_places(
 def tail_share(z: torch.Tensor, k: int) -> torch.Tensor:
     """Return each token's share (V,) of the tails' softened mass."""
     share = sum(
-        (z[part] / basis.WEIGH_AT).softmax(1).scatter_(1, z[part].topk(k, 1).indices, 0.0).sum(0)
+        (z[part] / fit.WEIGH_AT).softmax(1).scatter_(1, z[part].topk(k, 1).indices, 0.0).sum(0)
         for part in pieces(z)
     )
     return share / share.sum()
@@ -493,7 +493,7 @@ def main(argv=None):
         else (args.targets, [float(t) for t in args.temperatures.split(",")])
     )
     teacher = models.load(args.teacher, device, dataset=dataset)
-    train, place_train = hidden_states(teacher, dataset.train, basis.SAMPLE)
+    train, place_train = hidden_states(teacher, dataset.train, fit.SAMPLE)
     hidden, place = hidden_states(teacher, dataset.val, targets)
     head, width = teacher.head(), hidden.shape[1]
     z = torch.cat([z.clone() for _, z in head.chunks(hidden)])
@@ -527,7 +527,7 @@ def main(argv=None):
     for k, rank, size in KEPT[::4] if args.quick else FEWER if args.fewer else KEPT:
         k, rank = min(k, head.vocab - 2), min(rank, width)
         size = min(size, rank)
-        shape = stored(basis.fit(head, train, k, rank, size)[0]) if rank else None
+        shape = stored(fit.fit_basis(head, train, k, rank, size)[0]) if rank else None
         kept, total = kept_of(z, hidden, k, temperatures, shape, size)
         if rank:
             bench.measure(

@@ -33,7 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, files, losses, models, plan, train  # noqa: E402
 from lib import head as heads  # noqa: E402
-from lib.teacher import basis, logits  # noqa: E402
+from lib.teacher import basis, fit, record  # noqa: E402
 
 SETTINGS = (
     "keep_layers",
@@ -73,7 +73,7 @@ class Teacher:
         self.head, self.train, self.args = head, train, args
         rank = min(args.tail_rank, train.shape[1])
         self.bytes = min(args.tail_bytes, rank)
-        shape, _ = basis.fit(head, train[torch.as_tensor(numbers)], args.k, rank, self.bytes)
+        shape, _ = fit.fit_basis(head, train[torch.as_tensor(numbers)], args.k, rank, self.bytes)
         self.shape = replace(shape, rows=shape.rows.half().float())  # as its file holds it
         weight = head.weight.detach()[: head.vocab].float()
         assert head.bias is None and head.scale == 1 and not head.softcap, (
@@ -95,10 +95,10 @@ class Teacher:
         if method == "renormalised":
             return losses.TopK(ids, gaps, torch.full_like(tails[:, 0], losses.FLOOR))
         shape = self.shape if method == "rank" else None
-        dtype = logits.record_dtype(
+        dtype = record.record_dtype(
             k, [temperature], self.head.vocab, args.values, self.bytes if shape else 0
         )
-        records = logits.encode(
+        records = record.pack(
             ids.numpy(),
             gaps.numpy(),
             tails.numpy(),
@@ -106,7 +106,7 @@ class Teacher:
             self.head.vocab,
             shape and shape.pack(shape.encode(hidden)),
         )
-        return logits.decode(records, self.head.vocab, 0, shape)
+        return record.unpack(records, self.head.vocab, 0, shape)
 
 
 @torch.no_grad()

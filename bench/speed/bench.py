@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, head, losses, models, train  # noqa: E402
-from lib.teacher import basis, logits  # noqa: E402
+from lib.teacher import basis, record, writer  # noqa: E402
 
 TEMPERATURES = [1.0, 2.0, 4.0]
 BUCKET, RANK32, DEFAULT = (
@@ -103,11 +103,11 @@ def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> n
     """Return records as dump_logits.py writes them, of random teacher logits."""
     ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, k, TEMPERATURES)
     coef = shape and shape.pack(torch.randn(64, len(shape.bits)))
-    records = logits.encode(
+    records = record.pack(
         ids.numpy(),
         gaps.numpy(),
         tails.numpy(),
-        logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
+        record.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
         s["V"],
         coef,
     )
@@ -150,7 +150,7 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
     def step(sides=None, temperature=1.0):
         teacher = None
         if sides:
-            teacher = logits.decode(
+            teacher = record.unpack(
                 records[sides], s["V"], TEMPERATURES.index(temperature), shapes[sides]
             )
             teacher = replace(
@@ -194,8 +194,6 @@ def bench_step(s: dict, rounds: int, device: torch.device, amp) -> dict:
 
 @torch.inference_mode()
 def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
-    import dump_logits
-
     teacher, micro = model(s, device), batch(s, device)
     if amp:
         teacher.module.to(amp)
@@ -203,7 +201,7 @@ def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
     k, rank, size = DEFAULT
     layer, dtype, shape = (
         teacher.head(),
-        logits.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
+        record.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
         random_basis(s, rank, size).to(device),
     )
     weight = layer.operand(next(teacher.module.parameters()).dtype)
@@ -214,7 +212,7 @@ def bench_dump(s: dict, rounds: int, device: torch.device, amp) -> dict:
     seconds = turns(
         {
             "bare": bare,
-            "dump": lambda: dump_logits.teacher_records(
+            "dump": lambda: writer.teacher_records(
                 teacher, layer, micro, k, TEMPERATURES, dtype, shape
             ),
         },
@@ -244,7 +242,7 @@ def taught(kind: str, s: dict, count: int, device: torch.device) -> losses.TopK 
     if not k:
         return None
     shape = random_basis(s, rank, size)
-    teacher = logits.decode(kept(s, count, k, shape, size), s["V"], 1, shape and shape.to(device))
+    teacher = record.unpack(kept(s, count, k, shape, size), s["V"], 1, shape and shape.to(device))
     return replace(
         teacher,
         ids=teacher.ids.to(device),

@@ -31,7 +31,7 @@ import stage2_kd
 from lib import data, files, losses
 from lib.options import classifier
 from lib.prepare import classes
-from lib.teacher import logits
+from lib.teacher import logits, record
 
 WORDS = [f"w{i}" for i in range(40)]
 CPU = torch.device("cpu")
@@ -376,7 +376,7 @@ def test_a_teacher_of_another_tokenizer_is_dumped_by_row(world):
     records = np.load(world / "logits/val/topk.npy")
     assert (
         len(records) == 80
-        and logits.decode(records, 3, 0).ids.sort().values.tolist() == [[0, 1, 2]] * 80
+        and record.unpack(records, 3, 0).ids.sort().values.tolist() == [[0, 1, 2]] * 80
     )
     plain = AutoModelForSequenceClassification.from_pretrained(world / "teacher/best").eval()
     tokenizer = AutoTokenizer.from_pretrained(world / "teacher/best")
@@ -385,7 +385,7 @@ def test_a_teacher_of_another_tokenizer_is_dumped_by_row(world):
     ):
         with torch.no_grad():
             z = plain(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0]
-        kept = logits.decode(records[row : row + 1], 3, 0)
+        kept = record.unpack(records[row : row + 1], 3, 0)
         seen = torch.empty(3).scatter_(0, kept.ids[0], -kept.gap[0])
         torch.testing.assert_close(seen, z - z.max(), rtol=2e-3, atol=2e-3)
 
@@ -533,7 +533,7 @@ def test_a_dump_killed_midway_goes_on_to_the_same_bytes(world, tmp_path):
         *make.CPU,
     ]
     make.call(dump_logits.main, *argv, "--out", tmp_path / "straight")
-    hook = {"where": "dump_logits.teacher_records", "number": 9, "signal": 9}
+    hook = {"where": "lib.teacher.writer.teacher_records", "number": 9, "signal": 9}
     process = make.processes().Process(
         target=make.script,
         args=(

@@ -34,7 +34,7 @@ from lib import head as heads
 from lib.head import Head
 from lib.losses import Method, TopK
 from lib.measure import plots
-from lib.teacher import basis, logits
+from lib.teacher import basis, fit, logits, record
 from lib.teacher.basis import Basis
 
 KINDS = losses.DIVERGENCES
@@ -149,7 +149,7 @@ def fitted(k=5, rank=12, size=12, **options):
     """Return a teacher's logits (n, V), what a dump would keep of them before rounding, at T = 2,
     and the basis, in float64."""
     head, hidden = teacher(**options)
-    shape, z = double(basis.fit(head, hidden, k, rank, size)[0]), logits_of(head, hidden)
+    shape, z = double(fit.fit_basis(head, hidden, k, rank, size)[0]), logits_of(head, hidden)
     return z, replace(keep(z, k, 2.0), coef=shape.encode(hidden), basis=shape), shape
 
 
@@ -369,7 +369,7 @@ def test_rows_are_orthonormal_under_the_tokens_weights_and_centred_where_no_soft
 ):
     head, hidden = teacher(**options)
     rows, share = (
-        double(basis.fit(head, hidden, 5, 7, 7)[0]).rows,
+        double(fit.fit_basis(head, hidden, 5, 7, 7)[0]).rows,
         token_shares(logits_of(head, hidden), 5),
     )
     centred = rows - (rows @ share)[:, None]
@@ -381,7 +381,7 @@ def test_rows_are_orthonormal_under_the_tokens_weights_and_centred_where_no_soft
 
 def test_rows_and_coefficients_are_the_principal_components_of_the_weighted_logits():
     head, hidden = teacher(bias=True)
-    shape, z = double(basis.fit(head, hidden, 5, 6, 6)[0]), logits_of(head, hidden)
+    shape, z = double(fit.fit_basis(head, hidden, 5, 6, 6)[0]), logits_of(head, hidden)
     share = token_shares(z, 5)
     away = z - z.mean(0)
     away = away - (away @ share)[:, None]
@@ -414,7 +414,7 @@ def test_more_dimensions_never_fit_worse():
     z, k = logits_of(head, hidden), 5
     share, errors, held_by = token_shares(z, k), [], []
     for rank in range(1, 13):
-        shape, held = basis.fit(head, hidden, k, rank, rank)
+        shape, held = fit.fit_basis(head, hidden, k, rank, rank)
         off = double(shape).logits(shape.encode(hidden).double()) - z
         errors.append(((off - (off @ share)[:, None]) ** 2 @ share).mean().item())
         held_by.append(held)
@@ -432,7 +432,7 @@ def test_more_dimensions_never_fit_worse():
 @pytest.mark.parametrize("size", (1, 3, 12))
 def test_the_share_of_variance_that_is_reported_is_what_the_packed_coefficients_hold(size):
     head, hidden = teacher()
-    (shape, held), z = basis.fit(head, hidden, 5, 12, size), logits_of(head, hidden)
+    (shape, held), z = fit.fit_basis(head, hidden, 5, 12, size), logits_of(head, hidden)
     share = token_shares(z, 5)
 
     def variance(x):
@@ -443,14 +443,14 @@ def test_the_share_of_variance_that_is_reported_is_what_the_packed_coefficients_
 
 
 def test_two_fits_are_equal_bit_for_bit():
-    once, again = (basis.fit(*teacher(), 5, 7, 4)[0] for _ in range(2))
+    once, again = (fit.fit_basis(*teacher(), 5, 7, 4)[0] for _ in range(2))
     for f in fields(Basis):
         a, b = (getattr(shape, f.name) for shape in (once, again))
         assert a == b if f.name == "softcap" else torch.equal(a, b), f.name
 
 
 def test_a_basis_comes_back_from_its_file_with_rows_in_half_and_all_else_exact(tmp_path):
-    shape = basis.fit(*teacher(softcap=4.0), 5, 7, 4)[0]
+    shape = fit.fit_basis(*teacher(softcap=4.0), 5, 7, 4)[0]
     basis.save(shape, tmp_path / "basis.safetensors", {"teacher": "me"})
     back, about = basis.load(tmp_path / "basis.safetensors", "nothing")
     for f in fields(Basis):
@@ -466,7 +466,7 @@ def test_a_basis_comes_back_from_its_file_with_rows_in_half_and_all_else_exact(t
 def test_a_teacher_whose_tails_all_underflow_has_a_basis_all_the_same():
     head, hidden = teacher(bias=True)
     head.bias[17] = 1000.0
-    shape = basis.fit(head, hidden, 5, 3, 3)[0]
+    shape = fit.fit_basis(head, hidden, 5, 3, 3)[0]
     assert torch.isfinite(shape.rows).all() and torch.isfinite(shape.encode(hidden)).all()
 
 
@@ -476,7 +476,7 @@ def test_a_teacher_whose_tails_all_underflow_has_a_basis_all_the_same():
 @pytest.mark.parametrize("bits, distortion", ((1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154)))
 def test_the_error_of_a_gaussian_is_that_of_the_best_uniform_quantizer(bits, distortion):
     """Max, IRE Trans. IT-6 (1960), table II."""
-    spent, _, error = basis.spend_bits(3 * draws(0)(200_000, 1).float(), bits)
+    spent, _, error = fit.spend_bits(3 * draws(0)(200_000, 1).float(), bits)
     assert spent.tolist() == [bits] and abs(error.item() / 9 / distortion - 1) < 0.02
 
 
@@ -488,14 +488,14 @@ def columns(n=2000, seed=5):
 def test_bits_are_spent_as_the_best_of_all_ways_spends_them(budget):
     coef = columns()
     alone = [
-        [basis.spend_bits(coef[:, [i]], bits)[2].item() for bits in range(9)] for i in range(3)
+        [fit.spend_bits(coef[:, [i]], bits)[2].item() for bits in range(9)] for i in range(3)
     ]  # what b bits leave of a column's error
     best = min(
         sum(alone[i][b] for i, b in enumerate(bits))
         for bits in itertools.product(range(9), repeat=3)
         if sum(bits) == budget
     )
-    bits, _, error = basis.spend_bits(coef, budget)
+    bits, _, error = fit.spend_bits(coef, budget)
     assert bits.sum() == budget and bits.max() <= 8
     assert abs(error.sum().item() - best) <= 1e-6 * best, (bits, best)
 
@@ -504,14 +504,14 @@ def test_bits_are_spent_as_the_best_of_all_ways_spends_them(budget):
     "budget, spent", ((0, 0), (1, 1), (23, 23), (24, 24), (25, 24), (1000, 24))
 )
 def test_the_budget_is_spent_to_the_bit_and_no_coefficient_has_more_than_eight(budget, spent):
-    bits = basis.spend_bits(columns(), budget)[0]
+    bits = fit.spend_bits(columns(), budget)[0]
     assert bits.sum() == spent and bits.max() <= 8 and bits.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("budget", (1, 7, 13, 24))
 def test_the_error_that_is_reported_is_the_error_of_what_comes_back(budget):
     coef = columns()
-    bits, step, error = basis.spend_bits(coef, budget)
+    bits, step, error = fit.spend_bits(coef, budget)
     shape = replace(any_basis(5, 3, 1)[0], bits=bits, step=step)
     torch.testing.assert_close(
         (shape.unpack(shape.pack(coef)) - coef).square().mean(0), error, rtol=1e-4, atol=1e-9
@@ -567,7 +567,7 @@ def test_packing_has_a_golden_that_old_files_hold_us_to():
 )
 def test_a_fit_spends_its_bytes_to_the_last_bit(rank, size):
     head, hidden = teacher()
-    shape = basis.fit(head, hidden, 5, rank, size)[0]
+    shape = fit.fit_basis(head, hidden, 5, rank, size)[0]
     assert shape.bits.sum() == 8 * size and shape.pack(shape.encode(hidden)).shape == (
         len(hidden),
         size,
@@ -704,7 +704,7 @@ def test_coefficients_on_disk_follow_target_numbers_and_are_the_teachers_own(wor
 
 def test_val_and_train_targets_are_shaped_by_the_same_basis(world):
     whole = make.store(world)
-    kept = logits.decode(
+    kept = record.unpack(
         whole.val.records[some(world, "val").numbers.numpy()],
         make.V,
         1,
@@ -786,7 +786,7 @@ def test_a_dump_does_not_depend_on_which_chunk_came_first_and_makes_its_basis_on
 
 def test_the_basis_is_fitted_to_a_sample_of_train_rows_of_about_the_size_wanted():
     targets = np.random.default_rng(0).integers(0, 40, 5000)
-    rows = basis.sample_rows(targets, 8192)
+    rows = fit.sample_rows(targets, 8192)
     assert (
         0.95 < targets[rows].sum() / 8192 < 1.05
         and (np.diff(rows) > 0).all()
@@ -794,7 +794,7 @@ def test_the_basis_is_fitted_to_a_sample_of_train_rows_of_about_the_size_wanted(
         and rows[-1] == 4999
     )
     assert np.diff(rows).max() <= np.diff(rows).min() + 1, "evenly"
-    assert basis.sample_rows(targets[:30], 8192).tolist() == list(range(30))
+    assert fit.sample_rows(targets[:30], 8192).tolist() == list(range(30))
 
 
 def trains(world, tmp_path, name, *more):
@@ -876,7 +876,7 @@ def test_a_disk_with_room_for_the_records_alone_is_too_small_until_the_basis_is_
 ):
     targets, dtype = (
         data.Dataset(world / "data").val.targets,
-        logits.record_dtype(8, [1.0, 2.0, 4.0], make.V, "u8", 32),
+        record.record_dtype(8, [1.0, 2.0, 4.0], make.V, "u8", 32),
     )
     monkeypatch.setattr(files, "free_bytes", lambda _: targets * dtype.itemsize)
     argv = make.dump(world, "--chunk", "val", "--out", tmp_path / "logits")
@@ -1108,12 +1108,12 @@ def mass_outside(world, batch, k, t):
 @pytest.mark.parametrize("column", (0, 1, 2))
 def test_the_tail_at_a_dumped_temperature_is_the_one_that_was_dumped(world, name, column):
     whole, records = make.store(world, name=name), make.store(world, name=name).val.records
-    kept = logits.decode(records, make.V, column, whole.shape.to(torch.device("cpu")))
+    kept = record.unpack(records, make.V, column, whole.shape.to(torch.device("cpu")))
     seen = basis.tail_between(
         kept.basis,
         kept.ids,
         kept.coef,
-        logits.tails_of(records),
+        record.tails_of(records),
         [1.0, 2.0, 4.0],
         (1.0, 2.0, 4.0)[column],
     )
@@ -1125,7 +1125,7 @@ def test_the_tail_at_a_dumped_temperature_is_the_one_that_was_dumped(world, name
 def test_a_tail_that_is_computed_is_within_the_error_that_was_measured(world, name, t):
     whole, batch = make.store(world, t, name), some(world)
     _, mean, worst = whole.guess
-    seen, truth = logits.rest_mass(whole.at(batch, t), t), mass_outside(world, batch, 8, t)
+    seen, truth = record.rest_mass(whole.at(batch, t), t), mass_outside(world, batch, 8, t)
     assert (
         (seen - truth).abs().mean() <= mean + 1e-3
         and (seen - truth).abs().max() <= worst + 1e-3
@@ -1147,7 +1147,7 @@ def test_the_error_that_is_measured_is_that_of_the_temperature_left_out(world):
         whole.shape.to(torch.device("cpu")), at[1.0].ids, at[1.0].coef, tails, [1.0, 2.0], 4.0
     )
     off = (
-        logits.rest_mass(replace(at[4.0], tail=made), 4.0) - mass_outside(world, batch, 8, 4.0)
+        record.rest_mass(replace(at[4.0], tail=made), 4.0) - mass_outside(world, batch, 8, 4.0)
     ).abs()
     assert (
         left == 4.0
@@ -1186,7 +1186,7 @@ def test_what_a_basis_does_not_hold_is_bridged_by_what_was_dumped():
 def test_a_tail_that_underflows_at_one_temperature_spoils_no_other(t):
     head, hidden = teacher(bias=True)
     head.bias[17] = 150.0  # certain of one token
-    shape, z = double(basis.fit(head, hidden, 5, 12, 12)[0]), logits_of(head, hidden)
+    shape, z = double(fit.fit_basis(head, hidden, 5, 12, 12)[0]), logits_of(head, hidden)
     ids, _, tails = heads.topk_and_tails(z.float(), 5, [1.0, 2.0, 4.0])
     assert torch.isinf(tails[:, 0]).any() and torch.isfinite(tails[:, 1:]).all(), (
         "the example must be one that underflows at T = 1 alone"
@@ -1307,7 +1307,7 @@ def test_half_precision_products_that_ignore_their_buffer_change_nothing(kind, m
     """On CUDA rows are float16 and torch.mm(out_dtype=...) makes a new tensor: the target was once
     read from the empty buffer."""
     head, hidden = teacher()
-    shape = double(basis.fit(head, hidden, 5, 8, 8)[0])
+    shape = double(fit.fit_basis(head, hidden, 5, 8, 8)[0])
     ids, gaps, tails = heads.topk_and_tails(logits_of(head, hidden)[:40].clone(), 5, [2.0])
     kept = TopK(ids, gaps, tails[:, 0], shape.encode(hidden[:40]), shape)
     made = torch.Generator().manual_seed(3)
@@ -1337,7 +1337,7 @@ def test_a_token_that_no_tail_ever_reaches_keeps_its_row_within_float16(tmp_path
     weight[:, 0], hidden[:, 0] = 0.0, 1.0 + 1e-3 * hidden[:, 0]
     weight[:2] *= 0.01
     weight[:2, 0] = -60.0  # far below all others, in a direction of their own
-    shape, _ = basis.fit(Head(weight, None, 400), hidden, 5, 16, 16)
+    shape, _ = fit.fit_basis(Head(weight, None, 400), hidden, 5, 16, 16)
     assert shape.rows.abs().max() < 4e4
     basis.save(shape, tmp_path / "basis.safetensors", {})
     assert torch.isfinite(basis.load(tmp_path / "basis.safetensors", "")[0].rows).all()

@@ -32,7 +32,7 @@ from lib import data, evaluate, files, head, losses, models, train
 from lib.head import Head
 from lib.losses import Method, TopK, Whole
 from lib.measure import plots
-from lib.teacher import live, logits
+from lib.teacher import live, logits, record
 
 CPU = torch.device("cpu")
 
@@ -301,14 +301,14 @@ def test_a_live_top_k_is_that_of_the_disk(world, dataset, tmp_path, monkeypatch,
     """A real dump, whose gaps are float32 for once: their rounding to float16 is the one thing that
     live logits do not share."""
     plain, kind = (
-        logits.record_dtype,
+        record.record_dtype,
         lambda dtype, name: ("<f4" if name == "gap" else dtype[name].base, dtype[name].shape),
     )
 
     def wide(*args):
         return np.dtype([(name, *kind(plain(*args), name)) for name in plain(*args).names])
 
-    monkeypatch.setattr(logits, "record_dtype", wide)
+    monkeypatch.setattr(record, "record_dtype", wide)
     make.call(
         dump_logits.main,
         *make.dump(

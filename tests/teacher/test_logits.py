@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import dump_logits
 from lib import data, files, losses, models
 from lib.losses import Method
-from lib.teacher import logits
+from lib.teacher import logits, record
 
 CPU = torch.device("cpu")
 
@@ -54,8 +54,8 @@ def random_records(vocab, k, values="fp16", n=200, spread=6.0, temperatures=(1.0
     ids[0, :2], ids[1, 0] = (vocab - 1, 0), min(vocab - 1, 1 << 16)
     d = torch.from_numpy(z - z[:, :1])
     tails = torch.stack([(d[:, k:] / t).logsumexp(1) for t in temperatures], 1).numpy()
-    dtype = logits.record_dtype(k, list(temperatures), vocab, values)
-    return d, ids, logits.encode(ids, -d[:, :k].numpy(), tails, dtype, vocab), dtype
+    dtype = record.record_dtype(k, list(temperatures), vocab, values)
+    return d, ids, record.pack(ids, -d[:, :k].numpy(), tails, dtype, vocab), dtype
 
 
 # --- records
@@ -66,7 +66,7 @@ def random_records(vocab, k, values="fp16", n=200, spread=6.0, temperatures=(1.0
     ((32, [1, 2, 4], "fp16", 148), (32, [1, 2, 4], "u8", 118), (16, [1], "u8", 58)),
 )
 def test_a_record_takes_the_bytes_that_the_design_promises(k, temperatures, values, size):
-    assert logits.record_dtype(k, temperatures, 151_936, values).itemsize == size
+    assert record.record_dtype(k, temperatures, 151_936, values).itemsize == size
 
 
 def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
@@ -79,7 +79,7 @@ def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
         128,
     )
     assert (
-        logits.record_dtype(
+        record.record_dtype(
             args.k, args.temperatures, 151_936, args.values, args.tail_bytes
         ).itemsize
         == 194
@@ -93,7 +93,7 @@ def test_ids_gaps_and_tails_come_back_from_a_record(vocab, k, values):
     d, ids, records, _ = random_records(vocab, min(k, 61) if k > 1 else 2, values)
     k = ids.shape[1]
     for column, t in enumerate((1.0, 2.0)):
-        kept = logits.decode(records, vocab, column)
+        kept = record.unpack(records, vocab, column)
         assert (kept.ids.numpy() == ids).all() and kept.ids.dtype == torch.int64
         torch.testing.assert_close(
             kept.tail.double(), (d[:, k:] / t).logsumexp(1), rtol=1e-6, atol=1e-6
@@ -106,7 +106,7 @@ def test_ids_gaps_and_tails_come_back_from_a_record(vocab, k, values):
 @pytest.mark.parametrize("t", (1.0, 2.0))
 def test_rounding_of_the_gaps_costs_next_to_no_kl(values, limit, t):
     d, _, records, _ = random_records(151_936, 32, values, n=1000, spread=3.0)
-    kept = logits.decode(records, 151_936, int(t) - 1)
+    kept = record.unpack(records, 151_936, int(t) - 1)
     exact = losses.TopK(kept.ids, -d[:, :32], (d[:, 32:] / t).logsumexp(1))
     p, q = (
         losses.teacher_logp(exact, t),
@@ -118,11 +118,11 @@ def test_rounding_of_the_gaps_costs_next_to_no_kl(values, limit, t):
 @pytest.mark.parametrize("values", ("fp16", "u8"))
 @pytest.mark.parametrize("far", (65_000.0, 1e8, math.inf))
 def test_a_gap_beyond_float16_is_held_at_its_end_and_stays_finite(values, far):
-    dtype = logits.record_dtype(3, [1.0], 61, values)
-    records = logits.encode(
+    dtype = record.record_dtype(3, [1.0], 61, values)
+    records = record.pack(
         np.array([[5, 6, 7]]), np.array([[0.0, 1.0, far]]), np.array([[-200.0]]), dtype, 61
     )
-    kept = logits.decode(records, 61, 0)
+    kept = record.unpack(records, 61, 0)
     assert torch.isfinite(kept.gap).all() and kept.gap[0, 0] == 0 and kept.gap[0, 2] > 50_000
     assert torch.isfinite(losses.teacher_logp(kept, 1.0)).all()
 

@@ -1,0 +1,264 @@
+"""Making the basis that all chunks of a logits folder share (lib/teacher/basis.py says what it is):
+by the first of its dumps, fitted to a fixed sample of the train rows."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib import data, files, models, plan
+from lib.head import Head
+from lib.run import clock
+from lib.teacher import basis
+from lib.teacher.basis import Basis
+from lib.teacher.record import differing
+
+SAMPLE = 8192  # targets that the basis is fitted to
+# of the tail's mass: a row's entry is at most share^-1/2 = 3.2e4 in size, and float16 ends at 6.5e4
+LEAST_SHARE = 1e-9
+WEIGHED = 1024  # of these, how many tell how much of the tail each token holds (whole softmaxes)
+# temperature of that: T=1 gains 0.1 degrees at T=1 and loses as much at T=4 (docs/fidelity.md)
+WEIGH_AT = 2.0
+PIECE = 8192  # tokens whose rows of the output layer are widened at once: all may not fit
+MOST_BITS = 8
+# of each number of bits, in deviations: Max, IRE IT-6 (1960)
+GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
+FITTED_TO = ("teacher", "data", "vocab", "k", "tail_rank", "tail_bytes")  # of a dump's settings
+ANEW = "--fresh with --chunk all"
+
+
+def check_basis(out: Path, settings: dict, missing: list, anew: bool) -> bool:
+    """Return whether the basis of a logits folder is there, for the chunks `missing`. Refused: one
+    that was fitted to something else, and finished chunks of another one, or of one that is lost;
+    unless all chunks are made `anew`."""
+    if anew:
+        return False
+    path = out / basis.FILE
+    metas = {meta.parent: files.read_json(meta) for meta in sorted(out.glob("*/meta.json"))}
+    finished = {
+        folder: meta
+        for folder, meta in metas.items()
+        if "basis" in meta and meta["chunk"] not in missing
+    }
+    if not path.exists():
+        if finished:
+            files.fail(
+                f"{path} is missing",
+                f"{min(finished)}, which was dumped with it",
+                "that file",
+                f"copy it there, or {ANEW}",
+            )
+        return False
+    _, seen = basis.load(path, ANEW)
+    if differ := differing(seen, {name: settings[name] for name in FITTED_TO}):
+        files.fail(
+            f"{path} was fitted to something else",
+            differ,
+            "what this dump is of",
+            f"another --out, or {ANEW}",
+        )
+    this = files.sha256(path)
+    for folder, meta in finished.items():
+        if meta["basis"] != this:
+            files.fail(
+                f"{folder} was dumped with another basis than {path}",
+                meta["basis"][:12],
+                this[:12],
+                f"its own {basis.FILE} there, or --chunk {meta['chunk']} --fresh",
+            )
+    return True
+
+
+def shared_basis(
+    out: Path,
+    dataset: data.Dataset,
+    teacher: models.Model,
+    settings: dict,
+    missing: list,
+    anew: bool,
+) -> tuple[Basis, str]:
+    """Return the basis of a logits folder, its encoder alone, on the teacher's device, and its
+    file's hash: the one that is there, or a new one. Of several dumps, the first makes it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, holding = out / basis.FILE, files.lock(out, wait=True)
+    if not check_basis(out, settings, missing, anew):
+        started, size = clock(teacher.device), settings["tail_bytes"]
+        hidden = sample_hidden(dataset, teacher, settings["tokens_per_microbatch"])
+        shape, held = fit_basis(teacher.head(), hidden, settings["k"], settings["tail_rank"], size)
+        about = {name: settings[name] for name in FITTED_TO}
+        basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
+        print(
+            f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {size}"
+            f" bytes a target, hold {held:.1%} of the variance of the tail's logits; fitted to"
+            f" {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s",
+            flush=True,
+        )
+    shape, _ = basis.load(path, ANEW)
+    holding.release()
+    encoder = replace(shape, rows=shape.rows[:, :0], mean=shape.mean[:0])
+    return encoder.to(teacher.device), files.sha256(path)
+
+
+@torch.inference_mode()
+def sample_hidden(dataset: data.Dataset, teacher: models.Model, tokens: int) -> Tensor:
+    """Return the teacher's hidden states (about SAMPLE, D) at the targets of a fixed sample of
+    train rows; `tokens` a forward pass."""
+    lengths = dataset.train.rows["length"]
+    rows = sample_rows(dataset.train.rows["targets"])
+    batches = plan.microbatches(rows, lengths, tokens, int(lengths.max()), pack=False)
+    hidden = torch.cat(
+        [teacher.hidden(dataset.train.batch(lines).to(teacher.device)) for lines in batches]
+    )
+    if not torch.isfinite(hidden).all():
+        files.fail(
+            "the teacher's hidden states are not finite",
+            seen="NaN or infinity",
+            mend="--dtype float32 (some models overflow float16)",
+        )
+    return hidden
+
+
+def sample_rows(targets: np.ndarray, wanted: int = SAMPLE) -> np.ndarray:
+    """Return row numbers spread evenly over a split, holding about `wanted` targets (all rows,
+    where there are fewer); targets (rows,)."""
+    share = min(1.0, wanted / max(1, int(targets.sum())))
+    count = max(1, round(len(targets) * share))
+    return np.unique(np.linspace(0, len(targets) - 1, count).astype(int))
+
+
+@torch.no_grad()
+def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis, float]:
+    """Return the basis of at most `rank` rows for the tails outside the top k, with coefficients of
+    `size` bytes a target, fitted to a teacher's hidden states (N, D); and the share of the logits'
+    weighted variance that the stored coefficients hold.
+
+    With G = W' diag(w) W the tokens' weighted Gram matrix (D, D), w-centred, and C the covariance
+    of the hidden states, the logits' principal components are the eigenvectors v of sqrt(G) C
+    sqrt(G): encoder = sqrt(G) v, rows = v' sqrt(G)^-1 W'. Products in float32, what is (D, D) in
+    float64.
+    """
+    middle, gram = weighted_gram(head, tail_shares(head, hidden, k))
+    center = hidden.float().mean(0)
+    away = hidden.float() - center
+    covariance = exact(away.t() @ away) / len(hidden)
+
+    root, inverse = powers_of(gram)
+    variance, components = torch.linalg.eigh(root @ covariance @ root)
+    components = components.flip(1)[:, :rank]
+    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
+    components = components * largest.sign()  # an eigenvector's sign is free: fix it
+    encoder = (root @ components).float().to(hidden.device)
+    bits, step, error = spend_bits((away[:: max(1, len(away) // 2048)] @ encoder).cpu(), 8 * size)
+    lost = error.sum() + variance.flip(0)[rank:].sum()
+    held = 1 - float(lost / variance.sum().clamp_min(1e-30))
+
+    stored = bits > 0
+    decoder = (inverse @ components[:, stored]).float().to(hidden.device)  # (D, R)
+    mean, rows = decoded(head, center, middle, decoder)
+    bits, step = (part[stored].to(hidden.device) for part in (bits, step))
+    encoder = encoder[:, stored.to(hidden.device)].contiguous()
+    return Basis(mean, rows, bits, step, center, encoder, head.softcap), held
+
+
+def exact(made: Tensor) -> Tensor:
+    """Return a sum of products where (D, D) algebra is done: on the CPU in float64, so that every
+    device gives nearly the same basis."""
+    return made.cpu().double()
+
+
+def tail_shares(head: Head, hidden: Tensor, k: int) -> Tensor:
+    """Return how much each token (V,) holds of the tails' softened mass, on average over a sample
+    of hidden states (N, D); none less than LEAST_SHARE."""
+    mass = torch.zeros(head.vocab, dtype=torch.float64)
+    count, device = min(WEIGHED, len(hidden)), hidden.device
+    some = torch.linspace(0, len(hidden) - 1, count, device=device).long()
+    for _, z in head.chunks(hidden[some]):
+        ids = z.topk(min(k, head.vocab - 1), 1).indices
+        mass += exact((z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0))
+    share = (mass / mass.sum().clamp_min(1e-30)).clamp_min(LEAST_SHARE)
+    return (share / share.sum()).float().to(device)
+
+
+def widened(head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (which tokens, their rows of the output layer (n, D) in float32, scaled), PIECE tokens
+    at a time."""
+    for start in range(0, head.vocab, PIECE):
+        part = slice(start, min(start + PIECE, head.vocab))
+        yield part, head.weight.detach()[part].float() * head.scale
+
+
+def weighted_gram(head: Head, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) of the output layer's rows, weighted by `share` (V,), and their weighted
+    Gram matrix (D, D) around it."""
+    width = head.weight.shape[1]
+    total = torch.zeros(width, dtype=torch.float64)
+    for part, rows in widened(head):
+        total += exact(share[part] @ rows)
+    middle = total.float().to(share.device)
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    for part, rows in widened(head):
+        away = rows - middle
+        gram += exact(away.t() @ (away * share[part, None]))
+    return middle, gram
+
+
+def powers_of(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(G) and its inverse (D, D). Where there are fewer tokens than dimensions, some
+    directions of h reach no logit: these are 0 in both."""
+    values, vectors = torch.linalg.eigh(gram)
+    there = values > values[-1] * 1e-10
+    root, inverse = (
+        vectors * torch.where(there, values.clamp_min(0) ** power, 0.0) @ vectors.t()
+        for power in (0.5, -0.5)
+    )
+    return root, inverse
+
+
+def decoded(head: Head, center: Tensor, middle: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a basis' mean (V,) and rows (R, V): the output layer of the states `center` and
+    `decoder` (D, R). What all tokens of a row share is left out (`middle`, their mean row): a
+    softmax does not see it, a soft cap would."""
+    mean = torch.empty(head.vocab, dtype=torch.float32, device=center.device)
+    rows = torch.empty(decoder.shape[1], head.vocab, dtype=torch.float32, device=center.device)
+    constant = 0.0 if head.softcap else middle @ decoder  # (R,)
+    for part, wide in widened(head):
+        rows[:, part] = (wide @ decoder - constant).t()
+        mean[part] = wide @ center
+    if head.bias is not None:
+        mean += head.bias.detach()[: head.vocab].float() * head.scale
+    return mean, rows
+
+
+def spend_bits(coef: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bits (R,) uint8, step (R,) and the squared error (R,) of coefficients, of which a
+    sample (n, R) is given, in `budget` bits.
+
+    The best step for each number of bits is looked for among multiples of the Gaussian's; then
+    every bit goes where it saves most.
+    """
+    deviation = coef.square().mean(0).sqrt().clamp_min(1e-12)
+    error = torch.full((MOST_BITS + 1, coef.shape[1]), torch.inf)
+    step = torch.ones(MOST_BITS + 1, coef.shape[1])
+    error[0] = coef.square().mean(0)
+    for bits in range(1, MOST_BITS + 1):
+        for factor in (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5):
+            tried = deviation * (GAUSSIAN_STEP[bits - 1] * factor)
+            half = 2 ** (bits - 1)
+            stored = (coef / tried).floor_().clamp_(-half, half - 1).add_(0.5).mul_(tried)
+            loss = (stored - coef).square_().mean(0)
+            better = loss < error[bits]
+            error[bits] = torch.where(better, loss, error[bits])
+            step[bits] = torch.where(better, tried, step[bits])
+    spent = torch.zeros(coef.shape[1], dtype=torch.long)
+    saved = error[:-1] - error[1:]  # (MOST_BITS, R) by the next bit
+    for _ in range(min(budget, MOST_BITS * len(spent))):
+        gain = saved.gather(0, spent.clamp_max(MOST_BITS - 1)[None])[0]
+        spent[gain.masked_fill(spent == MOST_BITS, -torch.inf).argmax()] += 1
+
+    def chosen(table):
+        return table.gather(0, spent[None])[0]
+
+    return spent.to(torch.uint8), chosen(step), chosen(error)

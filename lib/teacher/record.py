@@ -1,0 +1,143 @@
+"""The teacher's top-k logits on disk: one memory-mapped record a target, in target order.
+
+    logits/NAME/chunk-0003/topk.npy   structured (targets of the chunk,); fields of `record_dtype`
+                           done.npy   DONE (rows of the chunk,): which rows are written, with the
+                                      teacher's own score on them
+                           meta.json  written last: identities, k, temperatures, V, sha256 of
+                                      topk.npy, the teacher's figures
+    logits/NAME/val/       the same for the val split
+    logits/NAME/basis.safetensors    the basis that all of them share, unless --tail-rank is 0
+                                     (lib/teacher/basis.py)
+
+writer.py writes them, logits.py reads them. A record holds, largest logit first: the k token ids
+(16 low bits, and the high bits packed where V > 65,536), `gap` = z_max - z_i (float16, or uint8
+with one scale a record), for every dumped T `tail` = log of the sum over the other V - k tokens of
+exp((z_j - z_max)/T), float32, and `coef`, the shape of the tail: coefficients over the basis,
+packed as the basis says. Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of
+z_max - z 4e-7.
+
+Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148
+bytes a target; k = 24, uint8 and 104 bytes of coefficients 48 + 6 + 24 + 2 + 104 + 12 = 196.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import losses
+from lib.teacher.basis import Basis
+
+FORMAT = 1
+DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
+LARGEST_GAP = 60_000.0  # float16 ends at 65,504
+
+
+def high_bits(vocab: int) -> int:
+    """Return the bits an id needs above its low 16: 0, 2 (V up to 262,144) or 4 (up to
+    1,048,576)."""
+    return 0 if vocab <= 1 << 16 else 2 if vocab <= 1 << 18 else 4
+
+
+def record_dtype(
+    k: int, temperatures: list[float], vocab: int, values: str, tail_bytes: int = 0
+) -> np.dtype:
+    """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
+    fields: list[tuple] = [("id_low", "<u2", (k,))]
+    if bits := high_bits(vocab):
+        fields.append(("id_high", "u1", (-(-k * bits // 8),)))
+    if values == "fp16":
+        fields.append(("gap", "<f2", (k,)))
+    else:
+        fields += [("gap", "u1", (k,)), ("scale", "<f2")]
+    if tail_bytes:
+        fields.append(("coef", "u1", (tail_bytes,)))
+    return np.dtype([*fields, ("tail", "<f4", (len(temperatures),))])
+
+
+def pack(
+    ids: np.ndarray,
+    gaps: np.ndarray,
+    tails: np.ndarray,
+    dtype: np.dtype,
+    vocab: int,
+    coef: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures) and packed
+    coefficients (n, bytes)."""
+    records = np.zeros(len(ids), dtype)
+    records["id_low"] = ids & 0xFFFF
+    if bits := high_bits(vocab):
+        per = 8 // bits
+        high = np.zeros((len(ids), dtype["id_high"].shape[0] * per), np.uint8)
+        high[:, : ids.shape[1]] = ids >> 16
+        places = bits * np.arange(per, dtype=np.uint8)
+        records["id_high"] = (high.reshape(len(ids), -1, per) << places).sum(-1)
+    if "scale" in records.dtype.fields:
+        largest = gaps.max(1)
+        scale = (largest.clip(max=LARGEST_GAP) / 255).astype(np.float16)
+        above = np.nextafter(scale, np.float16(np.inf))  # never round the range down
+        scale = np.where(scale.astype(np.float32) * 255 < largest, above, scale)
+        steps = gaps / np.maximum(scale.astype(np.float32), 1e-12)[:, None]
+        records["scale"], records["gap"] = scale, np.rint(steps).clip(0, 255)
+    else:
+        records["gap"] = gaps.clip(max=LARGEST_GAP)
+    if coef is not None:
+        records["coef"] = coef
+    records["tail"] = tails
+    return records
+
+
+def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = None) -> losses.TopK:
+    """Return what the loss needs of records (n,), on the CPU: ids, gaps, and the tail at dumped
+    temperature number `column`; with the folder's basis also the coefficients, on its device."""
+    ids = records["id_low"].astype(np.int64)
+    if bits := high_bits(vocab):
+        places = bits * np.arange(8 // bits, dtype=np.uint8)
+        high = (records["id_high"][:, :, None] >> places) & ((1 << bits) - 1)
+        ids |= high.reshape(len(records), -1)[:, : ids.shape[1]].astype(np.int64) << 16
+    gap = records["gap"].astype(np.float32)
+    if "scale" in records.dtype.fields:
+        gap *= records["scale"].astype(np.float32)[:, None]
+    tail = records["tail"][:, column].astype(np.float32)
+    topk = losses.TopK(*(torch.from_numpy(part) for part in (ids, gap, tail)))
+    return topk if shape is None else replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
+
+
+def tails_of(records: np.ndarray) -> torch.Tensor:
+    """Return the log tail masses (n, temperatures) of records."""
+    return torch.from_numpy(records["tail"].astype(np.float32))
+
+
+def rest_mass(topk: losses.TopK, temperature: float) -> torch.Tensor:
+    """Return the teacher's mass (n,) outside its top k at a temperature: what `tail` says, as a
+    share of 1."""
+    return losses.teacher_logp(topk, temperature)[:, -1].exp()
+
+
+def coverage(
+    records: np.ndarray, temperatures: list[float], vocab: int, sample: int = 20_000
+) -> dict[str, float]:
+    """Return the share of the teacher's softened mass that lies inside its top k, by temperature,
+    over an even sample of records."""
+    records = records[:: max(1, len(records) // sample)]
+    shares = {}
+    for column, t in enumerate(temperatures):
+        rest = rest_mass(unpack(records, vocab, column), t)
+        shares[f"{t:g}"] = 1 - rest.mean().item() if len(records) else 0.0
+    return shares
+
+
+def chunk_folder(folder: Path | str, chunk: int | str) -> Path:
+    """Return the folder of a chunk number, or of "val"."""
+    return Path(folder) / ("val" if chunk == "val" else f"chunk-{chunk:04d}")
+
+
+def differing(seen: dict, wanted: dict) -> str:
+    """Return what differs between two sets of settings, for people."""
+    return "; ".join(
+        f"{name} {seen.get(name)!r} (now {value!r})"
+        for name, value in wanted.items()
+        if seen.get(name) != value
+    )

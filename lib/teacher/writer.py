@@ -1,0 +1,348 @@
+"""Writing the records of one chunk: what dump_logits.py makes of the teacher, batch after batch
+(record.py says what lies on the disk)."""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib import data, files, flags, models, plan
+from lib import head as heads
+from lib.run import versions
+from lib.teacher import basis, record
+from lib.teacher.basis import Basis
+
+FLUSH_S = 5.0  # seconds of work that a power cut may cost
+WINDOW = 4096  # rows that are sorted by length at once
+# settings that a finished chunk may have otherwise: they change records by rounding at most
+FREE = ("teacher_folder", "dtype", "tokens_per_microbatch")
+
+
+def add_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what a record holds."""
+    group.add_argument(
+        "--k", type=int, default=16, help="logits kept a target (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperatures",
+        default="1,2,4",
+        metavar="1,2,4",
+        help="temperatures training may use later (default: %(default)s)",
+    )
+    group.add_argument(
+        "--values",
+        choices=["fp16", "u8"],
+        default="u8",
+        help="format of z_max - z (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tail-rank",
+        type=int,
+        default=384,
+        metavar="R",
+        help=(
+            "dimensions kept of the shape of the rest; 0 = its mass alone, one bucket (default:"
+            " %(default)s)"
+        ),
+    )
+    group.add_argument(
+        "--tail-bytes",
+        type=int,
+        default=128,
+        metavar="B",
+        help=(
+            "bytes a target for these, spent where they tell most; at most R (default: %(default)s)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) flags that cannot work; read the temperatures."""
+    flags.positive(parser, args, "k", "tokens_per_microbatch")
+    try:
+        args.temperatures = sorted({float(t) for t in args.temperatures.split(",")})
+    except ValueError:
+        parser.error(f"--temperatures is {args.temperatures}, wanted numbers like 1,2,4")
+    if min(args.temperatures) <= 0 or not all(map(math.isfinite, args.temperatures)):
+        parser.error("--temperatures must be above 0")
+    if args.tail_rank < 0 or args.tail_rank and args.tail_bytes < 1:
+        parser.error(
+            f"--tail-rank is {args.tail_rank} and --tail-bytes {args.tail_bytes}, wanted 0 or more,"
+            " and at least 1"
+        )
+
+
+def settings_of(
+    args: argparse.Namespace,
+    dataset: data.Dataset,
+    identity: str,
+    teacher: models.Model,
+    dtype: torch.dtype,
+) -> dict:
+    """Return what a chunk must have been made with to be continued, or read beside others; of args,
+    --tail-rank and --tail-bytes are cut to what there is."""
+    head = teacher.head()
+    # a rest of one token has no shape; logits move in no more dimensions than hidden states have
+    most = 0 if args.k >= head.vocab - 1 else min(head.weight.shape[1], head.vocab - 1)
+    if args.tail_rank > most:
+        print(f"dump: --tail-rank {args.tail_rank} is cut to {most}: no more is there to be kept")
+        args.tail_rank = most
+    args.tail_bytes = min(args.tail_bytes, args.tail_rank)  # at most 8 bits a dimension
+    settings = {
+        "teacher": identity,
+        "teacher_folder": str(args.teacher),
+        "data": dataset.identities["data"],
+        "k": args.k,
+        "rows_per_chunk": dataset.meta["rows_per_chunk"],
+        "temperatures": args.temperatures,
+        "values": args.values,
+        "vocab": head.vocab,
+        "tail_rank": args.tail_rank,
+        "dtype": str(dtype),
+        "tokens_per_microbatch": args.tokens_per_microbatch,
+    }
+    return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
+
+
+def dtype_of(settings: dict) -> np.dtype:
+    """Return the dtype of the records that a dump's settings ask for."""
+    names = ("k", "temperatures", "vocab", "values")
+    return record.record_dtype(*(settings[name] for name in names), settings.get("tail_bytes", 0))
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Return whether a chunk is finished; one of other settings is refused."""
+    if not (folder / "meta.json").exists():
+        return False
+    wanted = {name: value for name, value in settings.items() if name not in FREE}
+    if differ := record.differing(files.read_json(folder / "meta.json"), wanted):
+        files.fail(
+            f"{folder} is finished with other settings",
+            differ,
+            "the same command",
+            "--fresh to dump it anew, or another --out",
+        )
+    return True
+
+
+def rows_of(dataset: data.Dataset, chunk: int | str) -> np.ndarray:
+    """Return the row numbers of a chunk of train, or of val."""
+    return (
+        np.arange(len(dataset.val.rows))
+        if chunk == "val"
+        else np.asarray(dataset.chunk_rows(int(chunk)))
+    )
+
+
+def check_disk(
+    out: Path, dataset: data.Dataset, missing: list, settings: dict, teacher: models.Model
+) -> None:
+    """Say how many bytes the chunks `missing` will take, and refuse a disk that is too small."""
+    size, rank = dtype_of(settings).itemsize, settings["tail_rank"]
+    shape = basis.file_bytes(rank, settings["vocab"], teacher.head().weight.shape[1])
+    need, have = 0, files.free_bytes(out)
+    if missing and not (out / basis.FILE).exists():
+        need += shape
+    for chunk in missing:
+        split = dataset.val if chunk == "val" else dataset.train
+        need += size * int(split.rows["targets"][rows_of(dataset, chunk)].sum())
+        begun = record.chunk_folder(out, chunk) / "topk.npy"  # to be finished, or made anew
+        have += begun.stat().st_size if begun.exists() else 0
+    shared = f", and {files.human(shape)} of basis for all chunks" if rank else ""
+    print(
+        f"disk: {files.human(need)} to be written ({size} bytes a target{shared}),"
+        f" {files.human(have)} free at {out}"
+    )
+    if need > have:
+        files.fail(
+            f"the disk of {out} is too small",
+            f"{files.human(have)} free",
+            files.human(need),
+            "smaller --tail-bytes, --tail-rank or --k, --values u8, fewer --temperatures, or one"
+            " --chunk at a time",
+        )
+
+
+def remove(out: Path, chunks: list) -> None:
+    """Delete chunks; none, where another process writes one of them."""
+    folders = [record.chunk_folder(out, chunk) for chunk in chunks]
+    for folder in folders:
+        if (folder / ".lock").exists():
+            files.lock(folder).release()
+    for folder in folders:
+        files.remove_ours(folder, ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
+
+
+@torch.inference_mode()
+def teacher_records(
+    teacher: models.Model,
+    head: heads.Head,
+    batch: data.Batch,
+    k: int,
+    temperatures: list[float],
+    dtype: np.dtype,
+    shape: Basis | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the records of a batch's targets, the teacher's cross-entropy at each (nats) and
+    whether it had it right, each (N,)."""
+    with_one = sorted({*temperatures, 1.0})
+    one, columns = with_one.index(1.0), [with_one.index(t) for t in temperatures]
+    hidden = teacher.hidden(batch)
+    records, ce, hits = [], [], []
+    for part, z in head.chunks(hidden):
+        label = batch.labels[part]
+        at_label = (z.gather(1, label[:, None]) - z.amax(1, keepdim=True))[:, 0]
+        ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
+        log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, one])
+        coef = None if shape is None else shape.pack(shape.encode(hidden[part]))
+        known = (values.cpu().numpy() for values in (ids, gaps, tails[:, columns]))
+        records.append(record.pack(*known, dtype, head.vocab, coef))
+        ce.append((log_z - at_label).cpu().double().numpy())
+        hits.append((at_label == 0).cpu().numpy())
+    return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
+
+
+class Writer:
+    """The records of one chunk (or val) on their way to the disk; its folder is locked by the
+    caller.
+
+    Contract: killed anywhere, a new Writer of the same settings goes on with the rows that are not
+    there, and the finished file is bit for bit that of a dump left alone. For `add` puts records in
+    their place in the memory map, whatever came before; done.npy says that they are there only
+    after they have reached the disk (`flush`); and a batch is always whole, so that what is
+    computed does not depend on when we were killed.
+
+    Worked example: rows 0 to 3 in the batches [2, 0] and [3, 1]. After `add([2, 0], ...)` done.npy
+    says that no row is there; after `flush`, that rows 0 and 2 are. A Writer that is opened after a
+    kill has `left` == [[3, 1]].
+
+    topk (targets,), done (rows,): the memory maps. batches, left: the rows of each forward pass,
+    all and those that are missing.
+    """
+
+    def __init__(
+        self, folder: Path, chunk: int | str, split: data.Split, rows: np.ndarray, settings: dict
+    ) -> None:
+        self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
+        self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
+        self.targets, self.dtype = int(self.counts[rows].sum()), dtype_of(settings)
+        if (folder / "done.npy").exists():
+            self._continue()
+        else:
+            self._begin()
+        self.batches = batches_of(rows, split.rows["length"], settings["tokens_per_microbatch"])
+        there = self.done["done"]
+        self.left = [batch for batch in self.batches if not there[batch - rows[0]].all()]
+        self.pending: list[tuple] = []  # what has been added since the last flush
+        self.flushed = time.monotonic()
+
+    def _continue(self) -> None:
+        """Open the files of a dump that was killed, refused if its settings were others."""
+        if (seen := files.read_json(self.folder / "settings.json")) != self.settings:
+            files.fail(
+                f"{self.folder} was started with other settings",
+                record.differing(seen, self.settings),
+                "the same command",
+                "--fresh to start it anew, or another --out",
+            )
+        self.topk = np.lib.format.open_memmap(self.folder / "topk.npy", mode="r+")
+        self.done = np.lib.format.open_memmap(self.folder / "done.npy", mode="r+")
+
+    def _begin(self) -> None:
+        """Make the files. done.npy appears last: once it is there, all three are whole."""
+        files.write_json(self.folder / "settings.json", self.settings)
+        self.topk = np.lib.format.open_memmap(
+            self.folder / "topk.npy", mode="w+", dtype=self.dtype, shape=(self.targets,)
+        )
+        allocate(self.folder / "topk.npy")
+        partial = self.folder / "done.npy.part"
+        self.done = np.lib.format.open_memmap(
+            partial, mode="w+", dtype=record.DONE, shape=(len(self.rows),)
+        )
+        self.done.flush()
+        partial.replace(self.folder / "done.npy")
+
+    def add(self, rows: np.ndarray, records: np.ndarray, ce: np.ndarray, hits: np.ndarray) -> None:
+        """Put the records of a batch of rows in their place, with the teacher's own cross-entropy
+        and hits at each target, each (N,). Flushed every FLUSH_S seconds."""
+        if not np.isfinite(ce).all():
+            files.fail(
+                "the teacher's logits are not finite",
+                f"rows {rows[:8].tolist()}",
+                "numbers",
+                "--dtype float32 (some models overflow float16)",
+            )
+        counts = self.counts[rows].astype(int)
+        ends = np.cumsum(counts)
+        for row, count, end in zip(rows, counts, ends):
+            place = int(self.starts[row]) - int(self.starts[self.rows[0]])
+            self.topk[place : place + count] = records[end - count : end]
+        begins = ends - counts
+        sums = np.add.reduceat(ce, begins), np.add.reduceat(hits.astype(int), begins)
+        self.pending.append((rows - self.rows[0], *sums))
+        if time.monotonic() - self.flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Force what was added to the disk: the records first, then the word that they are
+        there."""
+        self.topk.flush()
+        for index, ce_sum, hits in self.pending:
+            self.done["ce_sum"][index], self.done["hits"][index] = ce_sum, hits
+            self.done["done"][index] = True
+        self.done.flush()
+        self.pending.clear()
+        self.flushed = time.monotonic()
+
+    def finish(self, identities: dict) -> dict:
+        """Write meta.json, which says that the chunk is whole, and return it."""
+        self.flush()
+        assert self.done["done"].all(), "rows are missing"
+        settings = self.settings
+        meta = {
+            "format": record.FORMAT,
+            "chunk": self.chunk,
+            "targets": self.targets,
+            "rows": len(self.rows),
+            "bytes_per_target": self.dtype.itemsize,
+            **settings,
+            "identities": identities | {"teacher": settings["teacher"]},
+            "teacher_ce": float(self.done["ce_sum"].sum() / self.targets),
+            "teacher_acc1": float(self.done["hits"].sum() / self.targets),
+            "coverage": record.coverage(self.topk, settings["temperatures"], settings["vocab"]),
+            "sha256": files.sha256(self.folder / "topk.npy"),
+            "versions": versions(),
+        }
+        files.write_json(self.folder / "meta.json", meta)
+        (self.folder / "settings.json").unlink()
+        return meta
+
+
+def batches_of(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Return rows in batches of like length, of at most `tokens` tokens with padding."""
+    batches = []
+    for window in np.array_split(rows, -(-len(rows) // WINDOW)):
+        for lines in plan.microbatches(window, lengths, tokens, int(lengths.max()), pack=False):
+            batches.append(np.concatenate(lines))
+    return batches
+
+
+def allocate(path: Path) -> None:
+    """Take the disk blocks of a file that was only sized, so that a disk that fills up later cannot
+    kill us in the middle of a write."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
+        except OSError as full:
+            files.fail(
+                f"{path} cannot be allocated",
+                full,
+                "enough free disk",
+                "a smaller --k, --values u8, or one --chunk at a time",
+            )
