@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lib import data, evaluate, files, models, template
 from lib.head import Head
 from lib.options import lora
-from lib.prepare import classes
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ def read_by(dataset: data.Dataset, name: str, folder: Path, args) -> data.Split:
     """Return a split (train or val) as the tokenizer of the model in `folder` reads its texts: as
     many tokens as the data's --max-len at most."""
     most = min(dataset.meta["args"]["max_len"], positions(folder))
-    return classes.retokenized(
+    return data.retokenized(
         dataset.folder, name, tokenizer_of(folder, dataset, args.trust_remote_code), most
     )
 

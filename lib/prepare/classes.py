@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import data, files
+from lib import files
 from lib.prepare import split
 
 BATCH = 1024  # rows tokenized at once: enough for the tokenizer's own threads
@@ -201,34 +201,3 @@ def counts(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
         name: {side: int(count[number]) for side, count in sides.items()}
         for number, name in enumerate(names)
     }
-
-
-def retokenized(folder: Path, name: str, tokenizer, max_len: int) -> data.Split:
-    """Return the rows of a split as another model's tokenizer reads them: the same rows, targets
-    and labels in the same order."""
-    texts = pq.read_table(folder / f"{name}.texts.parquet", columns=["text"])["text"].to_pylist()
-    ids = [
-        np.array(tokens, np.uint32)
-        for at in range(0, len(texts), BATCH)
-        for tokens in encoded(
-            tokenizer,
-            texts[at : at + BATCH],
-            min(max_len, tokenizer.model_max_length),
-            truncate=True,
-        )
-    ]
-    own = data.Split(folder, name)
-    if len(ids) != len(own.rows):
-        files.fail(
-            f"{folder}/{name}.texts.parquet does not fit the rows",
-            f"{len(ids)} texts",
-            f"{len(own.rows)}",
-            "make data, with ARGS=--fresh",
-        )
-    lengths = np.array([len(row) for row in ids], np.int64)
-    own.rows = own.rows.copy()
-    own.rows["length"], own.rows["start"] = lengths, np.cumsum(lengths) - lengths
-    own.tokens = np.concatenate(ids) if ids else own.tokens
-    own.answer = np.zeros(len(own.tokens), bool)
-    own.answer[np.cumsum(lengths) - 1] = True
-    return own
