@@ -167,10 +167,10 @@ def draw(rng: random.Random, weighted: list[tuple]) -> tuple:
     return rng.choices(weighted, [entry[0] for entry in weighted])[0]
 
 
-def numbers(rng: random.Random, signs: str) -> list[int]:
+def operands(rng: random.Random, signs: str) -> list[int]:
     """Return two-digit numbers, one more than `signs`, whose running total never leaves 10..99.
 
-    Worked example: numbers(rng, "+-") may be [23, 45, 12], for the totals 23, 68, 56.
+    Worked example: operands(rng, "+-") may be [23, 45, 12], for the totals 23, 68, 56.
     """
     while True:
         drawn = [rng.randint(10, 99) for _ in range(len(signs) + 1)]
@@ -220,7 +220,7 @@ def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
 def problem(rng: random.Random) -> tuple[str, str]:
     """Return one problem and one of its answers."""
     _, signs, text = draw(rng, PROBLEMS)
-    drawn = numbers(rng, signs)
+    drawn = operands(rng, signs)
     person, other = rng.sample(list(PEOPLE), 2)
     words = dict(
         P=person,
