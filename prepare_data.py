@@ -1,32 +1,32 @@
 """Turn any instruction, chat or text data into token ids and answer masks: what every later stage
 reads.
 
-    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out \
-        data/mine
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \
+        --out data/mine
     # seconds
-    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct --out \
-        data/small --limit 500 --val 50 --show 3
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \
+        --out data/small --limit 500 --val 50 --show 3
     # text, label: rows with a class each
-    python prepare_data.py --source reviews.csv --tokenizer DIR --out data/reviews --task \
-        classify
-    # or a server of any kind:
-    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers \
-        teacher --teacher DIR
-    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked --answers \
-        teacher --teacher-url http://HOST:8000/v1 --teacher-model X
+    python prepare_data.py --source reviews.csv --tokenizer DIR --out data/reviews \
+        --task classify
+    # prompts alone: a teacher answers them, run here or by a server of any kind
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \
+        --answers teacher --teacher DIR
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \
+        --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a
-        hub id org/name[:split][@revision];
-                     a URI (s3://, gs://, hdfs://). Parquet, json, jsonl or csv (also .gz .bz2 .zst
-                     .xz); the schema is found from the column names, or --columns says it
+                     hub id org/name[:split][@revision]; a URI (s3://, gs://, hdfs://). Parquet,
+                     json, jsonl or csv (also .gz .bz2 .zst .xz); the schema is found from the
+                     column names, or --columns says it
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
         --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that
                      answers the prompts anew
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl,
-        tokenizer/, meta.json last,
-                     and report.png: how long rows are, where they come from, why others were
-                     dropped answers/: the teacher's, as parquet (see lib/prepare/answers.py); a run
-                     continues there, and --fresh keeps them
+                     tokenizer/, meta.json last, and report.png: how long rows are, where they come
+                     from, why others were dropped
+                     answers/: the teacher's, as parquet (see lib/prepare/store.py); a run continues
+                     there, and --fresh keeps them
         --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages
                                  or text, source, split, teacher)
 

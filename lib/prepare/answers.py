@@ -303,12 +303,9 @@ def answer_all(store: Store, inputs: list[sources.Source], args, tokenizer) -> A
     )
     if done < total:
         known = set(store.have)
-        missing = (
-            (question, number)
-            for question in asked(collections.Counter(), collections.Counter())
-            for number in numbers
-            if (question.key, number) not in known
-        )
+        again = asked(collections.Counter(), collections.Counter())
+        pairs = ((question, number) for question in again for number in numbers)
+        missing = (pair for pair in pairs if (pair[0].key, pair[1]) not in known)
         if args.teacher:
             answers = questions.by_model(args, store.made, missing, tokenizer)
         else:

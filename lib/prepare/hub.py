@@ -66,11 +66,10 @@ def named_splits(paths: list[str]) -> dict[tuple[str, str], list[str]]:
 def files_of_split(paths: list[str], split: str, config: str | None) -> list[str] | None:
     """Return the files of a split, the configuration `default` before others; None where there is
     none or several could be meant."""
-    found = {
-        name: inside
-        for (name, base), inside in named_splits(paths).items()
-        if base == split and config in (None, name)
-    }
+    found = {}
+    for (name, base), inside in named_splits(paths).items():
+        if base == split and config in (None, name):
+            found[name] = inside
     if len(found) == 1:
         return next(iter(found.values()))
     return found.get("default")
@@ -119,12 +118,10 @@ def _listing(repo: str, revision: str | None) -> list[str] | None:
     not in the cache, when offline)."""
     try:
         if constants.HF_HUB_OFFLINE:
-            return [
-                file.path
-                for file in huggingface_hub.get_cached_repo_tree(
-                    repo, repo_type="dataset", revision=revision
-                )
-            ]
+            tree = huggingface_hub.get_cached_repo_tree(
+                repo, repo_type="dataset", revision=revision
+            )
+            return [file.path for file in tree]
         info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=TIMEOUT_S)
         return [file.rfilename for file in info.siblings or []]
     except (errors.RevisionNotFoundError, errors.CachedRepoTreeNotFoundError):

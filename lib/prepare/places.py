@@ -132,8 +132,7 @@ def one_line_error(
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a URI and the path on it; one line where pyarrow knows no such
     thing or it does not answer."""
-    scheme = uri.partition("://")[0]
-    address = uri
+    scheme, address = uri.partition("://")[0], uri
     if scheme in PATIENCE and "retry_limit_seconds" not in uri:
         address += ("&" if "?" in uri else "?") + PATIENCE[scheme]
     with one_line_error(uri, failures=(pa.ArrowException, OSError, ValueError)):
@@ -147,13 +146,10 @@ def _inside(system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
     def hidden(path):
         return any(part[:1] in "._" for part in path[len(root) :].strip("/").split("/"))
 
-    found = [
-        info for info in system.get_file_info(fs.FileSelector(root, recursive=True)) if info.is_file
-    ]
-    return sorted(
-        (info for info in found if suffix(info.path) in SUFFIXES and not hidden(info.path)),
-        key=lambda info: info.path,
-    )
+    there = system.get_file_info(fs.FileSelector(root, recursive=True))
+    found = [info for info in there if info.is_file and suffix(info.path) in SUFFIXES]
+    found = [info for info in found if not hidden(info.path)]
+    return sorted(found, key=lambda info: info.path)
 
 
 def _pattern(text: str) -> re.Pattern:
@@ -203,11 +199,8 @@ def find_by_path(where: str) -> list[Place]:
     order; one line where there are none."""
     path = Path(where)
     if path.is_dir():
-        inside = sorted(
-            p
-            for p in path.rglob("*")
-            if suffix(p.name) in SUFFIXES and p.is_file() and not p.name.startswith(".")
-        )
+        shown = (p for p in path.rglob("*") if not p.name.startswith("."))
+        inside = sorted(p for p in shown if suffix(p.name) in SUFFIXES and p.is_file())
         if not inside:
             files.fail(f"the folder {path} holds no data file", wanted=f"one that ends in {READ}")
     elif path.exists():

@@ -102,16 +102,13 @@ def by_model(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
     ).module
     how = generate.Sampling(**made["sampling"] | {"stops": tuple(made["sampling"]["stops"])})
-    requests = (
-        generate.Request(
-            (question, number),
-            question.ids,
-            args.max_new_tokens,
-            seed_of(args.seed, question.key, number),
-        )
-        for question, number in missing
-    )
-    written = generate.generate(module, generate.by_length(requests), how, args.teacher_batch)
+
+    def requests():
+        for question, number in missing:
+            seed = seed_of(args.seed, question.key, number)
+            yield generate.Request((question, number), question.ids, args.max_new_tokens, seed)
+
+    written = generate.generate(module, generate.by_length(requests()), how, args.teacher_batch)
     while (answer := within_memory(written)) is not None:
         text = tokenizer.decode(
             answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -145,14 +142,14 @@ def by_server(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
         "top_p": args.teacher_top_p,
     }
     client = ask.Client(args.teacher_url, args.teacher_model, how, args.concurrency, args.timeout)
-    requests = (
-        ask.ChatRequest(
-            (question, number), question.prompt, seed_of(args.seed, question.key, number)
-        )
-        for question, number in missing
-    )
+
+    def requests():
+        for question, number in missing:
+            seed = seed_of(args.seed, question.key, number)
+            yield ask.ChatRequest((question, number), question.prompt, seed)
+
     failed, say = 0, functools.partial(print, flush=True)
-    for reply in ask.ask(client, requests, args.concurrency, args.retry_for, say):
+    for reply in ask.ask(client, requests(), args.concurrency, args.retry_for, say):
         question, number = reply.request.key
         if reply.finish == "failed":
             failed += 1

@@ -138,18 +138,13 @@ def name_and_where(text: str) -> tuple[str, str]:
         return found[1], found[2]
     if hub.is_id(text):
         return hub.ID.fullmatch(text)["repo"].split("/")[1], text
-    path = (
-        text.partition("?")[0].partition("://")[2]
-        if places.is_uri(text)
-        else str(Path(text).absolute())
-    )
+    path = Path(text).absolute().as_posix()
+    if places.is_uri(text):
+        path = text.partition("?")[0].partition("://")[2]
     for part in reversed(path.split("/")):
-        part = re.sub(r"(\.(gz|bz2|zst|xz))?$", "", part)
-        part = (
-            part.removesuffix(places.suffix(part))
-            if places.suffix(part) in places.SUFFIXES
-            else part
-        )
+        part = re.sub(r"\.(gz|bz2|zst|xz)$", "", part)
+        if (end := places.suffix(part)) in places.SUFFIXES:
+            part = part.removesuffix(end)
         if name := re.sub(r"[^\w.+-]+", "-", part.split("@")[-1]).strip("-."):
             return name, text
     return "data", text
@@ -209,11 +204,9 @@ def look(
     rows of a text and its label are wanted.
     """
     found = formats.columns_of(path)
-    name, columns = (
-        ("--columns", columns)
-        if columns
-        else schema.guess(path, found.types, need_answer, labelled)
-    )
+    name = "--columns"
+    if not columns:
+        name, columns = schema.guess(path, found.types, need_answer, labelled)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
         later = part in schema.OPTIONAL and path.suffix in formats.JSON

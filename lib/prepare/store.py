@@ -49,11 +49,8 @@ SCHEMA = pa.schema(
 def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
-    told = {
-        name: value
-        for name, value in made.items()
-        if name != ("teacher" if "weights" in made else "host")
-    }
+    where = "teacher" if "weights" in made else "host"
+    told = {name: value for name, value in made.items() if name != where}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

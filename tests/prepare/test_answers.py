@@ -1041,8 +1041,9 @@ def test_a_signal_says_that_the_same_command_continues(
         lambda count, body: "ok" if int(body["messages"][0]["content"].split()[1]) < 5 else "hang"
     )
     threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    handler = signal.getsignal(number)
     code, _ = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, one.url))
-    assert code == 128 + number
+    assert code == 128 + number and signal.getsignal(number) == handler
     assert (
         "answers: stopped with 5 of 20, all of them kept; the same command continues"
         in capsys.readouterr().out
