@@ -221,3 +221,30 @@ class Dataset:
     def tokenizer(self):
         """Return the tokenizer that made the data."""
         return template.load_tokenizer(self.folder / "tokenizer", self.trust_remote_code)
+
+
+def retokenized(folder: Path, name: str, tokenizer, max_len: int) -> Split:
+    """Return the rows of a split that has texts as another model's tokenizer reads them: the same
+    rows, targets and labels in the same order, of at most `max_len` tokens each."""
+    from pyarrow import parquet
+
+    own, texts = Split(folder, name), folder / f"{name}.texts.parquet"
+    longest = min(max_len, tokenizer.model_max_length)
+    ids: list[np.ndarray] = []
+    for batch in parquet.read_table(texts, columns=["text"]).to_batches(1024):
+        made = tokenizer(batch["text"].to_pylist(), truncation=True, max_length=longest)
+        ids += [np.array(tokens, np.uint32) for tokens in made["input_ids"]]
+    if len(ids) != len(own.rows):
+        files.fail(
+            f"{texts} does not fit the rows",
+            f"{len(ids)} texts",
+            f"{len(own.rows)}",
+            "make data, with ARGS=--fresh",
+        )
+    lengths = np.array([len(row) for row in ids], np.int64)
+    own.rows = own.rows.copy()
+    own.rows["length"], own.rows["start"] = lengths, np.cumsum(lengths) - lengths
+    own.tokens = np.concatenate(ids) if ids else own.tokens
+    own.answer = np.zeros(len(own.tokens), bool)
+    own.answer[np.cumsum(lengths) - 1] = True
+    return own

@@ -51,15 +51,24 @@ class Listener(Protocol):
 
 class Interrupt:
     """SIGTERM and SIGINT as a flag that a loop looks at: save, then leave. A second signal leaves
-    at once. `number`: the one that came, or 0."""
+    at once, and so does the first with `at_once`. `number`: the one that came, or 0. As a context
+    it ends with its block."""
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
-        self.number, self.say = 0, say
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def __init__(self, say: Callable[[str], None] = print, at_once: bool = False) -> None:
+        self.number, self.say, self.at_once = 0, say, at_once
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def __enter__(self) -> "Interrupt":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        if self.number:
+        if self.number or self.at_once:
             raise SystemExit(128 + number)
         self.number = number
         self.say(f"{signal.Signals(number).name}: saving, then leaving (once more: leave at once)")

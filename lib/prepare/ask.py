@@ -20,6 +20,7 @@ import time
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import NoReturn
 
 from lib import files
 
@@ -30,7 +31,7 @@ REFUSED = 16  # requests that the server may refuse (400) before it has answered
 
 
 @dataclass(frozen=True)
-class Request:
+class ChatRequest:
     """key: handed back with the answer. messages: the conversation up to the turn to answer."""
 
     key: Hashable
@@ -39,11 +40,11 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """finish: the server's finish_reason, "refused" (the server would not take the prompt), or
     "failed" (errors only; worth asking again)."""
 
-    request: Request
+    request: ChatRequest
     text: str
     finish: str
     prompt_tokens: int | None = None
@@ -84,11 +85,8 @@ class Client:
         import httpx2
 
         self.errors = httpx2
-        self.url, self.model, self.how = (
-            url.rstrip("/"),
-            model,
-            {name: value for name, value in how.items() if value is not None},
-        )
+        self.url, self.model = url.rstrip("/"), model
+        self.how = {name: value for name, value in how.items() if value is not None}
         self.key = key()
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self.http = httpx2.Client(
@@ -141,7 +139,15 @@ class Client:
                 "--teacher-url",
             )
 
-    def once(self, request: Request) -> Answer:
+    def refuses_all(self, said: str) -> NoReturn:
+        files.fail(
+            f"{self.url} refuses every request",
+            seen=said,
+            wanted="a server that takes these settings",
+            mend="other --teacher-model or sampling flags",
+        )
+
+    def once(self, request: ChatRequest) -> Reply:
         """Ask once. Raises Down where another try may succeed."""
         body = {
             "model": self.model,
@@ -151,8 +157,28 @@ class Client:
         }
         if self.renamed:
             body["max_completion_tokens"] = body.pop("max_tokens")
+        reply = self._post(body)
+        status = reply.status_code
+        if status == 200:
+            return self._read(request, reply)
+        said = self.clean(reply.text) or reply.reason_phrase
+        if status in (408, 409, 425, 429) or status >= 500:
+            raise Down(
+                f"{status}: {said}",
+                retry_after(reply.headers.get("retry-after")),
+                busy=status in (429, 502, 503, 504),
+            )
+        if status == 400 and "max_completion_tokens" in said and "max_tokens" in body:
+            self.renamed = True
+            return self.once(request)
+        if not (self.answered and status in (400, 403)):
+            self.stop(status, said)
+        return Reply(request, "", "refused", said=f"{status}: {said}")
+
+    def _post(self, body: dict):
+        """Send a request, and return the http reply of whatever status."""
         try:
-            reply = self.http.post(f"{self.url}/chat/completions", json=body)
+            return self.http.post(f"{self.url}/chat/completions", json=body)
         except (
             self.errors.UnsupportedProtocol,
             self.errors.InvalidURL,
@@ -166,21 +192,9 @@ class Client:
         except self.errors.RequestError as broken:
             down = isinstance(broken, self.errors.ConnectError | self.errors.ConnectTimeout)
             raise Down(self.clean(f"{type(broken).__name__}: {broken}"), down=down) from None
-        status = reply.status_code
-        if status != 200:
-            said = self.clean(reply.text) or reply.reason_phrase
-            if status in (408, 409, 425, 429) or status >= 500:
-                raise Down(
-                    f"{status}: {said}",
-                    retry_after(reply.headers.get("retry-after")),
-                    busy=status in (429, 502, 503, 504),
-                )
-            if status == 400 and "max_completion_tokens" in said and "max_tokens" in body:
-                self.renamed = True
-                return self.once(request)
-            if not (self.answered and status in (400, 403)):
-                self.stop(status, said)
-            return Answer(request, "", "refused", said=f"{status}: {said}")
+
+    def _read(self, request: ChatRequest, reply) -> Reply:
+        """Return what the http reply says. Raises Down where it is no chat completion."""
         try:
             value = reply.json()
             choice, usage = value["choices"][0], value.get("usage") or {}
@@ -189,21 +203,16 @@ class Client:
             if isinstance(text, list):  # of parts
                 text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
             if thought := message.get("reasoning_content") or message.get("reasoning"):
-                text = (  # as the teacher wrote it, before the server took it apart
-                    f"<think>\n{thought.strip()}\n</think>\n\n{text}"
-                )
-            finish, *counts = (
-                choice.get("finish_reason") or "stop",
-                usage.get("prompt_tokens"),
-                usage.get("completion_tokens"),
-            )
+                # as the teacher wrote it, before the server took it apart
+                text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+            finish = choice.get("finish_reason") or "stop"
             if not isinstance(text, str) or not isinstance(finish, str):
                 raise TypeError(
                     f"content {type(text).__name__}, finish_reason {type(finish).__name__}"
                 )
-            return Answer(
-                request, text, finish, *(count if type(count) is int else None for count in counts)
-            )
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            known = [count if type(count) is int else None for count in counts]
+            return Reply(request, text, finish, *known)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as garbage:
             raise Down(
                 f"a reply that is no chat completion ({type(garbage).__name__}):"
@@ -222,128 +231,120 @@ def retry_after(value: str | None) -> float:
             return 0.0
 
 
-def ask(
-    client: Client, requests: Iterable[Request], concurrency: int, patience: float, say=print
-) -> Iterator[Answer]:
-    """Yield the answers to all requests, at most `concurrency` in flight; requests are read only as
-    they are sent."""
-    results, source, reading, over = (
-        queue.Queue(),
-        iter(requests),
-        threading.Lock(),
-        threading.Event(),
-    )
-    state = {
-        "success": time.monotonic(),
-        "any": False,
-        "down": False,
-    }  # when a request last succeeded; whether one ever did; whether that was said
+class Asking:
+    """Many threads that ask one server until it has answered; what it is known to be (up, down,
+    broken) they know together."""
 
-    def stubborn(request: Request) -> Answer | None:
-        pause, tries = FIRST, 0
-        begun = time.monotonic()
-        while not over.is_set():
-            try:
-                answer = client.once(request)
-                if answer.finish != "refused":
-                    state.update(success=time.monotonic(), any=True)
-                    client.answered = True
-                if state["down"]:
-                    state["down"] = False
-                    say("answers: the server is back")
-                return answer
-            except Down as failed:
-                now = time.monotonic()
-                waited = now - max(begun, state["success"])
-                counts = not failed.busy and (
-                    state["success"] > begun or not state["any"]
-                )  # in an outage all fail, and that is waited out
-                tries = 0 if failed.down else tries + counts
-                if tries >= TRIES and not state["any"]:
-                    files.fail(
-                        f"{client.url} fails whatever is asked",
-                        failed,
-                        "a server that answers",
-                        f"its log; {client.models()}",
-                    )
-                if tries >= TRIES:
-                    return Answer(request, "", "failed", said=str(failed))
-                if waited > patience or failed.after > max(patience, LONGEST):
-                    wait = (
-                        f"asks to wait {failed.after:.3g} s"
-                        if failed.after > patience
-                        else f"has not answered for {waited:.0f} s"
-                    )
-                    files.fail(
-                        f"{client.url} {wait}",
-                        seen=failed,
-                        wanted="a server that answers",
-                        mend=(
-                            "the same command when it does: it continues (--retry-for waits longer)"
-                        ),
-                    )
-                if failed.down and not state["down"]:
-                    state["down"] = True
-                    say(
-                        f"answers: the server is not reached ({failed}); trying for"
-                        f" {patience:.0f} s"
-                    )
-                over.wait(
-                    max(
-                        failed.after,
-                        min(random.uniform(0.5, 1) * pause, max(0.05, patience - waited)),
-                    )
-                )
-                pause = min(2 * pause, LONGEST if not failed.down else 5.0)
-        return None
+    def __init__(
+        self, client: Client, requests: Iterable[ChatRequest], patience: float, say
+    ) -> None:
+        self.client, self.requests = client, iter(requests)
+        self.patience, self.say = patience, say
+        self.results, self.reading, self.over = queue.Queue(), threading.Lock(), threading.Event()
+        # when a request last succeeded; whether one ever did; whether it was said that none does
+        self.success, self.any, self.down = time.monotonic(), False, False
 
-    def work() -> None:
+    def work(self) -> None:
+        """Put the replies to requests into `results`, then None; a thread's whole life."""
         try:
-            while not over.is_set():
-                with reading:
-                    request = next(source, None)
+            while not self.over.is_set():
+                with self.reading:
+                    request = next(self.requests, None)
                 if request is None:
                     break
-                if (answer := stubborn(request)) is not None:
-                    results.put(answer)
+                if (reply := self.stubborn(request)) is not None:
+                    self.results.put(reply)
         # the main thread raises it again: files.fail's one line, or a defect with its traceback
         except BaseException as end:
-            results.put(end)
-        results.put(None)
+            self.results.put(end)
+        self.results.put(None)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(concurrency)]
-    for thread in threads:
-        thread.start()
-    held: list[
-        Answer
-        # refused prompts, until the server has answered one: a server that refuses all has another
-        # fault
-    ] = []
+    def stubborn(self, request: ChatRequest) -> Reply | None:
+        """Return the reply to a request, tried again as long as that may help; None: it is over."""
+        pause, tries, begun = FIRST, 0, time.monotonic()
+        while not self.over.is_set():
+            try:
+                reply = self.client.once(request)
+            except Down as failed:
+                # in an outage all fail, and that is waited out
+                alone = self.success > begun or not self.any
+                tries = 0 if failed.down else tries + (alone and not failed.busy)
+                if tries >= TRIES and self.any:
+                    return Reply(request, "", "failed", said=str(failed))
+                if tries >= TRIES:
+                    files.fail(
+                        f"{self.client.url} fails whatever is asked",
+                        failed,
+                        "a server that answers",
+                        f"its log; {self.client.models()}",
+                    )
+                left = self.patience_left(failed, begun)
+                self.over.wait(max(failed.after, min(random.uniform(0.5, 1) * pause, left)))
+                pause = min(2 * pause, LONGEST if not failed.down else 5.0)
+            else:
+                self.note_success(reply)
+                return reply
+        return None
+
+    def note_success(self, reply: Reply) -> None:
+        if reply.finish != "refused":
+            self.success, self.any = time.monotonic(), True
+            self.client.answered = True
+        if self.down:
+            self.down = False
+            self.say("answers: the server is back")
+
+    def patience_left(self, failed: Down, begun: float) -> float:
+        """Return the seconds for which a request begun at `begun` may still be tried; end the
+        program where there are none. Say once that the server is down."""
+        waited = time.monotonic() - max(begun, self.success)
+        if waited > self.patience or failed.after > max(self.patience, LONGEST):
+            wait = f"has not answered for {waited:.0f} s"
+            if failed.after > self.patience:
+                wait = f"asks to wait {failed.after:.3g} s"
+            files.fail(
+                f"{self.client.url} {wait}",
+                seen=failed,
+                wanted="a server that answers",
+                mend="the same command when it does: it continues (--retry-for waits longer)",
+            )
+        if failed.down and not self.down:
+            self.down = True
+            self.say(
+                f"answers: the server is not reached ({failed}); trying for {self.patience:.0f} s"
+            )
+        return max(0.05, self.patience - waited)
+
+
+def ask(
+    client: Client, requests: Iterable[ChatRequest], concurrency: int, patience: float, say=print
+) -> Iterator[Reply]:
+    """Yield the replies to all requests, at most `concurrency` in flight; requests are read only as
+    they are sent."""
+    asking = Asking(client, requests, patience, say)
+    for _ in range(concurrency):
+        threading.Thread(target=asking.work, daemon=True).start()
+    # refused prompts, until the server has answered one: one that refuses all has another fault
+    held: list[Reply] = []
+    running = concurrency
     try:
-        running = len(threads)
         while running:
-            result = results.get()
+            result = asking.results.get()
             if result is None:
                 running -= 1
-                continue
-            if isinstance(result, BaseException):
+            elif isinstance(result, BaseException):
                 raise result
-            if result.finish == "refused" and not state["any"]:
+            elif result.finish == "refused" and not asking.any:
                 held.append(result)
-                if len(held) < REFUSED:
-                    continue
-                break
-            yield from held
-            held = []
-            yield result
-        if held and not state["any"]:
-            files.fail(
-                f"{client.url} refuses every request",
-                seen=held[0].said,
-                wanted="a server that takes these settings",
-                mend="other --teacher-model or sampling flags",
-            )
+                if len(held) == REFUSED:
+                    client.refuses_all(result.said)
+            else:
+                yield from held
+                held = []
+                yield result
+        if held and not asking.any:
+            client.refuses_all(held[0].said)
         yield from held
     finally:
-        over.set()
+        asking.over.set()
         client.http.close()

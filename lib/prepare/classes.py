@@ -1,8 +1,8 @@
 """Rows that have a class each: read, tokenized, chosen and divided so that every class keeps its
 share (prepare_data.py --task classify).
 
-Contract: `stage` leaves in a folder what lib/prepare/split.py divides into train and val, and
-`divide` adds what such rows have beside tokens:
+Contract: `stage` leaves in a folder what lib/prepare/split.py divides into train and val, and what
+such rows have beside tokens:
 
     SPLIT.labels.npy      uint32 (rows,)   the class of each row, a number in meta.json's `labels`
     SPLIT.texts.parquet   text, label      the rows themselves, in their order: a teacher may have
@@ -13,21 +13,44 @@ only target. A text that comes twice is kept once, with the label it had first, 
 on both sides.
 """
 
+import argparse
 import collections
-import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lib import data, files
-from lib.prepare import split
+from lib import files
+from lib.prepare import sources, split, workers
 
-BATCH = 1024  # rows tokenized at once: enough for the tokenizer's own threads
-FILES = ("labels.npy", "texts.parquet")
+LABEL_FILES = ("labels.npy", "texts.parquet")  # of each side
+OF_CONVERSATIONS = ("system", "answers", "turns", "think", "mix", "export", "push_to_hub")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --task."""
+    parser.add_argument(
+        "--task",
+        choices=["language", "classify"],
+        default="language",
+        help=(
+            "what is learnt of a row: the tokens of its answer, or its class (default: %(default)s)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) what rows with a class cannot have."""
+    for name in OF_CONVERSATIONS if args.task == "classify" else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(
+                f"--{name.replace('_', '-')} is about conversations: it does not go with --task"
+                " classify"
+            )
 
 
 def quota(counts: np.ndarray, total: int) -> np.ndarray:
@@ -43,7 +66,7 @@ def quota(counts: np.ndarray, total: int) -> np.ndarray:
     return given
 
 
-def chosen(labels: np.ndarray, hashes: np.ndarray, total: int, leave: int = 0) -> np.ndarray:
+def in_proportion(labels: np.ndarray, hashes: np.ndarray, total: int, leave: int = 0) -> np.ndarray:
     """Return the mask of about `total` rows, of each class its share: those with its smallest
     hashes. `leave`: rows a class keeps at least."""
     counts = np.bincount(labels)
@@ -64,88 +87,49 @@ def names_of(found: set[str], declared: list[tuple[str, ...]]) -> list[str]:
     return sorted(found, key=(lambda name: (int(name), name)) if number else None)
 
 
-def encoded(tokenizer, texts: list[str], max_len: int, truncate: bool) -> list[list[int]]:
-    """Return the token ids of texts, special tokens included; with `truncate` at most `max_len`,
-    special tokens included."""
-    return tokenizer(texts, truncation=truncate, max_length=max_len if truncate else None)[
-        "input_ids"
-    ]
+@dataclass
+class LabelledRows:
+    """Rows with a class, in memory. numbers: of their sources; hashes: of the seed and the text."""
+
+    texts: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
 
 
-def batches(rows: Iterator, size: int) -> Iterator[list]:
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def stage(
-    partial: Path, numbered: Iterator, declared: list[tuple[str, ...]], tokenizer, args
-) -> tuple:
-    """Tokenize rows ((source, file), (text, label)) into `partial` and choose which are kept and
-    which of these are validation rows.
-
-    Return the staged records, the mask of validation rows, the names of the classes, rows read by
-    (source, file) and dropped by (source, reason).
-    """
-    read, dropped, seen = collections.Counter(), collections.Counter(), split.Seen()
-    texts, labels, ids, sources, hashes = [], [], [], [], []
+def _read(
+    numbered: Iterator, tokenizer, args, read: collections.Counter, lost: collections.Counter
+) -> LabelledRows:
+    """Tokenize rows ((source, file), (text, label)); count those read and those lost."""
+    rows, seen = LabelledRows(), split.Seen()
     longest = min(args.max_len, tokenizer.model_max_length)
-    for batch in batches(numbered, BATCH):
-        for (number, (text, label)), tokens in zip(
-            batch,
-            encoded(tokenizer, [row[0] for _, row in batch], longest, args.long == "truncate"),
-        ):
+    how = {"truncation": True, "max_length": longest} if args.long == "truncate" else {}
+    for batch in workers.batches(numbered):
+        made = tokenizer([text for _, (text, _) in batch], **how)["input_ids"]
+        for (number, (text, label)), ids in zip(batch, made):
             read[number] += 1
-            digest = int.from_bytes(
-                hashlib.blake2b(text.encode(), digest_size=8, key=str(args.seed).encode()).digest(),
-                "little",
-            )
-            reason = (
-                "empty"
-                if not text.strip() or not tokens
-                else (
-                    "no label"
-                    if not label
-                    else (
-                        "too long"
-                        if len(tokens) > longest
-                        else "duplicate"
-                        if not seen.add(digest)
-                        else None
-                    )
-                )
-            )
-            if reason:
-                dropped[number[0], reason] += 1
-                continue
-            texts.append(text)
-            labels.append(label)
-            ids.append(np.array(tokens, np.uint32))
-            sources.append(number[0])
-            hashes.append(digest)
-    names = names_of(set(labels), declared)
-    place = {name: number for number, name in enumerate(names)}
-    labels, hashes = (
-        np.array([place[label] for label in labels], np.int64),
-        np.array(hashes, np.uint64),
-    )
-    kept = chosen(labels, hashes, args.limit) if args.limit else np.ones(len(labels), bool)
-    there = set(labels[kept].tolist())
-    if not there:
-        reasons = (
-            ", ".join(f"{reason} {count}" for reason, count in split.by_reason(dropped).items())
-            or "nothing dropped"
-        )
-        files.fail(
-            "no row is left",
-            f"{read.total()} rows, dropped: {reasons}",
-            "rows with a text and a label, within --max-len",
-        )
+            digest = split.hash64(text.encode(), args.seed)
+            if not text.strip() or not ids:
+                lost[number[0], "empty"] += 1
+            elif not label:
+                lost[number[0], "no label"] += 1
+            elif len(ids) > longest:
+                lost[number[0], "too long"] += 1
+            elif not seen.add(digest):
+                lost[number[0], "duplicate"] += 1
+            else:
+                rows.texts.append(text)
+                rows.labels.append(label)
+                rows.ids.append(np.array(ids, np.uint32))
+                rows.numbers.append(number[0])
+                rows.hashes.append(digest)
+    return rows
+
+
+def _refuse_few_classes(names: list[str], labels: np.ndarray) -> None:
+    """Refuse the rows that --limit left where they are of one class, or lack one of `names`."""
+    there = set(labels.tolist())
     if len(there) < 2:
         files.fail(
             "there is nothing to tell apart",
@@ -153,82 +137,64 @@ def stage(
             "rows of two classes or more",
             "--columns text=COL,label=COL",
         )
-    if lost := [name for number, name in enumerate(names) if number not in there]:
+    if lacking := [name for number, name in enumerate(names) if number not in there]:
         files.fail(
             "--limit leaves classes without a row",
-            ", ".join(lost[:5]),
+            ", ".join(lacking[:5]),
             f"rows of all {len(names)} classes",
             "a larger --limit",
         )
-    index = np.flatnonzero(kept)
-    total = round(args.val * len(index)) if args.val < 1 else int(args.val)
-    is_val = chosen(labels[index], hashes[index], total, leave=1)
 
-    tokens, answers = (
-        files.NpyWriter(partial / f"staged.{part}.npy", dtype)
-        for part, dtype in (("tokens", np.uint32), ("answer", bool))
-    )
-    staged = np.zeros(len(index), split.STAGED)
-    for number, row in enumerate(index):
-        tokens.append(ids[row])
-        answers.append(np.arange(len(ids[row])) == len(ids[row]) - 1)
-        staged[number] = (len(ids[row]), 1, sources[row], hashes[row])
-    for writer in (tokens, answers):
-        writer.close()
-    (partial / "staged.prompts.jsonl").touch()
+
+def _write_side(partial: Path, side: str, texts: list[str], labels: np.ndarray, names: list[str]):
+    np.save(partial / f"{side}.labels.npy", labels.astype(np.uint32))
+    said = pa.array([names[label] for label in labels], pa.string())
+    pq.write_table(pa.table({"text": texts, "label": said}), partial / f"{side}.texts.parquet")
+
+
+def stage(
+    partial: Path, numbered: Iterator, inputs: list[sources.Source], tokenizer, args
+) -> split.Staged:
+    """Tokenize rows ((source, file), (text, label)) into `partial` and choose which are kept and
+    which of these are validation rows."""
+    read, lost = collections.Counter(), collections.Counter()
+    rows = _read(numbered, tokenizer, args, read, lost)
+    if not rows.texts:
+        split.none_left(read, lost, "rows with a text and a label, within --max-len")
+    declared = [file.names for source in inputs for file in source.files if file.names]
+    names = names_of(set(rows.labels), declared)
+    place = {name: number for number, name in enumerate(names)}
+    labels = np.array([place[label] for label in rows.labels], np.int64)
+    hashes = np.array(rows.hashes, np.uint64)
+    kept = np.arange(len(labels))
+    if args.limit:
+        kept = np.flatnonzero(in_proportion(labels, hashes, args.limit))
+    _refuse_few_classes(names, labels[kept])
+    total = round(args.val * len(kept)) if args.val < 1 else int(args.val)
+    is_val = in_proportion(labels[kept], hashes[kept], total, leave=1)
+
+    staging = split.Staging(partial)
+    for row in kept:
+        ids = rows.ids[row]
+        last = np.arange(len(ids)) == len(ids) - 1
+        staging.append(ids, last, rows.numbers[row], rows.hashes[row])
     for side, mask in (("train", ~is_val), ("val", is_val)):
-        mine = index[mask]
-        np.save(partial / f"{side}.labels.npy", labels[mine].astype(np.uint32))
-        pq.write_table(
-            pa.table(
-                {
-                    "text": [texts[row] for row in mine],
-                    "label": pa.array([names[labels[row]] for row in mine], pa.string()),
-                }
-            ),
-            partial / f"{side}.texts.parquet",
+        mine = kept[mask]
+        _write_side(partial, side, [rows.texts[row] for row in mine], labels[mine], names)
+    return split.Staged(staging.close(), is_val, read, lost, names)
+
+
+def facts_of_classes(folder: Path, names: list[str]) -> dict:
+    """Return what meta.json says of the classes: their names, and the rows of each on both sides;
+    warn where some cannot be evaluated."""
+    counts = {}
+    sides = {side: np.load(folder / f"{side}.labels.npy") for side in ("train", "val")}
+    for number, name in enumerate(names):
+        counts[name] = {side: int((labels == number).sum()) for side, labels in sides.items()}
+    if lacking := sum(not count["val"] for count in counts.values()):
+        print(
+            f"prepare warning: {lacking} of {len(names)} classes have no validation row; give more"
+            " rows or a larger --val",
+            flush=True,
         )
-    return staged, is_val, names, read, dropped
-
-
-def counts(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
-    """Return the rows of every class on both sides of a data folder."""
-    sides = {
-        side: np.bincount(np.load(folder / f"{side}.labels.npy"), minlength=len(names))
-        for side in ("train", "val")
-    }
-    return {
-        name: {side: int(count[number]) for side, count in sides.items()}
-        for number, name in enumerate(names)
-    }
-
-
-def retokenized(folder: Path, name: str, tokenizer, max_len: int) -> data.Split:
-    """Return the rows of a split as another model's tokenizer reads them: the same rows, targets
-    and labels in the same order."""
-    texts = pq.read_table(folder / f"{name}.texts.parquet", columns=["text"])["text"].to_pylist()
-    ids = [
-        np.array(tokens, np.uint32)
-        for at in range(0, len(texts), BATCH)
-        for tokens in encoded(
-            tokenizer,
-            texts[at : at + BATCH],
-            min(max_len, tokenizer.model_max_length),
-            truncate=True,
-        )
-    ]
-    own = data.Split(folder, name)
-    if len(ids) != len(own.rows):
-        files.fail(
-            f"{folder}/{name}.texts.parquet does not fit the rows",
-            f"{len(ids)} texts",
-            f"{len(own.rows)}",
-            "make data, with ARGS=--fresh",
-        )
-    lengths = np.array([len(row) for row in ids], np.int64)
-    own.rows = own.rows.copy()
-    own.rows["length"], own.rows["start"] = lengths, np.cumsum(lengths) - lengths
-    own.tokens = np.concatenate(ids) if ids else own.tokens
-    own.answer = np.zeros(len(own.tokens), bool)
-    own.answer[np.cumsum(lengths) - 1] = True
-    return own
+    return {"task": "classify", "labels": names, "classes": counts}

@@ -19,10 +19,14 @@ A problem and three of the answers it may get:
 
     Ann has 38 apples. She buys 45 more. How many apples does Ann have now?
 
-    Ones: 8+5=13, carry 1. Tens: 3+4+1=8. So Ann has 83 apples.     |  38+45: 5+8=13, 4+3+1=8, makes
-    83.   |  38+40=78, 78+5=83. The answer is 83.
-    #### 83                                                         |  #### 83
-    |  #### 83
+    Ones: 8+5=13, carry 1. Tens: 3+4+1=8. So Ann has 83 apples.
+    #### 83
+
+    38+45: 5+8=13, 4+3+1=8, makes 83.
+    #### 83
+
+    38+40=78, 78+5=83. The answer is 83.
+    #### 83
 
 Style, wording and order of the summands are drawn at random, with the weights below; given these,
 the arithmetic is forced. So a teacher that has learned the data is certain at some places and soft
@@ -55,42 +59,12 @@ STUDENT = {
 }
 CONTEXT = 256
 
-PEOPLE = {
-    "Ann": "She",
-    "Mia": "She",
-    "Eva": "She",
-    "Lena": "She",
-    "Sara": "She",
-    "Nora": "She",
-    "Zoe": "She",
-    "Ruth": "She",
-    "Tom": "He",
-    "Ben": "He",
-    "Max": "He",
-    "Leo": "He",
-    "Paul": "He",
-    "Omar": "He",
-    "Ivan": "He",
-    "Hugo": "He",
-}
-THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "shells",
-    "stamps",
-    "marbles",
-    "pens",
-    "cards",
-    "stones",
-    "eggs",
-    "nuts",
-    "toys",
-    "plums",
-    "beads",
-    "roses",
-    "cakes",
-]
+PEOPLE = dict.fromkeys("Ann Mia Eva Lena Sara Nora Zoe Ruth".split(), "She")
+PEOPLE |= dict.fromkeys("Tom Ben Max Leo Paul Omar Ivan Hugo".split(), "He")
+THINGS = (
+    "apples books coins shells stamps marbles pens cards stones eggs nuts toys plums beads roses"
+    " cakes"
+).split()
 
 # how often, signs of the steps, the problem
 PROBLEMS = [
@@ -167,10 +141,10 @@ def draw(rng: random.Random, weighted: list[tuple]) -> tuple:
     return rng.choices(weighted, [entry[0] for entry in weighted])[0]
 
 
-def numbers(rng: random.Random, signs: str) -> list[int]:
+def operands(rng: random.Random, signs: str) -> list[int]:
     """Return two-digit numbers, one more than `signs`, whose running total never leaves 10..99.
 
-    Worked example: numbers(rng, "+-") may be [23, 45, 12], for the totals 23, 68, 56.
+    Worked example: operands(rng, "+-") may be [23, 45, 12], for the totals 23, 68, 56.
     """
     while True:
         drawn = [rng.randint(10, 99) for _ in range(len(signs) + 1)]
@@ -220,7 +194,7 @@ def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
 def problem(rng: random.Random) -> tuple[str, str]:
     """Return one problem and one of its answers."""
     _, signs, text = draw(rng, PROBLEMS)
-    drawn = numbers(rng, signs)
+    drawn = operands(rng, signs)
     person, other = rng.sample(list(PEOPLE), 2)
     words = dict(
         P=person,
@@ -260,12 +234,8 @@ def vocabulary() -> dict[str, int]:
         {word for text in texts for word in re.findall("[A-Za-z]+", re.sub(r"{\w+}", " ", text))}
     )
     marks = [chr(code) for code in range(32, 127) if not chr(code).isalpha()]
-    return {
-        token: number
-        for number, token in enumerate(
-            [*SPECIAL, "\n", "####", *marks, *words, *(" " + word for word in words)]
-        )
-    }
+    tokens = [*SPECIAL, "\n", "####", *marks, *words, *(" " + word for word in words)]
+    return {token: number for number, token in enumerate(tokens)}
 
 
 def tokenizer():

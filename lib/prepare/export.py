@@ -11,6 +11,7 @@ and where a teacher wrote the last message those of store.ABOUT: reference, gene
 finish_reason, token counts, teacher, sampling.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +20,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import files
-from lib.prepare import hub, places, store
+from lib.prepare import hub, places, sources, store
 
 SPLITS = ("train", "validation")
-BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
-MARK = {b"made by": b"prepare_data.py"}
+GROUP_ROWS, GROUP_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
+MADE_HERE = {b"made by": b"prepare_data.py"}
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add where the rows kept are also written to."""
+    parser.add_argument(
+        "--export",
+        metavar="DIR|URI",
+        help="also write the rows kept, as train.parquet and validation.parquet in this folder",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="also push the rows kept to this data set of the hub (private)",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="make the data set of --push-to-hub for all to see, if it is new",
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) places that are none."""
+    if args.public and not args.push_to_hub:
+        parser.error("--public is about --push-to-hub REPO, which is not given")
+    if args.push_to_hub and not hub.REPO.fullmatch(args.push_to_hub):
+        parser.error(f"--push-to-hub is {args.push_to_hub}, wanted org/name")
+    if args.export and args.export.partition("?")[0].endswith(".parquet"):
+        parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
 
 
 def schema(plain_text: bool, written: bool) -> pa.Schema:
@@ -32,24 +62,23 @@ def schema(plain_text: bool, written: bool) -> pa.Schema:
     first = ("text", pa.string()) if plain_text else ("messages", MESSAGES)
     return pa.schema(
         [first, ("source", pa.string()), ("split", pa.string()), *(store.ABOUT if written else ())],
-        metadata=MARK,
+        metadata=MADE_HERE,
     )
 
 
 class RowWriter:
     """A parquet file of rows as they come, before they have a side (`split` is empty)."""
 
-    def __init__(self, path: Path, plain_text: bool, written: bool = False) -> None:
+    def __init__(self, path: Path, inputs: list[sources.Source], written: bool) -> None:
+        plain_text = "text" in inputs[0].files[0].columns
         self.schema, self.rows, self.size = schema(plain_text, written), [], 0
         self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
 
     def append(self, row: list[dict] | str, source: str) -> None:
         about = {} if isinstance(row, str) else row[-1].get("written", {})
         self.rows.append({self.schema.names[0]: row, "source": source, **about})
-        self.size += (
-            len(row) if isinstance(row, str) else sum(len(message["content"]) for message in row)
-        )
-        if len(self.rows) == BATCH_ROWS or self.size > BATCH_CHARACTERS:
+        self.size += sources.characters(row)
+        if len(self.rows) == GROUP_ROWS or self.size > GROUP_CHARACTERS:
             self.flush()
 
     def flush(self) -> None:
@@ -75,7 +104,7 @@ def _side(path: Path, mask: np.ndarray, split: str) -> Iterator[pa.RecordBatch]:
     assert start == len(mask), (start, len(mask))
 
 
-def divide(staged: Path, folder: Path, is_val: np.ndarray) -> None:
+def write_splits(staged: Path, folder: Path, is_val: np.ndarray) -> None:
     """Turn the staged rows into `folder`/{train,validation}.parquet, a row group at a time."""
     folder.mkdir()
     wanted = pq.read_schema(staged)
@@ -85,48 +114,55 @@ def divide(staged: Path, folder: Path, is_val: np.ndarray) -> None:
     staged.unlink()
 
 
-def check(where: str) -> None:
-    """Refuse, before any work is done, a folder or URI that does not answer, or that holds files of
-    these names that are not ours."""
-    for split in SPLITS:
-        target = places.join(where, f"{split}.parquet")
+def begin(args: argparse.Namespace, inputs: list[sources.Source]) -> None:
+    """Refuse, before any work is done, what could not be delivered: to a place that does not
+    answer or holds files of these names that are not ours; rows of two kinds."""
+    for split in SPLITS if args.export else ():
+        target = places.join(args.export, f"{split}.parquet")
         metadata = places.parquet_metadata(target)
-        if metadata is not None and not MARK.items() <= metadata.items():
+        if metadata is not None and not MADE_HERE.items() <= metadata.items():
             files.fail(
                 f"{places.redact(target)} is in the way",
                 seen="a file that prepare_data.py did not make",
                 mend="another --export",
             )
+    if args.push_to_hub:
+        hub.create(args.push_to_hub, args.public)
+    if not (args.export or args.push_to_hub):
+        return
+    if len({"text" in file.columns for source in inputs for file in source.files}) > 1:
+        files.fail(
+            "one table cannot hold these sources",
+            seen="conversations and plain texts",
+            wanted="one kind",
+            mend="no --export and no --push-to-hub",
+        )
 
 
-def deliver(folder: Path, where: str | None, repo: str | None, public: bool) -> None:
-    """Write the rows of a finished data set (data/NAME/rows) to a folder or URI, and push them to
-    the hub."""
-    parts = [
-        folder / f"{split}.parquet" for split in SPLITS if (folder / f"{split}.parquet").exists()
-    ]
-    if not parts:
+def deliver(folder: Path, args: argparse.Namespace) -> None:
+    """Write the rows of a finished data set (data/NAME/rows) where --export and --push-to-hub
+    say."""
+    if not (args.export or args.push_to_hub):
+        return
+    parts = [folder / f"{split}.parquet" for split in SPLITS]
+    if not any(part.exists() for part in parts):
         files.fail(
             f"{folder} is missing",
             seen="a data set that was prepared without --export",
             mend="the same command with --fresh",
         )
-    if where:
-        # a split that this data set does not have: rows of an earlier one must not stay beside the
-        # new ones
-        for split in SPLITS:
-            if not (folder / f"{split}.parquet").exists():
-                places.remove(places.join(where, f"{split}.parquet"))
-    for part in parts if where else ():
+    for part in parts if args.export else ():
+        target = places.join(args.export, part.name)
+        if not part.exists():  # rows of an earlier data set must not stay beside the new ones
+            places.remove(target)
+            continue
         with pq.ParquetFile(part, pre_buffer=False, buffer_size=places.BUFFER) as file:
             groups = (
                 file.read_row_group(group, use_threads=False)
                 for group in range(file.num_row_groups)
             )
-            rows = places.write_table(groups, file.schema_arrow, places.join(where, part.name))
-        print(
-            f"prepare export={places.redact(places.join(where, part.name))} rows={rows}", flush=True
-        )
-    if repo:
-        hub.create(repo, public)
-        print(f"prepare pushed={hub.push(folder, repo)}", flush=True)
+            rows = places.write_table(groups, file.schema_arrow, target)
+        print(f"prepare export={places.redact(target)} rows={rows}", flush=True)
+    if args.push_to_hub:
+        hub.create(args.push_to_hub, args.public)
+        print(f"prepare pushed={hub.push(folder, args.push_to_hub)}", flush=True)

@@ -1,19 +1,20 @@
-"""Files wherever they lie: on this disk, behind a URI that pyarrow.fs understands (s3://, gs://,
-hdfs://, ...), on the Hugging Face hub.
+"""Files wherever they lie: on this disk, or behind a URI that pyarrow.fs understands (s3://, gs://,
+hdfs://, ...); those of the Hugging Face hub are in its cache on this disk (lib/prepare/hub.py).
 
-Contract: `find` turns what a user wrote into `Place`s, `read` and `seek` open one as a stream
-(nothing remote is copied to the disk; the hub's files come through its cache), `write_table` writes
-a parquet file whole or not at all. No name, message or record made here holds a secret: what passes
-through `redact` may be printed and stored.
+Contract: `find_by_uri` and `find_by_path` turn what a user wrote into `Place`s, `open_stream` and
+`open_seekable` open one (nothing remote is copied to the disk), `write_table` writes a parquet file
+whole or not at all. No name, message or record made here holds a secret: what passes through
+`redact` may be printed and stored.
 """
 
+import contextlib
 import glob
 import io
 import lzma
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from lib import files
-from lib.prepare import hub
 
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 PACKED = (".gz", ".bz2", ".zst", ".xz")  # behind the suffix of a json, jsonl or csv file
@@ -32,12 +32,23 @@ BUFFER = 1 << 20
 # gs:// would try again for a quarter of an hour
 PATIENCE = {"gs": "retry_limit_seconds=20", "gcs": "retry_limit_seconds=20"}
 LOCAL = fs.LocalFileSystem()
-BROKEN = (
-    pa.ArrowException,
-    OSError,
-    EOFError,
-    lzma.LZMAError,
-)  # what reading a broken file, or one that is cut short, may raise
+# what reading a broken file, or one that is cut short, may raise
+UNREADABLE = (pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError)
+FORBIDDEN = (
+    "ACCESS_DENIED",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "HTTP status 403",
+    "HTTP status 401",
+)
+
+
+def suffix(path: str) -> str:
+    """Return the suffix that says how a file is read: suffix("a.jsonl.gz") == ".jsonl"."""
+    name = path.rsplit("/", 1)[-1]
+    stem = re.sub(r"\.(gz|bz2|zst|xz)$", "", name)
+    end = Path(stem).suffix.lower()
+    return "" if end == ".parquet" != Path(name).suffix.lower() else end
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Place:
     @property
     def suffix(self) -> str:
         """What it is, packed or not: ".jsonl" of a.jsonl.gz; "" of a kind that is not read."""
-        found = hub.suffix(self.path)
+        found = suffix(self.path)
         return found if found in SUFFIXES else ""
 
     @property
@@ -92,37 +103,40 @@ def is_uri(where: str | os.PathLike) -> bool:
     )
 
 
+def said_by_system(problem: Exception, todo: str) -> tuple[str, str | None, str | None]:
+    """Return what a file system said (without secrets and the pages that some say), None for what
+    was wanted, and what mends it."""
+    forbidden = any(word in str(problem) for word in FORBIDDEN)
+    mend = (
+        "credentials that may (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; gcloud auth"
+        " application-default login)"
+    )
+    return redact(problem)[:300], None, mend if forbidden else None
+
+
+@contextlib.contextmanager
+def one_line_error(
+    what: object,
+    todo: str = "reached",
+    failures: tuple[type[Exception], ...] = (pa.ArrowException, OSError),
+    told: Callable[[Exception, str], tuple] = said_by_system,
+):
+    """End the program with one line, "WHAT cannot be TODO", where what is done inside fails.
+    told(problem, todo): what was seen, what was wanted, what mends it."""
+    try:
+        yield
+    except failures as problem:
+        files.fail(f"{redact(what)} cannot be {todo}", *told(problem, todo))
+
+
 def connect(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of a URI and the path on it; one line where pyarrow knows no such
     thing or it does not answer."""
-    scheme = uri.partition("://")[0]
+    scheme, address = uri.partition("://")[0], uri
     if scheme in PATIENCE and "retry_limit_seconds" not in uri:
-        uri += ("&" if "?" in uri else "?") + PATIENCE[scheme]
-    try:
-        return fs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError, ValueError) as problem:
-        _refuse(uri, problem)
-
-
-def _refuse(where: object, problem: Exception, todo: str = "reached"):
-    """End with one line for what a file system said, without secrets and without the pages that
-    some say."""
-    mend = None
-    if any(
-        word in str(problem)
-        for word in (
-            "ACCESS_DENIED",
-            "InvalidAccessKeyId",
-            "SignatureDoesNotMatch",
-            "HTTP status 403",
-            "HTTP status 401",
-        )
-    ):
-        mend = (
-            "credentials that may (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; gcloud auth"
-            " application-default login)"
-        )
-    files.fail(f"{redact(where)} cannot be {todo}", seen=redact(problem)[:300], mend=mend)
+        address += ("&" if "?" in uri else "?") + PATIENCE[scheme]
+    with one_line_error(uri, failures=(pa.ArrowException, OSError, ValueError)):
+        return fs.FileSystem.from_uri(address)
 
 
 def _inside(system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
@@ -132,13 +146,10 @@ def _inside(system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
     def hidden(path):
         return any(part[:1] in "._" for part in path[len(root) :].strip("/").split("/"))
 
-    found = [
-        info for info in system.get_file_info(fs.FileSelector(root, recursive=True)) if info.is_file
-    ]
-    return sorted(
-        (info for info in found if hub.suffix(info.path) in SUFFIXES and not hidden(info.path)),
-        key=lambda info: info.path,
-    )
+    there = system.get_file_info(fs.FileSelector(root, recursive=True))
+    found = [info for info in there if info.is_file and suffix(info.path) in SUFFIXES]
+    found = [info for info in found if not hidden(info.path)]
+    return sorted(found, key=lambda info: info.path)
 
 
 def _pattern(text: str) -> re.Pattern:
@@ -150,32 +161,27 @@ def _pattern(text: str) -> re.Pattern:
     )
 
 
-def _find_uri(uri: str) -> list[Place]:
+def find_by_uri(uri: str) -> list[Place]:
+    """Return the data files at a URI (a file, a folder, or a glob), in order; one line where there
+    are none."""
     body, question, query = uri.partition("?")
     fixed = body[: body.rfind("/", 0, body.find("*")) + 1] if "*" in body else body
     system, path = connect(fixed + question + query)
 
     def name(found):
-        return (
-            found
-            if isinstance(system, fs.LocalFileSystem)
-            else f"{uri.partition('://')[0]}://{found}"
-        )
+        local = isinstance(system, fs.LocalFileSystem)
+        return found if local else f"{uri.partition('://')[0]}://{found}"
 
-    try:
+    inside = []
+    with one_line_error(uri):
         info = system.get_file_info(path)
-        inside = (
-            [info]
-            if info.is_file
-            else _inside(system, path.rstrip("/"))
-            if info.type == fs.FileType.Directory
-            else []
-        )
-        if "*" in body:
-            wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
-            inside = [found for found in inside if wanted.fullmatch(found.path)]
-    except (pa.ArrowException, OSError) as problem:
-        _refuse(uri, problem)
+        if info.is_file:
+            inside = [info]
+        elif info.type == fs.FileType.Directory:
+            inside = _inside(system, path.rstrip("/"))
+    if "*" in body:
+        wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
+        inside = [found for found in inside if wanted.fullmatch(found.path)]
     if not inside:
         files.fail(
             f"{redact(uri)} is missing",
@@ -188,14 +194,13 @@ def _find_uri(uri: str) -> list[Place]:
     return [Place(name(found.path), system, found.path) for found in inside]
 
 
-def _find_local(where: str) -> list[Place]:
+def find_by_path(where: str) -> list[Place]:
+    """Return the data files of this disk that `where` names (a file, a folder, or a glob), in
+    order; one line where there are none."""
     path = Path(where)
     if path.is_dir():
-        inside = sorted(
-            p
-            for p in path.rglob("*")
-            if hub.suffix(p.name) in SUFFIXES and p.is_file() and not p.name.startswith(".")
-        )
+        shown = (p for p in path.rglob("*") if not p.name.startswith("."))
+        inside = sorted(p for p in shown if suffix(p.name) in SUFFIXES and p.is_file())
         if not inside:
             files.fail(f"the folder {path} holds no data file", wanted=f"one that ends in {READ}")
     elif path.exists():
@@ -209,48 +214,13 @@ def _find_local(where: str) -> list[Place]:
                 wanted="data: a file, a folder, a glob, a hub id or a URI",
             )
     for file in inside:
-        if hub.suffix(file.name) in SUFFIXES and not file.stat().st_size:
+        if suffix(file.name) in SUFFIXES and not file.stat().st_size:
             files.fail(f"{file} is empty", seen="0 bytes", wanted="a file with rows")
-    return [local(path) for path in inside]
+    return [on_disk(path) for path in inside]
 
 
-def local(path: str | os.PathLike) -> Place:
+def on_disk(path: str | os.PathLike) -> Place:
     return Place(str(path), LOCAL, str(path))
-
-
-def is_hub_id(where: str) -> bool:
-    """Tell org/name from a local file that is missing: hf:// in front, or nothing of a file's in it
-    and no such folder here."""
-    named = hub.ID.fullmatch(where)
-    return bool(named) and (
-        where.startswith("hf://")
-        or not (
-            Path(where).exists() or Path(where).parent.is_dir() or hub.suffix(where) in SUFFIXES
-        )
-    )
-
-
-def find(where: str) -> list[Place]:
-    """Return the data files that `where` names (a file, a folder, a glob, a hub id, a URI), in
-    order; one line where there are none."""
-    if is_uri(where):
-        found = _find_uri(where)
-    elif is_hub_id(where):
-        repo, commit, inside = hub.download(where)
-        found = [
-            Place(f"{repo}/{path}@{commit[:12]}", LOCAL, str(path_here), commit)
-            for path, path_here in inside
-        ]
-    else:
-        found = _find_local(where)
-    for place in found:
-        if not place.suffix:
-            files.fail(
-                f"{place} is of a kind that is not read",
-                seen=Path(place.path).suffix or "no suffix",
-                wanted=READ,
-            )
-    return found
 
 
 def stamp(place: Place) -> dict:
@@ -274,33 +244,31 @@ def changed(where: str, recorded: list[dict]) -> list[str]:
             system,
             name if isinstance(system, fs.LocalFileSystem) else name.partition("://")[2],
         )
-        try:
+        with one_line_error(name):
             there = system.get_file_info(place.path).is_file
-        except OSError as problem:
-            _refuse(name, problem)
         now = stamp(place) if there else {}
         if any(before[key] != value for key, value in now.items()):
             result.append(name)
     return result
 
 
-def seek(place: Place) -> pa.NativeFile:
+def open_seekable(place: Place) -> pa.NativeFile:
     """Open a file to be read at any place (parquet)."""
     return place.system.open_input_file(place.path)
 
 
-def read(place: Place) -> BinaryIO:
+def open_stream(place: Place) -> BinaryIO:
     """Open a file to be read from its beginning, unpacked if its name says that it is packed. A
-    broken one raises `BROKEN`."""
+    broken one raises one of `UNREADABLE`."""
     packed = os.path.splitext(place.path)[1].lower()
     codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(packed)
     stream = place.system.open_input_stream(place.path, compression=codec, buffer_size=BUFFER)
     return lzma.open(stream) if packed == ".xz" else stream
 
 
-def text(place: Place, newline: str | None = None) -> io.TextIOWrapper:
+def open_text(place: Place, newline: str | None = None) -> io.TextIOWrapper:
     """Open a text file (UTF-8, with or without a byte order mark)."""
-    return io.TextIOWrapper(read(place), encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(open_stream(place), encoding="utf-8-sig", newline=newline)
 
 
 # --- writing
@@ -321,14 +289,13 @@ def parquet_metadata(where: str) -> dict[bytes, bytes] | None:
     """Return the notes in the schema of a parquet file ({} if it is none), or None where there is
     no file; one line if the place does not answer."""
     system, path = _target(where)
-    try:
-        if not system.get_file_info(path).is_file:
-            return None
-        return pq.read_schema(path, filesystem=system).metadata or {}
-    except pa.ArrowInvalid:
-        return {}
-    except (pa.ArrowException, OSError) as problem:
-        _refuse(where, problem)
+    with one_line_error(where):
+        try:
+            if not system.get_file_info(path).is_file:
+                return None
+            return pq.read_schema(path, filesystem=system).metadata or {}
+        except pa.ArrowInvalid:
+            return {}
 
 
 def write_table(batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema, where: str) -> int:
@@ -342,7 +309,7 @@ def write_table(batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema,
     system, path = _target(where)
     folder, _, name = path.rpartition("/")
     partial, rows = f"{folder}/.{name}.part" if folder else f".{name}.part", 0
-    try:
+    with one_line_error(where, "written"):
         if folder:
             system.create_dir(folder, recursive=True)
         with pq.ParquetWriter(partial, schema, filesystem=system, compression="zstd") as writer:
@@ -352,16 +319,12 @@ def write_table(batches: Iterable[pa.RecordBatch | pa.Table], schema: pa.Schema,
         if isinstance(system, fs.LocalFileSystem):
             files.sync(Path(partial))
         system.move(partial, path)
-    except (pa.ArrowException, OSError) as problem:
-        _refuse(where, problem, "written")
     return rows
 
 
 def remove(where: str) -> None:
     """Delete the file at a path or URI, if there is one."""
     system, path = _target(where)
-    try:
+    with one_line_error(where, "removed"):
         if system.get_file_info(path).is_file:
             system.delete_file(path)
-    except (pa.ArrowException, OSError) as problem:
-        _refuse(where, problem, "removed")

@@ -1,6 +1,6 @@
 """What is wrong with a written answer: refusals, loops, and near duplicates.
 
-Contract: `fault` judges an answer by itself. `Duplicates` takes all rows, at 600 bytes each
+Contract: `rejection` judges an answer by itself. `Duplicates` takes all rows, at 600 bytes each
 (200,000 rows: 120 MB, and as much again for the second or two in which they are compared), and then
 says which ones repeat an earlier one.
 
@@ -18,6 +18,8 @@ import numpy as np
 SIMILAR = 0.9  # estimated similarity from which a row is a near duplicate
 ORDERS, BAND = 64, 8  # random orders; those of one band
 LONG = 8  # words: a shorter text is compared as a whole only
+DRAWN = np.random.default_rng(0).integers(0, 2**63, (2, 1, ORDERS), np.uint64)
+MULTIPLY, ADD = DRAWN * np.uint64(2) + np.uint64(1)  # odd: a permutation
 
 SORRY = (
     r"(?:(?:i'?m|i am|we'?re|we are)\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|(?:my |i"
@@ -63,22 +65,17 @@ REFUSAL = re.compile(
     ),
     re.IGNORECASE,
 )
-THOUGHTS = re.compile(
-    r"\s*<think>.*?</think>", re.DOTALL
-)  # of a reasoning model; what it says to the user comes after
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+|\d+|[^\w\s]")
-NUMBER = re.compile(r"\d+")
+# of a reasoning model; what it says to the user comes after
+THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+|\d+|[^\w\s]")
+NUMBERS = re.compile(r"\d+")
 
 
 def refusal(answer: str) -> bool:
     """Return whether the answer begins by declining, in English or Chinese; to be sorry, or to say
     "I cannot stress enough", is not that."""
-    return (
-        REFUSAL.match(
-            THOUGHTS.sub("", answer, count=1).lstrip(" \t\r\n\"'*#>").replace("\u2019", "'")
-        )
-        is not None
-    )
+    said = THOUGHTS.sub("", answer, count=1).lstrip(" \t\r\n\"'*#>").replace("\u2019", "'")
+    return REFUSAL.match(said) is not None
 
 
 def loop(answer: str) -> bool:
@@ -89,13 +86,9 @@ def loop(answer: str) -> bool:
     text = answer.rstrip()
     tail = text[-4000:]
     back = len(tail) - 24
-    period = (
-        back - tail.rfind(tail[-24:], 0, len(tail) - 1)
-        if back > 0 and tail.rfind(tail[-24:], 0, len(tail) - 1) >= 0
-        else 0
-    )
-    if period:
-        run = period
+    before = tail.rfind(tail[-24:], 0, len(tail) - 1) if back > 0 else -1
+    if before >= 0:
+        period = run = back - before
         while run < len(tail) and tail[-run - 1] == tail[-run - 1 + period]:
             run += 1
         if run >= 60 and run >= 4 * period and (run >= 200 or 2 * run >= len(text)):
@@ -104,7 +97,7 @@ def loop(answer: str) -> bool:
     return len(data) >= 1000 and 12 * len(zlib.compress(data, 6)) < len(data)
 
 
-def fault(answer: str, finish: str, keep_truncated: bool) -> str | None:
+def rejection(answer: str, finish: str, keep_truncated: bool) -> str | None:
     """Return why an answer is dropped (the reason it is counted under), or None."""
     if finish == "refused":
         return "refused by the server"
@@ -114,20 +107,16 @@ def fault(answer: str, finish: str, keep_truncated: bool) -> str | None:
         return "empty answer" if finish != "length" else "answer cut at the limit"
     if finish == "length" and not keep_truncated:
         return "answer cut at the limit"
-    return (
-        "answer runs in circles"
-        if loop(answer)
-        else "answer is a refusal"
-        if refusal(answer)
-        else None
-    )
+    if loop(answer):
+        return "answer runs in circles"
+    return "answer is a refusal" if refusal(answer) else None
 
 
 def signature(text: str, salt: int) -> tuple[np.ndarray, int]:
     """Return the MinHash of a text, (ORDERS,) uint32, and a hash of what must be equal beside it:
     its numbers and `salt`."""
-    words = WORD.findall(text.lower())
-    numbers = zlib.crc32(" ".join(NUMBER.findall(text)).encode(), salt & 0xFFFFFFFF)
+    words = WORDS.findall(text.lower())
+    numbers = zlib.crc32(" ".join(NUMBERS.findall(text)).encode(), salt & 0xFFFFFFFF)
     if len(words) < LONG:
         return np.full(ORDERS, zlib.crc32(" ".join(words).encode()), np.uint32), numbers
     one = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
@@ -139,17 +128,10 @@ def signature(text: str, salt: int) -> tuple[np.ndarray, int]:
     threes = np.unique(threes ^ threes >> np.uint64(29))
     smallest = np.full(ORDERS, 0xFFFFFFFF, np.uint32)
     for begin in range(0, len(threes), 1024):  # an answer of any length in half a megabyte
-        mixed = (
-            threes[begin : begin + 1024, None] * MULTIPLY + ADD
-        )  # (words, ORDERS), modulo 2^64; its high half is the order
+        # (words, ORDERS), modulo 2^64; its high half is the order
+        mixed = threes[begin : begin + 1024, None] * MULTIPLY + ADD
         smallest = np.minimum(smallest, (mixed >> np.uint64(32)).min(0).astype(np.uint32))
     return smallest, numbers
-
-
-RANDOM = np.random.default_rng(0)
-MULTIPLY, ADD = RANDOM.integers(0, 2**63, (2, 1, ORDERS), np.uint64) * np.uint64(2) + np.uint64(
-    1
-)  # odd: a permutation
 
 
 class Duplicates:
@@ -165,7 +147,7 @@ class Duplicates:
 
     def add(self, prompt: str, answer: str, key: int) -> None:
         """Note the next row. key: of its prompt."""
-        short = len(WORD.findall(answer)) < LONG
+        short = len(WORDS.findall(answer)) < LONG
         for which, (text, salt) in enumerate(((f"{prompt}\n{answer}", key * short), (answer, key))):
             made, numbers = signature(text, salt)
             self.signatures[which].append(made.tobytes())

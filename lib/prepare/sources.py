@@ -1,68 +1,27 @@
-"""Rows from data files: parquet, json, jsonl and csv, read as streams, with the schema found from
-the names of the columns.
+"""Rows from data files, with the schema found from the names of the columns.
 
-Contract: `named` tells a source's name from where it lies, `look` says how one of its files is to
-be read, `rows` yields a conversation (a list of {"role", "content"}), a plain text or a labelled
-one for every row of the file, in order, holding a few megabytes at a time, wherever the file is
-(lib/prepare/places.py). A file that cannot be read, or a column of the wrong type, ends the program
-with one line; a row that is merely useless (blank, an unknown role) is yielded all the same, for
-the caller to count.
+Contract: `name_and_where` tells a source's name from where it lies, `look` says how one of its
+files is to be read, `rows` yields a conversation (a list of {"role", "content"}), a plain text or a
+labelled one for every row of the file, in order, wherever the file is (lib/prepare/places.py, hub)
+and whatever its format (lib/prepare/formats.py). A file that cannot be read, or a column of the
+wrong type, ends the program with one line; a row that is merely useless (blank, an unknown role) is
+yielded all the same, for the caller to count.
 """
 
+import argparse
+import collections
 import glob
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
+import numpy as np
 
-from lib import files
-from lib.prepare import hub, places
+from lib import data, files
+from lib.prepare import formats, hub, places, schema
 from lib.prepare.places import Place
-
-JSON = (".json", ".jsonl")
-BLOCK = 1 << 20  # characters of JSON read at once
-CSV_BLOCK = 4 << 20  # bytes of csv read at once; no row may be longer
-BATCH_BYTES = 8 << 20  # of a parquet file decoded at once
-
-# name, then the part a column plays -> the names it is known by; the first schema whose columns are
-# all there is taken
-SCHEMAS = {
-    "messages": {"messages": ("messages",)},
-    "conversations": {"messages": ("conversations", "conversation")},
-    "instruction/output": {
-        "prompt": ("instruction",),
-        "answer": ("output", "response", "completion", "answer"),
-    },
-    "prompt/completion": {
-        "prompt": ("prompt",),
-        "answer": ("completion", "response", "answer", "output"),
-    },
-    "question/answer": {"prompt": ("question", "query"), "answer": ("answer", "response")},
-    "text": {"text": ("text",)},
-}
-LABELLED = {
-    "text/label": {
-        "text": ("text", "sentence", "content"),
-        "label": ("label", "labels", "class", "category"),
-    }
-}  # for --task classify
-OPTIONAL = {
-    "input": "prompt",
-    "system": None,
-}  # `input` is read beside a prompt only, `system` in every conversation
-KNOWN = (
-    "messages; conversations; instruction[+input]+output; prompt+completion|response|answer;"
-    " question+answer; text"
-)
-COLUMNS_HELP = (
-    "[SOURCE:]prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or"
-    " text=COL; to classify: text=COL,label=COL"
-)
 
 ROLE_NAMES = {
     "human": "user",
@@ -104,12 +63,72 @@ class Source:
     files: list[File]
 
     @property
+    def commit(self) -> str | None:
+        """Of a data set of the hub."""
+        return self.files[0].place.revision
+
+    @property
     def described(self) -> str:
         return "; ".join(dict.fromkeys(file.described for file in self.files))
 
 
-def named(text: str) -> tuple[str, str]:
-    """Tell NAME from WHERE in a --source: named("fin=a/b.jsonl.gz") == ("fin", "a/b.jsonl.gz").
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --source and --columns."""
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[NAME=]WHERE",
+        help=(
+            "a file, folder or glob, a hub id org/name[:split][@revision], or a URI (may be given"
+            " again)"
+        ),
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        metavar="MAP",
+        help=(
+            f"{schema.COLUMNS_HELP}; may be given again for another SOURCE (default: found from"
+            " the column names)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) sources of one name, and columns of no source. Sets args.wanted, (name,
+    where) of each source with its secrets, and args.named, the columns by source name ("": of the
+    others); args.source and args.columns become what is stored."""
+    args.wanted = [name_and_where(text) for text in args.source]
+    names = [name for name, _ in args.wanted]
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            parser.error(
+                f"--source: the name {name} is given {count} times, wanted a name of its own for"
+                " each: --source NAME=WHERE"
+            )
+    try:
+        maps = [
+            schema.parse_columns(text, args.answers == "given", args.task == "classify")
+            for text in args.columns or ()
+        ]
+    except ValueError as wrong:
+        parser.error(f"--columns: {wrong}")
+    args.named = dict(maps)
+    if len(args.named) < len(maps) or not set(args.named) <= {"", *names}:
+        told = ", ".join(name or "all sources" for name, _ in maps)
+        parser.error(
+            f"--columns: saw maps for {told}, wanted at most one for each of {', '.join(names)},"
+            " and one for all others"
+        )
+    if args.columns and len(args.columns) == 1:
+        args.columns = args.columns[0]
+    args.source = [places.redact(text) for text in args.source]
+
+
+def name_and_where(text: str) -> tuple[str, str]:
+    """Tell NAME from WHERE in a --source: "fin=a/b.jsonl.gz" is ("fin", "a/b.jsonl.gz").
 
     Without NAME= it is the last part of WHERE that says something, suffixes and globs left out:
     "b", and "a" for a/*.parquet. What exists as it stands is a WHERE, though it has a "=" in it.
@@ -117,32 +136,45 @@ def named(text: str) -> tuple[str, str]:
     found = re.fullmatch(r"([\w.+-]+)=(.+)", text, re.DOTALL)
     if found and not Path(text).exists() and not glob.glob(text, recursive=True):
         return found[1], found[2]
-    if (found := hub.ID.fullmatch(text)) and places.is_hub_id(text):
-        return found["repo"].split("/")[1], text
-    path = (
-        text.partition("?")[0].partition("://")[2]
-        if places.is_uri(text)
-        else str(Path(text).absolute())
-    )
+    if hub.is_id(text):
+        return hub.ID.fullmatch(text)["repo"].split("/")[1], text
+    path = Path(text).absolute().as_posix()
+    if places.is_uri(text):
+        path = text.partition("?")[0].partition("://")[2]
     for part in reversed(path.split("/")):
-        part = re.sub(r"(\.(gz|bz2|zst|xz))?$", "", part)
-        part = part.removesuffix(hub.suffix(part)) if hub.suffix(part) in places.SUFFIXES else part
+        part = re.sub(r"\.(gz|bz2|zst|xz)$", "", part)
+        if (end := places.suffix(part)) in places.SUFFIXES:
+            part = part.removesuffix(end)
         if name := re.sub(r"[^\w.+-]+", "-", part.split("@")[-1]).strip("-."):
             return name, text
     return "data", text
 
 
-def open_all(
-    wanted: Iterable[tuple[str, str]],
-    columns: dict[str, dict[str, str]],
-    need_answer: bool = True,
-    labelled: bool = False,
-) -> list[Source]:
-    """Find and look at the files of every (name, where); one line where two sources share a file.
-    columns: by source name, "" for the others."""
+def locate(where: str) -> list[Place]:
+    """Return the data files that `where` names (a file, a folder, a glob, a hub id, a URI), in
+    order; one line where there are none."""
+    if places.is_uri(where):
+        found = places.find_by_uri(where)
+    else:
+        found = hub.download(where) if hub.is_id(where) else places.find_by_path(where)
+    for place in found:
+        if not place.suffix:
+            files.fail(
+                f"{place} is of a kind that is not read",
+                seen=Path(place.path).suffix or "no suffix",
+                wanted=places.READ,
+            )
+    return found
+
+
+def open_all(args: argparse.Namespace) -> list[Source]:
+    """Find and look at the files of every --source; one line where two sources share a file."""
+    most = np.iinfo(data.ROW["source"]).max
+    if len(args.wanted) > most:
+        files.fail("there are too many sources", seen=len(args.wanted), wanted=f"at most {most}")
     result, owners = [], {}
-    for name, where in wanted:
-        found = places.find(where)
+    for name, where in args.wanted:
+        found = locate(where)
         for place in found:
             if (other := owners.setdefault(place.key, name)) != name:
                 files.fail(
@@ -150,45 +182,13 @@ def open_all(
                     seen=f"{other} and {name}",
                     wanted="every file in one source",
                 )
-        result.append(
-            Source(
-                name,
-                places.redact(where),
-                [
-                    look(place, columns.get(name, columns.get("")), need_answer, labelled)
-                    for place in found
-                ],
-            )
-        )
+        columns = args.named.get(name, args.named.get(""))
+        looked = [
+            look(place, columns, args.answers == "given", args.task == "classify")
+            for place in found
+        ]
+        result.append(Source(name, places.redact(where), looked))
     return result
-
-
-def parse_columns(
-    text: str, need_answer: bool = True, labelled: bool = False
-) -> tuple[str, dict[str, str]]:
-    """Read one --columns: parse_columns("fin:prompt=q,answer=a") == ("fin", {"prompt": "q",
-    "answer": "a"}); "" where no source is named.
-
-    Raises ValueError, one line. Where no answer is needed (a teacher will write it), prompt=COL
-    alone will do; labelled: text and label it is.
-    """
-    owner, colon, rest = text.partition(":")
-    owner, rest = (owner.strip(), rest) if colon and "=" not in owner else ("", text)
-    pairs = [part.partition("=")[::2] for part in rest.split(",")]
-    columns = {part.strip(): column.strip() for part, column in pairs}
-    allowed = (
-        ({"prompt", "answer"} if need_answer else {"prompt"}, {"input", "system", "answer"}),
-        ({"messages"}, {"system"}),
-        ({"text"}, set()),
-    )
-    allowed = (({"text", "label"}, set()),) if labelled else allowed
-    if (
-        len(columns) != len(pairs)
-        or not all(columns.values())
-        or not any(need <= set(columns) <= need | may for need, may in allowed)
-    ):
-        raise ValueError(f"saw {text!r}, wanted {COLUMNS_HELP}")
-    return owner, columns
 
 
 def look(
@@ -203,116 +203,24 @@ def look(
     Without need_answer, prompts alone will do: their conversations end in a blank answer. labelled:
     rows of a text and its label are wanted.
     """
-    kind, count, features = {}, None, {}
-    try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(places.seek(path)) as file:
-                kind, count = (
-                    {field.name: field.type for field in file.schema_arrow},
-                    file.metadata.num_rows,
-                )
-                features = (
-                    json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-                    .get("info", {})
-                    .get("features", {})
-                )
-        elif path.suffix == ".csv":
-            with _open_csv(path) as file:
-                kind = {name: pa.string() for name in file.schema.names}
-        else:
-            kind = dict.fromkeys(next(_json_records(path), {}))
-    except places.BROKEN as broken:
-        files.fail(
-            f"{path} cannot be read",
-            seen=places.redact(broken)[:300],
-            wanted=f"a whole {path.suffix[1:]} file",
-        )
-    if not kind or count == 0:
-        files.fail(f"{path} holds no row", wanted="a file with rows")
-    schema, columns = (
-        ("--columns", columns) if columns else _guess(path, kind, need_answer, labelled)
-    )
+    found = formats.columns_of(path)
+    name = "--columns"
+    if not columns:
+        name, columns = schema.guess(path, found.types, need_answer, labelled)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
-        if column not in kind and not (part in OPTIONAL and path.suffix in JSON):
+        later = part in schema.OPTIONAL and path.suffix in formats.JSON
+        if column not in found.types and not later:
             files.fail(
                 f"{path} has no column {column}",
-                seen=", ".join(kind),
-                mend=f"--columns {COLUMNS_HELP}",
+                seen=", ".join(found.types),
+                mend=f"--columns {schema.COLUMNS_HELP}",
             )
-        _check_type(path, part, column, kind.get(column))
-    described = (
-        f"{schema}"
-        f" ({', '.join(f'{part}={column}' for part, column in columns.items() if column in kind)})"
-    )
-    names = (features.get(columns.get("label")) or {}).get("names") or ()
-    return File(path, schema, described, columns, count, tuple(names))
-
-
-def _guess(
-    path: Place, kind: dict, need_answer: bool = True, labelled: bool = False
-) -> tuple[str, dict[str, str]]:
-    prompts = (
-        {}
-        if need_answer
-        else {
-            f"{parts['prompt'][0]} only": {"prompt": parts["prompt"]}
-            for parts in SCHEMAS.values()
-            if "prompt" in parts
-        }
-    )
-    for schema, parts in sorted(
-        (LABELLED if labelled else SCHEMAS | prompts).items(), key=lambda item: item[0] == "text"
-    ):
-        columns = {
-            part: next((name for name in names if name in kind), None)
-            for part, names in parts.items()
-        }
-        if None in columns.values():
-            continue
-        if schema != "text":
-            columns |= {
-                part: part
-                for part, beside in OPTIONAL.items()
-                if beside in (None, *columns) and (part in kind or path.suffix in JSON)
-            }
-        return schema, columns
-    files.fail(
-        f"{path} follows no schema known here",
-        seen=f"columns {', '.join(kind)}",
-        wanted="text and label" if labelled else f"one of: {KNOWN}",
-        mend="--columns text=COL,label=COL" if labelled else f"--columns {COLUMNS_HELP}",
-    )
-
-
-def _check_type(path: Place, part: str, column: str, kind) -> None:
-    """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is
-    checked row by row."""
-    if kind is None or pa.types.is_null(kind):
-        return
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = (
-        pa.types.is_string(value)
-        or pa.types.is_large_string(value)
-        or pa.types.is_string_view(value)
-    )
-    text |= part == "label" and (pa.types.is_integer(value) or pa.types.is_boolean(value))
-    listed = (
-        part == "messages"
-        and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-        and pa.types.is_struct(kind.value_type)
-    )
-    if not text and not listed:
-        wanted = {
-            "messages": "a list of {role, content} or {from, value}",
-            "label": "text, whole numbers or true and false",
-        }.get(part, "text")
-        files.fail(
-            f"{path}: column {column} cannot be the {part}",
-            seen=f"type {kind}",
-            wanted=wanted,
-            mend=f"--columns {COLUMNS_HELP}",
-        )
+        schema.check_type(path, part, column, found.types.get(column))
+    there = [f"{part}={column}" for part, column in columns.items() if column in found.types]
+    names = (found.features.get(columns.get("label")) or {}).get("names") or ()
+    described = f"{name} ({', '.join(there)})"
+    return File(path, name, described, columns, found.count, tuple(names))
 
 
 def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str | tuple[str, str]]:
@@ -321,27 +229,33 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
 
     `system` opens the conversations that have no system message.
     """
-    wanted = list(dict.fromkeys(source.columns.values()))
-    read = {".parquet": _parquet_records, ".csv": _csv_records}.get(
-        source.place.suffix, lambda path, columns: _json_records(path)
-    )
     number = 0
+    records = formats.records(source.place, list(dict.fromkeys(source.columns.values())))
     try:
-        for number, record in enumerate(read(source.place, wanted), 1):
-            yield _row(
-                source,
-                {part: record.get(column) for part, column in source.columns.items()},
-                number,
-                system,
-            )
-    except (*places.BROKEN, UnicodeDecodeError) as broken:
-        files.fail(
-            f"{source.place} cannot be read past row {number}",
-            seen=places.redact(broken)[:300],
-            wanted=f"a whole {source.place.suffix[1:]} file",
-        )
+        for number, record in enumerate(records, 1):
+            parts = {part: record.get(column) for part, column in source.columns.items()}
+            yield _row(source, parts, number, system)
+    except places.UNREADABLE as broken:
+        formats.cannot_be_read(source.place, f" past row {number}", broken)
     if not number:
-        files.fail(f"{source.place} holds no row", wanted="a file with rows")
+        formats.no_row(source.place)
+
+
+def all_rows(inputs: list[Source], system: str | None = None) -> Iterator[tuple]:
+    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers."""
+    for number, source in enumerate(inputs):
+        for f, file in enumerate(source.files):
+            for row in rows(file, system):
+                yield (number, f), row
+
+
+def characters(row: list[dict] | str | tuple[str, str]) -> int:
+    """Return how long a row is, to cut many into pieces of like work."""
+    if isinstance(row, str):
+        return len(row)
+    if isinstance(row, tuple):
+        return len(row[0])
+    return sum(len(message["content"] or "") for message in row)
 
 
 def _row(
@@ -354,7 +268,7 @@ def _row(
                 f"{source.place}, row {number}: column {source.columns[part]} is not text",
                 seen=type(value).__name__,
                 wanted="a string",
-                mend=f"--columns {COLUMNS_HELP}",
+                mend=f"--columns {schema.COLUMNS_HELP}",
             )
         return value or ""
 
@@ -401,7 +315,7 @@ def _messages(source: File, value: object, number: int) -> list[dict]:
             " conversation",
             seen=repr(value)[:60],
             wanted="a list of {role, content} or {from, value}",
-            mend=f"--columns {COLUMNS_HELP}",
+            mend=f"--columns {schema.COLUMNS_HELP}",
         )
     messages = []
     for item in value or []:
@@ -421,118 +335,3 @@ def _messages(source: File, value: object, number: int) -> list[dict]:
             }
         )
     return messages
-
-
-def _parquet_records(path: Place, columns: list[str]) -> Iterator[dict]:
-    # pre_buffer would hold whole row groups, and many files are one row group; buffer_size makes it
-    # a stream of pages
-    with pq.ParquetFile(places.seek(path), pre_buffer=False, buffer_size=places.BUFFER) as file:
-        meta = file.metadata
-        columns = [name for name in columns if name in file.schema_arrow.names]
-        groups = (meta.row_group(g) for g in range(meta.num_row_groups))
-        size = sum(
-            c.total_uncompressed_size
-            for group in groups
-            for c in map(group.column, range(group.num_columns))
-            if c.path_in_schema.split(".")[0] in columns
-        )
-        batch_rows = max(1, min(4096, BATCH_BYTES * meta.num_rows // max(1, size)))
-        for batch in file.iter_batches(batch_rows, columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-
-
-def _open_csv(path: Place, columns: list[str] | None = None) -> pa.csv.CSVStreamingReader:
-    convert = pa.csv.ConvertOptions(
-        include_columns=columns,
-        column_types=dict.fromkeys(columns or [], pa.string()),
-        strings_can_be_null=False,
-    )
-    return pa.csv.open_csv(
-        places.read(path),
-        pa.csv.ReadOptions(block_size=CSV_BLOCK),
-        pa.csv.ParseOptions(newlines_in_values=True),
-        convert,
-    )
-
-
-def _csv_records(path: Place, columns: list[str]) -> Iterator[dict]:
-    with _open_csv(path, columns) as file:
-        for batch in file:
-            yield from batch.to_pylist()
-
-
-def _json_records(path: Place) -> Iterator[dict]:
-    read = _json_lines if path.suffix == ".jsonl" else _json_objects
-    try:
-        for number, value in enumerate(read(path), 1):
-            if not isinstance(value, dict):
-                files.fail(
-                    f"{path}, row {number} is not an object",
-                    seen=repr(value)[:60],
-                    wanted='{"column": value, ...}',
-                )
-            yield value
-    except UnicodeDecodeError as broken:
-        files.fail(f"{path} is not UTF-8 text", seen=broken)
-
-
-def _json_lines(path: Place) -> Iterator[object]:
-    with places.text(path, newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as broken:
-                files.fail(
-                    f"{path}, line {number} is broken JSON", seen=broken, wanted="one object a line"
-                )
-
-
-def _json_objects(path: Place) -> Iterator[object]:
-    """Yield the items of one list, or objects one after the other, from a buffer that slides over
-    the file."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with places.text(path) as file:
-        buffer, at, line, listed = "", 0, 1, None
-        while True:
-            start = between.match(buffer, at).end()
-            line, at = line + buffer.count("\n", at, start), start
-            if at == len(buffer):
-                buffer, at = file.read(BLOCK), 0
-                if buffer:
-                    continue
-                if listed:
-                    files.fail(
-                        f"{path}, line {line} is broken JSON",
-                        seen="the end of the file inside its list",
-                        wanted="a closing ]",
-                    )
-                return
-            if listed is None:
-                listed = buffer[at] == "["
-                at += int(listed)
-                continue
-            if listed and buffer[at] == "]":
-                listed, at = False, at + 1
-                continue
-            try:
-                value, end = decoder.raw_decode(buffer, at)
-            except json.JSONDecodeError as broken:
-                # an error at the buffer's end, or a string without end, may only mean that the rest
-                # is not read yet
-                whole = len(buffer) - broken.pos > 16 and not broken.msg.startswith(
-                    "Unterminated string"
-                )
-                more = "" if whole else file.read(max(BLOCK, len(buffer)))
-                if not more:
-                    line += buffer.count("\n", at, broken.pos)
-                    files.fail(
-                        f"{path}, line {line} is broken JSON",
-                        seen=broken.msg,
-                        wanted="objects, or one list of them",
-                    )
-                buffer, at = buffer[at:] + more, 0
-                continue
-            line, at = line + buffer.count("\n", at, end), end
-            yield value

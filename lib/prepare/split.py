@@ -2,18 +2,77 @@
 of staged rows to both sides."""
 
 import collections
+import hashlib
 import heapq
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from lib import data, files
+from lib import data, files, template
 
+FILES = ("tokens.npy", "answer.npy", "rows.npy")  # of each side
 BLOCK_TOKENS = 1 << 22  # tokens copied at once
-STAGED = np.dtype(
-    [("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")]
-)  # one row before it has a side; prompt: its hash
+# one row before it has a side; prompt: its hash
+STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
+
+
+def hash64(value: bytes, seed: int | None = None) -> int:
+    """Return 64 bits of some bytes, others for every seed."""
+    key = b"" if seed is None else str(seed).encode()
+    return int.from_bytes(hashlib.blake2b(value, digest_size=8, key=key).digest(), "little")
+
+
+@dataclass
+class Staged:
+    """Rows that were read and tokenized into a folder, and which of them are validation rows.
+
+    rows (N,) STAGED; is_val (N,) bool; read: rows of the sources by (source, file); lost: those
+    dropped by (source, reason); labels: the names of the classes, for rows that have one each.
+    """
+
+    rows: np.ndarray
+    is_val: np.ndarray
+    read: collections.Counter
+    lost: collections.Counter
+    labels: list[str] = field(default_factory=list)
+
+
+class Staging:
+    """The rows that are kept, written to a folder as they come (`staged.*`), before they have a
+    side."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokens, self.answer, self.rows = (
+            files.NpyWriter(folder / f"staged.{part}.npy", dtype)
+            for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", STAGED))
+        )
+        self.prompts = open(folder / "staged.prompts.jsonl", "w", encoding="utf-8")
+
+    @property
+    def count(self) -> int:
+        return self.rows.count
+
+    def append(self, ids: np.ndarray, answer: np.ndarray, source: int, prompt: int) -> None:
+        self.tokens.append(ids)
+        self.answer.append(answer)
+        self.rows.append(np.array([(len(ids), answer.sum(), source, prompt)], STAGED))
+
+    def append_prompt(self, messages: list[dict]) -> None:
+        """Note the prompt and the reference of the row appended last: it may become a validation
+        row."""
+        last = template.last_answer(messages)
+        said = {"messages": messages[:last], "reference": messages[last]["content"]}
+        self.prompts.write(json.dumps([self.count - 1, said], ensure_ascii=False) + "\n")
+
+    def close(self) -> np.ndarray:
+        """Return the records of all rows, (N,) STAGED."""
+        for writer in (self.tokens, self.answer, self.rows, self.prompts):
+            writer.close()
+        return np.load(self.folder / "staged.rows.npy")
 
 
 class Seen:
@@ -40,10 +99,8 @@ class ValRows:
     of all hashes or a count of rows."""
 
     def __init__(self, val):
-        self.val, self.smallest = (
-            val,
-            [],
-        )  # a heap of negated hashes: its top is the largest of the `val` smallest so far
+        # a heap of negated hashes: its top is the largest of the `val` smallest so far
+        self.val, self.smallest = val, []
 
     def candidate(self, prompt):
         """Return False for a row that can no longer become a validation row, whatever follows."""
@@ -55,7 +112,7 @@ class ValRows:
         heapq.heappushpop(self.smallest, -prompt)
         return prompt <= -self.smallest[0]
 
-    def chosen(self, prompts):
+    def mask(self, prompts):
         """Return the mask of validation rows. A count takes whole groups of equal prompts, so that
         it may stay a little below."""
         if self.val < 1:
@@ -63,6 +120,11 @@ class ValRows:
         values, counts = np.unique(prompts, return_counts=True)
         groups = np.searchsorted(np.cumsum(counts), self.val, side="right")
         return np.isin(prompts, values[:groups])
+
+
+def on_both_sides(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the files of those names of train and val."""
+    return [folder / f"{side}.{name}" for side in ("train", "val") for name in names]
 
 
 def by_reason(lost: collections.Counter) -> dict[str, int]:
@@ -74,38 +136,47 @@ def by_reason(lost: collections.Counter) -> dict[str, int]:
     return dict(dropped.most_common())
 
 
-def divide(partial: Path, staged: np.ndarray, is_val: np.ndarray) -> None:
-    """Copy the staged rows to train and val, a block at a time, and write the row records."""
+def none_left(read: collections.Counter, lost: collections.Counter, wanted: str) -> NoReturn:
+    """End with one line that says why no row was kept."""
+    reasons = [f"{reason} {count}" for reason, count in by_reason(lost).items()]
+    files.fail(
+        "no row is left",
+        seen=f"{read.total()} rows, dropped: {', '.join(reasons) or 'nothing dropped'}",
+        wanted=wanted,
+    )
+
+
+def refuse_empty(staged: Staged) -> None:
+    """Refuse rows that nothing can be trained on, and warn where nothing can be evaluated."""
+    if not len(staged.rows):
+        none_left(staged.read, staged.lost, "rows with a prompt and an answer, within --max-len")
+    if staged.is_val.all():
+        files.fail(
+            "no row is left to train on",
+            seen=f"{len(staged.rows)} rows, all of them in val",
+            wanted="more rows, or a smaller --val",
+        )
+    if not staged.is_val.any():
+        print(
+            "prepare warning: val is empty: nothing can be evaluated; give more rows or a larger"
+            " --val",
+            flush=True,
+        )
+
+
+def write_sides(partial: Path, staged: Staged) -> None:
+    """Write the staged rows as train and val, their records and the prompts of val, and delete what
+    was staged."""
     for part, dtype in (("tokens", np.uint32), ("answer", bool)):
-        # plain reads: the pages of a memory map would count as this process's memory
-        with open(partial / f"staged.{part}.npy", "rb") as source:
-            version = np.lib.format.read_magic(source)
-            assert version == (1, 0), version
-            np.lib.format.read_array_header_1_0(source)
-            writers = [
-                files.NpyWriter(partial / f"{split}.{part}.npy", dtype)
-                for split in ("train", "val")
-            ]
-            ends = np.cumsum(staged["length"], dtype=np.int64)
-            row = 0
-            while row < len(staged):
-                done = ends[row - 1] if row else 0
-                stop = max(row + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
-                block = np.fromfile(source, dtype, int(ends[stop - 1] - done))
-                side = np.repeat(is_val[row:stop], staged["length"][row:stop])
-                writers[0].append(block[~side])
-                writers[1].append(block[side])
-                row = stop
-        for writer in writers:
-            writer.close()
-    for split, mask in (("train", ~is_val), ("val", is_val)):
-        mine = staged[mask]
+        _copy(partial, part, dtype, staged)
+    for side, mask in (("train", ~staged.is_val), ("val", staged.is_val)):
+        mine = staged.rows[mask]
         records = np.zeros(len(mine), data.ROW)
         for name in ("length", "targets", "source"):
             records[name] = mine[name]
         for name, counted in (("start", "length"), ("first_target", "targets")):
             records[name][1:] = np.cumsum(mine[counted][:-1], dtype=np.uint64)
-        writer = files.NpyWriter(partial / f"{split}.rows.npy", data.ROW)
+        writer = files.NpyWriter(partial / f"{side}.rows.npy", data.ROW)
         writer.append(records)
         writer.close()
     if (partial / "staged.prompts.jsonl").stat().st_size:
@@ -114,7 +185,32 @@ def divide(partial: Path, staged: np.ndarray, is_val: np.ndarray) -> None:
             open(partial / "val.prompts.jsonl", "w", encoding="utf-8") as target,
         ):
             for number, prompt in map(json.loads, source):
-                if is_val[number]:
+                if staged.is_val[number]:
                     target.write(json.dumps(prompt, ensure_ascii=False) + "\n")
     for path in partial.glob("staged.*"):
         path.unlink()
+
+
+def _copy(partial: Path, part: str, dtype, staged: Staged) -> None:
+    """Copy the staged tokens or answers to both sides, a block at a time."""
+    train, val = (
+        files.NpyWriter(partial / f"{side}.{part}.npy", dtype) for side in ("train", "val")
+    )
+    lengths = staged.rows["length"]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    # plain reads: the pages of a memory map would count as this process's memory
+    with open(partial / f"staged.{part}.npy", "rb") as source:
+        version = np.lib.format.read_magic(source)
+        assert version == (1, 0), version
+        np.lib.format.read_array_header_1_0(source)
+        row = 0
+        while row < len(lengths):
+            done = ends[row - 1] if row else 0
+            stop = max(row + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
+            block = np.fromfile(source, dtype, int(ends[stop - 1] - done))
+            side = np.repeat(staged.is_val[row:stop], lengths[row:stop])
+            train.append(block[~side])
+            val.append(block[side])
+            row = stop
+    train.close()
+    val.close()

@@ -23,6 +23,7 @@ from lib import files
 
 PART_ROWS = 1000
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# an answer, for those it is passed on to
 ABOUT = pa.schema(
     [
         ("reference", pa.string()),
@@ -33,7 +34,7 @@ ABOUT = pa.schema(
         ("teacher", pa.string()),
         ("sampling", pa.string()),
     ]
-)  # an answer, for those it is passed on to
+)
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -45,14 +46,11 @@ SCHEMA = pa.schema(
 )
 
 
-def name_of(made: dict) -> str:
+def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
-    told = {
-        name: value
-        for name, value in made.items()
-        if name != ("teacher" if "weights" in made else "host")
-    }
+    where = "teacher" if "weights" in made else "host"
+    told = {name: value for name, value in made.items() if name != where}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -60,17 +58,19 @@ class Store:
     """The answers made with one set of settings; held by one process (files.lock)."""
 
     def __init__(self, folder: Path, made: dict) -> None:
-        self.folder, self.made = folder / name_of(made), made
+        self.folder, self.made = folder / folder_name(made), made
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(folder)
-        others = [
-            path.parent.name
-            for path in sorted(folder.glob("*/settings.json"))
-            if path.parent != self.folder
-        ]
-        new = not (self.folder / "settings.json").exists()
-        if new:
+        if not (self.folder / "settings.json").exists():
             files.write_json(self.folder / "settings.json", made)
+            others = [path.parent for path in sorted(folder.glob("*/settings.json"))]
+            others = [str(other) for other in others if other != self.folder]
+            if others:
+                print(
+                    f"answers: those of other settings stay in {', '.join(others)}; these settings"
+                    f" begin {self.folder}",
+                    flush=True,
+                )
         for path in self.folder.glob("*.part"):
             path.unlink()
         self.journal = self.folder / "journal.jsonl"
@@ -88,38 +88,35 @@ class Store:
                 )
             self.have.update(zip(table["key"].to_pylist(), table["generation"].to_pylist()))
         self.fresh: list[dict] = []  # what is in the journal and in no part
-        whole = 0
-        if self.journal.exists():
-            for line in self.journal.read_bytes().splitlines(keepends=True):
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    row = None
-                if row is None:
-                    break  # torn, or what a power cut left of the end
-                whole += len(line)
-                if (
-                    name := (row["key"], row["generation"])
-                ) not in self.have:  # it is in both where the kill came between part and journal
-                    self.have.add(name)
-                    self.fresh.append(row)
-            os.truncate(self.journal, whole)
+        self._read_journal()
         self.file = open(self.journal, "ab")
-        if new and others:
-            print(
-                "answers: those of other settings stay in"
-                f" {', '.join(f'{folder}/{name}' for name in others)}; these settings begin"
-                f" {self.folder}",
-                flush=True,
-            )
+
+    def _read_journal(self) -> None:
+        """Take the whole lines of the journal, and cut off what follows them."""
+        whole = 0
+        lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else ()
+        for line in lines:
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                row = None
+            if row is None:
+                break  # torn, or what a power cut left of the end
+            whole += len(line)
+            name = row["key"], row["generation"]
+            # it is in both where the kill came between part and journal
+            if name not in self.have:
+                self.have.add(name)
+                self.fresh.append(row)
+        if lines:
+            os.truncate(self.journal, whole)
 
     def add(self, row: dict) -> None:
         """Keep an answer: once this returns, no kill loses it."""
         name = row["key"], row["generation"]
         assert name not in self.have, name
-        line = json.dumps(row, ensure_ascii=False).encode(
-            "utf-8", "replace"
-        )  # half a surrogate pair becomes "?"
+        # half a surrogate pair becomes "?"
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
         self.file.write(line + b"\n")
         self.file.flush()
         self.have.add(name)
@@ -160,8 +157,3 @@ class Store:
         closed.)"""
         for path in self.parts:
             yield from pq.read_table(path).to_pylist()
-
-    def names(self) -> Iterator[dict]:
-        """Yield the key and generation of every answer, in the order of `rows`."""
-        for path in self.parts:
-            yield from pq.read_table(path, columns=["key", "generation"]).to_pylist()

@@ -10,6 +10,7 @@ import tiny_tokenizers as tiny
 import prepare_data
 from lib import data
 from lib.measure import plots
+from lib.prepare import describe
 
 
 def folder_of(folder, targets, prompts, source, names, dropped, val=0):
@@ -93,7 +94,7 @@ def test_the_median_and_the_99th_percentile_are_those_of_meta_json(tmp_path, dra
         figure.axes[1].get_title(loc="left")
         == "median 501 (line), 99th percentile 990 (dotted), longest 1,000"
     )
-    assert [prepare_data.percentiles(np.arange(1, 1001))[point] for point in ("p50", "p99")] == [
+    assert [describe.percentiles(np.arange(1, 1001))[point] for point in ("p50", "p99")] == [
         501,
         990,
     ]

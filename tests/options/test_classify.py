@@ -346,13 +346,13 @@ def test_the_loss_is_that_of_torch_over_the_classes(world):
         CPU,
         dataset=dataset,
         rows=[
-            classes.retokenized(
+            data.retokenized(
                 dataset.folder, name, AutoTokenizer.from_pretrained(world / "tok-teacher"), 64
             )
             for name in ("train", "val")
         ],
     )
-    view = classes.retokenized(
+    view = data.retokenized(
         dataset.folder, "train", AutoTokenizer.from_pretrained(world / "tok-teacher"), 64
     )
     with torch.no_grad():

@@ -24,7 +24,7 @@ import transformers
 
 import prepare_data
 from lib import data, files, generate
-from lib.prepare import answers, ask, places, quality, sources, store
+from lib.prepare import answers, ask, places, quality, questions, sources, store
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 STOPS = tuple(range(3, 20))
@@ -678,7 +678,7 @@ def test_retry_after_is_honoured(server):
         self, status, value, [("Retry-After", "0.6")] * (status == 429)
     )
     try:
-        (answer,) = ask.ask(client, [ask.Request(0, tiny.chat("hi"))], 2, 10, waits.append)
+        (answer,) = ask.ask(client, [ask.ChatRequest(0, tiny.chat("hi"))], 2, 10, waits.append)
     finally:
         Handler.reply = Handler_reply
     assert answer.finish == "stop" and time.monotonic() - begun > 0.6
@@ -885,8 +885,8 @@ def killed(processes, folder, argv, hook):
     "hooks",
     [
         [
-            dict(where="lib.prepare.answers.row_of", number=3),
-            dict(where="lib.prepare.answers.row_of", number=9),
+            dict(where="lib.prepare.questions.row_of", number=3),
+            dict(where="lib.prepare.questions.row_of", number=9),
         ],
         [
             dict(where="lib.files.sync", number=1, source="part-00000.parquet.part"),
@@ -916,8 +916,8 @@ def test_a_kill_while_a_model_answers_loses_nothing(folder, teacher, processes, 
     )
     straight = [word if word != str(folder / "out") else str(folder / "straight") for word in argv]
     make.call(prepare_data.main, *straight)
-    asked, plain = [], answers.row_of
-    monkeypatch.setattr(answers, "row_of", lambda *row: asked.append(row) or plain(*row))
+    asked, plain = [], questions.row_of
+    monkeypatch.setattr(questions, "row_of", lambda *row: asked.append(row) or plain(*row))
     for hook in hooks:
         killed(processes, folder, argv, hook)
     have = {
@@ -1041,8 +1041,9 @@ def test_a_signal_says_that_the_same_command_continues(
         lambda count, body: "ok" if int(body["messages"][0]["content"].split()[1]) < 5 else "hang"
     )
     threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    handler = signal.getsignal(number)
     code, _ = make.ends(prepare_data.main, *remotely(folder, tokenizer_dir, one.url))
-    assert code == 128 + number
+    assert code == 128 + number and signal.getsignal(number) == handler
     assert (
         "answers: stopped with 5 of 20, all of them kept; the same command continues"
         in capsys.readouterr().out
@@ -1064,7 +1065,7 @@ def test_tables_are_an_ordinary_data_set(folder, tokenizer_dir, server, monkeypa
     assert [len(table) for table in parts] == [6, 6, 6, 2] and all(
         table.schema == store.SCHEMA for table in parts
     )
-    looked = sources.look(places.local(next(kept.glob("*.parquet"))), {"messages": "prompt"})
+    looked = sources.look(places.on_disk(next(kept.glob("*.parquet"))), {"messages": "prompt"})
     assert looked.count == 6  # prompts as messages: any reader of ours, and others', takes them
 
 

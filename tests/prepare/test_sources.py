@@ -150,7 +150,7 @@ def targets(made, split="train"):
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
 def test_packed_files_hold_the_same_rows(tmp_path, kind, packing):
     plain, small = (
-        places.local(put(tmp_path / f"data{suffix}")) for suffix in (kind, kind + packing)
+        places.on_disk(put(tmp_path / f"data{suffix}")) for suffix in (kind, kind + packing)
     )
     assert list(sources.rows(sources.look(small))) == list(sources.rows(sources.look(plain)))
     assert os.path.getsize(small.path) < os.path.getsize(plain.path)
@@ -189,7 +189,7 @@ def test_a_source_is_named_by_its_user_or_by_where_it_lies(
 ):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "there=1.csv")
-    assert sources.named(text) == (name, where)
+    assert sources.name_and_where(text) == (name, where)
 
 
 def test_rows_are_numbered_and_counted_by_named_source(tmp_path, prepare, capsys):
@@ -217,20 +217,6 @@ def test_rows_are_numbered_and_counted_by_named_source(tmp_path, prepare, capsys
     said = capsys.readouterr().out
     assert re.search(r"^source +finance +train \d+ +val \d+ +dropped 3 +of 13 read$", said, re.M)
     assert made.meta["dropped"] == {"duplicate": 2, "empty": 1} and made.meta["mix"] is None
-
-
-def test_a_folder_of_an_earlier_version_is_still_read_and_recognised(tmp_path, prepare, capsys):
-    path = put(tmp_path / "rows.jsonl")
-    made = prepare("--source", path)
-    meta = made.meta | {"sources": [{"name": str(path), "sha256": files.sha256(path), "rows": 30}]}
-    del meta["mix"], meta["args"]["mix"]
-    files.write_json(made.folder / "meta.json", meta)
-    assert (
-        len(prepare("--source", path).train.rows) and "finished already" in capsys.readouterr().out
-    )
-    put(path, PAIRS[1:])
-    with pytest.raises(SystemExit, match="rows.jsonl has changed"):
-        prepare("--source", path)
 
 
 def test_one_name_for_two_sources_is_refused(tmp_path, capsys):
@@ -377,7 +363,7 @@ def secrets_in(folder):
 def test_s3_files_are_read_like_local_ones(s3, suffix):
     _, uri, upload = s3
     upload(f"bucket/in/data{suffix}", PAIRS)
-    (place,) = places.find(uri(f"bucket/in/data{suffix}"))
+    (place,) = sources.locate(uri(f"bucket/in/data{suffix}"))
     assert [row[1]["content"] for row in sources.rows(sources.look(place))] == [
         row["answer"] for row in PAIRS
     ]
@@ -396,7 +382,7 @@ def test_s3_folders_and_globs_leave_hidden_and_other_files_out(s3):
         upload(f"bucket/in/{name}", some(name[0]))
 
     def found(path):
-        return [place.name.removeprefix("s3://bucket/in/") for place in places.find(uri(path))]
+        return [place.name.removeprefix("s3://bucket/in/") for place in sources.locate(uri(path))]
 
     assert (
         found("bucket/in")
@@ -505,7 +491,7 @@ def test_a_write_that_breaks_leaves_no_file_under_its_name(tmp_path, s3):
         )
         assert there()
     assert pq.read_table(tmp_path / "w" / "a.parquet")["text"].to_pylist() == ["a", "b", "c"]
-    assert places.find(uri("bucket/w"))[0].name == "s3://bucket/w/a.parquet"
+    assert sources.locate(uri("bucket/w"))[0].name == "s3://bucket/w/a.parquet"
 
 
 # --- the rows kept, as a data set
@@ -593,7 +579,7 @@ def test_an_out_that_is_a_link_stays_one(tmp_path, prepare):
 def test_plain_texts_are_exported_as_such_and_row_groups_do_not_show(
     tmp_path, prepare, monkeypatch
 ):
-    monkeypatch.setattr(export, "BATCH_ROWS", 7)
+    monkeypatch.setattr(export, "GROUP_ROWS", 7)
     put(tmp_path / "a.jsonl", [{"text": f"line {i}"} for i in range(30)])
     made = prepare(
         "--source", tmp_path / "a.jsonl", "--export", tmp_path / "shared", "--val", "0.3"

@@ -1,0 +1,181 @@
+"""What is said of a prepared data set: its meta.json, whether it is what this command would make,
+the table at the end, and rows with their targets marked (--show)."""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lib import data, files, template
+from lib.prepare import places, sources, split
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --show."""
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N training rows, targets marked (default: %(default)s)",
+    )
+
+
+# --- meta.json
+
+
+def percentiles(values: np.ndarray) -> dict[str, int]:
+    points = np.percentile(values, [0, 50, 90, 99, 100], method="nearest")
+    return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points)))
+
+
+def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shaping: dict) -> dict:
+    """Return what meta.json says of the sources and rows."""
+    rows = staged.rows
+
+    def both(values):
+        mask = staged.is_val
+        return {"train": int(values[~mask].sum()), "val": int(values[mask].sum())}
+
+    reasons = split.by_reason(staged.lost)
+    told = []
+    for number, source in enumerate(inputs):
+        seen = [staged.read[number, f] for f in range(len(source.files))]
+        lost = {reason: staged.lost[number, reason] for reason in reasons}
+        told.append(
+            {
+                "name": source.name,
+                "where": source.where,
+                "rows": both(rows["source"] == number),
+                "read": sum(seen),
+                "dropped": {reason: count for reason, count in lost.items() if count},
+                "files": [
+                    {"name": str(file.place), **places.stamp(file.place), "rows": count}
+                    for file, count in zip(source.files, seen)
+                ],
+            }
+        )
+        if source.commit:
+            told[-1]["commit"] = source.commit
+    schemas = dict.fromkeys(file.described for source in inputs for file in source.files)
+    counts = both(np.ones(len(rows), np.int64))
+    return {
+        "format": data.FORMAT,
+        "sources": told,
+        "mix": args.mix,
+        "schema": "; ".join(schemas),
+        "args": shaping,
+        "rows": counts,
+        "targets": both(rows["targets"]),
+        "tokens": both(rows["length"]),
+        "dropped": reasons,
+        "lengths": {"rows": percentiles(rows["length"]), "targets": percentiles(rows["targets"])},
+        "rows_per_chunk": args.rows_per_chunk,
+        "chunks": -(-counts["train"] // args.rows_per_chunk),
+        "seed": args.seed,
+        "tokenizer": args.tokenizer,
+    }
+
+
+def finished(out: Path, args, shaping: dict) -> dict | None:
+    """Return the meta.json of a folder that this very command finished, or None; refuse a folder
+    that another one made."""
+    foreign = out.exists() and not out.is_dir()
+    if out.is_dir() and not (out / "train.rows.npy").exists():
+        foreign = any(path.name != files.NEVER_DELETED for path in out.iterdir())
+    if foreign:
+        files.fail(
+            f"--out {out} is in the way",
+            seen="something that prepare_data.py did not make",
+            wanted="a new folder",
+            mend="another --out",
+        )
+    if args.fresh or not (out / "meta.json").exists():
+        return None
+    meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
+    before, differs = meta.get("args", {}), []
+    for name, value in shaping.items():
+        if before.get(name) != value:
+            differs.append(f"{name} {before.get(name)!r} -> {value!r}")
+    if meta.get("format") != data.FORMAT:
+        differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
+    if not differs:
+        where = dict(args.wanted)
+        for source in meta["sources"]:
+            changed = places.changed(where[source["name"]], source["files"])
+            differs += [f"{name} has changed" for name in changed]
+    if differs:
+        files.fail(
+            f"{out} was prepared from something else",
+            seen=f"{', '.join(differs)}",
+            mend="another --out, or --fresh to prepare it anew",
+        )
+    return meta
+
+
+# --- for people
+
+
+def print_table(folder: Path, meta: dict) -> None:
+    """Print the table of what was kept, and the next command."""
+    print(f"\n{folder}   {meta['schema']}")
+    for name in ("rows", "tokens", "targets"):
+        print(f"{name:<10}train {meta[name]['train']:,}   val {meta[name]['val']:,}")
+    drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
+    print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
+    what = "read"
+    if meta.get("teacher"):
+        what = f"prompts, answered {meta['teacher']['generations']} times"
+    for source in meta["sources"] if len(meta["sources"]) > 1 else ():
+        rows, drops = source["rows"], sum(source["dropped"].values())
+        print(
+            f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}  "
+            f" dropped {drops:,}   of {source['read']:,} {what}"
+        )
+    lengths = {"row": meta["lengths"]["rows"], "answer": meta["lengths"]["targets"]}
+    if meta.get("labels"):
+        _say_classes(meta["classes"])
+        del lengths["answer"]
+    for name, points in lengths.items():
+        said = "".join(f"   {point} {value:,}" for point, value in points.items())
+        print(f"{name:<10}tokens:{said}")
+    print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
+    print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def _say_classes(classes: dict, most: int = 8) -> None:
+    """Print the rows of the largest classes, and of the smallest."""
+    largest = sorted(classes.items(), key=lambda item: -item[1]["train"])
+    said = [f"{name} {count['train']:,} + {count['val']:,}" for name, count in largest]
+    if len(said) > most:
+        said[most:] = [f"... {said[-1]}"]
+    print(f"{'classes':<10}{len(classes)}: {'   '.join(said)}")
+
+
+def show_rows(folder: Path, count: int) -> None:
+    """Print training rows, spread over all of them, with their targets green on a terminal, in
+    brackets elsewhere."""
+    rows, meta = data.Split(folder, "train"), files.read_json(folder / "meta.json")
+    tokenizer = template.load_tokenizer(folder / "tokenizer")
+    grey, green, bold, plain, end = "", "[", "", "", "]"
+    if sys.stdout.isatty():
+        grey, green, bold, plain, end = "\x1b[90m", "\x1b[32m", "\x1b[1m", "\x1b[0m", "\x1b[0m"
+    for row in np.linspace(0, len(rows.rows) - 1, min(count, len(rows.rows))).astype(int):
+        ids, answer = rows.row(row)
+        name = meta["sources"][rows.rows[row]["source"]]["name"]
+        head = f"\n{bold}row {row:,} of {len(rows.rows):,} from {name}: {len(ids)} tokens,"
+        if rows.labels is not None:
+            label = meta["labels"][rows.labels[row]]
+            print(f"{head} of the class{plain} {green}{label}{end}")
+            print(f"{grey}{tokenizer.decode(ids)}{plain}")
+            continue
+        print(f"{head} {answer.sum()} targets{plain}")
+        text, cuts = "", [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
+        for begin, stop in itertools.pairwise(cuts):
+            part = tokenizer.decode(
+                ids[begin:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+            text += f"{green}{part}{end}" if answer[begin] else f"{grey}{part}{plain}"
+        print(text.rstrip("\n"))
