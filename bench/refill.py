@@ -40,18 +40,15 @@ def batches(module, requests, how, rows):
     requests = sorted(requests, key=lambda request: -len(request.ids))
     for start in range(0, len(requests), rows):
         part = requests[start : start + rows]
-        width = max(len(request.ids) for request in part)
-        pads = [width - len(request.ids) for request in part]
-        ids = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, part)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        ids, mask = generate.left_padded([request.ids for request in part], module.device)
         written = module.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask.long(),
             max_new_tokens=part[0].max_new_tokens,
             do_sample=False,
             eos_token_id=list(how.stops),
             pad_token_id=how.stops[0],
-        )[:, width:].tolist()
+        )[:, ids.shape[1] :].tolist()
         for request, line in zip(part, written):
             yield (
                 request,

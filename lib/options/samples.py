@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, models
+from lib import data, generate, models
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def answers(
     """Return a model's greedy answers to the first `count` prompts."""
     training, made = model.module.training, []
     model.module.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = generate.pad_token(model.module.generation_config, tokenizer)
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         for row in range(min(count, len(split.rows))):
             ids, answer = split.row(row)
