@@ -507,10 +507,7 @@ def generate(
                 break
             if request is None:
                 break
-            assert request.ids and len(request.ids) < batch.context, (
-                len(request.ids),
-                batch.context,
-            )
+            assert 0 < len(request.ids) < batch.context, len(request.ids)
             new.append(request)
         if not busy and not new:
             if more:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
 from lib import files, models, template
-from lib.chat import talk
+from lib.chat import model, talk, terminal
 from lib.measure import prompts, score
 from lib.prepare import demo
 
@@ -419,7 +419,7 @@ def test_unknown_commands_and_bad_paths_do_not_end_the_conversation(
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkpoint):
-    show, shown = talk.Printer.show, []
+    show, shown = terminal.Printer.show, []
 
     def interrupted(printer, text):
         show(printer, text)
@@ -427,7 +427,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkp
         if len(shown) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(talk.Printer, "show", interrupted)
+    monkeypatch.setattr(terminal.Printer, "show", interrupted)
     said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
     assert (
         said == f"{''.join(shown[:4])} (stopped)\nthe conversation is"
@@ -451,7 +451,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
 
 def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = chat.Chat(args, *chat.load(args))
+    talking = model.load(args)
     messages = [{"role": "system", "content": "Add the ones"}]
     for name in demo.PEOPLE:
         messages.append(
@@ -478,7 +478,7 @@ def test_streamed_text_is_the_decoding_of_all_tokens(capsys):
         def decode(self, ids, skip_special_tokens):
             return bytes(ids).decode(errors="replace")
 
-    printer = talk.Printer(Bytes())
+    printer = terminal.Printer(Bytes())
     printer.put(torch.tensor([[1, 2, 3]]))
     for byte in "né 日\n!".encode():
         printer.put(torch.tensor([byte]))
@@ -686,32 +686,6 @@ def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(
     )
 
 
-def test_a_file_of_answers_without_settings_of_scores_is_still_known(
-    checkpoint, prompt_file, tmp_path, capsys
-):
-    """What chat.py wrote before there were scores: its meta.json has none of their settings."""
-    out = tmp_path / "out.jsonl"
-    command = [
-        "--ckpt",
-        str(checkpoint),
-        "--greedy",
-        "--prompts",
-        str(prompt_file),
-        "--out",
-        str(out),
-        *SHORT,
-    ]
-    chat.main(command)
-    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
-    older = {
-        name: value
-        for name, value in meta.items()
-        if name not in ("limit", "metrics", "labels", "calibrate")
-    }
-    (tmp_path / "out.jsonl.meta.json").write_text(json.dumps(older))
-    assert "finished already" in finished(command, capsys)
-
-
 def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
     command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
     chat.main(command)
@@ -793,7 +767,7 @@ def test_a_data_folder_without_held_out_prompts_is_refused(checkpoint, tmp_path,
 @pytest.mark.parametrize("context", [256, 40, 3])
 def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(checkpoint, context):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = chat.Chat(args, *chat.load(args))
+    talking = model.load(args)
     talking.context = context
     lengths, forward = [], talking.module.forward
 
