@@ -5,7 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+)
 
 import chat
 from lib import files, models, template
@@ -170,8 +176,93 @@ def test_a_killed_file_continues_to_the_bytes_of_a_straight_run(
     straight = out.read_bytes()
     out.unlink()
     part.write_bytes(b"".join(line + b"\n" for line in straight.split(b"\n")[:whole_lines]) + torn)
-    chat.main(command)
+    chat.main([*command, "--batch-size", "3"])  # each prompt's seed is its own
     assert out.read_bytes() == straight and not part.exists()
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_on_no_neighbour(
+    checkpoint, prompt_file, tmp_path
+):
+    def sampled(name, seed="1", more=()):
+        chat.main(
+            [
+                "--ckpt",
+                str(checkpoint),
+                "--prompts",
+                str(prompt_file),
+                "--out",
+                str(tmp_path / name),
+                "--temperature",
+                "1.5",
+                "--seed",
+                seed,
+                *SHORT,
+                *more,
+            ]
+        )
+        return [row["answer"] for row in answers(tmp_path / name)]
+
+    first = sampled("a")
+    assert sampled("b", more=("--batch-size", "1")) == first != sampled("c", seed="9")
+    assert sampled("d", more=("--limit", "2")) == first[:2]
+    prompt_file.write_text(
+        "".join(json.dumps({"prompt": question}) + "\n" for question in [QUESTIONS[0]] * 5)
+    )
+    assert len({*sampled("e")}) > 1
+
+
+def test_an_answer_in_a_file_is_that_of_the_model_alone_when_a_word_ends_it(
+    checkpoint, prompt_file, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    whole = tokenizer(plain(checkpoint, QUESTIONS[0]), add_special_tokens=False).input_ids
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [5, whole[3]], "pad_token_id": 1})
+    )
+    files_ = ["--prompts", str(prompt_file), "--out", str(tmp_path / "out.jsonl")]
+    chat.main(["--ckpt", str(folder), "--greedy", *files_, *SHORT])
+    assert [row["answer"] for row in answers(tmp_path / "out.jsonl")] == [
+        plain(folder, question) for question in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("strange", ["memory", "settings"])
+def test_a_model_whose_rows_cannot_be_mixed_answers_a_file_one_by_one(
+    checkpoint, prompt_file, tmp_path, capsys, strange
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    if strange == "settings":
+        own = {"no_repeat_ngram_size": 2, "eos_token_id": 5, "pad_token_id": 1}
+        (folder / "generation_config.json").write_text(json.dumps(own))
+    else:
+        torch.manual_seed(0)
+        config = Lfm2Config(  # a convolution has a state, and no keys
+            vocab_size=demo.config({}).vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            block_multiple_of=8,
+            eos_token_id=5,
+            pad_token_id=1,
+            initializer_range=0.3,
+        )
+        Lfm2ForCausalLM(config).save_pretrained(folder)
+    command = ["--ckpt", str(folder), "--prompts", str(prompt_file), *SHORT]
+    chat.main([*command, "--greedy", "--out", str(tmp_path / "greedy")])
+    assert "answered one at a time" in capsys.readouterr().out
+    wanted = [plain(folder, question) for question in QUESTIONS]
+    assert [row["answer"] for row in answers(tmp_path / "greedy")] == wanted
+    command += ["--temperature", "1.5", "--out", str(tmp_path / "sampled")]
+    chat.main(command)
+    straight = (tmp_path / "sampled").read_bytes()
+    (tmp_path / "sampled").unlink()
+    (tmp_path / "sampled.part").write_bytes(b"".join(straight.splitlines(keepends=True)[:3]))
+    chat.main(command)
+    assert (tmp_path / "sampled").read_bytes() == straight
 
 
 def test_a_continued_file_does_not_answer_again_what_it_has(checkpoint, prompt_file, tmp_path):

@@ -1094,7 +1094,7 @@ def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
         ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"],
         tmp_path / "log",
     )
-    with process(log, make.never_ends, "generate", "Batch", "step", "chat", argv) as (
+    with process(log, make.never_ends, "generate", "InFlight", "step", "chat", argv) as (
         child,
         stream,
     ):
