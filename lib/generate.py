@@ -154,19 +154,19 @@ def sampling_of(
     )
 
 
+def context_of(module) -> int | None:
+    """Return the most tokens that a model sees, or None where it does not say."""
+    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+
+
 def unknown_cache(module) -> str | None:
     """Return what a model's memory is where that is more than keys and values of every token
     (Mamba, linear or chunked attention)."""
-    config = module.config.get_text_config()
-    strange = {
-        type(layer).__name__
-        for layer in DynamicCache(config=config).layers
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    strange |= {*(getattr(config, "layer_types", None) or ())} - {
-        "full_attention",
-        "sliding_attention",
-    }
+    config, known = module.config.get_text_config(), {"full_attention", "sliding_attention"}
+    strange = {*(getattr(config, "layer_types", None) or ())} - known
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            strange.add(type(layer).__name__)
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
         return ", ".join(sorted(strange)) or "a state that is no cache"
     return None
@@ -248,6 +248,10 @@ class Row:
     uniform: np.ndarray | None
     ids: list[int] = field(default_factory=list)
 
+    def drawn(self) -> float:
+        """Return the random number of its next token."""
+        return 0.0 if self.uniform is None else self.uniform[len(self.ids)]
+
 
 def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) -> Tensor:
     """Return the next token of each row, (B,). logits (B, V); uniform (B,) in [0, 1); seen (B, V):
@@ -301,9 +305,7 @@ class InFlight:
 
     def __init__(self, module, how: Sampling, slots: int) -> None:
         self.module, self.how, self.slots, self.device = module, how, slots, module.device
-        self.context = (
-            getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        )
+        self.context = context_of(module) or 1 << 30
         self.rows: list[Row | None] = []
         self.layers: list[Slots] = []
         self.span, self.columns = [0, 0], 0  # [lo, hi] in use; how many the buffers have
@@ -320,13 +322,7 @@ class InFlight:
         """Return the next token of the rows in these places, (B,), each in its own way, and note in
         `likely` what is asked about it."""
         rows = [self.rows[place] for place in places]
-        uniform = torch.tensor(
-            [
-                0.0 if row is None or row.uniform is None else row.uniform[len(row.ids)]
-                for row in rows
-            ],
-            device=self.device,
-        )
+        uniform = torch.tensor([row.drawn() if row else 0.0 for row in rows], device=self.device)
         ways = list(dict.fromkeys(row.how for row in rows if row)) or [self.how]
         if len(ways) == 1:
             chosen = choose(logits, ways[0], uniform, seen)

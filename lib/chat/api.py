@@ -278,23 +278,15 @@ def jobs_of(
         args.longest,
     )
     stops = body.get("stop", ())
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
     seed = body.get("seed", secrets.randbits(32)) % (1 << 63)
     how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
-    return [
-        Job(
-            prompt,
-            limit,
-            how,
-            seed + number,
-            deadline,
-            events,
-            at * count + number,
-            (stops,) if isinstance(stops, str) else tuple(stops),
-            top,
-        )
-        for at, prompt in enumerate(prompts)
-        for number in range(count)
-    ]
+    jobs = []
+    for prompt in prompts:
+        for number in range(count):
+            own = seed + number
+            jobs.append(Job(prompt, limit, how, own, deadline, events, len(jobs), stops, top))
+    return jobs
 
 
 def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
@@ -378,25 +370,16 @@ def logprobs(side: ServedModel, chat: bool, tokens) -> dict | None:
     def entry(token, logp):
         return token_text(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
 
+    own = [entry(token.id, token.likely.logp) for token in tokens]
+    top = [[entry(*pair) for pair in token.likely.top] for token in tokens]
     if chat:
-        return {
-            "content": [
-                entry(t.id, t.likely.logp)
-                | {"top_logprobs": [entry(*pair) for pair in t.likely.top]}
-                for t in tokens
-            ]
-        }
+        return {"content": [one | {"top_logprobs": best} for one, best in zip(own, top)]}
     return {
-        "tokens": [token_text(side, t.id)["token"] for t in tokens],
-        "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
-        "text_offset": [t.offset for t in tokens],
-        "top_logprobs": [
-            {
-                token_text(side, token)["token"]: max(logp, -9999.0)
-                for token, logp in reversed(t.likely.top)
-            }
-            for t in tokens
-        ],
+        "tokens": [one["token"] for one in own],
+        "token_logprobs": [one["logprob"] for one in own],
+        "text_offset": [token.offset for token in tokens],
+        # of two tokens with one text the likelier one is said
+        "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(best)} for best in top],
     }
 
 

@@ -132,10 +132,8 @@ def namer(tokenizer):
 def incomparable(student_tokenizer, teacher_tokenizer) -> str | None:
     """Return why the tokens of two tokenizers cannot be compared (the first that stands for
     something else), or None where they can."""
-    one, two = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (student_tokenizer, teacher_tokenizer)
-    )
+    one = {number: token for token, number in student_tokenizer.get_vocab().items()}
+    two = {number: token for token, number in teacher_tokenizer.get_vocab().items()}
     for number in sorted(one.keys() | two.keys()):
         if one.get(number) != two.get(number):
             mine, theirs = (repr(v[number]) if number in v else "nothing" for v in (one, two))

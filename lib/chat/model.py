@@ -63,7 +63,7 @@ class Chat:
 
     def __init__(self, args, module, tokenizer):
         self.module, self.device, self.tokenizer = module, module.device, tokenizer
-        self.context = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        self.context = generate.context_of(module)
         self.past = ([], DynamicCache())  # tokens of the last turn of a conversation, and its cache
         self.choose(args)
 

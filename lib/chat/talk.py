@@ -286,10 +286,7 @@ def load_conversation(here: Conversation, name: str) -> None:
         return print(
             f"not loaded: {name} has the roles {', '.join(roles) or 'system'}; wanted {wanted}"
         )
-    if any(
-        template.BROKEN.search(text)
-        for text in (system or "", *(message["content"] for message in messages))
-    ):
+    if any(map(template.BROKEN.search, [system or "", *(m["content"] for m in messages)])):
         return print(
             f"not loaded: {name} holds half a character (\\ud800 to \\udfff); wanted Unicode"
         )
@@ -373,10 +370,8 @@ def shaded(text: str, kl: float) -> str:
     if shade is None:
         return text
     # a line end has no background of its own, and would give its colour to the rest of the line
-    return "\n".join(
-        terminal.paint(line, f"38;5;16;48;5;{shade}")
-        for line in text.replace("\n", "\u21b5\n").split("\n")
-    )
+    lines, colour = text.replace("\n", "\u21b5\n").split("\n"), f"38;5;16;48;5;{shade}"
+    return "\n".join(terminal.paint(line, colour) for line in lines)
 
 
 def heated(found: list[heat.ComparedToken]) -> str:

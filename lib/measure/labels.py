@@ -144,7 +144,7 @@ def rest_of_labels(module, tails: list[list[Tail]], cache: DynamicCache, mask: T
     own.batch_repeat_interleave(several)
     before = mask.long().repeat_interleave(several, 0)
     places = before.sum(1, keepdim=True) + torch.arange(more, device=device)
-    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    limit = generate.context_of(module) or 1 << 30
     z = module(
         input_ids=given,
         # padding comes last: nothing before attends to it

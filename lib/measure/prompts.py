@@ -1,9 +1,10 @@
 """A file of prompts, answered into a file of answers and scored: chat.py --prompts and --score.
 
 Contract: OUT has the lines of the prompts in their order, each with "answer" added. Until all are
-there they lie in OUT.part, and the same command continues there, to the bytes of a straight run
-(of a sampled one too: each prompt has a seed of its own); OUT.meta.json holds the settings, and a
-file made with others is refused.
+there they lie in OUT.part, and the same command continues there, to the file of a straight run:
+each prompt has a seed of its own, and is answered the same beside any others (up to the rounding of
+kernels, see lib/generate.py). OUT.meta.json holds the settings, and a file made with others is
+refused.
 """
 
 import argparse
@@ -234,14 +235,10 @@ def open_out(out, settings, fresh):
     if out.exists() or part.exists():
         seen = files.read_json(meta, mend="the same command with --fresh")
         if differing := [name for name in settings if seen.get(name) != settings[name]]:
-            values = [
-                "; ".join(f"{name} {source.get(name)}" for name in differing)
-                for source in (seen, settings)
-            ]
-            made = out if out.exists() else part
             files.fail(
-                f"{made} was made with other settings",
-                *values,
+                f"{out if out.exists() else part} was made with other settings",
+                "; ".join(f"{name} {seen.get(name)}" for name in differing),
+                "; ".join(f"{name} {settings[name]}" for name in differing),
                 mend="the same command with --fresh, or another --out",
             )
     if out.exists():
@@ -289,12 +286,12 @@ def answer_file(args, load) -> None:
     ready = encode_prompts(chat, path, prompts, names)
     if lines is not None:
         start = len(lines)
-        if names and start < len(prompts):  # whole batches alone: see settings_of
-            start -= start % args.batch_size
-        if names:
-            made = chosen_labels(args, chat, prompts, ready, names, start)
-        else:
+        if not names:
             made = written(args, chat, prompts[start:], ready[start:])
+        else:
+            if start < len(prompts):  # whole batches alone: see settings_of
+                start -= start % args.batch_size
+            made = chosen_labels(args, chat, prompts, ready, names, start)
         write_answers(prompts, made, metrics, out, lines[:start])
     if args.score:
         rows = score.read(out)
@@ -347,11 +344,8 @@ def written(args, chat, prompts: list[Prompt], ready: list[list[int]]) -> Iterat
             torch.manual_seed(seed)
             yield {"answer": chat.answer(ids)}
         return
-    limit = chat.how.max_new_tokens
-    requests = (
-        generate.Request(place, ids, limit, seed)
-        for place, (ids, seed) in enumerate(zip(ready, seeds))
-    )
+    limits = [chat.how.max_new_tokens] * len(ready)
+    requests = map(generate.Request, range(len(ready)), ready, limits, seeds)
     done, due = {}, 0
     for answer in generate.generate(chat.module, requests, chat.sampling(), args.batch_size):
         # what ended it is shown where it is a word, as by the model alone
@@ -444,17 +438,11 @@ def speed(chat, ids, new=32, rounds=3):
             )
         best = [min(best[0], read - began), min(best[1], clock(device) - read)]
     held = [*chat.module.parameters(), *chat.module.buffers()]
-    held += [
-        value
-        for layer in getattr(made.past_key_values, "layers", ())
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else sum(value.nbytes for value in held)
-    )
+    for layer in getattr(made.past_key_values, "layers", ()):
+        held += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    memory = sum(value.nbytes for value in held)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
     return {
         "prompt_tok_per_s": prompt.shape[1] / best[0],
         "tok_per_s": new / best[1],
