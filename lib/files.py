@@ -78,16 +78,18 @@ def read_json(path: Path, mend: str | None = None) -> dict:
         fail(f"{path} is not readable JSON", seen=broken, mend=mend)
 
 
-def json_lines(lines: Iterable[str], name: object) -> Iterator[tuple[int, object]]:
+def json_lines(
+    lines: Iterable[str], name: object, wanted: str | None = None
+) -> Iterator[tuple[int, object]]:
     """Yield (line number from 1, value) of JSON lines, blank ones left out; one that is broken is
-    a one-line error that names `name` and its number."""
+    a one-line error that names `name`, its number, and what was `wanted`."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)
         except ValueError as broken:
-            fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})")
+            fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 
 def read_jsonl(path: Path, torn: bool = False) -> list:

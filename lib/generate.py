@@ -22,7 +22,7 @@ transformers' own continuous batching (5.23, `generate_batch`) has one seed for 
 sampled answer depends on its company.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -94,12 +94,31 @@ class Likely:
 
 @dataclass(frozen=True)
 class Answer:
-    """ids: the tokens written, the one that ended it left out. finish: stop, or length (cut at
-    max_new_tokens or at the model's context)."""
+    """ids: the tokens written, without `end`, the one that ended it (None: none did). finish: stop,
+    or length (cut at max_new_tokens or at the model's context)."""
 
     request: Request
     ids: list[int]
     finish: str
+    end: int | None = None
+
+
+def end_tokens(how, *more: int | None) -> list[int]:
+    """Return the tokens that end an answer: a generation_config's own, and `more`."""
+    own = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
+    return [token for token in dict.fromkeys([*own, *more]) if token is not None]
+
+
+def pad_token(how, tokenizer) -> int:
+    """Return what fills a row up: the generation_config's token, the tokenizer's, or any."""
+    known = (how.pad_token_id, tokenizer.pad_token_id, *end_tokens(how, tokenizer.eos_token_id), 0)
+    return next(token for token in known if token is not None)
+
+
+def unknown_settings(how) -> dict[str, object]:
+    """Return what a generation_config sets beyond what `Sampling` knows."""
+    given = {name: getattr(how, name, None) for name in UNKNOWN}
+    return {name: value for name, value in given.items() if value not in (None, 0, 1, [], {})}
 
 
 def sampling_of(
@@ -111,21 +130,17 @@ def sampling_of(
     def own(name, default):
         return default if getattr(how, name, None) is None else getattr(how, name)
 
-    for name in UNKNOWN:
-        if own(name, None) not in (None, 0, 0.0, 1.0, [], {}):
-            files.fail(
-                f"the model's generation_config.json sets {name}",
-                seen=getattr(how, name),
-                wanted="temperature, top_k, top_p, min_p or repetition_penalty",
-                mend="another generation_config.json, or a server (--teacher-url)",
-            )
+    for name, value in unknown_settings(how).items():
+        files.fail(
+            f"the model's generation_config.json sets {name}",
+            seen=value,
+            wanted="temperature, top_k, top_p, min_p or repetition_penalty",
+            mend="another generation_config.json, or a server (--teacher-url)",
+        )
     sampled = bool(own("do_sample", False)) or top_p is not None
     if temperature is None:
         temperature = own("temperature", 1.0) if sampled else 0.0
-    stops = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
-    stops = tuple(
-        dict.fromkeys(stop for stop in [*stops, tokenizer.eos_token_id] if stop is not None)
-    )
+    stops = tuple(end_tokens(how, tokenizer.eos_token_id))
     penalty = own("repetition_penalty", 1.0)
     if not temperature:
         return Sampling(0.0, repetition_penalty=penalty, stops=stops)
@@ -139,27 +154,58 @@ def sampling_of(
     )
 
 
-def refuse_unknown_cache(module) -> None:
-    """End with one line where a model's memory is more than keys and values of every token (Mamba,
-    linear or chunked attention)."""
-    config = module.config.get_text_config()
-    strange = {
-        type(layer).__name__
-        for layer in DynamicCache(config=config).layers
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    strange |= {
-        kind
-        for kind in getattr(config, "layer_types", None) or ()
-        if kind not in ("full_attention", "sliding_attention")
-    }
+def context_of(module) -> int | None:
+    """Return the most tokens that a model sees, or None where it does not say."""
+    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+
+
+def unknown_cache(module) -> str | None:
+    """Return what a model's memory is where that is more than keys and values of every token
+    (Mamba, linear or chunked attention)."""
+    config, known = module.config.get_text_config(), {"full_attention", "sliding_attention"}
+    strange = {*(getattr(config, "layer_types", None) or ())} - known
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            strange.add(type(layer).__name__)
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
+        return ", ".join(sorted(strange)) or "a state that is no cache"
+    return None
+
+
+def refuse_unknown_cache(module) -> None:
+    """End with one line where rows of a model's memory cannot come and go one by one."""
+    if seen := unknown_cache(module):
         files.fail(
             f"{type(module).__name__} cannot be answered with here",
-            seen=", ".join(sorted(strange)) or "a state that is no cache",
+            seen,
             wanted="a decoder whose cache is keys and values",
             mend="an OpenAI-compatible server for it, and --teacher-url",
         )
+
+
+def left_padded(rows: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens that all end in the last column, (B, L), and where they are tokens and
+    no padding, (B, L) bool."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    pads = torch.tensor([[width - len(row)] for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) >= pads
+
+
+def prefill(module, prompts: Sequence[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Run prompts together. Return the logits of the token after each, (B, V), the cache, and which
+    of its columns hold a prompt's tokens, (B, L) bool."""
+    tokens, mask = left_padded(prompts, module.device)
+    cache = DynamicCache()
+    made = module(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return made.logits[:, -1], cache, mask
 
 
 class Slots(DynamicLayer):
@@ -202,6 +248,10 @@ class Row:
     uniform: np.ndarray | None
     ids: list[int] = field(default_factory=list)
 
+    def drawn(self) -> float:
+        """Return the random number of its next token."""
+        return 0.0 if self.uniform is None else self.uniform[len(self.ids)]
+
 
 def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) -> Tensor:
     """Return the next token of each row, (B,). logits (B, V); uniform (B,) in [0, 1); seen (B, V):
@@ -230,9 +280,8 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
         values, ids = logits.topk(count)  # sorted, the largest first
         total = values.logsumexp(-1, True) if how.top_k else logits.logsumexp(-1, True)
         p = (values - total).exp()
-        enough = (p.sum(-1) >= how.top_p) | (
-            p[:, -1] < how.min_p * p[:, 0]
-        )  # no token beyond these could be drawn
+        # where these are enough, no token beyond them could be drawn
+        enough = (p.sum(-1) >= how.top_p) | (p[:, -1] < how.min_p * p[:, 0])
         if not how.top_k and not bool(enough.all()):
             values, ids = logits.sort(descending=True)
             p = (values - total).exp()
@@ -248,7 +297,7 @@ def choose(logits: Tensor, how: Sampling, uniform: Tensor, seen: Tensor | None) 
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
 
-class Batch:
+class InFlight:
     """The rows in work. Beside `rows`, a tenant or None for each slot, (slots,) tensors: last (the
     newest token), lengths (tokens in the cache), starts (first column); seen (slots, V): tokens of
     prompt and answer, once a repetition penalty has asked for them.
@@ -256,15 +305,10 @@ class Batch:
 
     def __init__(self, module, how: Sampling, slots: int) -> None:
         self.module, self.how, self.slots, self.device = module, how, slots, module.device
-        self.context = (
-            getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        )
+        self.context = context_of(module) or 1 << 30
         self.rows: list[Row | None] = []
-        self.span, self.layers, self.columns = (
-            [0, 0],
-            [],
-            0,
-        )  # [lo, hi] of the columns in use; their number in the buffers
+        self.layers: list[Slots] = []
+        self.span, self.columns = [0, 0], 0  # [lo, hi] in use; how many the buffers have
         self.last, self.lengths, self.starts = (
             torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(3)
         )
@@ -278,13 +322,7 @@ class Batch:
         """Return the next token of the rows in these places, (B,), each in its own way, and note in
         `likely` what is asked about it."""
         rows = [self.rows[place] for place in places]
-        uniform = torch.tensor(
-            [
-                0.0 if row is None or row.uniform is None else row.uniform[len(row.ids)]
-                for row in rows
-            ],
-            device=self.device,
-        )
+        uniform = torch.tensor([row.drawn() if row else 0.0 for row in rows], device=self.device)
         ways = list(dict.fromkeys(row.how for row in rows if row)) or [self.how]
         if len(ways) == 1:
             chosen = choose(logits, ways[0], uniform, seen)
@@ -345,64 +383,50 @@ class Batch:
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         """Run the prompts `new` and give them places. Return the first token of each: (place,
         id)."""
-        width = max(len(request.ids) for request in new)
-        pads = [width - len(request.ids) for request in new]
-        tokens = torch.tensor(
-            [[0] * pad + request.ids for pad, request in zip(pads, new)], device=self.device
-        )  # (N, width)
-        mask = (
-            torch.arange(width, device=self.device)
-            >= torch.tensor(pads, device=self.device)[:, None]
-        )
-        cache = DynamicCache()
-        logits = self.module(
-            input_ids=tokens,
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if not self.layers:
-            self.layers = [
-                Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers
-            ]
-        alive = self.alive()
-        self.span[0] = min((self.rows[place].start for place in alive), default=self.span[1])
-        if len(alive) + len(new) > len(self.rows) or width > self.span[1]:
-            self.arrange(
-                alive,
-                max(len(alive) + len(new), min(self.slots, len(self.rows))),
-                max(width, self.span[1] - self.span[0]),
-            )
-        free = [place for place, row in enumerate(self.rows) if row is None][: len(new)]
+        logits, cache, mask = prefill(self.module, [request.ids for request in new])
+        free = self.make_room(len(new), mask.shape[1], cache)
         at, hi = torch.tensor(free, device=self.device), self.span[1]
+        padding = ~mask[:, None, :, None]
         for layer, fresh in zip(self.layers, cache.layers):
             # zeros where nothing is: a masked column still takes part with weight 0, and 0 times
             # infinity would be NaN
-            layer.keys[at, :, hi - width : hi] = fresh.keys.masked_fill(~mask[:, None, :, None], 0)
-            layer.values[at, :, hi - width : hi] = fresh.values.masked_fill(
-                ~mask[:, None, :, None], 0
-            )
+            layer.keys[at, :, hi - mask.shape[1] : hi] = fresh.keys.masked_fill(padding, 0)
+            layer.values[at, :, hi - mask.shape[1] : hi] = fresh.values.masked_fill(padding, 0)
         hows = [request.how or self.how for request in new]
         if self.seen is None and any(how.repetition_penalty != 1 for how in hows):
             self.remember(logits.shape[-1])
         for place, request, how in zip(free, new, hows):
-            start, limit = (
-                hi - len(request.ids),
-                min(request.max_new_tokens, self.context - len(request.ids)),
-            )
-            uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
-            self.rows[place] = Row(request, how, start, limit, uniform)
-            self.lengths[place], self.starts[place] = len(request.ids), start
-            if self.seen is not None:
-                self.seen[place] = False
-                self.seen[place, torch.tensor(request.ids, device=self.device)] = True
+            self.seat(place, request, how)
         chosen = self.choose(logits, free, None if self.seen is None else self.seen[at])
         self.last[at] = chosen
         if self.seen is not None:
             self.seen[at, chosen] = True
         return list(zip(free, chosen.tolist()))
+
+    def make_room(self, count: int, width: int, cache: DynamicCache) -> list[int]:
+        """Return free places for so many prompts of at most `width` tokens, whose cache is of the
+        kind that the buffers are to have."""
+        if not self.layers:
+            self.layers = [
+                Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers
+            ]
+        alive, hi = self.alive(), self.span[1]
+        lo = self.span[0] = min((self.rows[place].start for place in alive), default=hi)
+        if len(alive) + count > len(self.rows) or width > hi:
+            slots = max(len(alive) + count, min(self.slots, len(self.rows)))
+            self.arrange(alive, slots, max(width, hi - lo))
+        return [place for place, row in enumerate(self.rows) if row is None][:count]
+
+    def seat(self, place: int, request: Request, how: Sampling) -> None:
+        """Note whose place this is from now on."""
+        start = self.span[1] - len(request.ids)
+        limit = min(request.max_new_tokens, self.context - len(request.ids))
+        uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
+        self.rows[place] = Row(request, how, start, limit, uniform)
+        self.lengths[place], self.starts[place] = len(request.ids), start
+        if self.seen is not None:
+            self.seen[place] = False
+            self.seen[place, torch.tensor(request.ids, device=self.device)] = True
 
     def step(self) -> list[tuple[int, int]]:
         """Write one token of every row in work. Return them: (place, id)."""
@@ -422,9 +446,8 @@ class Batch:
         )  # (slots, columns shown)
         cache = DynamicCache()
         cache.layers = self.layers
-        places = self.lengths.clamp_max(self.context - 1)[
-            :, None
-        ]  # rows that are done count on, past the last place where there is one
+        # rows that are done count on, past the last place where there is one
+        places = self.lengths.clamp_max(self.context - 1)[:, None]
         logits = self.module(
             input_ids=self.last[:, None],
             attention_mask=mask.long(),
@@ -450,7 +473,7 @@ def generate(
     slots: int = 32,
     token: Callable[[Request, int, Likely | None], bool | None] | None = None,
     turn: AbstractContextManager | None = None,
-    batch: Batch | None = None,
+    batch: InFlight | None = None,
 ) -> Iterator[Answer]:
     """Yield the answers to requests in the order in which they are finished; at most `slots` are in
     work.
@@ -463,7 +486,7 @@ def generate(
     empty one, for who wants to look at it meanwhile.
     """
     refuse_unknown_cache(module)
-    batch, waiting, more = batch or Batch(module, how, slots), iter(requests), True
+    batch, waiting, more = batch or InFlight(module, how, slots), iter(requests), True
     while True:
         # --- waiting prompts take the free places, a few together: a pass costs as much for one row
         # as for several
@@ -480,10 +503,7 @@ def generate(
                 break
             if request is None:
                 break
-            assert request.ids and len(request.ids) < batch.context, (
-                len(request.ids),
-                batch.context,
-            )
+            assert 0 < len(request.ids) < batch.context, len(request.ids)
             new.append(request)
         if not busy and not new:
             if more:
@@ -502,7 +522,8 @@ def generate(
                 finish = "stop" if heard else "length" if len(row.ids) >= row.limit else None
             if finish:
                 batch.rows[place] = None
-                yield Answer(row.request, row.ids, finish)
+                end = next_id if next_id in row.how.stops else None
+                yield Answer(row.request, row.ids, finish, end)
 
 
 def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Request]:

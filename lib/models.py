@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoints, data, files
+from lib import checkpoints, data, files, generate
 from lib.head import Head
 
 
@@ -260,16 +260,8 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
     config = model.module.generation_config
     if not config.do_sample:  # set beside do_sample=False they make save_pretrained refuse
         config.temperature = config.top_p = config.top_k = None
-    known = (
-        config.eos_token_id
-        if isinstance(config.eos_token_id, list)
-        else [config.eos_token_id] * (config.eos_token_id is not None)
-    )
-    config.eos_token_id = known + [token for token in end_tokens if token not in known]
-    if config.pad_token_id is None:
-        config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id[0]
-        )
+    config.eos_token_id = generate.end_tokens(config, *end_tokens)
+    config.pad_token_id = generate.pad_token(config, tokenizer)
 
 
 @torch.no_grad()

@@ -24,43 +24,33 @@ from lib import generate, template  # noqa: E402
 def prompts(source, count):
     """Return questions with a column `instruction`, a fourth of them for a number, half of them for
     five words."""
-    rows = pq.read_table(source)["instruction"].to_pylist()[:count]
-    asks = (
-        lambda i, text: text,
-        lambda i, text: f"What is {i} plus {i + 3}? Answer with the number only.",
-        lambda i, text: f"{text} Answer in five words.",
-        lambda i, text: f"{text} Answer in five words.",
-    )
-    return [asks[i % 4](i, text) for i, text in enumerate(rows)]
+    asked = pq.read_table(source)["instruction"].to_pylist()[:count]
+    for i, text in enumerate(asked):
+        if i % 4 == 1:
+            asked[i] = f"What is {i} plus {i + 3}? Answer with the number only."
+        elif i % 4:
+            asked[i] = f"{text} Answer in five words."
+    return asked
 
 
 @torch.inference_mode()
 def batches(module, requests, how, rows):
-    """Yield (request, answer) by model.generate, the longest prompts first."""
+    """Yield an Answer to each request by model.generate, the longest prompts first."""
     requests = sorted(requests, key=lambda request: -len(request.ids))
     for start in range(0, len(requests), rows):
         part = requests[start : start + rows]
-        width = max(len(request.ids) for request in part)
-        pads = [width - len(request.ids) for request in part]
-        ids = torch.tensor([[0] * pad + request.ids for pad, request in zip(pads, part)])
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
+        ids, mask = generate.left_padded([request.ids for request in part], module.device)
         written = module.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask.long(),
             max_new_tokens=part[0].max_new_tokens,
             do_sample=False,
             eos_token_id=list(how.stops),
             pad_token_id=how.stops[0],
-        )[:, width:].tolist()
+        )[:, ids.shape[1] :].tolist()
         for request, line in zip(part, written):
-            yield (
-                request,
-                line[
-                    : next(
-                        (place for place, token in enumerate(line) if token in how.stops), len(line)
-                    )
-                ],
-            )
+            stop = next((at for at, token in enumerate(line) if token in how.stops), len(line))
+            yield generate.Answer(request, line[:stop], "stop")
 
 
 def main(argv=None):
@@ -87,18 +77,13 @@ def main(argv=None):
     ]
     requests = [generate.Request(i, ids, args.max_new_tokens) for i, ids in enumerate(asked)]
     rates, answers = {}, {}
-    for name, run in (
-        (
-            "refill",
-            lambda: (
-                (a.request, a.ids)
-                for a in generate.generate(module, generate.by_length(requests), how, args.rows)
-            ),
-        ),
-        ("sorted batches", lambda: batches(module, requests, how, args.rows)),
-    ):
+    written = {
+        "refill": generate.generate(module, generate.by_length(requests), how, args.rows),
+        "sorted batches": batches(module, requests, how, args.rows),
+    }
+    for name, made in written.items():  # each begins with its first answer
         begun = time.process_time()
-        answers[name] = {request.key: ids for request, ids in run()}
+        answers[name] = {answer.request.key: answer.ids for answer in made}
         seconds, tokens = time.process_time() - begun, sum(map(len, answers[name].values()))
         rates[name] = tokens / seconds
         print(f"{name}: {tokens} tokens, {seconds:.1f} s, {rates[name]:.1f} tokens/s", flush=True)

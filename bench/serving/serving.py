@@ -1,5 +1,4 @@
-"""What batching is worth: tokens/s and the time to the first token of chat.py --serve, for one
-client and for many at once.
+"""What batching is worth: speed and first token of chat.py --serve, for one client and for many.
 
     python bench/serving/serving.py --ckpt runs/demo/stage2
     # beside another server

@@ -50,8 +50,8 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Side:
-    """A model that is served. chat: chat.Chat."""
+class ServedModel:
+    """A model that is served. chat: model.Chat."""
 
     role: str
     id: str
@@ -76,23 +76,53 @@ class Side:
     def sampling(self, body: dict) -> generate.Sampling:
         """Return how a request wants to be answered; what it leaves out is the checkpoint's own
         way, or chat.py's flags."""
-        how, asked = (
-            self.engine.how,
-            {
-                name: body[name]
-                for name in ("top_k", "min_p", "repetition_penalty")
-                if body.get(name) is not None
-            },
-        )
+        how = self.engine.how
         if body.get("temperature") is not None or body.get("top_p") is not None:
             temperature = body.get("temperature")
-            cold = (
-                temperature is not None and temperature < 1e-4
-            )  # nothing but the likeliest token; the division would overflow
-            how = generate.sampling_of(
-                self.chat.how, self.chat.tokenizer, 0.0 if cold else temperature, body.get("top_p")
-            )
-        return dataclasses.replace(how, **asked)
+            # nothing but the likeliest token; the division would overflow
+            cold = temperature is not None and temperature < 1e-4
+            how = self.chat.sampling(0.0 if cold else temperature, body.get("top_p"))
+        more = {name: body.get(name) for name in ("top_k", "min_p", "repetition_penalty")}
+        return dataclasses.replace(how, **{k: v for k, v in more.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that is understood. chat: whether it is a chat, or the older completion. prompts:
+    their tokens; jobs: the answers, n for each prompt; dropped: messages that `fit` left out;
+    usage: whether a stream is to say what it cost.
+    """
+
+    side: ServedModel
+    chat: bool
+    prompts: list[list[int]]
+    jobs: list[Job]
+    dropped: int = 0
+    usage: bool = False
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def head(self, kind: str) -> dict:
+        """Return what each object of the answer begins with."""
+        return {
+            "id": ("chatcmpl-" if self.chat else "cmpl-") + self.token,
+            "object": kind,
+            "created": self.created,
+            "model": self.side.id,
+        }
+
+    def cost(self) -> dict:
+        """Return what the answers cost: OpenAI's `usage`, and ours: `speed` (of the first of
+        several answers) and the messages `dropped` by `fit`."""
+        read, written = sum(map(len, self.prompts)), sum(job.count for job in self.jobs)
+        return {
+            "usage": {
+                "prompt_tokens": read,
+                "completion_tokens": written,
+                "total_tokens": read + written,
+            },
+            "speed": self.jobs[0].speed() | {"memory_bytes": self.side.engine.memory_bytes()},
+        } | ({"dropped": self.dropped} if self.dropped else {})
 
 
 # --- requests
@@ -144,9 +174,8 @@ def checked(request, validator) -> dict:
         body = json.loads(
             request.get_data().decode("utf-8"), parse_constant=not_a_number, parse_float=number
         )
-        json.dumps(body, ensure_ascii=False).encode(
-            "utf-8"
-        )  # half a surrogate pair can be written in JSON, and is no text
+        # half a surrogate pair can be written in JSON, and is no text
+        json.dumps(body, ensure_ascii=False).encode("utf-8")
         fault = jsonschema.exceptions.best_match(validator.iter_errors(outline(body)))
     except (ValueError, RecursionError) as broken:
         raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
@@ -161,7 +190,7 @@ def checked(request, validator) -> dict:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def plain(messages: list[dict]) -> list[dict]:
+def template_messages(messages: list[dict]) -> list[dict]:
     """Return messages as chat templates know them: text alone, and system for developer."""
 
     def text(content):
@@ -173,13 +202,13 @@ def plain(messages: list[dict]) -> list[dict]:
     ]
 
 
-def prompt_of(
-    side: Side, messages: list[dict], system: str | None, fit: bool = False
+def chat_prompt(
+    side: ServedModel, messages: list[dict], system: str | None, fit: bool = False
 ) -> tuple[list[int], list[dict], int]:
     """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit`
     the oldest turns, if they leave no room for an answer. Raises Refused where the chat template
     does not take these messages."""
-    messages = template.with_system(plain(messages), system)
+    messages = template.with_system(template_messages(messages), system)
     try:
         ids, dropped = side.chat.fit(messages) if fit else (side.chat.ids(messages), 0)
     except SystemExit as refused:
@@ -188,7 +217,7 @@ def prompt_of(
     return ids, messages[:first] + messages[first + dropped :], dropped
 
 
-def prompts_of(side: Side, asked) -> list[list[int]]:
+def completion_prompts(side: ServedModel, asked) -> list[list[int]]:
     """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
     several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
     vocabulary = side.chat.module.config.get_text_config().vocab_size
@@ -203,8 +232,25 @@ def prompts_of(side: Side, asked) -> list[list[int]]:
     ]
 
 
+def asked_of(side: ServedModel, args, body: dict, chat: bool) -> Asked:
+    """Return what a body of a chat, or of a completion, asks of a model. Raises Refused."""
+    if not chat:
+        prompts, dropped = completion_prompts(side, body["prompt"]), 0
+        top = body.get("logprobs")
+    else:
+        fit = body.get("fit", False)
+        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit)
+        prompts = [ids]
+        if body.get("top_logprobs") and not body.get("logprobs"):
+            raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
+        top = body.get("top_logprobs", 0) if body.get("logprobs") else None
+    jobs = jobs_of(side, args, body, prompts, top, "messages" if chat else "prompt")
+    usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    return Asked(side, chat, prompts, jobs, dropped, usage)
+
+
 def jobs_of(
-    side: Side, args, body: dict, prompts: list[list[int]], top: int | None, param: str
+    side: ServedModel, args, body: dict, prompts: list[list[int]], top: int | None, param: str
 ) -> list[Job]:
     """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises
     Refused."""
@@ -232,23 +278,15 @@ def jobs_of(
         args.longest,
     )
     stops = body.get("stop", ())
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
     seed = body.get("seed", secrets.randbits(32)) % (1 << 63)
     how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
-    return [
-        Job(
-            prompt,
-            limit,
-            how,
-            seed + number,
-            deadline,
-            events,
-            at * count + number,
-            (stops,) if isinstance(stops, str) else tuple(stops),
-            top,
-        )
-        for at, prompt in enumerate(prompts)
-        for number in range(count)
-    ]
+    jobs = []
+    for prompt in prompts:
+        for number in range(count):
+            own = seed + number
+            jobs.append(Job(prompt, limit, how, own, deadline, events, len(jobs), stops, top))
+    return jobs
 
 
 def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
@@ -314,21 +352,7 @@ def give_up(jobs: list[Job]) -> None:
 # --- answers
 
 
-def numbers(side: Side, jobs: list[Job], prompts: list[list[int]], dropped: int) -> dict:
-    """Return what an answer cost: OpenAI's `usage`, and ours: `speed` (of the first of several
-    answers) and the messages `dropped` by `fit`."""
-    read, written = sum(map(len, prompts)), sum(job.count for job in jobs)
-    return {
-        "usage": {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        },
-        "speed": jobs[0].speed() | {"memory_bytes": side.engine.memory_bytes()},
-    } | ({"dropped": dropped} if dropped else {})
-
-
-def name_of(side: Side, token: int) -> dict:
+def token_text(side: ServedModel, token: int) -> dict:
     """Return a token's text and bytes (None where it is a part of a character)."""
     text = side.chat.tokenizer.decode([token])
     return {
@@ -337,83 +361,59 @@ def name_of(side: Side, token: int) -> dict:
     }
 
 
-def logprobs(side: Side, chat: bool, tokens) -> dict | None:
+def logprobs(side: ServedModel, chat: bool, tokens) -> dict | None:
     """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None
     where they were not asked for."""
     if not tokens or tokens[0].likely is None:
         return None
 
     def entry(token, logp):
-        return name_of(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
+        return token_text(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
 
+    own = [entry(token.id, token.likely.logp) for token in tokens]
+    top = [[entry(*pair) for pair in token.likely.top] for token in tokens]
     if chat:
-        return {
-            "content": [
-                entry(t.id, t.likely.logp)
-                | {"top_logprobs": [entry(*pair) for pair in t.likely.top]}
-                for t in tokens
-            ]
-        }
+        return {"content": [one | {"top_logprobs": best} for one, best in zip(own, top)]}
     return {
-        "tokens": [name_of(side, t.id)["token"] for t in tokens],
-        "token_logprobs": [max(t.likely.logp, -9999.0) for t in tokens],
-        "text_offset": [t.offset for t in tokens],
-        "top_logprobs": [
-            {
-                name_of(side, token)["token"]: max(logp, -9999.0)
-                for token, logp in reversed(t.likely.top)
-            }
-            for t in tokens
-        ],
+        "tokens": [one["token"] for one in own],
+        "token_logprobs": [one["logprob"] for one in own],
+        "text_offset": [token.offset for token in tokens],
+        # of two tokens with one text the likelier one is said
+        "top_logprobs": [{t["token"]: t["logprob"] for t in reversed(best)} for best in top],
     }
 
 
-def whole(side: Side, chat: bool, head: dict, jobs: list[Job], cost, gone) -> dict | None:
-    """Return the answers once all of them are there; None where the client has gone. cost(): what
-    they cost, see `numbers`."""
-    text, tokens, finish = [""] * len(jobs), [[] for _ in jobs], [None] * len(jobs)
-    for event in heard(jobs, gone):
+def whole(asked: Asked, gone) -> dict | None:
+    """Return the answers once all of them are there; None where the client has gone."""
+    count = len(asked.jobs)
+    text, tokens, finish = [""] * count, [[] for _ in range(count)], [None] * count
+    for event in heard(asked.jobs, gone):
         text[event.index] += event.text
         tokens[event.index] += event.tokens
         finish[event.index] = event.finish
     if None in finish:
         return None
-
-    def said(i):
-        return {"message": {"role": "assistant", "content": text[i]}} if chat else {"text": text[i]}
-
-    choices = [
-        {
-            "index": i,
-            **said(i),
-            "logprobs": logprobs(side, chat, tokens[i]),
-            "finish_reason": finish[i],
-        }
-        for i in range(len(jobs))
-    ]
-    return (
-        head
-        | {"object": "chat.completion" if chat else "text_completion", "choices": choices}
-        | cost()
-    )
+    choices = []
+    for index in range(count):
+        said = {"text": text[index]}
+        if asked.chat:
+            said = {"message": {"role": "assistant", "content": text[index]}}
+        likely = logprobs(asked.side, asked.chat, tokens[index])
+        choices.append({"index": index, **said, "logprobs": likely, "finish_reason": finish[index]})
+    head = asked.head("chat.completion" if asked.chat else "text_completion")
+    return head | {"choices": choices} | asked.cost()
 
 
-def stream(
-    side: Side, chat: bool, head: dict, jobs: list[Job], cost, usage: bool, gone
-) -> Iterator[str]:
+def event_stream(asked: Asked, gone) -> Iterator[str]:
     """Yield server-sent events: the answers as they are written, then what they cost, then
     [DONE]."""
+    side, chat, missing = asked.side, asked.chat, len(asked.jobs)
+    head = asked.head("chat.completion.chunk" if chat else "text_completion")
+    if asked.usage:
+        head["usage"] = None
 
-    def line(value):
-        return (  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
-            f"data: {json.dumps(value)}\n\n"
-        )
-
-    head = (
-        head
-        | {"object": "chat.completion.chunk" if chat else "text_completion"}
-        | ({"usage": None} if usage else {})
-    )
+    def line(value):  # ASCII: many a client takes U+2028 or U+0085 for the end of a line
+        return f"data: {json.dumps(value)}\n\n"
 
     def chunk(
         index: int,
@@ -423,24 +423,17 @@ def stream(
         finish: str | None = None,
     ) -> str:
         said = {"delta": delta} if chat else {"text": text}
-        return line(
-            head
-            | {"choices": [{"index": index, **said, "logprobs": likely, "finish_reason": finish}]}
-        )
+        choice = {"index": index, **said, "logprobs": likely, "finish_reason": finish}
+        return line(head | {"choices": [choice]})
 
     if chat:
-        for job in jobs:
+        for job in asked.jobs:
             yield chunk(job.index, {"role": "assistant", "content": ""})
     try:
-        missing = len(jobs)
-        for event in heard(jobs, gone, PACE_S):
+        for event in heard(asked.jobs, gone, PACE_S):
             if event.text or event.tokens:
-                yield chunk(
-                    event.index,
-                    {"content": event.text},
-                    event.text,
-                    logprobs(side, chat, event.tokens),
-                )
+                likely = logprobs(side, chat, event.tokens)
+                yield chunk(event.index, {"content": event.text}, event.text, likely)
             if event.finish:
                 missing -= 1
                 yield chunk(event.index, {}, finish=event.finish)
@@ -449,6 +442,6 @@ def stream(
     except Refused as refused:  # too late for a status
         yield line(refused.body)
         return
-    if usage:
-        yield line(head | {"choices": []} | cost())
+    if asked.usage:
+        yield line(head | {"choices": []} | asked.cost())
     yield "data: [DONE]\n\n"

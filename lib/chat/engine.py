@@ -51,7 +51,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenToken:
     """A token. offset: where its text begins in the answer."""
 
     id: int
@@ -66,7 +66,7 @@ class Event:
 
     index: int
     text: str = ""
-    tokens: tuple[Written, ...] = ()
+    tokens: tuple[WrittenToken, ...] = ()
     finish: str | None = None
     error: str | None = None
 
@@ -116,21 +116,14 @@ class Engine:
         self, module, tokenizer, how: generate.Sampling, slots: int, room: int, turns: Turns
     ) -> None:
         generate.refuse_unknown_cache(module)
-        self.module, self.tokenizer, self.how, self.slots, self.room, self.turns = (
-            module,
-            tokenizer,
-            how,
-            slots,
-            room,
-            turns,
-        )
+        self.module, self.tokenizer, self.how = module, tokenizer, how
+        self.slots, self.room, self.turns = slots, room, turns
         self.waiting: deque[Job] = deque()
-        self.working: dict[
-            Job, tuple[Text, list[Written]]
-        ] = {}  # with the tokens whose text is not shown yet
+        # with the tokens whose text is not shown yet
+        self.working: dict[Job, tuple[Text, list[WrittenToken]]] = {}
         self.more, self.closed, self.dead = threading.Condition(), False, False
         self.busy_s, self.prompt_tokens, self.answer_tokens = 0.0, 0, 0
-        self.batch = generate.Batch(module, how, slots)
+        self.batch = generate.InFlight(module, how, slots)
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -170,6 +163,17 @@ class Engine:
             layer.keys.nbytes + layer.values.nbytes for layer in self.batch.layers
         )
 
+    def counted(self) -> dict[str, float]:
+        """Return what /metrics says of a model, by the metric's name."""
+        return {
+            "prompt_tokens_total": self.prompt_tokens,
+            "answer_tokens_total": self.answer_tokens,
+            "busy_seconds_total": self.busy_s,
+            "answers_working": len(self.working),
+            "answers_waiting": len(self.waiting),
+            "memory_bytes": self.memory_bytes(),
+        }
+
     # --- in its own thread
 
     def run(self) -> None:
@@ -189,7 +193,7 @@ class Engine:
                 except torch.OutOfMemoryError:
                     self.fail(f"{self.module.device} is out of memory")
                     self.working.clear()
-                    self.batch = generate.Batch(self.module, self.how, self.slots)
+                    self.batch = generate.InFlight(self.module, self.how, self.slots)
         # where it was not closed, the thread ends with its traceback, and nobody may wait for an
         # answer
         finally:
@@ -235,7 +239,7 @@ class Engine:
             job.first, job.read = now, self.busy_s
         job.count, job.last = job.count + 1, self.busy_s
         self.answer_tokens += 1
-        tokens.append(Written(token, job.shown + len(text.held), likely))
+        tokens.append(WrittenToken(token, job.shown + len(text.held), likely))
         self.tell(job, tokens, text.add(token))
         job.late = now > job.deadline
         return text.stopped or job.late
@@ -243,7 +247,7 @@ class Engine:
     def tell(
         self,
         job: Job,
-        tokens: list[Written],
+        tokens: list[WrittenToken],
         shown: str,
         finish: str | None = None,
         every: bool = False,

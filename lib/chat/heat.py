@@ -16,7 +16,7 @@ from lib.chat.text import Text
 
 
 @dataclass(frozen=True)
-class Place:
+class ComparedToken:
     """A token of an answer. text: its piece of the answer's text; of a special token its name. kl:
     KL(teacher || student), nats. student, teacher: the tokens that each finds likeliest there, with
     their probabilities, the likeliest first. student_p, teacher_p: the token's own.
@@ -32,7 +32,7 @@ class Place:
 
 
 @torch.inference_mode()
-def places(
+def compare_tokens(
     student: nn.Module,
     teacher: nn.Module,
     tokenizer,
@@ -40,9 +40,9 @@ def places(
     answer: list[int],
     top: int = 5,
     teacher_prompt: list[int] | None = None,
-) -> list[Place]:
-    """Return a Place for every token of `answer`. prompt: the tokens before it; `teacher_prompt`,
-    where the teacher's template writes others."""
+) -> list[ComparedToken]:
+    """Return a ComparedToken for every token of `answer`. prompt: the tokens before it;
+    `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
     # made by models.load, whose probe knows that body and head are the module
@@ -58,25 +58,26 @@ def places(
         mine.head(vocab).chunks(hidden(mine, prompt, answer)),
         other.head(vocab).chunks(hidden(other, teacher_prompt or prompt, answer)),
     )
-    texts, word, found = pieces(tokenizer, answer), namer(tokenizer), []
-    for (part, z), (
-        _,
-        z_teacher,
-    ) in chunks:  # (n, V) each, of the same places: a chunk is as long as V lets it be
+    texts, word, found = token_texts(tokenizer, answer), namer(tokenizer), []
+    # (n, V) each, of the same places: a chunk is as long as V lets it be
+    for (part, z), (_, z_teacher) in chunks:
         logq, logp = logarithms(z), logarithms(z_teacher.to(z.device, z.dtype))
-        kls = (
-            losses.divergence(logp, logq, "fkl").clamp_min(0).tolist()
-        )  # rounding leaves -1e-8 of two that are almost equal
+        # rounding leaves -1e-8 of two that are almost equal
+        kls = losses.divergence(logp, logq, "fkl").clamp_min(0).tolist()
         here = torch.tensor(answer[part], device=z.device)[:, None]
         own = [logs.gather(1, here)[:, 0].exp().tolist() for logs in (logq, logp)]
-        best = [
-            [
-                [(word(token), p) for token, p in zip(ids, ps)]
-                for ids, ps in zip(indices.tolist(), values.exp().tolist())
-            ]
-            for values, indices in (logs.topk(min(top, vocab)) for logs in (logq, logp))
-        ]
-        found += map(Place, answer[part], texts[part], kls, *best, *own)
+        best = [top_tokens(logs, min(top, vocab), word) for logs in (logq, logp)]
+        found += map(ComparedToken, answer[part], texts[part], kls, *best, *own)
+    return found
+
+
+def top_tokens(logs: Tensor, count: int, word) -> list[list[tuple[str, float]]]:
+    """Return the likeliest tokens of each row of log-probabilities (n, V), as (text, probability).
+    word(token): its text."""
+    values, indices = logs.topk(count)
+    found = []
+    for ids, chances in zip(indices.tolist(), values.exp().tolist()):
+        found.append([(word(token), chance) for token, chance in zip(ids, chances)])
     return found
 
 
@@ -92,11 +93,11 @@ def logarithms(z: Tensor) -> Tensor:
     return z.sub_(z.logsumexp(1, keepdim=True))
 
 
-def pieces(tokenizer, ids: list[int]) -> list[str]:
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """Return what each token adds to the text; of a special token its name. Joined without special
     tokens they are the text of all.
 
-    A character of several tokens is the last one's: pieces(of "né" in bytes) == ["n", "", "é"].
+    A character of several tokens is the last one's: token_texts("né" in bytes) == ["n", "", "é"].
     """
     special, text, found, last = template.special_ids(tokenizer), Text(tokenizer), [], None
     for place, token in enumerate(ids):
@@ -128,27 +129,16 @@ def namer(tokenizer):
     return word
 
 
-def apart(student_tokenizer, teacher_tokenizer) -> str | None:
+def incomparable(student_tokenizer, teacher_tokenizer) -> str | None:
     """Return why the tokens of two tokenizers cannot be compared (the first that stands for
     something else), or None where they can."""
-    one, two = (
-        {number: token for token, number in tokenizer.get_vocab().items()}
-        for tokenizer in (student_tokenizer, teacher_tokenizer)
-    )
-    token = next(
-        (
-            number
-            for number in sorted(one.keys() | two.keys())
-            if one.get(number) != two.get(number)
-        ),
-        None,
-    )
-    if token is None:
-        return None
-    seen = [
-        repr(vocabulary[token]) if token in vocabulary else "nothing" for vocabulary in (one, two)
-    ]
-    return (
-        f"the teacher has other tokens than the student: number {token} is {seen[1]} to it,"
-        f" {seen[0]} to the student"
-    )
+    one = {number: token for token, number in student_tokenizer.get_vocab().items()}
+    two = {number: token for token, number in teacher_tokenizer.get_vocab().items()}
+    for number in sorted(one.keys() | two.keys()):
+        if one.get(number) != two.get(number):
+            mine, theirs = (repr(v[number]) if number in v else "nothing" for v in (one, two))
+            return (
+                f"the teacher has other tokens than the student: number {number} is {theirs} to"
+                f" it, {mine} to the student"
+            )
+    return None

@@ -3,7 +3,7 @@ they are written.
 
 Contract: where stdin or stdout is no terminal, stdout holds the answers (beside a teacher labelled)
 and what commands say, and nothing else: no colour, no prompt, no numbers. On a terminal no control
-character of a model reaches it (`visible`).
+character of a model reaches it (lib/chat/terminal.py).
 """
 
 import argparse
@@ -12,51 +12,38 @@ import json
 import math
 import os
 import sys
-import time
-import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from lib import files, template
-from lib.chat import heat
-from lib.chat.text import Text
+from lib.chat import heat, terminal
 
 HELP = """/help         this text
 /reset        forget the conversation
 /system TEXT  set the system prompt; without TEXT, remove it
 /retry        answer the last message again; where tokens are sampled the answer is another
 /save FILE    write the conversation as JSON
-/load FILE    go on with what /save wrote, or with the first line of a .jsonl file of {"messages": [...]}
+/load FILE    go on with what /save wrote, or with the first line of a .jsonl file of
+              {"messages": [...]}
 /temp X       sample at this temperature, 0 = greedy; without X, say it
 /tokens N     the longest answer, in tokens; without N, say it
-/diff         the last answer beside the teacher (--teacher): how far apart they are at each token, in nats of KL(teacher || student)
+/diff         the last answer beside the teacher (--teacher): how far apart they are at each token,
+              in nats of KL(teacher || student)
 /exit         leave, as Ctrl-D does
-A line that ends in a backslash goes on in the next one; a block between two lines of \"\"\" is one message. Ctrl-C stops an answer.
-With --teacher both answer each question, after one history, whose answers are the student's; Ctrl-C stops one of the two."""
+A line that ends in a backslash goes on in the next one; a block between two lines of \"\"\" is one
+message. Ctrl-C stops an answer. With --teacher both answer each question, after one history, whose
+answers are the student's; Ctrl-C stops one of the two."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
-HISTORY_LINES = 1000  # kept over starts
-RAMP = (
-    (0.0, None),
-    (0.1, 224),
-    (0.5, 217),
-    (1.0, 210),
-    (2.0, 203),
-)  # nats of KL, and the background (of 256 colours) from there on: pale to red
+# nats of KL, and the background (of 256 colours) from there on: pale to red
+RAMP = ((0.0, None), (0.1, 224), (0.5, 217), (1.0, 210), (2.0, 203))
 MARKED = 0.5  # nats above which a token is marked where there are no colours
-CONTROL = (
-    {number: chr(0x2400 + number) for number in range(32) if number not in b"\n\t"}
-    | {127: "\u2421"}
-    | {number: f"\\x{number:02x}" for number in range(128, 160)}
-)
 
 
 @dataclass
 class Conversation:
-    """student, teacher: chat.Chat, the second or None. args: how they sample. asked: the messages
+    """student, teacher: model.Chat, the second or None. args: how they sample. asked: the messages
     up to the last question, which /retry takes. said: (messages sent, prompt's tokens, tokens
     written) of the student's last answer. terminal: whether a person reads along.
     """
@@ -74,175 +61,7 @@ class Conversation:
         self.system = self.args.system
 
 
-# --- what is shown
-
-
-def colours() -> bool:
-    """Return whether stdout takes colours: a terminal that is not dumb, and nobody who wants none
-    (no-color.org)."""
-    return (
-        sys.stdout.isatty()
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM", "dumb") != "dumb"
-    )
-
-
-def paint(text: str, code: str) -> str:
-    """Return the text in a colour (the numbers of an escape sequence), where there are colours."""
-    return f"\033[{code}m{text}\033[0m" if text and colours() else text
-
-
-def visible(text: str) -> str:
-    """Return a model's text with its control characters, line ends and tabs apart, as pictures:
-    visible("\\x1b[2J") == "\u241b[2J".
-
-    An escape sequence of a model could clear the screen, rename the window, or, in some terminals,
-    type.
-    """
-    return text.translate(CONTROL)
-
-
-class Printer(BaseStreamer):
-    """Prints an answer while it is written. `text` is what stands there, of `tokens`. times: when
-    the prompt was given, when the first token came, and when the last. stopped: whether it is cut
-    off."""
-
-    def __init__(self, tokenizer):
-        self.writing, self.tokens, self.text, self.times, self.stopped = (
-            Text(tokenizer),
-            None,
-            "",
-            [],
-            False,
-        )
-        self.shown = visible if sys.stdout.isatty() else str
-
-    def put(self, value):
-        self.times = [*self.times[:2], time.perf_counter()]
-        if self.tokens is None:  # the first call brings the prompt
-            self.tokens = []
-            return
-        for token in value.flatten().tolist():
-            self.tokens.append(token)
-            self.show(self.writing.add(token))
-
-    def end(self):
-        self.show(self.writing.end())
-        print(flush=True)
-
-    def show(self, piece):
-        print(self.shown(piece), end="", flush=True)
-        self.text += piece
-
-
-def numbers(chat, prompt: list[int], printer: Printer) -> str:
-    """Return the line below an answer: its tokens, tokens/s after the first one, how they were
-    chosen, and why it ended if it was cut."""
-    count = len(printer.tokens)
-    said = [f"{count} token{'s' * (count != 1)}"]
-    if count > 1:
-        said.append(f"{(count - 1) / (printer.times[2] - printer.times[1]):.1f} tokens/s")
-    said = [", ".join(said), sampling(chat)]
-    if printer.tokens[-1] not in (chat.how.eos_token_id or ()):
-        if chat.context and count == chat.context - len(prompt):
-            said.append(f"cut where the {chat.context} tokens that the model sees are full")
-        elif count == chat.how.max_new_tokens:
-            said.append(f"cut at {count} tokens; /tokens N")
-    return "; ".join(said)
-
-
-def sampling(chat) -> str:
-    return (
-        f"temperature {1.0 if chat.how.temperature is None else chat.how.temperature:g}"
-        if chat.how.do_sample
-        else "greedy"
-    )
-
-
-# --- what is read
-
-
-def read_message(ask, more):
-    """Return one message of the user, which may span lines (see HELP); None at the end of the
-    input."""
-    try:
-        line = input(ask)
-        if line.startswith('"""'):
-            block = line[3:]
-            while not block.endswith('"""'):
-                block += "\n" + input(more)
-            return block[:-3].strip("\n")
-        while line.endswith("\\"):
-            line = line[:-1] + "\n" + input(more)
-        return line
-    except EOFError:
-        return None
-
-
-def history_file() -> Path:
-    """Return where typed lines are kept over starts (the XDG rules: a relative folder counts as
-    none)."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return Path(
-        state if os.path.isabs(state) else os.path.expanduser("~/.local/state"),
-        "distil",
-        "chat_history",
-    )
-
-
-def line_editing() -> Callable[[], None]:
-    """Give input() line editing, Tab, and the lines of earlier starts. Return what keeps the newest
-    lines: called after each, nothing is lost however the program ends. Where the file cannot be
-    had, that is said once, and the conversation goes on.
-    """
-    try:
-        import readline
-    except ImportError:
-        return lambda: None
-    path = history_file()
-    readline.set_completer(
-        lambda text, state: dict(enumerate(completions(readline.get_line_buffer(), text))).get(
-            state
-        )
-    )
-    readline.set_completer_delims(" ")
-    readline.parse_and_bind(
-        "bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete"
-    )
-    readline.set_history_length(HISTORY_LINES)
-    kept = None  # lines of the history that the file holds; None: there is no file
-
-    def keep():
-        nonlocal kept
-        if kept is None:
-            return
-        fresh, kept = (
-            readline.get_current_history_length() - kept,
-            readline.get_current_history_length(),
-        )
-        try:
-            if fresh and hasattr(
-                readline, "append_history_file"
-            ):  # what another conversation wrote meanwhile stays
-                readline.append_history_file(fresh, path)
-            elif fresh:
-                readline.write_history_file(path)
-        except OSError as refused:
-            print(f"(what you type is no longer kept: {refused})")
-            kept = None
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.fchmod(handle, 0o600)  # what is asked is nobody else's business
-        finally:
-            os.close(handle)
-        readline.read_history_file(path)
-        kept = readline.get_current_history_length()
-    except OSError as refused:
-        print(f"(what you type is not kept: {refused})")
-    return keep
+# --- the conversation
 
 
 def completions(line: str, word: str) -> list[str]:
@@ -257,31 +76,24 @@ def completions(line: str, word: str) -> list[str]:
     return [name + "/" * os.path.isdir(name) for name in found]
 
 
-# --- the conversation
-
-
 def converse(args, student, teacher=None):
     """Read messages and answer them until the user leaves."""
-    here = Conversation(student, teacher, args, terminal=sys.stdin.isatty() and sys.stdout.isatty())
-
-    def keep():
-        return None
-
+    here = Conversation(student, teacher, args, terminal=terminal.both_ways())
+    keep = None
     if here.terminal:
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that is not UTF-8 shows a ? for what it does not know
-        keep = line_editing()
+        # one that is not UTF-8 shows a ? for what it does not know
+        sys.stdout.reconfigure(errors="replace")
+        keep = terminal.line_editing(completions)
         print(
             f"{args.ckpt} on {student.device}{f', beside {args.teacher}' if teacher else ''}; /help"
             " for help, Ctrl-D to leave"
         )
-    # readline must know which characters take no room on the line: \001 ... \002
-    ask = ("\001\033[1;32m\002>\001\033[0m\002 " if colours() else "> ") if here.terminal else ""
+    ask, more = terminal.prompts()
     while True:
         try:
-            message = read_message(ask, ". " if here.terminal else "")
-            keep()
+            message = terminal.read_message(ask, more)
+            if keep:
+                keep()
             if message is None:
                 print(end="\n" if here.terminal else "")
                 return
@@ -300,12 +112,10 @@ def obey(here: Conversation, message: str) -> None:
     rest = rest.strip()
     if not command:
         return
-    if template.BROKEN.search(
-        message
-    ):  # a byte that is no UTF-8, as Python reads it from a terminal
+    if template.BROKEN.search(message):  # a byte that is no UTF-8, as Python reads it
         print("that was no UTF-8")
     elif not message.startswith("/"):
-        say(here, message)
+        answer_message(here, message)
     elif command == "/help":
         print(HELP)
     elif command == "/reset":
@@ -315,15 +125,13 @@ def obey(here: Conversation, message: str) -> None:
         here.system = rest or None
         print(f"system prompt: {here.system}" if here.system else "no system prompt of yours")
     elif command == "/retry":
-        answer(here, here.asked) if here.asked else print("there is nothing to answer again")
+        answer_last(here, here.asked) if here.asked else print("there is nothing to answer again")
+    elif command in ("/save", "/load") and not rest:
+        print(f"{command} needs a file name")
     elif command == "/save":
-        (
-            save(rest, template.with_system(here.messages, here.system))
-            if rest
-            else print("/save needs a file name")
-        )
+        save_conversation(rest, template.with_system(here.messages, here.system))
     elif command == "/load":
-        load(here, rest) if rest else print("/load needs a file name")
+        load_conversation(here, rest)
     elif command == "/temp":
         change(
             here,
@@ -352,12 +160,12 @@ def obey(here: Conversation, message: str) -> None:
         )
 
 
-def say(here: Conversation, message: str) -> bool:
+def answer_message(here: Conversation, message: str) -> bool:
     """Print the answer to a message, and return whether there is one."""
-    return answer(here, [*here.messages, {"role": "user", "content": message}])
+    return answer_last(here, [*here.messages, {"role": "user", "content": message}])
 
 
-def answer(here: Conversation, asked: list[dict]) -> bool:
+def answer_last(here: Conversation, asked: list[dict]) -> bool:
     """Print the answer to the last of these messages, below the teacher's if there is one, and go
     on from it; return whether the student gave one. Where it gave none, the conversation is as it
     was before."""
@@ -373,12 +181,12 @@ def answer(here: Conversation, asked: list[dict]) -> bool:
         )
         sent = template.with_system(asked[dropped:], here.system)
     if here.teacher is not None:
-        print(paint("teacher:", "1;35"))
+        print(terminal.paint("teacher:", "1;35"))
         known, _ = fitted(here.teacher, sent)
         if known is not None:
-            write(here, here.teacher, known)
-        print(paint("student:", "1;36"))
-    printer = write(here, here.student, ids)
+            stream_answer(here, here.teacher, known)
+        print(terminal.paint("student:", "1;36"))
+    printer = stream_answer(here, here.student, ids)
     if printer.stopped and not printer.text:
         return False
     here.messages = [*asked[dropped:], {"role": "assistant", "content": printer.text}]
@@ -391,10 +199,8 @@ def fitted(chat, sent: list[dict]) -> tuple[list[int] | None, int]:
     take the messages, which is said."""
     try:
         ids, dropped = chat.fit(sent)
-    except (
-        SystemExit
-    ) as refused:  # the chat template's one-line error must not end the conversation
-        print(visible(str(refused)))
+    except SystemExit as refused:  # a chat template's refusal must not end the conversation
+        print(terminal.visible(str(refused)))
         return None, 0
     if chat.context and len(ids) >= chat.context:
         print(f"this message is too long: {len(ids)} tokens, and the model sees {chat.context}")
@@ -402,12 +208,12 @@ def fitted(chat, sent: list[dict]) -> tuple[list[int] | None, int]:
     return ids, dropped
 
 
-def write(here: Conversation, chat, ids: list[int]) -> Printer:
+def stream_answer(here: Conversation, chat, ids: list[int]) -> terminal.Printer:
     """Print a model's answer while it is written, until Ctrl-C stops it; below it, for a person,
     its numbers."""
-    printer = Printer(chat.tokenizer)
+    printer = terminal.Printer(chat.tokenizer)
     try:
-        printer.text = chat.answer([ids], printer)[0]
+        printer.text = chat.answer(ids, printer)
     except KeyboardInterrupt:
         printer.stopped = True
         print(" (stopped)", flush=True)
@@ -418,11 +224,35 @@ def write(here: Conversation, chat, ids: list[int]) -> Printer:
             f" ({str(full).splitlines()[0][:100]}); /reset, or /save"
         )
     if here.terminal and printer.tokens:
-        print(paint(numbers(chat, ids, printer), "2"))
+        print(terminal.paint(footnote(chat, ids, printer), "2"))
     return printer
 
 
-def save(name: str, messages: list[dict]) -> None:
+def footnote(chat, prompt: list[int], printer: terminal.Printer) -> str:
+    """Return the line below an answer: its tokens, tokens/s after the first one, how they were
+    chosen, and why it ended if it was cut."""
+    count = len(printer.tokens)
+    said = [f"{count} token{'s' * (count != 1)}"]
+    if count > 1:
+        said.append(f"{(count - 1) / (printer.times[2] - printer.times[1]):.1f} tokens/s")
+    said = [", ".join(said), sampling(chat)]
+    if printer.tokens[-1] not in (chat.how.eos_token_id or ()):
+        if chat.context and count == chat.context - len(prompt):
+            said.append(f"cut where the {chat.context} tokens that the model sees are full")
+        elif count == chat.how.max_new_tokens:
+            said.append(f"cut at {count} tokens; /tokens N")
+    return "; ".join(said)
+
+
+def sampling(chat) -> str:
+    return (
+        f"temperature {1.0 if chat.how.temperature is None else chat.how.temperature:g}"
+        if chat.how.do_sample
+        else "greedy"
+    )
+
+
+def save_conversation(name: str, messages: list[dict]) -> None:
     """Write the conversation; a path that cannot be written is said, and the conversation goes
     on."""
     try:
@@ -432,7 +262,7 @@ def save(name: str, messages: list[dict]) -> None:
         print(f"not saved: {refused}")
 
 
-def load(here: Conversation, name: str) -> None:
+def load_conversation(here: Conversation, name: str) -> None:
     """Go on with the conversation in a file; one that cannot be had is said, and the conversation
     here goes on."""
     wanted = (
@@ -456,10 +286,7 @@ def load(here: Conversation, name: str) -> None:
         return print(
             f"not loaded: {name} has the roles {', '.join(roles) or 'system'}; wanted {wanted}"
         )
-    if any(
-        template.BROKEN.search(text)
-        for text in (system or "", *(message["content"] for message in messages))
-    ):
+    if any(map(template.BROKEN.search, [system or "", *(m["content"] for m in messages)])):
         return print(
             f"not loaded: {name} holds half a character (\\ud800 to \\udfff); wanted Unicode"
         )
@@ -503,7 +330,7 @@ def diff(here: Conversation) -> None:
         return print("/diff needs an answer: nothing was answered yet")
     sent, ids, tokens = here.said
     try:
-        if why := heat.apart(here.student.tokenizer, here.teacher.tokenizer):
+        if why := heat.incomparable(here.student.tokenizer, here.teacher.tokenizer):
             return print(f"/diff cannot be: {why}")
         before = here.teacher.ids(sent)
         if here.teacher.context and len(before) + len(tokens) > here.teacher.context:
@@ -511,7 +338,7 @@ def diff(here: Conversation) -> None:
                 f"/diff cannot be: {len(before) + len(tokens)} tokens, and the teacher sees"
                 f" {here.teacher.context}"
             )
-        found = heat.places(
+        found = heat.compare_tokens(
             here.student.module,
             here.teacher.module,
             here.student.tokenizer,
@@ -520,11 +347,11 @@ def diff(here: Conversation) -> None:
             teacher_prompt=before,
         )
     except SystemExit as refused:
-        return print(visible(str(refused)))
+        return print(terminal.visible(str(refused)))
     except torch.OutOfMemoryError as full:
         return print(f"the GPU has too little memory for /diff ({str(full).splitlines()[0][:100]})")
     print(heated(found))
-    if colours():
+    if terminal.takes_colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))
     print(
         f"mean KL {sum(place.kl for place in found) / max(1, len(found)):.3f} nats over"
@@ -536,31 +363,30 @@ def diff(here: Conversation) -> None:
 def shaded(text: str, kl: float) -> str:
     """Return a token with its background; where there are no colours, with its KL behind it if that
     is large."""
-    if not colours():
+    if not terminal.takes_colours():
         end = len(text.rstrip("\n"))
         return f"{text[:end]}[{kl:.1f}]{text[end:]}" if kl > MARKED else text
     shade = [code for nats, code in RAMP if kl >= nats][-1]
     if shade is None:
         return text
     # a line end has no background of its own, and would give its colour to the rest of the line
-    return "\n".join(
-        paint(line, f"38;5;16;48;5;{shade}") for line in text.replace("\n", "\u21b5\n").split("\n")
-    )
+    lines, colour = text.replace("\n", "\u21b5\n").split("\n"), f"38;5;16;48;5;{shade}"
+    return "\n".join(terminal.paint(line, colour) for line in lines)
 
 
-def heated(found: list[heat.Place]) -> str:
+def heated(found: list[heat.ComparedToken]) -> str:
     """Return the answer, each token shaded by its KL; a character of several tokens by the largest
     of theirs."""
     parts, most = [], 0.0
     for place in found:
         most = max(most, place.kl)
         if place.text:
-            parts.append(shaded(visible(place.text), most))
+            parts.append(shaded(terminal.visible(place.text), most))
             most = 0.0
     return "".join(parts)
 
 
-def furthest(found: list[heat.Place], count: int = 3) -> str:
+def furthest(found: list[heat.ComparedToken], count: int = 3) -> str:
     """Return a table of the places with the largest KL, in the order of the answer: what each of
     the two finds likeliest there."""
     worst = sorted(sorted(range(len(found)), key=lambda place: -found[place].kl)[:count])
@@ -579,41 +405,33 @@ def furthest(found: list[heat.Place], count: int = 3) -> str:
             rows.append(
                 [*first, who, f"{p:.2f}", *(f"{token!r} {chance:.2f}" for token, chance in best)]
             )
-    widths = [
-        max(width(row[column]) if column < len(row) else 0 for row in rows)
-        for column in range(max(map(len, rows)))
-    ]
-    return "\n".join(
-        "  ".join(cell + " " * (room - width(cell)) for cell, room in zip(row, widths)).rstrip()
-        for row in rows
-    )
-
-
-def width(text: str) -> int:
-    """Return the columns that a text takes in a terminal."""
-    return sum(
-        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
-        for letter in text
-    )
+    widths = [0] * max(map(len, rows))
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], terminal.width(cell))
+    lines = []
+    for row in rows:
+        cells = [cell + " " * (room - terminal.width(cell)) for cell, room in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 # --- a classifier
 
 
-def classify(args, read, device):
+def classify_lines(args, read, device):
     """Print the classes of --prompt, or of every message that is typed, the likeliest first. read:
     see classifier.reader."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal and args.prompt is None:
-        print(
-            f"{args.ckpt} on {device}, a classifier: a line of text is answered with its classes;"
-            " Ctrl-D to leave"
-        )
-    typed = iter(lambda: read_message("> " if terminal else "", ". " if terminal else ""), None)
-    for text in typed if args.prompt is None else [args.prompt]:
-        if text.strip():
+    texts = [args.prompt]
+    if args.prompt is None:
+        if terminal.both_ways():
             print(
-                "   ".join(
-                    f"{entry['label']} {entry['score']:.3f}" for entry in read([text])[0][:5]
-                )
+                f"{args.ckpt} on {device}, a classifier: a line of text is answered with its"
+                " classes; Ctrl-D to leave"
             )
+        ask, more = terminal.prompts(coloured=False)
+        texts = iter(lambda: terminal.read_message(ask, more), None)
+    for text in texts:
+        if text.strip():
+            likeliest = read([text])[0][:5]
+            print("   ".join(f"{entry['label']} {entry['score']:.3f}" for entry in likeliest))

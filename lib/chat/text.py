@@ -15,25 +15,20 @@ class Text:
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops, self.stopped = tokenizer, stops, False
-        self.ids: list[
-            int
-            # the window that is decoded: tokens that are shown, for what stands before a token changes
-            # its text, and new ones
-        ] = []
+        # the window that is decoded: tokens that are shown, for what stands before a token changes
+        # its text, and new ones
+        self.ids: list[int] = []
         self.known, self.held = 0, ""  # how many of them are shown; text that is not
 
     def add(self, token: int) -> str:
         """Return what can be shown once this token is written."""
         self.ids.append(token)
         before, now = self.decode(self.ids[: self.known]), self.decode(self.ids)
-        if now == before or now.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # a special token adds nothing, and must not become what stands before
+        # a special token adds nothing, and must not become what stands before
+        if now == before or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        if (
-            len(now) > len(before)
-            # a special token says nothing about the blank that some tokenizers drop at the beginning
-        ):
+        # nor does it say anything of the blank that some tokenizers drop at the beginning
+        if len(now) > len(before):
             self.ids, self.known = self.ids[self.known :], len(self.ids) - self.known
         return self.show(now[len(before) :], False)
 
@@ -52,17 +47,8 @@ class Text:
             self.stopped, self.held = True, ""
             return text[: min(found)]
         longest = max((len(stop) for stop in self.stops), default=1) - 1
-        keep = (
-            0
-            if last
-            else next(
-                (
-                    n
-                    for n in range(min(longest, len(text)), 0, -1)
-                    if any(stop.startswith(text[-n:]) for stop in self.stops)
-                ),
-                0,
-            )
-        )
+        keep = 0 if last else min(longest, len(text))
+        while keep and not any(stop.startswith(text[-keep:]) for stop in self.stops):
+            keep -= 1
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -27,16 +27,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
-from lib import files, template
+from lib import files, generate, template
 
 CALIBRATIONS = ("off", "length", "prior")
 EMPTY = "N/A"
-MOST = 200  # distinct references, beyond which they are no labels
-Tail = tuple[
-    list[int], list[bool]
-]  # a label's tokens behind the prompt, and which of them are targets
+MOST_LABELS = 200  # distinct references, beyond which they are no labels
+# a label's tokens behind the prompt, and which of them are targets
+Tail = tuple[list[int], list[bool]]
 
 
 def names(text: str, references: Sequence[str], where: str) -> list[str]:
@@ -47,17 +47,17 @@ def names(text: str, references: Sequence[str], where: str) -> list[str]:
         if text == "auto"
         else list(dict.fromkeys(name.strip() for name in text.split(",")))
     )
-    if text == "auto" and len(found) > MOST:
+    if text == "auto" and len(found) > MOST_LABELS:
         files.fail(
             f"--labels auto: the references of {where} are no labels",
             f"{len(found)} distinct ones",
-            f"at most {MOST}",
+            f"at most {MOST_LABELS}",
             "the same command without --labels: answers are then written, not chosen",
         )
     return found
 
 
-def encode(
+def encode_labels(
     tokenizer, messages: list[dict], labels: Sequence[str], end: bool = True
 ) -> tuple[list[int], list[Tail]]:
     """Return the prompt's tokens, and each label's that follow them. `end`: the token that ends the
@@ -81,9 +81,8 @@ def encode(
     first = len(os.path.commonprefix([ids[:first].tolist() for ids, _ in rows]))
     special, tails = template.special_ids(tokenizer), []
     for ids, answer in rows:
-        stop = (
-            int(np.flatnonzero(answer)[-1]) + 1
-        )  # a line break that the template writes behind the end of turn is no target
+        # a line break that the template writes behind the end of turn is no target
+        stop = int(np.flatnonzero(answer)[-1]) + 1
         stop -= not end and int(ids[stop - 1]) in special
         tails.append((ids[first:stop].tolist(), answer[first:stop].tolist()))
     return rows[0][0][:first].tolist(), tails
@@ -107,74 +106,55 @@ def content_free(texts: Sequence[str]) -> str:
 
 @torch.inference_mode()
 def logp(module, encoded: Sequence[tuple[list[int], list[Tail]]], rows: int = 32) -> np.ndarray:
-    """Return log p(label | prompt) in nats, (B, labels) float64, of B prompts as `encode` returns
-    them; labels are run so many `rows` at a time."""
-    prompts, tails, device = (
-        [prompt for prompt, _ in encoded],
-        [tails for _, tails in encoded],
-        module.device,
-    )
-    count, labels, width = len(prompts), len(tails[0]), max(map(len, prompts))
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.tensor(
-        [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device
-    )  # (B, width)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    cache = DynamicCache()
-    z = (
-        module(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        .logits[:, -1]
-        .float()
-    )
-    first = z - z.logsumexp(
-        -1, keepdim=True
-    )  # (B, V); torch's own float32 log_softmax is 1.5e-5 off on the CPU at V = 49,152
-    found = np.zeros((count, labels))
-    for b, each in enumerate(tails):
-        found[b] = [first[b, ids[0]].item() if scored[0] else 0.0 for ids, scored in each]
-    step = max(1, rows // count)
-    for start in range(0, labels, step):
-        part = [tail for each in tails for tail in each[start : start + step]]  # prompt by prompt
-        several, more = len(part) // count, max(len(ids) for ids, _ in part) - 1
-        if not more:
-            continue
-
-        def pad(values, fill):
-            return torch.tensor(
-                [[*line, *[fill] * (more - len(line))] for line in values], device=device
-            )
-
-        given, wanted = (
-            pad([ids[:-1] for ids, _ in part], 0),
-            pad([ids[1:] for ids, _ in part], 0),
-        )  # (B * labels, more)
-        scored = pad([scored[1:] for _, scored in part], False)
-        own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(several)
-        places = lengths.repeat_interleave(several)[:, None] + torch.arange(more, device=device)
-        seen = torch.cat(
-            [mask.repeat_interleave(several, 0), torch.ones_like(given)], 1
-        )  # padding comes last: nothing before attends to it
-        limit = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        z = module(
-            input_ids=given,
-            attention_mask=seen,
-            position_ids=places.clamp_max(limit - 1),
-            past_key_values=own,
-            use_cache=True,
-        ).logits.float()
-        each = z.gather(-1, wanted[..., None])[..., 0] - z.logsumexp(-1)
-        found[:, start : start + several] += (
-            (each.double() * scored).sum(1).view(count, several).cpu().numpy()
-        )
+    """Return log p(label | prompt) in nats, (B, labels) float64, of B prompts as `encode_labels`
+    returns them; labels are run so many `rows` at a time."""
+    z, cache, mask = generate.prefill(module, [prompt for prompt, _ in encoded])
+    z = z.float()
+    # torch's own float32 log_softmax is 1.5e-5 off on the CPU at V = 49,152
+    first = z - z.logsumexp(-1, keepdim=True)  # (B, V)
+    found = np.zeros((len(encoded), len(encoded[0][1])))
+    for b, (_, tails) in enumerate(encoded):
+        found[b] = [first[b, ids[0]].item() if scored[0] else 0.0 for ids, scored in tails]
+    step = max(1, rows // len(encoded))
+    for start in range(0, found.shape[1], step):
+        part = [tails[start : start + step] for _, tails in encoded]
+        found[:, start : start + step] += rest_of_labels(module, part, cache, mask)
     return found
+
+
+def rest_of_labels(module, tails: list[list[Tail]], cache: DynamicCache, mask: Tensor):
+    """Return the sum of log p over the targets of some labels behind their first token, (B, some),
+    which read the prompts' cache. mask (B, width): where that holds a token of the prompt."""
+    flat = [tail for each in tails for tail in each]  # prompt by prompt
+    several, device = len(flat) // len(tails), module.device
+    more = max(len(ids) for ids, _ in flat) - 1
+    if not more:
+        return np.zeros((len(tails), several))
+
+    def padded(values, fill):
+        lines = [[*line, *[fill] * (more - len(line))] for line in values]
+        return torch.tensor(lines, device=device)  # (B * some, more)
+
+    given, wanted = (
+        padded([ids[:-1] for ids, _ in flat], 0),
+        padded([ids[1:] for ids, _ in flat], 0),
+    )
+    scored = padded([scored[1:] for _, scored in flat], False)
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(several)
+    before = mask.long().repeat_interleave(several, 0)
+    places = before.sum(1, keepdim=True) + torch.arange(more, device=device)
+    limit = generate.context_of(module) or 1 << 30
+    z = module(
+        input_ids=given,
+        # padding comes last: nothing before attends to it
+        attention_mask=torch.cat([before, torch.ones_like(given)], 1),
+        position_ids=places.clamp_max(limit - 1),
+        past_key_values=own,
+        use_cache=True,
+    ).logits.float()
+    each = z.gather(-1, wanted[..., None])[..., 0] - z.logsumexp(-1)
+    return (each.double() * scored).sum(1).view(len(tails), several).cpu().numpy()
 
 
 def priors(module, tokenizer, prompts: Sequence[list[dict]], labels: Sequence[str]) -> np.ndarray:
@@ -185,7 +165,7 @@ def priors(module, tokenizer, prompts: Sequence[list[dict]], labels: Sequence[st
         asked = [*messages[:-1], {**messages[-1], "content": free}]
         key = json.dumps(asked)
         if key not in known:
-            known[key] = logp(module, [encode(tokenizer, asked, labels)])[0]
+            known[key] = logp(module, [encode_labels(tokenizer, asked, labels)])[0]
         found.append(known[key])
     return np.array(found)
 

@@ -1,21 +1,139 @@
 """A file of prompts, answered into a file of answers and scored: chat.py --prompts and --score.
 
 Contract: OUT has the lines of the prompts in their order, each with "answer" added. Until all are
-there they lie in OUT.part, and the same command continues there, to the bytes of a straight run;
-OUT.meta.json holds the settings, and a file made with others is refused.
+there they lie in OUT.part, and the same command continues there, to the file of a straight run:
+each prompt has a seed of its own, and is answered the same beside any others (up to the rounding of
+kernels, see lib/generate.py). OUT.meta.json holds the settings, and a file made with others is
+refused.
 """
 
+import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lib import checkpoints, files, template
+from lib import checkpoints, files, flags, generate, template
 from lib.measure import labels, score
 from lib.run import clock
+
+FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the file of prompts, and the one of answers."""
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer every line of this .jsonl file into --out (default: a conversation)",
+    )
+    parser.add_argument(
+        "--score",
+        metavar="FILE|DIR",
+        help=(
+            "answer as with --prompts, greedily unless a flag below samples, and score the answers"
+            " against each line's reference; of a data folder its val prompts (default: a"
+            " conversation)"
+        ),
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where the answers to --prompts go; running the same command again continues there",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N prompts alone; 0 = off, all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="prompts answered at a time, of a file (default: %(default)s)",
+    )
+    add_score_flags(parser)
+
+
+def add_score_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what --score scores by."""
+    parser.add_argument(
+        "--metrics",
+        default="auto",
+        metavar="NAMES",
+        help=(
+            f"of --score: names of {', '.join(score.METRICS)}; auto: exact where the references"
+            " mark a final answer or are numbers, else bleu,rouge1,rouge2,rougeL (default:"
+            " %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="A,B|auto",
+        help=(
+            "with --score, choose the likeliest of these labels instead of writing an answer; auto:"
+            " the references' (default: off)"
+        ),
+    )
+    parser.add_argument(
+        "--calibrate",
+        choices=labels.CALIBRATIONS,
+        default="off",
+        help=(
+            "with --labels: choose by log p of the label, by that a token, or less its log p"
+            " without the prompt's content (default: %(default)s)"
+        ),
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) flags that do not go together, and have --score answer greedily where
+    nothing samples."""
+    flags.positive(parser, args, "batch_size")
+    scored = args.score is not None
+    if (args.out is None) == (scored or args.prompts is not None):
+        parser.error("--prompts FILE or --score FILE, and --out FILE belong together")
+    if args.limit < 0 or args.limit and args.out is None:
+        parser.error(f"--limit is {args.limit}, wanted 0 or more, and with --prompts or --score")
+    chosen = args.labels is not None
+    named = chosen and all(name.strip() for name in args.labels.split(","))
+    if chosen and not (scored and named and args.metrics == "auto"):
+        parser.error(
+            f"--labels is {args.labels!r}, wanted auto, or names like pos,neg, with --score and"
+            " without --metrics"
+        )
+    if args.calibrate != "off" and not chosen or args.metrics != "auto" and not scored:
+        parser.error("--metrics belongs to --score, and --calibrate to --labels")
+    try:
+        score.chosen(args.metrics, ())
+    except ValueError as wrong:
+        parser.error(f"--metrics: {wrong}")
+    if scored and args.temperature is None and args.top_p is None and args.top_k is None:
+        args.greedy = True
+
+
+# --- the prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A line of the file. number: of the line, from 1; fields: all that it says."""
+
+    number: int
+    fields: dict
+    messages: list[dict]
+
+    @property
+    def reference(self) -> str:
+        return self.fields["reference"].strip()
 
 
 def prompts_file(args):
@@ -32,72 +150,62 @@ def prompts_file(args):
     return path / "val.prompts.jsonl"
 
 
-def read_prompts(path, system):
-    """Return [(line number, fields, messages)]; the first line that is not one of the two forms
-    ends the program, by its number."""
+def read_prompts(path: Path, system: str | None) -> list[Prompt]:
+    """Return the prompts of a file; the first line that is not one of the two forms ends the
+    program, by its number."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as broken:
         files.fail(
-            f"the prompts {path} cannot be read",
-            seen=broken,
-            wanted='a UTF-8 file of lines like {"prompt": "..."}',
+            f"the prompts {path} cannot be read", broken, f"a UTF-8 file of lines like {FORMS}"
         )
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-
-        def broken(seen):
-            return files.fail(
-                f"{path} line {number}",
-                seen,
-                '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
-            )
-
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            broken(f"{line[:60]!r}, which is not JSON ({error})")
-        if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-            broken(f"{line[:60]!r}")
-        if "answer" in fields:
-            broken('a field "answer", which the answer would overwrite')
-        messages = (
-            fields["messages"]
-            if "messages" in fields
-            else [{"role": "user", "content": fields["prompt"]}]
-        )
-        if not template.is_conversation(messages):
-            broken(f"{line[:60]!r}")
-        if messages[-1]["role"] == "assistant":
-            broken("messages that end with an answer")
-        found.append((number, fields, template.with_system(messages, system)))
+    for number, fields in files.json_lines(lines, path, FORMS):
+        if fault := fault_of(fields):
+            files.fail(f"{path} line {number}", fault, FORMS)
+        messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
+        found.append(Prompt(number, fields, template.with_system(messages, system)))
     if not found:
         files.fail(f"{path} holds no prompt", wanted="at least one line")
     return found
 
 
-def what_to_score(args, path, prompts):
+def fault_of(fields: object) -> str | None:
+    """Return why a line's value cannot be answered, or None."""
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        return json.dumps(fields, ensure_ascii=False)[:60]
+    if "answer" in fields:
+        return 'a field "answer", which the answer would overwrite'
+    if "prompt" in fields:
+        return None if isinstance(fields["prompt"], str) else f"the prompt {fields['prompt']!r:.60}"
+    if not template.is_conversation(fields["messages"]):
+        return f"the messages {fields['messages']!r:.60}"
+    if fields["messages"][-1]["role"] == "assistant":
+        return "messages that end with an answer"
+    return None
+
+
+def what_to_score(args, path: Path, prompts: list[Prompt]) -> tuple[list[str], list[str] | None]:
     """Return (metrics, labels or None) of --score; a line without a reference, or with one that is
     no label, ends the program by its number."""
-    for number, fields, _ in prompts:
-        if not isinstance(fields.get("reference"), str) or not fields["reference"].strip():
+    for prompt in prompts:
+        given = prompt.fields.get("reference")
+        if not isinstance(given, str) or not given.strip():
             files.fail(
-                f"{path} line {number} has no reference to score against",
-                seen=f"the fields {', '.join(fields)}",
+                f"{path} line {prompt.number} has no reference to score against",
+                seen=f"the fields {', '.join(prompt.fields)}",
                 wanted='{"prompt": "...", "reference": "..."}',
                 mend="--prompts, which asks for none",
             )
-    references = [fields["reference"].strip() for _, fields, _ in prompts]
+    references = [prompt.reference for prompt in prompts]
     if args.labels is None:
         return score.chosen(args.metrics, references), None
     names = labels.names(args.labels, references, path)
-    for (number, _, _), reference in zip(prompts, references):
-        if reference not in names:
+    for prompt in prompts:
+        if prompt.reference not in names:
             files.fail(
-                f"{path} line {number}: the reference is no label",
-                seen=repr(reference[:60]),
+                f"{path} line {prompt.number}: the reference is no label",
+                seen=repr(prompt.reference[:60]),
                 wanted=", ".join(names[:20]),
                 mend="--labels auto, or all labels in --labels",
             )
@@ -107,6 +215,9 @@ def what_to_score(args, path, prompts):
             " says little and nothing was told apart"
         )
     return ["accuracy", "macro_f1"], names
+
+
+# --- the answers
 
 
 def open_out(out, settings, fresh):
@@ -124,14 +235,10 @@ def open_out(out, settings, fresh):
     if out.exists() or part.exists():
         seen = files.read_json(meta, mend="the same command with --fresh")
         if differing := [name for name in settings if seen.get(name) != settings[name]]:
-            values = [
-                "; ".join(f"{name} {source.get(name)}" for name in differing)
-                for source in (seen, settings)
-            ]
-            made = out if out.exists() else part
             files.fail(
-                f"{made} was made with other settings",
-                *values,
+                f"{out if out.exists() else part} was made with other settings",
+                "; ".join(f"{name} {seen.get(name)}" for name in differing),
+                "; ".join(f"{name} {settings[name]}" for name in differing),
                 mend="the same command with --fresh, or another --out",
             )
     if out.exists():
@@ -143,72 +250,53 @@ def open_out(out, settings, fresh):
     return part.read_bytes().split(b"\n")[:-1]  # what follows the last line end is a torn line
 
 
-def answer(args, make):
-    """Answer every line of --prompts or --score into --out, and score it. make() loads the Chat
-    that answers, once it is known to be needed."""
-    path, out = prompts_file(args), Path(args.out)
-    prompts = read_prompts(path, args.system)[: args.limit or None]
-    metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
+def settings_of(args, path: Path, metrics: list[str] | None, names: list[str] | None) -> dict:
+    """Return all that the answers depend on; None where something is not in use."""
     folder = checkpoints.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     if not checkpoints.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
-    chosen = (
-        "ckpt",
-        "system",
-        "greedy",
-        "temperature",
-        "top_p",
-        "top_k",
-        "repetition_penalty",
-        "max_new_tokens",
-        "seed",
-        "batch_size",
-        "dtype",
-    )
-    settings = {name: getattr(args, name) for name in chosen} | {
+    sampling = ("greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    named = ("ckpt", "system", *sampling, "seed", "dtype")
+    return {name: getattr(args, name) for name in named} | {
         "weights": checkpoints.identity(folder),
         "prompts": files.sha256(path),
-    }
-    # None where it is not in use, as in files that were made before these were
-    settings |= {
         "limit": args.limit or None,
         "metrics": metrics,
         "labels": names,
         "calibrate": args.calibrate if names else None,
+        # likelihoods of labels are rounded beside their neighbours'; answers are written alone
+        "batch_size": args.batch_size if names else None,
     }
+
+
+def answer_file(args, load) -> None:
+    """Answer every line of --prompts or --score into --out, and score it. load(args): the Chat that
+    answers, once it is known to be needed."""
+    path, out = prompts_file(args), Path(args.out)
+    prompts = read_prompts(path, args.system)[: args.limit or None]
+    metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
+    settings = settings_of(args, path, metrics, names)
     lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         if args.score:
             say_scores(out, files.read_json(summary, mend="delete it, and the same command"))
         raise SystemExit(0)
-    chat = make()
-    # the prompts' token ids; with --labels each with its labels' (lib/measure/labels.py)
-    ready = []
-    for number, _, messages in prompts:
-        try:
-            ready.append(
-                labels.encode(chat.tokenizer, messages, names) if names else chat.ids(messages)
-            )
-        except SystemExit as refused:
-            files.fail(f"{path} line {number}", seen=str(refused).removeprefix("error: "))
-        length = (
-            len(ready[-1][0]) + max(len(ids) for ids, _ in ready[-1][1]) - 1
-            if names
-            else len(ready[-1])
-        )
-        if chat.context and length >= chat.context:
-            files.fail(
-                f"{path} line {number} leaves no room for an answer",
-                f"{length} tokens",
-                f"fewer than {chat.context}",
-            )
+    chat = load(args)
+    ready = encode_prompts(chat, path, prompts, names)
     if lines is not None:
-        write_answers(args, chat, prompts, ready, metrics, names, lines, out)
+        start = len(lines)
+        if not names:
+            made = written(args, chat, prompts[start:], ready[start:])
+        else:
+            if start < len(prompts):  # whole batches alone: see settings_of
+                start -= start % args.batch_size
+            made = chosen_labels(args, chat, prompts, ready, names, start)
+        write_answers(prompts, made, metrics, out, lines[:start])
     if args.score:
-        rows = score.read(out)
+        rows = score.read_answers(out)
         classes = score.by_class(rows, names) if names else {}
-        made = {
+        shown = {
             "ckpt": args.ckpt,
             "weights": settings["weights"],
             "prompts": settings["prompts"],
@@ -216,65 +304,99 @@ def answer(args, make):
             "settings": settings,
             "metrics": score.summarise(rows, metrics),
         } | {name: classes[name] for name in ("labels", "confusion", "per_class") if classes}
-        files.write_json(summary, made | {"speed": speed(chat, ready[0][0] if names else ready[0])})
-        say_scores(out, made)
+        timed = speed(chat, ready[0][0] if names else ready[0])
+        files.write_json(summary, shown | {"speed": timed})
+        say_scores(out, shown)
 
 
-def write_answers(args, chat, prompts, ready, metrics, names, lines, out):
-    """Answer the prompts that have no line yet, a batch at a time, and publish the file."""
-    scores = (
-        score.scorer(metrics, [fields["reference"] for _, fields, _ in prompts])
-        if args.score
-        else None
-    )
-    prior = (
-        labels.priors(chat.module, chat.tokenizer, [messages for _, _, messages in prompts], names)
-        if args.calibrate == "prior"
-        else None
-    )
+def encode_prompts(chat, path: Path, prompts: list[Prompt], names: list[str] | None) -> list:
+    """Return the prompts' token ids, with labels each with its labels' (lib/measure/labels.py); one
+    that leaves no room for an answer ends the program by its number."""
+    ready = []
+    for prompt in prompts:
+        try:
+            if names:
+                ids, tails = labels.encode_labels(chat.tokenizer, prompt.messages, names)
+                ready.append((ids, tails))
+                length = len(ids) + max(len(label) for label, _ in tails) - 1
+            else:
+                ready.append(chat.ids(prompt.messages))
+                length = len(ready[-1])
+        except SystemExit as refused:
+            files.fail(f"{path} line {prompt.number}", seen=str(refused).removeprefix("error: "))
+        if chat.context and length >= chat.context:
+            files.fail(
+                f"{path} line {prompt.number} leaves no room for an answer",
+                f"{length} tokens",
+                f"fewer than {chat.context}",
+            )
+    return ready
 
-    def answers(part):
-        """Return the fields that a batch of prompts gets."""
-        if not names:
-            return [{"answer": text} for text in chat.answer(ready[part])]
+
+def written(args, chat, prompts: list[Prompt], ready: list[list[int]]) -> Iterator[dict]:
+    """Yield the fields that prompts get, in their order: the answer. A prompt's seed is --seed and
+    its line's number: it is answered the same whatever is in work beside it."""
+    seeds = [(args.seed + prompt.number) % (1 << 63) for prompt in prompts]
+    strange = generate.unknown_cache(chat.module) or ", ".join(generate.unknown_settings(chat.how))
+    if strange:
+        print(f"chat: prompts are answered one at a time ({strange}), not --batch-size at a time")
+        for ids, seed in zip(ready, seeds):
+            torch.manual_seed(seed)
+            yield {"answer": chat.answer(ids)}
+        return
+    limits = [chat.how.max_new_tokens] * len(ready)
+    requests = map(generate.Request, range(len(ready)), ready, limits, seeds)
+    done, due = {}, 0
+    for answer in generate.generate(chat.module, requests, chat.sampling(), args.batch_size):
+        # what ended it is shown where it is a word, as by the model alone
+        ids = answer.ids if answer.end is None else [*answer.ids, answer.end]
+        done[answer.request.key] = chat.tokenizer.decode(ids, skip_special_tokens=True)
+        while due in done:
+            yield {"answer": done.pop(due)}
+            due += 1
+
+
+def chosen_labels(args, chat, prompts: list[Prompt], ready, names, start: int) -> Iterator[dict]:
+    """Yield the fields that the prompts from `start` on get, in their order: the likeliest label as
+    their answer, and log p of each."""
+    prior = None
+    if args.calibrate == "prior":
+        asked = [prompt.messages for prompt in prompts]
+        prior = labels.priors(chat.module, chat.tokenizer, asked, names)
+    for at in range(start, len(prompts), args.batch_size):
+        part = slice(at, at + args.batch_size)
         found = labels.logp(chat.module, ready[part], args.batch_size)
-        best = labels.calibrated(
+        fair = labels.calibrated(
             found, ready[part], args.calibrate, None if prior is None else prior[part]
-        ).argmax(1)
-        return [
-            {"answer": names[place], "logp": dict(zip(names, row.round(6).tolist()))}
-            for place, row in zip(best, found)
-        ]
+        )
+        for place, row in zip(fair.argmax(1), found):
+            yield {"answer": names[place], "logp": dict(zip(names, row.round(6).tolist()))}
 
-    # only whole batches are kept, so that every answer is made beside the same neighbours as in a
-    # straight run
-    start = (
-        len(lines) // args.batch_size * args.batch_size
-        if len(lines) < len(prompts)
-        else len(prompts)
-    )
-    part = out.with_name(out.name + ".part")
-    os.truncate(part, sum(len(line) + 1 for line in lines[:start]))
+
+def write_answers(
+    prompts: list[Prompt],
+    made: Iterator[dict],
+    metrics: list[str] | None,
+    out: Path,
+    lines: list[bytes],
+) -> None:
+    """Write prompts and what they are answered behind the lines that are kept, with their scores,
+    and publish the file. made: the fields of the prompts that have no line yet."""
+    scores = metrics and score.scorer(metrics, [prompt.fields["reference"] for prompt in prompts])
+    part, start = out.with_name(out.name + ".part"), len(lines)
+    os.truncate(part, sum(len(line) + 1 for line in lines))
     if start:
         print(f"chat: continues {out} after {start} of {len(prompts)} answers", flush=True)
     began = time.perf_counter()
-    with (
-        open(part, "ab") as part_file,
-        tqdm(
-            total=len(prompts), initial=start, unit=" answers", disable=None, dynamic_ncols=True
-        ) as bar,
-    ):
-        for at in range(start, len(prompts), args.batch_size):
-            torch.manual_seed(args.seed + at)
-            done = []
-            for (_, fields, _), made in zip(prompts[at:], answers(slice(at, at + args.batch_size))):
-                row = {**fields, **made} | (
-                    {"scores": scores(fields["reference"], made["answer"])} if scores else {}
-                )
-                done.append(json.dumps(row, ensure_ascii=False) + "\n")
-            part_file.write("".join(done).encode())
+    bar = tqdm(total=len(prompts), initial=start, unit=" answers", disable=None, dynamic_ncols=True)
+    with open(part, "ab") as part_file, bar:
+        for prompt, fields in zip(prompts[start:], made):
+            row = prompt.fields | fields
+            if scores:
+                row["scores"] = scores(row["reference"], row["answer"])
+            part_file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             part_file.flush()
-            bar.update(len(done))
+            bar.update()
     files.sync(part)
     os.replace(part, out)
     now, time_s = len(prompts) - start, time.perf_counter() - began
@@ -316,17 +438,11 @@ def speed(chat, ids, new=32, rounds=3):
             )
         best = [min(best[0], read - began), min(best[1], clock(device) - read)]
     held = [*chat.module.parameters(), *chat.module.buffers()]
-    held += [
-        value
-        for layer in getattr(made.past_key_values, "layers", ())
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor)
-    ]
-    memory = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else sum(value.nbytes for value in held)
-    )
+    for layer in getattr(made.past_key_values, "layers", ()):
+        held += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    memory = sum(value.nbytes for value in held)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
     return {
         "prompt_tok_per_s": prompt.shape[1] / best[0],
         "tok_per_s": new / best[1],
@@ -336,7 +452,7 @@ def speed(chat, ids, new=32, rounds=3):
     }
 
 
-def classify(args, read, folder):
+def classify_file(args, read, folder):
     """Write the classes of every line of --prompts into --out, the likeliest as its answer. read:
     see classifier.reader."""
     prompts, out = read_prompts(Path(args.prompts), None)[: args.limit or None], Path(args.out)
@@ -349,15 +465,11 @@ def classify(args, read, folder):
     if open_out(out, made, args.fresh) is None:
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         return
-    answers = read([messages[-1]["content"] for _, _, messages in prompts])
-    lines = [
-        {
-            **fields,
-            "answer": classes[0]["label"],
-            "p": {entry["label"]: round(entry["score"], 6) for entry in classes},
-        }
-        for (_, fields, _), classes in zip(prompts, answers)
-    ]
+    answers = read([prompt.messages[-1]["content"] for prompt in prompts])
+    lines = []
+    for prompt, classes in zip(prompts, answers):
+        p = {entry["label"]: round(entry["score"], 6) for entry in classes}
+        lines.append({**prompt.fields, "answer": classes[0]["label"], "p": p})
     files.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     out.with_name(out.name + ".part").unlink(missing_ok=True)
     print(f"chat: {len(lines)} classes in {args.out}")

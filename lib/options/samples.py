@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, flags, models
+from lib import data, flags, generate, models
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,7 @@ class Samples:
         """Return a model's greedy answers."""
         training, made = model.module.training, []
         model.module.eval()
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = self.tokenizer.eos_token_id
+        pad = generate.pad_token(model.module.generation_config, self.tokenizer)
         with torch.autocast(model.device.type, amp, enabled=amp is not None):
             for row in range(self.count):
                 prompt = torch.from_numpy(self.prompt(row).astype(np.int64))[None]

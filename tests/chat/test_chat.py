@@ -5,11 +5,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+)
 
 import chat
 from lib import checkpoints, files, template
-from lib.chat import talk
+from lib.chat import model, talk, terminal
 from lib.measure import prompts, score
 from lib.prepare import demo
 
@@ -170,8 +176,93 @@ def test_a_killed_file_continues_to_the_bytes_of_a_straight_run(
     straight = out.read_bytes()
     out.unlink()
     part.write_bytes(b"".join(line + b"\n" for line in straight.split(b"\n")[:whole_lines]) + torn)
-    chat.main(command)
+    chat.main([*command, "--batch-size", "3"])  # each prompt's seed is its own
     assert out.read_bytes() == straight and not part.exists()
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_on_no_neighbour(
+    checkpoint, prompt_file, tmp_path
+):
+    def sampled(name, seed="1", more=()):
+        chat.main(
+            [
+                "--ckpt",
+                str(checkpoint),
+                "--prompts",
+                str(prompt_file),
+                "--out",
+                str(tmp_path / name),
+                "--temperature",
+                "1.5",
+                "--seed",
+                seed,
+                *SHORT,
+                *more,
+            ]
+        )
+        return [row["answer"] for row in answers(tmp_path / name)]
+
+    first = sampled("a")
+    assert sampled("b", more=("--batch-size", "1")) == first != sampled("c", seed="9")
+    assert sampled("d", more=("--limit", "2")) == first[:2]
+    prompt_file.write_text(
+        "".join(json.dumps({"prompt": question}) + "\n" for question in [QUESTIONS[0]] * 5)
+    )
+    assert len({*sampled("e")}) > 1
+
+
+def test_an_answer_in_a_file_is_that_of_the_model_alone_when_a_word_ends_it(
+    checkpoint, prompt_file, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    whole = tokenizer(plain(checkpoint, QUESTIONS[0]), add_special_tokens=False).input_ids
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [5, whole[3]], "pad_token_id": 1})
+    )
+    files_ = ["--prompts", str(prompt_file), "--out", str(tmp_path / "out.jsonl")]
+    chat.main(["--ckpt", str(folder), "--greedy", *files_, *SHORT])
+    assert [row["answer"] for row in answers(tmp_path / "out.jsonl")] == [
+        plain(folder, question) for question in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("strange", ["memory", "settings"])
+def test_a_model_whose_rows_cannot_be_mixed_answers_a_file_one_by_one(
+    checkpoint, prompt_file, tmp_path, capsys, strange
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    if strange == "settings":
+        own = {"no_repeat_ngram_size": 2, "eos_token_id": 5, "pad_token_id": 1}
+        (folder / "generation_config.json").write_text(json.dumps(own))
+    else:
+        torch.manual_seed(0)
+        config = Lfm2Config(  # a convolution has a state, and no keys
+            vocab_size=demo.config({}).vocab_size,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            block_multiple_of=8,
+            eos_token_id=5,
+            pad_token_id=1,
+            initializer_range=0.3,
+        )
+        Lfm2ForCausalLM(config).save_pretrained(folder)
+    command = ["--ckpt", str(folder), "--prompts", str(prompt_file), *SHORT]
+    chat.main([*command, "--greedy", "--out", str(tmp_path / "greedy")])
+    assert "answered one at a time" in capsys.readouterr().out
+    wanted = [plain(folder, question) for question in QUESTIONS]
+    assert [row["answer"] for row in answers(tmp_path / "greedy")] == wanted
+    command += ["--temperature", "1.5", "--out", str(tmp_path / "sampled")]
+    chat.main(command)
+    straight = (tmp_path / "sampled").read_bytes()
+    (tmp_path / "sampled").unlink()
+    (tmp_path / "sampled.part").write_bytes(b"".join(straight.splitlines(keepends=True)[:3]))
+    chat.main(command)
+    assert (tmp_path / "sampled").read_bytes() == straight
 
 
 def test_a_continued_file_does_not_answer_again_what_it_has(checkpoint, prompt_file, tmp_path):
@@ -419,7 +510,7 @@ def test_unknown_commands_and_bad_paths_do_not_end_the_conversation(
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkpoint):
-    show, shown = talk.Printer.show, []
+    show, shown = terminal.Printer.show, []
 
     def interrupted(printer, text):
         show(printer, text)
@@ -427,7 +518,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, checkp
         if len(shown) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(talk.Printer, "show", interrupted)
+    monkeypatch.setattr(terminal.Printer, "show", interrupted)
     said = conversation(monkeypatch, capsys, checkpoint, [QUESTIONS[0], "/reset", QUESTIONS[2]])
     assert (
         said == f"{''.join(shown[:4])} (stopped)\nthe conversation is"
@@ -451,7 +542,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
 
 def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = chat.Chat(args, *chat.load(args))
+    talking = model.load(args)
     messages = [{"role": "system", "content": "Add the ones"}]
     for name in demo.PEOPLE:
         messages.append(
@@ -478,7 +569,7 @@ def test_streamed_text_is_the_decoding_of_all_tokens(capsys):
         def decode(self, ids, skip_special_tokens):
             return bytes(ids).decode(errors="replace")
 
-    printer = talk.Printer(Bytes())
+    printer = terminal.Printer(Bytes())
     printer.put(torch.tensor([[1, 2, 3]]))
     for byte in "né 日\n!".encode():
         printer.put(torch.tensor([byte]))
@@ -686,32 +777,6 @@ def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(
     )
 
 
-def test_a_file_of_answers_without_settings_of_scores_is_still_known(
-    checkpoint, prompt_file, tmp_path, capsys
-):
-    """What chat.py wrote before there were scores: its meta.json has none of their settings."""
-    out = tmp_path / "out.jsonl"
-    command = [
-        "--ckpt",
-        str(checkpoint),
-        "--greedy",
-        "--prompts",
-        str(prompt_file),
-        "--out",
-        str(out),
-        *SHORT,
-    ]
-    chat.main(command)
-    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
-    older = {
-        name: value
-        for name, value in meta.items()
-        if name not in ("limit", "metrics", "labels", "calibrate")
-    }
-    (tmp_path / "out.jsonl.meta.json").write_text(json.dumps(older))
-    assert "finished already" in finished(command, capsys)
-
-
 def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
     command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
     chat.main(command)
@@ -793,7 +858,7 @@ def test_a_data_folder_without_held_out_prompts_is_refused(checkpoint, tmp_path,
 @pytest.mark.parametrize("context", [256, 40, 3])
 def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(checkpoint, context):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = chat.Chat(args, *chat.load(args))
+    talking = model.load(args)
     talking.context = context
     lengths, forward = [], talking.module.forward
 

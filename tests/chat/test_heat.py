@@ -42,7 +42,7 @@ def test_kl_and_probabilities_are_those_of_float64_over_all_tokens_that_both_kno
     pair, order, teacher_prompt
 ):
     student, teacher = pair[::order]
-    found = heat.places(
+    found = heat.compare_tokens(
         student, teacher, make.tokenizer(), PROMPT, ANSWER, top=4, teacher_prompt=teacher_prompt
     )
     logq, logp = exact(student, PROMPT, 64), exact(teacher, teacher_prompt or PROMPT, 64)
@@ -70,15 +70,19 @@ def test_kl_and_probabilities_are_those_of_float64_over_all_tokens_that_both_kno
 
 
 def test_a_student_that_is_its_teacher_is_nowhere_apart(pair):
-    found = heat.places(pair[0], pair[0], make.tokenizer(), PROMPT, ANSWER)
+    found = heat.compare_tokens(pair[0], pair[0], make.tokenizer(), PROMPT, ANSWER)
     assert [place.kl for place in found] == [0.0] * len(ANSWER) and all(
         place.student == place.teacher for place in found
     )
-    assert heat.places(*pair, make.tokenizer(), PROMPT, []) == []
+    assert heat.compare_tokens(*pair, make.tokenizer(), PROMPT, []) == []
 
 
 def test_logits_are_made_in_chunks_and_nothing_depends_on_their_size(pair, monkeypatch):
-    whole, sizes, plain = heat.places(*pair, make.tokenizer(), PROMPT, ANSWER), [], head.Head.logits
+    whole, sizes, plain = (
+        heat.compare_tokens(*pair, make.tokenizer(), PROMPT, ANSWER),
+        [],
+        head.Head.logits,
+    )
 
     def counted(self, hidden, *rest):
         sizes.append(len(hidden))
@@ -86,7 +90,7 @@ def test_logits_are_made_in_chunks_and_nothing_depends_on_their_size(pair, monke
 
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 64 * 3)
     monkeypatch.setattr(head.Head, "logits", counted)
-    cut = heat.places(*pair, make.tokenizer(), PROMPT, ANSWER)
+    cut = heat.compare_tokens(*pair, make.tokenizer(), PROMPT, ANSWER)
     assert sizes == [3, 3, 3, 3, 2, 2]
     for one, two in zip(whole, cut, strict=True):
         assert (one.id, one.text) == (two.id, two.text)
@@ -99,7 +103,7 @@ def test_a_token_that_only_one_of_the_two_knows_is_refused_in_one_line(pair):
     with pytest.raises(
         SystemExit, match="saw token 70; wanted those that both models know, below 64"
     ):
-        heat.places(*pair, make.tokenizer(), PROMPT, [20, 70])
+        heat.compare_tokens(*pair, make.tokenizer(), PROMPT, [20, 70])
 
 
 def test_half_precision_is_compared_in_float32(pair, tmp_path):
@@ -107,7 +111,7 @@ def test_half_precision_is_compared_in_float32(pair, tmp_path):
         str(make.model(tmp_path / "half", seed=1, vocab=80)), CPU, torch.bfloat16
     ).module
     rough, fine = (
-        heat.places(pair[0], teacher, make.tokenizer(), PROMPT, ANSWER)
+        heat.compare_tokens(pair[0], teacher, make.tokenizer(), PROMPT, ANSWER)
         for teacher in (half, pair[1])
     )
     assert [place.kl for place in rough] == pytest.approx([place.kl for place in fine], rel=0.3)
@@ -163,15 +167,15 @@ def test_pieces_joined_are_the_decoding_and_a_character_is_never_cut(maker, text
     ids = tokenizer(text, add_special_tokens=False).input_ids
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     assert (
-        "".join(heat.pieces(tokenizer, ids)) == decoded or maker is make.tokenizer
+        "".join(heat.token_texts(tokenizer, ids)) == decoded or maker is make.tokenizer
     )  # its unknown words are a special token
     end = tokenizer.eos_token_id
-    assert heat.pieces(tokenizer, [*ids, end]) == [
-        *heat.pieces(tokenizer, ids),
+    assert heat.token_texts(tokenizer, [*ids, end]) == [
+        *heat.token_texts(tokenizer, ids),
         tokenizer.eos_token,
     ]
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in heat.pieces(tokenizer, ids))
+        assert not any("\ufffd" in piece for piece in heat.token_texts(tokenizer, ids))
 
 
 @pytest.mark.parametrize("maker", (tiny, llama2))
@@ -179,7 +183,7 @@ def test_pieces_joined_are_the_decoding_and_a_character_is_never_cut(maker, text
 def test_a_character_that_was_never_finished_is_in_the_text_too(maker, end):
     tokenizer = maker()
     ids = tokenizer("Pa🎉", add_special_tokens=False).input_ids[:-2]
-    pieces = heat.pieces(tokenizer, ids + [tokenizer.eos_token_id] * end)
+    pieces = heat.token_texts(tokenizer, ids + [tokenizer.eos_token_id] * end)
     assert "".join(pieces[: len(ids)]) == tokenizer.decode(ids) and "\ufffd" in pieces[len(ids) - 1]
     assert pieces[len(ids) :] == [tokenizer.eos_token] * end
 
@@ -188,7 +192,7 @@ def test_special_tokens_in_the_midst_are_named_and_leave_the_text_as_it_is():
     tokenizer = llama2()
     ids = tokenizer("Paris Paris", add_special_tokens=False).input_ids
     ids = [1, *ids[:2], 1, *ids[2:], 2]
-    pieces = heat.pieces(tokenizer, ids)
+    pieces = heat.token_texts(tokenizer, ids)
     assert [piece for piece in pieces if piece.startswith("<")] == ["<s>", "<s>", "</s>"]
     assert (
         "".join(piece for piece in pieces if not piece.startswith("<"))
@@ -207,12 +211,12 @@ def test_a_word_is_named_as_it_stands_inside_of_a_sentence():
 
 def test_tokens_are_comparable_only_where_every_number_means_the_same():
     one = make.tokenizer()
-    assert heat.apart(one, make.tokenizer()) is None
+    assert heat.incomparable(one, make.tokenizer()) is None
     assert (
-        heat.apart(one, make.tokenizer("v"))
+        heat.incomparable(one, make.tokenizer("v"))
         == "the teacher has other tokens than the student: number 4 is 'v0' to it, 'w0' to the"
         " student"
     )
-    assert "number 61 is 'w57' to it, nothing to the student" in heat.apart(
+    assert "number 61 is 'w57' to it, nothing to the student" in heat.incomparable(
         one, make.tokenizer(size=62)
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import chat
-from lib.chat import serve
+from lib.chat import model, serve
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,9 +61,12 @@ def server(run):
             "24",
         ]
     )
-    listening = serve.listen(args)
+    listening = serve.open_socket(args)
     made = serve.Server(
-        args, dict(zip(("student", "teacher"), chat.both(args))), run / "stage2" / "best", listening
+        args,
+        dict(zip(("student", "teacher"), model.both(args))),
+        run / "stage2" / "best",
+        listening,
     )
     yield made
     made.stop()

@@ -32,7 +32,8 @@ from transformers import (
 
 import chat
 from lib import generate, template
-from lib.chat import api, engine, serve
+from lib.chat import api, engine, routes, serve
+from lib.chat import model as chat_model
 from lib.chat.text import Text
 from lib.prepare import demo
 
@@ -72,8 +73,8 @@ def served(run, *argv, teacher=False):
         *argv,
     ]
     args = chat.parse_args(argv + (["--teacher", str(run / "teacher")] if teacher else []))
-    listening = serve.listen(args)
-    student, other = chat.both(args)
+    listening = serve.open_socket(args)
+    student, other = chat_model.both(args)
     chats = {"student": student} | ({"teacher": other} if other else {})
     return serve.Server(args, chats, run / "stage2/best", listening)
 
@@ -1093,7 +1094,7 @@ def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
         ["--ckpt", str(run / "stage2"), "--serve", "--port", "0", "--device", "cpu", "--greedy"],
         tmp_path / "log",
     )
-    with process(log, make.never_ends, "generate", "Batch", "step", "chat", argv) as (
+    with process(log, make.never_ends, "generate", "InFlight", "step", "chat", argv) as (
         child,
         stream,
     ):
@@ -1110,7 +1111,7 @@ def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "both", interrupted)
+    monkeypatch.setattr(chat_model, "both", interrupted)
     for more in ([], ["--serve", "--port", "0"]):
         with pytest.raises(SystemExit) as end:
             chat.main(["--ckpt", str(run / "stage2"), *more])
@@ -1118,7 +1119,7 @@ def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
 
 
 def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
-    wanted = {name: path.resolve() for name, path in serve.run_files(run / "stage2/best").items()}
+    wanted = {name: path.resolve() for name, path in routes.run_files(run / "stage2/best").items()}
     for folder, name in (
         (run, "stage2/best"),
         (run / "stage2", "best"),
@@ -1127,7 +1128,7 @@ def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
     ):
         monkeypatch.chdir(folder)
         assert (
-            {name: path.resolve() for name, path in serve.run_files(Path(name)).items()}
+            {name: path.resolve() for name, path in routes.run_files(Path(name)).items()}
             == wanted
             != {}
         )
@@ -1237,9 +1238,9 @@ def test_a_heatmap_is_zero_for_a_student_that_is_its_teacher_and_not_for_another
     )
     same = serve.Server(
         args,
-        dict(zip(("student", "teacher"), chat.both(args))),
+        dict(zip(("student", "teacher"), chat_model.both(args))),
         run / "stage2/best",
-        serve.listen(args),
+        serve.open_socket(args),
     )
     try:
         assert (
@@ -1298,14 +1299,14 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_ask
 
 def test_many_heatmaps_at_once_leave_the_servers_threads_to_others(run, server):
     body = {"messages": user("How many?"), "answer": "6"}
-    with concurrent.futures.ThreadPoolExecutor(2 * serve.HEATS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2 * routes.HEATS) as pool:
         with frozen(server):
             futures = [
-                pool.submit(ask, server.url, "/v1/heatmap", body) for _ in range(2 * serve.HEATS)
+                pool.submit(ask, server.url, "/v1/heatmap", body) for _ in range(2 * routes.HEATS)
             ]
-            until(lambda: sum(future.done() for future in futures) == serve.HEATS)
+            until(lambda: sum(future.done() for future in futures) == routes.HEATS)
         made = [future.result() for future in futures]
-    assert sorted(status for status, _, _ in made) == [200] * serve.HEATS + [429] * serve.HEATS
+    assert sorted(status for status, _, _ in made) == [200] * routes.HEATS + [429] * routes.HEATS
     assert all(headers["Retry-After"] == "1" for status, headers, _ in made if status == 429)
     assert ask(server.url, "/v1/heatmap", body)[0] == 200
 
@@ -1314,9 +1315,9 @@ def test_a_heatmap_that_does_not_fit_into_memory_says_so(server, monkeypatch):
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for _ in range(serve.HEATS + 1):
+    for _ in range(routes.HEATS + 1):
         with monkeypatch.context() as patch:
-            patch.setattr("lib.chat.heat.places", no_memory)
+            patch.setattr("lib.chat.heat.compare_tokens", no_memory)
             status, _, text = ask(
                 server.url, "/v1/heatmap", {"messages": user("How many?"), "answer": "6"}
             )
@@ -1330,7 +1331,8 @@ def test_a_streams_lines_end_where_they_should_whatever_the_text():
     text, events = "a\u2028b\u0085c\u2029 caf\u00e9 \U0001f600\r\n\n", queue.SimpleQueue()
     events.put(engine.Event(0, text, finish="stop"))
     jobs = [engine.Job([5], 9, generate.Sampling(), 0, time.monotonic() + 9, events)]
-    lines = "".join(api.stream(None, True, {}, jobs, [[5]], False, lambda: False)).splitlines()
+    asked = api.Asked(SimpleNamespace(id="m"), True, [[5]], jobs)
+    lines = "".join(api.event_stream(asked, lambda: False)).splitlines()
     assert all(line == "" or line.startswith("data: ") for line in lines)
     said = [
         json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import chat
 from lib import files, template
-from lib.chat import heat, talk
+from lib.chat import heat, model, talk, terminal
 from lib.prepare import demo
 
 QUESTIONS = ["Ann has 38 apples.", "How many?", "Tom has 71 pens and Eva has 12."]
@@ -87,7 +87,7 @@ def converse(world, monkeypatch, capsys):
 
 def talking(world, *more):
     args = chat.parse_args(["--ckpt", str(world / "student"), "--greedy", *SHORT, *more])
-    return talk.Conversation(*chat.both(args), args)
+    return talk.Conversation(*model.both(args), args)
 
 
 # --- commands
@@ -242,7 +242,7 @@ def test_the_history_is_where_xdg_says(monkeypatch):
         ("relative", "/home/ann/.local/state"),
     ):
         monkeypatch.setenv("XDG_STATE_HOME", state)
-        assert str(talk.history_file()) == f"{wanted}/distil/chat_history"
+        assert str(terminal.history_file()) == f"{wanted}/distil/chat_history"
 
 
 # --- the cache of the turn before
@@ -261,7 +261,7 @@ def test_a_turn_reads_only_what_is_new_and_answers_the_same(world):
     for question in (*QUESTIONS, QUESTIONS[0]):
         messages.append({"role": "user", "content": question})
         read.clear()
-        talk.say(here, question)
+        talk.answer_message(here, question)
         assert here.messages[-1]["content"] == plain(world / "student", messages)
         assert (
             0 < read[0] <= len(here.said[1]) - before
@@ -283,10 +283,10 @@ def test_an_answer_stopped_within_a_step_leaves_no_half_token_in_the_cache(world
             raise KeyboardInterrupt
 
     hook = layers[1].register_forward_pre_hook(interrupted)
-    talk.say(here, QUESTIONS[0])
+    talk.answer_message(here, QUESTIONS[0])
     hook.remove()
     assert "(stopped)" in capsys.readouterr().out and 0 < len(here.said[2]) < 12
-    talk.say(here, QUESTIONS[1])
+    talk.answer_message(here, QUESTIONS[1])
     assert here.messages[-1]["content"] == plain(world / "student", here.messages[:-1])
 
 
@@ -307,10 +307,10 @@ def test_a_cache_that_cannot_be_cut_is_not_kept(tmp_path):
         MistralConfig(sliding_window=8, eos_token_id=3, pad_token_id=3, **small)
     ).save_pretrained(folder)
     args = chat.parse_args(["--ckpt", str(folder), "--greedy", *SHORT])
-    here = talk.Conversation(chat.Chat(args, *chat.load(args)), None, args)
+    here = talk.Conversation(model.load(args), None, args)
     assert here.student.remembered([1, 2, 3]) is None
     for question in ("w5 w6 w7", "w9"):
-        talk.say(here, question)
+        talk.answer_message(here, question)
         assert here.messages[-1]["content"] == plain(folder, here.messages[:-1])
 
 
@@ -374,7 +374,7 @@ def test_settings_are_changed_for_both_and_each_keeps_its_own_defaults(
 
 
 def test_ctrl_c_stops_one_answer_and_the_other_begins(converse, world, monkeypatch):
-    plain_show = talk.Printer.show
+    plain_show = terminal.Printer.show
 
     def interrupted(printer, text):
         plain_show(printer, text)
@@ -383,7 +383,7 @@ def test_ctrl_c_stops_one_answer_and_the_other_begins(converse, world, monkeypat
             raise KeyboardInterrupt
 
     shown = []
-    monkeypatch.setattr(talk.Printer, "show", interrupted)
+    monkeypatch.setattr(terminal.Printer, "show", interrupted)
     said = converse([QUESTIONS[0]], "--teacher", str(world / "teacher")).splitlines()
     assert said == [
         "teacher:",
@@ -399,12 +399,12 @@ def test_diff_shows_the_tokens_that_were_written_and_where_the_two_are_furthest_
     here = talking(world, "--teacher", str(world / "teacher"))
     talk.obey(here, "/diff")
     assert "nothing was answered yet" in capsys.readouterr().out
-    talk.say(here, QUESTIONS[0])
+    talk.answer_message(here, QUESTIONS[0])
     capsys.readouterr()
     talk.obey(here, "/diff")
     said = capsys.readouterr().out
     ids, tokens = here.said[1:]
-    found = heat.places(
+    found = heat.compare_tokens(
         here.student.module, here.teacher.module, here.student.tokenizer, ids, tokens
     )
     marked = "".join(
@@ -435,8 +435,8 @@ def test_a_diff_that_does_not_fit_into_memory_ends_no_conversation(world, monkey
         raise torch.OutOfMemoryError("CUDA out of memory\nmore")
 
     here = talking(world, "--teacher", str(world / "teacher"))
-    talk.say(here, QUESTIONS[0])
-    monkeypatch.setattr("lib.chat.heat.places", no_memory)
+    talk.answer_message(here, QUESTIONS[0])
+    monkeypatch.setattr("lib.chat.heat.compare_tokens", no_memory)
     talk.obey(here, "/diff")
     assert (
         capsys.readouterr().out.splitlines()[-1]
@@ -484,11 +484,11 @@ def test_a_gguf_file_is_a_teacher_with_the_students_tokenizer(tmp_path, capsys):
     to_gguf(
         tmp_path / "teacher", tmp_path / "other.gguf", [*WORDS[:7], WORDS[8], WORDS[7], *WORDS[9:]]
     )
-    student, teacher = chat.both(chat.parse_args(command("teacher.gguf")))
+    student, teacher = model.both(chat.parse_args(command("teacher.gguf")))
     assert teacher.tokenizer is student.tokenizer
-    _, wanted = chat.both(chat.parse_args(command("teacher")))
+    _, wanted = model.both(chat.parse_args(command("teacher")))
     places = [
-        heat.places(wanted.module, other.module, wanted.tokenizer, [1, 7, 2], [8, 9, 3])
+        heat.compare_tokens(wanted.module, other.module, wanted.tokenizer, [1, 7, 2], [8, 9, 3])
         for other in (teacher, student)
     ]
     assert max(place.kl for place in places[0]) < 1e-6 < 0.1 < max(place.kl for place in places[1])
@@ -534,13 +534,13 @@ def test_control_characters_of_a_model_never_reach_a_terminal(monkeypatch):
         (io.StringIO(), text + "\n"),
     ):
         monkeypatch.setattr(sys, "stdout", stdout)
-        printer = talk.Printer(tokenizer)
+        printer = terminal.Printer(tokenizer)
         printer.put(torch.tensor([[1, 2]]))
         for token in ids:
             printer.put(torch.tensor([token]))
         printer.end()
         assert stdout.getvalue() == shown and printer.text == text
-    places = [heat.Place(0, text, 9.0, [(text, 1.0)], [(text, 1.0)], 1.0, 1.0)]
+    places = [heat.ComparedToken(0, text, 9.0, [(text, 1.0)], [(text, 1.0)], 1.0, 1.0)]
     assert not {*(talk.heated(places) + talk.furthest(places))} & {
         *map(chr, range(128, 160)),
         *"\x1b\x07\r\x7f",
@@ -558,18 +558,18 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch, environment, colo
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert (
-        talk.colours() is colours
+        terminal.takes_colours() is colours
         and (talk.shaded("x", 1.5) == "\x1b[38;5;16;48;5;210mx\x1b[0m") is colours
     )
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert not talk.colours() and talk.paint("x", "2") == "x"
+    assert not terminal.takes_colours() and terminal.paint("x", "2") == "x"
 
 
 def test_a_token_is_shaded_by_its_kl_and_a_line_end_by_a_picture_of_it(monkeypatch):
-    monkeypatch.setattr(talk, "colours", lambda: True)
+    monkeypatch.setattr(terminal, "takes_colours", lambda: True)
 
     def place(text, kl):
-        return heat.Place(0, text, kl, [], [], 0.0, 0.0)
+        return heat.ComparedToken(0, text, kl, [], [], 0.0, 0.0)
 
     def on(text, shade):
         return f"\x1b[38;5;16;48;5;{shade}m{text}\x1b[0m"
@@ -578,25 +578,25 @@ def test_a_token_is_shaded_by_its_kl_and_a_line_end_by_a_picture_of_it(monkeypat
         [place(" a", 0.09), place("b", 0.1), place("", 2.5), place("é", 0.0)]
     ) == " a" + on("b", 224) + on("é", 203)
     assert talk.shaded("x\n\n", 0.5) == on("x\u21b5", 217) + "\n" + on("\u21b5", 217) + "\n"
-    monkeypatch.setattr(talk, "colours", lambda: False)
+    monkeypatch.setattr(terminal, "takes_colours", lambda: False)
     assert talk.heated([place(" a", 0.5), place("b\n", 1.26)]) == " ab[1.3]\n"
 
 
 def test_the_numbers_below_an_answer_say_why_it_was_cut(world):
     here = talking(world)
-    printer = talk.Printer(here.student.tokenizer)
+    printer = terminal.Printer(here.student.tokenizer)
     printer.tokens, printer.times = list(range(12)), [0.0, 1.0, 3.0]
     assert (
-        talk.numbers(here.student, [1] * 9, printer)
+        talk.footnote(here.student, [1] * 9, printer)
         == "12 tokens, 5.5 tokens/s; greedy; cut at 12 tokens; /tokens N"
     )
-    assert talk.numbers(here.student, [1] * 244, printer).endswith(
+    assert talk.footnote(here.student, [1] * 244, printer).endswith(
         "; greedy; cut where the 256 tokens that the model sees are full"
     )
     printer.tokens[-1] = here.student.how.eos_token_id[0]
-    assert talk.numbers(here.student, [1] * 9, printer) == "12 tokens, 5.5 tokens/s; greedy"
+    assert talk.footnote(here.student, [1] * 9, printer) == "12 tokens, 5.5 tokens/s; greedy"
     printer.tokens = [7]
-    assert talk.numbers(here.student, [1], printer) == "1 token; greedy"
+    assert talk.footnote(here.student, [1], printer) == "1 token; greedy"
 
 
 def in_terminal(argv, slave, environment):
@@ -614,8 +614,8 @@ def in_terminal(argv, slave, environment):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    put = talk.Printer.put
-    talk.Printer.put = lambda printer, value: (time.sleep(0.02), put(printer, value))
+    put = terminal.Printer.put
+    terminal.Printer.put = lambda printer, value: (time.sleep(0.02), put(printer, value))
     chat.main(argv)
 
 

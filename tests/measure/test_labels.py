@@ -45,7 +45,7 @@ def plain(module, tokenizer, messages, label):
 
 
 def encoded(tokenizer, prompts=PROMPTS, names=NAMES, **more):
-    return [labels.encode(tokenizer, messages, names, **more) for messages in prompts]
+    return [labels.encode_labels(tokenizer, messages, names, **more) for messages in prompts]
 
 
 def test_it_is_the_likelihood_of_a_plain_forward_pass(module):
@@ -99,7 +99,7 @@ def test_labels_are_whole_answers_so_that_all_of_them_share_one_mass(module):
 
 def test_the_end_of_the_turn_is_a_labels_last_token():
     (_, with_end), (_, without) = (
-        labels.encode(make.tokenizer(), PROMPTS[0], NAMES, end=end) for end in (True, False)
+        labels.encode_labels(make.tokenizer(), PROMPTS[0], NAMES, end=end) for end in (True, False)
     )
     assert [ids[-1] for ids, _ in with_end] == [3] * 4 and [ids[:-1] for ids, _ in with_end] == [
         ids for ids, _ in without
@@ -110,7 +110,7 @@ def test_the_end_of_the_turn_is_a_labels_last_token():
 def test_tokens_at_the_border_are_those_of_training(name):
     tokenizer = tiny_tokenizers.model(name)
     messages = tiny_tokenizers.chat("Is it good?")
-    prompt, tails = labels.encode(tokenizer, messages, ["good", "bad film"])
+    prompt, tails = labels.encode_labels(tokenizer, messages, ["good", "bad film"])
     assert prompt == template.prompt_ids(tokenizer, messages)
     for label, (ids, scored) in zip(("good", "bad film"), tails):
         ((whole, answer),) = template.encode(
@@ -136,7 +136,7 @@ def test_a_label_that_merges_with_the_prompts_last_character_is_scored_as_traini
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         tiny_tokenizers.chat("How?"),
     )
-    prompt, tails = labels.encode(tokenizer, messages, ["good", "bad"])
+    prompt, tails = labels.encode_labels(tokenizer, messages, ["good", "bad"])
     assert len({tuple(ids[:1]) for ids, _ in tails}) == 2 and tokenizer.decode(prompt).endswith(
         "A:"
     )
@@ -215,4 +215,4 @@ def test_labels_are_those_listed_or_the_references():
 
 def test_a_label_that_the_template_does_not_show_is_refused():
     with pytest.raises(SystemExit, match="the label ' ' cannot be an answer"):
-        labels.encode(make.tokenizer(), PROMPTS[0], ["w5", " "])
+        labels.encode_labels(make.tokenizer(), PROMPTS[0], ["w5", " "])

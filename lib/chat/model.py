@@ -1,0 +1,175 @@
+"""A model that answers: with its tokenizer, its way to sample, and the memory of a conversation."""
+
+import argparse
+import copy
+import os
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from lib import checkpoints, flags, generate, models, template
+
+# flags that go before the checkpoint's generation_config, which has them under the same names
+SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add how tokens are chosen; None leaves it to the checkpoint's generation_config."""
+    own = "(default: the checkpoint's own)"
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help=f"sample at this temperature; 0 = --greedy {own}",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help=f"sample among the likeliest tokens of this mass {own}",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help=f"sample among this many tokens; 0 = off {own}"
+    )
+    parser.add_argument("--repetition-penalty", type=float, metavar="X", help=f"1 = off {own}")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: the checkpoint's own, else 512)",
+    )
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) settings that cannot be sampled with."""
+    given = [name for name in SETTINGS if getattr(args, name) is not None]
+    for name in given:
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if args.greedy and name in ("temperature", "top_p", "top_k"):
+            parser.error(f"--greedy and {flag} exclude each other")
+        if name in ("temperature", "top_k") and value < 0:
+            parser.error(f"{flag} is {value}, wanted 0 or more")
+    above_zero = ("top_p", "repetition_penalty", "max_new_tokens")
+    flags.positive(parser, args, *(name for name in given if name in above_zero))
+    if args.top_p is not None and args.top_p > 1:
+        parser.error(f"--top-p is {args.top_p}, wanted at most 1")
+
+
+class Chat:
+    """A model, its tokenizer and how to sample. context: most tokens of prompt and answer together,
+    or None."""
+
+    def __init__(self, args, module, tokenizer):
+        self.module, self.device, self.tokenizer = module, module.device, tokenizer
+        self.context = generate.context_of(module)
+        self.past = ([], DynamicCache())  # tokens of the last turn of a conversation, and its cache
+        self.choose(args)
+
+    def choose(self, args):
+        """Sample as these arguments say, and where they say nothing as the checkpoint's
+        generation_config does."""
+        how = copy.deepcopy(self.module.generation_config)
+        for name in SETTINGS:
+            if getattr(args, name) is not None:
+                setattr(how, name, getattr(args, name))
+        if args.temperature or args.top_p is not None or args.top_k is not None:
+            how.do_sample = True
+        if args.greedy or args.temperature == 0 or not how.do_sample:
+            how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
+        how.max_new_tokens, how.max_length, how.num_beams = how.max_new_tokens or 512, None, 1
+        how.eos_token_id = generate.end_tokens(how, self.tokenizer.eos_token_id) or None
+        how.pad_token_id = generate.pad_token(how, self.tokenizer)
+        self.how = how
+
+    def sampling(self, temperature=None, top_p=None) -> generate.Sampling:
+        """Return the way to sample as lib/generate.py takes it, with what is given in its place."""
+        return generate.sampling_of(self.how, self.tokenizer, temperature, top_p)
+
+    def ids(self, messages):
+        """Return the prompt's token ids, ready for the answer."""
+        return template.prompt_ids(self.tokenizer, messages)
+
+    def fit(self, messages):
+        """Return (prompt ids, messages dropped): the oldest turns go, until a quarter of the
+        context, or the longest answer, has room.
+
+        Worked example: system, user, assistant, user becomes system, user. The system prompt and
+        the last message stay.
+        """
+        kept, first = list(messages), int(messages[0]["role"] == "system")
+        ids = self.ids(kept)
+        while (
+            self.context
+            and len(ids) + min(self.how.max_new_tokens, self.context // 4) > self.context
+            and len(kept) > first + 2
+        ):
+            del kept[first : first + 2]
+            ids = self.ids(kept)
+        return ids, len(messages) - len(kept)
+
+    def remembered(self, ids):
+        """Return the cache of the turn before, cut to the tokens that `ids` begins with as well: a
+        conversation is not read anew at every turn. None where a model's memory is more than keys
+        and values of every token, which cannot be cut (sliding windows, Mamba).
+        """
+        plain = DynamicCache(config=self.module.config.get_text_config()).layers
+        if any(type(layer) is not DynamicLayer for layer in plain):
+            return None
+        known, cache = self.past
+        common = len(os.path.commonprefix([known, ids]))
+        # one token is left to be read: its logits are wanted. A layer may be one token longer than
+        # others, if Ctrl-C came in between
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        held = min([common, len(ids) - 1, *lengths])
+        for layer in cache.layers:
+            layer.crop(held - layer.get_seq_length())
+        self.past = (ids, cache)
+        return cache
+
+    @torch.inference_mode()
+    def answer(self, ids, streamer=None):
+        """Return the answer to a prompt's token ids. With a streamer it is a turn of a
+        conversation: heard of token by token, and remembered."""
+        how = copy.deepcopy(self.how)
+        if self.context:
+            how.max_new_tokens = min(how.max_new_tokens, self.context - len(ids))
+        cache = self.remembered(ids) if streamer is not None else None
+        tokens = torch.tensor([ids], device=self.device)
+        written = self.module.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            generation_config=how,
+            streamer=streamer,
+            past_key_values=cache,
+        )[0].tolist()  # the prompt, and the answer
+        if cache is not None:
+            self.past = (written, cache)
+        return self.tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
+
+
+def load(args, name=None, student=None):
+    """Return the Chat of the model `name` (None: --ckpt). A GGUF file gets the tokenizer of the
+    `student`, if it has its tokens."""
+    device = models.pick_device(args.device, args.threads)
+    folder = checkpoints.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
+    if student is not None and checkpoints.is_gguf(folder):
+        tokenizer = student.tokenizer
+        checkpoints.check_gguf_vocabulary(folder, tokenizer, args.ckpt)
+    else:
+        tokenizer = template.load_tokenizer(
+            checkpoints.with_tokenizer(folder), args.trust_remote_code
+        )
+        template.ensure_template(tokenizer)
+    dtype = models.pick_dtype(args.dtype, device, folder)
+    model = models.load(
+        str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
+    )
+    return Chat(args, model.module, tokenizer)
+
+
+def both(args):
+    """Return the Chat of --ckpt, and that of --teacher or None."""
+    student = load(args)
+    return student, None if args.teacher is None else load(args, args.teacher, student)
