@@ -418,7 +418,7 @@ def test_a_teacher_whose_labels_come_in_another_order_is_put_right(world, tmp_pa
     )
 
 
-# --- the road
+# --- the pipeline
 
 
 def test_stage_2_brings_the_student_nearer_to_its_teacher_and_plain_transformers_reads_it(
