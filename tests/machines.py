@@ -15,25 +15,26 @@ ROOT = Path(__file__).parent.parent
 MACHINES = {  # a name, and the environment that makes this machine another one
     "default": {"ATEN_CPU_CAPABILITY": "default"},  # torch's kernels without vector instructions
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "mkl": {"MKL_CBWR": "COMPATIBLE"},  # products in the order that every processor can follow
+    "threads": {"TEST_THREADS": "4"},
+    "reverse": {"TEST_ORDER": "reverse"},
     "onednn-sse41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     "onednn-avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "mkl": {"MKL_CBWR": "COMPATIBLE"},  # products in the order that every processor can follow
-    "threads-1": {"TEST_THREADS": "1"},
-    "threads-4": {"TEST_THREADS": "4"},
-    "reverse": {"TEST_ORDER": "reverse"},
 }
-# what holds weights and figures of trained models against each other, and what only kills, reads
-# flags or counts bytes: that is the same on every machine
+ONEDNN = ("-k", "half or fp16 or bf16 or float16 or dtype or autocast")  # all that it multiplies
+# the rooms whose tests hold figures and weights against each other; and their files that kill, read
+# flags or time instead, which is the same on every machine
 TESTS = ("tests/core", "tests/teacher", "tests/options", "tests/pipeline")
-SAME = ("test_bench", "test_errors", "test_readme", "test_resume", "test_imports", "test_track")
+SAME = "bench deploy domain errors imports readme resume tags track".split()
 PYTEST = "-n auto --dist loadfile --no-loadscope-reorder -q --no-header -p no:cacheprovider"
 
 
-def run(environment: dict[str, str]) -> tuple[bool, str]:
-    """Run the tests under an environment: whether they passed, and what pytest said at its end."""
-    left_out = [f"--ignore-glob=*/{name}.py" for name in SAME]
+def run(name: str, environment: dict[str, str]) -> tuple[bool, str]:
+    """Run the tests as a machine does: whether they passed, and what pytest said at its end."""
+    chosen = [f"--ignore-glob=*/test_{file}.py" for file in SAME]
+    chosen += ONEDNN if name.startswith("onednn") else ()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *TESTS, *left_out, *PYTEST.split()],
+        [sys.executable, "-m", "pytest", *TESTS, *chosen, *PYTEST.split()],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
@@ -50,7 +51,7 @@ def main(wanted: list[str]) -> int:
         if wanted and not name.startswith(tuple(wanted)):
             continue
         start = time.monotonic()
-        passed, said = run(environment)
+        passed, said = run(name, environment)
         good = good and passed
         variables = " ".join(f"{key}={value}" for key, value in environment.items())
         print(f"{name:13} {variables:28} {time.monotonic() - start:5.0f} s  {said}", flush=True)

@@ -49,19 +49,19 @@ def test_kl_and_probabilities_are_those_of_float64_over_all_tokens_that_both_kno
     kl = (logp.exp() * (logp - logq)).sum(-1)
     assert [place.id for place in found] == ANSWER and kl.min() > 0.1
     torch.testing.assert_close(
-        torch.tensor([place.kl for place in found]).double(), kl, rtol=1e-5, atol=1e-6
+        torch.tensor([place.kl for place in found]).double(), kl, rtol=1e-4, atol=1e-5
     )
     for name, logs in (("student", logq), ("teacher", logp)):
         here = torch.tensor([getattr(place, f"{name}_p") for place in found]).double()
         torch.testing.assert_close(
-            here, logs.exp()[range(len(ANSWER)), ANSWER], rtol=1e-4, atol=1e-7
+            here, logs.exp()[range(len(ANSWER)), ANSWER], rtol=1e-4, atol=1e-6
         )
         best, ids = logs.exp().topk(4)
         torch.testing.assert_close(
             torch.tensor([[p for _, p in getattr(place, name)] for place in found]).double(),
             best,
             rtol=1e-4,
-            atol=1e-7,
+            atol=1e-6,
         )
         words = heat.namer(make.tokenizer())
         assert [[word for word, _ in getattr(place, name)] for place in found] == [
@@ -94,7 +94,7 @@ def test_logits_are_made_in_chunks_and_nothing_depends_on_their_size(pair, monke
     assert sizes == [3, 3, 3, 3, 2, 2]
     for one, two in zip(whole, cut, strict=True):
         assert (one.id, one.text) == (two.id, two.text)
-        assert two.kl == pytest.approx(one.kl, rel=1e-5) and [word for word, _ in one.teacher] == [
+        assert two.kl == pytest.approx(one.kl, rel=1e-4) and [word for word, _ in one.teacher] == [
             word for word, _ in two.teacher
         ]
 

@@ -52,17 +52,17 @@ def test_it_is_the_likelihood_of_a_plain_forward_pass(module):
     wanted = [
         [plain(module, make.tokenizer(), messages, name) for name in NAMES] for messages in PROMPTS
     ]
-    np.testing.assert_allclose(labels.logp(module, encoded(make.tokenizer())), wanted, atol=1e-5)
+    np.testing.assert_allclose(labels.logp(module, encoded(make.tokenizer())), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 10, 100])
 def test_batch_size_padding_and_order_change_nothing(module, rows):
     rows_of = encoded(make.tokenizer())
     alone = np.concatenate([labels.logp(module, [row]) for row in rows_of])
-    np.testing.assert_allclose(labels.logp(module, rows_of, rows), alone, atol=1e-5)
-    np.testing.assert_allclose(labels.logp(module, rows_of[::-1], rows), alone[::-1], atol=1e-5)
+    np.testing.assert_allclose(labels.logp(module, rows_of, rows), alone, atol=1e-4)
+    np.testing.assert_allclose(labels.logp(module, rows_of[::-1], rows), alone[::-1], atol=1e-4)
     turned = encoded(make.tokenizer(), names=NAMES[::-1])
-    np.testing.assert_allclose(labels.logp(module, turned, rows), alone[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(labels.logp(module, turned, rows), alone[:, ::-1], atol=1e-4)
 
 
 def test_a_model_that_sees_a_window_alone_is_scored_as_by_itself(tmp_path):
@@ -81,7 +81,7 @@ def test_a_model_that_sees_a_window_alone_is_scored_as_by_itself(tmp_path):
     wanted = [
         [plain(module, make.tokenizer(), messages, name) for name in NAMES] for messages in PROMPTS
     ]
-    np.testing.assert_allclose(labels.logp(module, encoded(make.tokenizer()), 3), wanted, atol=1e-5)
+    np.testing.assert_allclose(labels.logp(module, encoded(make.tokenizer()), 3), wanted, atol=1e-4)
 
 
 def test_labels_are_whole_answers_so_that_all_of_them_share_one_mass(module):
@@ -141,7 +141,7 @@ def test_a_label_that_merges_with_the_prompts_last_character_is_scored_as_traini
         "A:"
     )
     wanted = [[plain(module, tokenizer, messages, label) for label in ("good", "bad")]]
-    np.testing.assert_allclose(labels.logp(module, [(prompt, tails)]), wanted, atol=1e-5)
+    np.testing.assert_allclose(labels.logp(module, [(prompt, tails)]), wanted, atol=1e-4)
 
 
 # --- calibration
@@ -163,7 +163,7 @@ def test_length_divides_by_the_labels_tokens_and_prior_subtracts_what_the_model_
         for name in NAMES
     ]
     np.testing.assert_allclose(
-        labels.calibrated(found, rows_of, "prior", prior), found - [alone], atol=1e-5
+        labels.calibrated(found, rows_of, "prior", prior), found - [alone], atol=1e-4
     )
 
 

@@ -360,9 +360,9 @@ def test_an_output_with_maps_equals_plain_sdpa_and_only_chosen_layers_are_comput
     monkeypatch.setattr(attention, "log_map", lambda *args: made.append(1) or whole_map(*args))
     with both.watch("student"):
         seen = student.hidden(batch)
-    torch.testing.assert_close(seen, plain.hidden(batch), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(seen, plain.hidden(batch), rtol=1e-5, atol=1e-5)
     assert len(made) == 1 and list(both.sides["student"].ear.maps) == [1]
-    with torch.no_grad():  # evaluation and generation take the fast road everywhere
+    with torch.no_grad():  # evaluation and generation use plain sdpa everywhere
         assert torch.equal(student.hidden(batch), plain.hidden(batch)) and len(made) == 1
         asked = dict(max_new_tokens=5, do_sample=False, pad_token_id=3)
         assert torch.equal(

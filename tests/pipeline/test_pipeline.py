@@ -1,4 +1,4 @@
-"""The whole road, script after script, as a user walks it: on the demo's data made small, and on
+"""The whole pipeline, script after script, as a user walks it: on the demo's data made small, and on
 real weights where they are."""
 
 import json
@@ -73,10 +73,10 @@ def dump_flags(out):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def pipeline(tmp_path_factory):
     """Walk it once: demo data -> teacher -> stage 1 -> logits -> stage 2 -> evaluation ->
     answers."""
-    out = tmp_path_factory.mktemp("road")
+    out = tmp_path_factory.mktemp("pipeline")
 
     def at(name):
         return str(out / name)
@@ -138,20 +138,22 @@ def road(tmp_path_factory):
     return out
 
 
-def test_stage_2_brings_the_student_nearer_to_its_teacher(road):
-    lines = [json.loads(line) for line in (road / "stage2/history.jsonl").read_text().splitlines()]
+def test_stage_2_brings_the_student_nearer_to_its_teacher(pipeline):
+    lines = [
+        json.loads(line) for line in (pipeline / "stage2/history.jsonl").read_text().splitlines()
+    ]
     evals = [line for line in lines if line["event"] == "eval"]
     assert evals[-1]["kl"] < 0.8 * evals[0]["kl"] and evals[-1]["ce"] < evals[0]["ce"]
 
 
-def test_stage_2_starts_where_stage_1_ended(road):
-    first = json.loads((road / "stage2/history.jsonl").read_text().splitlines()[0])
-    assert first["ce"] == pytest.approx(last_eval(road / "stage1")["ce"], abs=1e-5)
+def test_stage_2_starts_where_stage_1_ended(pipeline):
+    first = json.loads((pipeline / "stage2/history.jsonl").read_text().splitlines()[0])
+    assert first["ce"] == pytest.approx(last_eval(pipeline / "stage1")["ce"], abs=1e-5)
 
 
-def test_one_record_per_target_of_the_chunk_is_on_disk(road):
-    rows = np.load(road / "data-student/train.rows.npy")
-    records = np.load(road / "logits/chunk-0001/topk.npy", mmap_mode="r")
+def test_one_record_per_target_of_the_chunk_is_on_disk(pipeline):
+    rows = np.load(pipeline / "data-student/train.rows.npy")
+    records = np.load(pipeline / "logits/chunk-0001/topk.npy", mmap_mode="r")
     assert (
         len(records) == rows["targets"][50:100].sum()
         and records.dtype["gap"].shape == (16,)
@@ -159,8 +161,8 @@ def test_one_record_per_target_of_the_chunk_is_on_disk(road):
     )
 
 
-def test_a_run_leaves_what_the_design_promises(road):
-    assert {path.name for path in (road / "stage2").iterdir()} >= {
+def test_a_run_leaves_what_the_design_promises(pipeline):
+    assert {path.name for path in (pipeline / "stage2").iterdir()} >= {
         "best",
         "final",
         "history.jsonl",
@@ -168,17 +170,18 @@ def test_a_run_leaves_what_the_design_promises(road):
         "curves.png",
         "config.json",
     }
-    assert (road / "stage2/best/README.md").exists() and not (road / "stage2/last").exists()
+    assert (pipeline / "stage2/best/README.md").exists() and not (pipeline / "stage2/last").exists()
 
 
-def test_best_answers_in_plain_transformers_as_in_chat(road):
+def test_best_answers_in_plain_transformers_as_in_chat(pipeline):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     answers = [
-        json.loads(line) for line in (road / "stage2-eval/answers.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (pipeline / "stage2-eval/answers.jsonl").read_text().splitlines()
     ]
-    tokenizer = AutoTokenizer.from_pretrained(road / "stage2/best")
-    model = AutoModelForCausalLM.from_pretrained(road / "stage2/best")
+    tokenizer = AutoTokenizer.from_pretrained(pipeline / "stage2/best")
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "stage2/best")
     for line in answers[:5]:
         ids = tokenizer.apply_chat_template(
             line["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -189,11 +192,12 @@ def test_best_answers_in_plain_transformers_as_in_chat(road):
         assert tokenizer.decode(made, skip_special_tokens=True).strip() == line["answer"].strip()
 
 
-def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
-    compare.main([str(road), "--out", str(road / "comparison")])
-    made = json.loads((road / "comparison.json").read_text())["models"]
+def test_the_report_counts_exact_matches_and_draws_the_picture(pipeline, capsys):
+    compare.main([str(pipeline), "--out", str(pipeline / "comparison")])
+    made = json.loads((pipeline / "comparison.json").read_text())["models"]
     lines = [
-        json.loads(line) for line in (road / "teacher-eval/answers.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (pipeline / "teacher-eval/answers.jsonl").read_text().splitlines()
     ]
     right = [score.exact_match(line["reference"], line["answer"]) for line in lines]
     assert (
@@ -202,14 +206,14 @@ def test_the_report_counts_exact_matches_and_draws_the_picture(road, capsys):
         and list(made) == ["teacher", "stage2"]
     )
     assert (
-        road / "comparison.png"
+        pipeline / "comparison.png"
     ).stat().st_size > 5000 and "KL to the teacher" in capsys.readouterr().out
 
 
-def test_all_of_it_runs_again_without_doing_anything(road, capsys):
+def test_all_of_it_runs_again_without_doing_anything(pipeline, capsys):
     with pytest.raises(SystemExit) as ended:
-        stage1_sft.main(stage1_flags(road))
-    dump_logits.main(dump_flags(road))
+        stage1_sft.main(stage1_flags(pipeline))
+    dump_logits.main(dump_flags(pipeline))
     assert (
         ended.value.code in (0, None) and capsys.readouterr().out.count("already finished") == 5
     )  # stage 1, three chunks, val
@@ -219,7 +223,7 @@ def test_all_of_it_runs_again_without_doing_anything(road, capsys):
     not (REAL / "smollm2/model.safetensors").exists(),
     reason="no real weights: REAL_MODELS=DIR with smollm2/ and stdlib.parquet",
 )
-def test_the_road_on_a_real_model_and_real_data(tmp_path):
+def test_the_pipeline_on_a_real_model_and_real_data(tmp_path):
     def at(name):
         return str(tmp_path / name)
 

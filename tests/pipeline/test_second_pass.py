@@ -46,9 +46,9 @@ def answers(path, answer):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
+def passes(tmp_path_factory):
     """Return a folder where both passes have been made, by the recipe's commands."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("passes")
     make.model(folder / "student", seed=1)
     answers(folder / "qa.jsonl", 5)
     answers(folder / "by-teacher.jsonl", 9)
@@ -67,8 +67,8 @@ def road(tmp_path_factory):
     return folder
 
 
-def test_the_second_pass_starts_from_the_best_of_the_first_and_trains_on_the_originals(road):
-    first, second = road / "runs/qa-teacher/stage1", road / "runs/qa/stage1"
+def test_the_second_pass_starts_from_the_best_of_the_first_and_trains_on_the_originals(passes):
+    first, second = passes / "runs/qa-teacher/stage1", passes / "runs/qa/stage1"
     settings = files.read_json(second / "config.json")["settings"]
     measured = [line["ce"] for line in make.history(first, "eval")]
     assert min(measured[1:]) > measured[0], "best/ and final/ must be two models"
@@ -76,25 +76,25 @@ def test_the_second_pass_starts_from_the_best_of_the_first_and_trains_on_the_ori
     assert settings["student identity"] != checkpoints.identity(first / "final")
     assert (
         settings["data identity"]
-        == data.Dataset(road / "data/qa").identities["data"]
-        != data.Dataset(road / "data/qa-teacher").identities["data"]
+        == data.Dataset(passes / "data/qa").identities["data"]
+        != data.Dataset(passes / "data/qa-teacher").identities["data"]
     )
     assert len(make.history(second, "train")) == 8
 
 
-def test_its_step_0_measures_what_the_first_pass_exported(road):
+def test_its_step_0_measures_what_the_first_pass_exported(passes):
     import torch
 
     from lib import evaluate
 
-    dataset = data.Dataset(road / "data/qa")
-    best = models.load(str(road / "runs/qa-teacher/stage1/best"), torch.device("cpu"))
-    seen = make.history(road / "runs/qa/stage1", "eval")[0]["ce"]
+    dataset = data.Dataset(passes / "data/qa")
+    best = models.load(str(passes / "runs/qa-teacher/stage1/best"), torch.device("cpu"))
+    seen = make.history(passes / "runs/qa/stage1", "eval")[0]["ce"]
     assert seen == pytest.approx(evaluate.evaluate(best, dataset.val, make.V, 64)["ce"], rel=1e-5)
 
 
-def test_the_tokenizers_are_one_and_the_same_prompts_are_held_out(road):
-    first, second = (data.Dataset(road / "data" / name) for name in ("qa-teacher", "qa"))
+def test_the_tokenizers_are_one_and_the_same_prompts_are_held_out(passes):
+    first, second = (data.Dataset(passes / "data" / name) for name in ("qa-teacher", "qa"))
     assert (
         first.identities["tokenizer"] == second.identities["tokenizer"]
         and first.identities["data"] != second.identities["data"]
@@ -108,14 +108,14 @@ def test_the_tokenizers_are_one_and_the_same_prompts_are_held_out(road):
     )
 
 
-def test_a_first_pass_that_is_not_finished_is_refused(road, tmp_path):
+def test_a_first_pass_that_is_not_finished_is_refused(passes, tmp_path):
     (tmp_path / "first" / "best").mkdir(parents=True)
     (tmp_path / "first" / "best" / "config.json").write_text("{}")
     (tmp_path / "first" / "history.jsonl").write_text("")
     code, words = make.ends(
         stage1_sft.main,
         "--data",
-        road / "data/qa",
+        passes / "data/qa",
         "--student",
         tmp_path / "first",
         "--out",
