@@ -24,8 +24,8 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
 
     teacher/     whatever stands for the teacher: record writer logits basis fit live worth, and in
                  __init__ the protocol
-    options/     what a trainer can do without: lora mix sampling beside attention gradnorm
-                 classifier tags track samples
+    options/     what a trainer can do without: lora mix sampling beside capture attention
+                 gradnorm classifier tags track samples
     prepare/     for prepare_data.py: sources places hub formats schema rows classes workers split
                  answers questions ask store quality export describe demo
     measure/     scores and comparisons: score labels prompts results runs compare entries page
@@ -54,8 +54,9 @@ Where is ...?
                            lacks. prepare_data.py starts over, but asks no teacher twice
                            (prepare/store.py). Locks end with their process. SIGTERM, Ctrl-C: a
                            trainer saves first. In every case: the same command again
-    an option (--mix ...)  one file of options/, with add_flags and check_flags, and a few lines in
-                           each script that uses it. To delete one: that file, those lines, its test
+    an option (--mix ...)  one file of options/, with add_flags and check_flags; in each script that
+                           takes it, its name in OPTIONS and the lines that use it. To delete one:
+                           that file, those lines, its tests
     a shared flag          flags.py; a flag of one script: that script's parse_args
     its tests              tests/ROOM as lib/ROOM (the flat files: tests/core; whole runs:
                            tests/pipeline): make test ROOM=teacher

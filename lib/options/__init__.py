@@ -5,6 +5,7 @@ script names it in a few lines, and no flat file knows it.
     mix          --mix: each source's share of the tokens, fixed or moving over the run
     sampling     --eval-sampling: shares that follow each source's val loss
     beside       losses beside the logits: hidden states, attention maps, whole rows
+    capture      ... what is captured of a forward pass for them
     attention    ... the attention maps of chosen layers
     gradnorm     ... --balance: weights that make every loss pull alike
     classifier   models with a classification head (data of --task classify)
