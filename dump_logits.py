@@ -115,7 +115,7 @@ def load_teacher(args, dataset, folder, device, dtype):
     else:
         teacher = models.load(args.teacher, device, dtype, pack=False, **options)
     lengths = [split.rows["length"] for split in splits.values()]
-    plan.check(np.concatenate(lengths), args.tokens_per_microbatch)
+    plan.check_lengths(np.concatenate(lengths), args.tokens_per_microbatch)
     teacher.module.requires_grad_(False)
     return replace(teacher, limit=pick_vocab(args, teacher, dataset)), splits
 
@@ -207,7 +207,7 @@ def main(argv=None):
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
-    settings = writer.settings_of(args, dataset, checkpoints.identity(folder), teacher, dtype)
+    settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
@@ -229,7 +229,7 @@ def main(argv=None):
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
     if args.fresh:
-        writer.remove(out, missing)
+        writer.remove_chunks(out, missing)
     shape = None
     if args.tail_rank and missing:
         shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     flags.add_trainer(parser)
     for option in OPTIONS:
         option.add_flags(parser)
-    args = flags.parse(parser, argv)
+    args = flags.parse_flags(parser, argv)
     flags.check_trainer(parser, args)
     teachers.check_flags(parser, args)
     for option in OPTIONS:
@@ -120,7 +120,7 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = data.Dataset(args.data, args.trust_remote_code)
-    classifier.check(args, dataset)
+    classifier.adapt_flags(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     if args.eval_only:
         return measure_only(args, dataset, device, amp)

@@ -186,7 +186,7 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Arguments:
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> Arguments:
     """Return the arguments, with what a run's folder asks of their flags."""
     args = parser.parse_args(argv, Arguments())
     args.free = frozenset(a.dest for a in parser._actions if getattr(a, "free", False))

@@ -146,7 +146,7 @@ class Schedule:
     def __call__(self, step: int) -> Method:
         """Return the method of step `step`, counted from 0."""
         share = min(1.0, step / max(1, self.steps - 1))
-        alpha, temperature = between(self.alpha, share), between(self.temperature, share)
+        alpha, temperature = interpolated(self.alpha, share), interpolated(self.temperature, share)
         return Method(alpha, temperature, self.divergence, self.beta)
 
     def moving(self, step: int) -> dict[str, float]:
@@ -158,7 +158,7 @@ class Schedule:
         return moved
 
 
-def between(value: Moving, share: float) -> float:
+def interpolated(value: Moving, share: float) -> float:
     """Return a number as it is, and of (first, last) what lies at `share` of the way."""
     if not isinstance(value, tuple):
         return value

@@ -10,7 +10,7 @@ packed rows would see each other. An adapter is merged into its base in memory.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +95,7 @@ def load(
     if dataset is not None:
         words = checkpoints.with_tokenizer(folder)
         checkpoints.check_vocabulary(words, dataset, trust_remote_code)
-    if attn == "flash_attention_2" and dtype == torch.float32 and amp is None:
-        files.fail(
-            "flash_attention_2 computes in half precision only",
-            "float32",
-            "half precision",
-            "--amp fp16 or bf16 (a model that is only run: --dtype, --teacher-dtype)",
-        )
+    check_attention(attn, amp or dtype)
     options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code, dtype=dtype)
     options |= placing or {}
     module, loaded = read(
@@ -127,6 +121,17 @@ def load(
     if compiled:
         model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
     return model
+
+
+def check_attention(attn: str, dtype: torch.dtype) -> None:
+    """Refuse a kernel that does not compute in a dtype."""
+    if attn == "flash_attention_2" and dtype == torch.float32:
+        files.fail(
+            "flash_attention_2 computes in half precision only",
+            "float32",
+            "half precision",
+            "--amp fp16 or bf16 (a model that is only run: --dtype, --teacher-dtype)",
+        )
 
 
 def read(
@@ -179,17 +184,22 @@ def read(
     # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
     # what it saw
     except Exception as broken:
-        text, mend = str(broken), None
-        if "trust_remote_code" in text or "custom code" in text:
-            mend = "--trust-remote-code, if you trust that folder's Python"
-        elif "attention" in text or "attn" in text:
-            mend = "--attn eager"
-        files.fail(
-            f"{base} cannot be loaded as {what}",
-            f"{type(broken).__name__}: {text[:300]}",
-            "config.json and *.safetensors that belong together",
-            mend,
-        )
+        refuse_broken(base, what, broken)
+
+
+def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
+    """Say why transformers cannot load a checkpoint, and what may mend it."""
+    text, mend = str(broken), None
+    if "trust_remote_code" in text or "custom code" in text:
+        mend = "--trust-remote-code, if you trust that folder's Python"
+    elif "attention" in text or "attn" in text:
+        mend = "--attn eager"
+    files.fail(
+        f"{folder} cannot be loaded as {what}",
+        f"{type(broken).__name__}: {text[:300]}",
+        "config.json and *.safetensors that belong together",
+        mend,
+    )
 
 
 def check_complete(folder: Path, missing: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ def steps(
     return [part for part in np.split(order, np.flatnonzero(np.diff(step_of)) + 1) if len(part)]
 
 
-def check(lengths: np.ndarray, tokens_per_microbatch: int) -> None:
+def check_lengths(lengths: np.ndarray, tokens_per_microbatch: int) -> None:
     """Refuse a micro-batch that the longest row does not fit in."""
     if lengths.max() > tokens_per_microbatch:
         files.fail(
@@ -129,7 +129,7 @@ class Rows:
         self.args, self.dataset, self.split = args, dataset, dataset.train
         self.lengths = self.split.rows["length"]
         self.there = np.arange(len(self.lengths)) if there is None else there
-        check(self.lengths[self.there], args.tokens_per_microbatch)
+        check_lengths(self.lengths[self.there], args.tokens_per_microbatch)
         self.line = line_length(self.lengths[self.there], args.tokens_per_microbatch, args.attn)
         self.steps_of_rows = self.choose()
 

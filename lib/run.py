@@ -38,7 +38,7 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
-HIGHER = ("acc1", "acc5", "agree", "macro_f1")  # measures of which more is better
+MORE_IS_BETTER = ("acc1", "acc5", "agree", "macro_f1")  # of the measures; of all others less
 
 
 class Listener(Protocol):
@@ -80,7 +80,7 @@ class Interrupt:
             raise SystemExit(128 + self.number)
 
 
-def settings_of(args, stage: str, identities: dict[str, Any]) -> dict[str, Any]:
+def run_settings(args, stage: str, identities: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same when a run is continued: its flags, but those marked `free`
     (lib/flags.py), and the hashes of what it reads."""
     settings = {name: value for name, value in vars(args).items() if name not in args.free}
@@ -88,7 +88,7 @@ def settings_of(args, stage: str, identities: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings)) | {"stage": stage} | hashes
 
 
-def differing(seen: dict[str, Any], wanted: dict[str, Any], args) -> list[str]:
+def differing_settings(seen: dict[str, Any], wanted: dict[str, Any], args) -> list[str]:
     """Return what tells a run's settings from those wanted now, each as `name seen (now wanted)`.
     A setting that an older run lacks had its flag's default."""
 
@@ -110,7 +110,7 @@ class Run:
 
     def __init__(self, args, stage: str, identities: dict[str, Any], best_by: str = "ce") -> None:
         self.args, self.stage, self.identities, self.best_by = args, stage, identities, best_by
-        self.settings = settings_of(args, stage, identities)
+        self.settings = run_settings(args, stage, identities)
         self.out = Path(args.out)
         self.history = self.out / "history.jsonl"
         self.step, self.updates, self.trained_s = 0, 0, 0.0
@@ -164,7 +164,7 @@ class Run:
         print(f"{self.stage}: continues {self.out} at step {self.step}")
 
     def _same(self, settings: dict[str, Any], how: str) -> None:
-        if differ := differing(settings, self.settings, self.args):
+        if differ := differing_settings(settings, self.settings, self.args):
             files.fail(
                 f"{self.out} {how} with other settings",
                 "; ".join(differ),
@@ -320,7 +320,7 @@ class Run:
         if self.best is None:
             better = True
         else:
-            better = value > self.best if self.best_by in HIGHER else value < self.best
+            better = value > self.best if self.best_by in MORE_IS_BETTER else value < self.best
         if better:
             self.best = value
         failed = self.more.get("evaluations_without_better", 0)

@@ -97,10 +97,10 @@ def make_room(
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     if use:
         model.module.activation_checkpointing_enable({"use_reentrant": False})
-    check_disk(args.out, model, whole=merge or model.trained == model.parameters)
+    check_space(args.out, model, whole=merge or model.trained == model.parameters)
 
 
-def check_disk(out: str, model: models.Model, whole: bool = True) -> None:
+def check_space(out: str, model: models.Model, whole: bool = True) -> None:
     """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a
     trained weight, best/ and final/ at 4 a weight; of these the trained ones alone, unless the
     `whole` model is saved."""

@@ -250,7 +250,7 @@ def open_out(out, settings, fresh):
     return part.read_bytes().split(b"\n")[:-1]  # what follows the last line end is a torn line
 
 
-def settings_of(args, path: Path, metrics: list[str] | None, names: list[str] | None) -> dict:
+def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str] | None) -> dict:
     """Return all that the answers depend on; None where something is not in use."""
     folder = checkpoints.local_folder(args.ckpt, args.trust_remote_code, unfinished=True)
     if not checkpoints.has_weights(folder):
@@ -275,7 +275,7 @@ def answer_file(args, load) -> None:
     path, out = prompts_file(args), Path(args.out)
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
-    settings = settings_of(args, path, metrics, names)
+    settings = answer_settings(args, path, metrics, names)
     lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
@@ -289,7 +289,7 @@ def answer_file(args, load) -> None:
         if not names:
             made = written(args, chat, prompts[start:], ready[start:])
         else:
-            if start < len(prompts):  # whole batches alone: see settings_of
+            if start < len(prompts):  # whole batches alone: see answer_settings
                 start -= start % args.batch_size
             made = chosen_labels(args, chat, prompts, ready, names, start)
         write_answers(prompts, made, metrics, out, lines[:start])

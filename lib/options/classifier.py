@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib import checkpoints, data, files, flags, models, template
 from lib.head import Head
 
+NO_HEAD = "no classification head"
 TEACHER_MEND = "dump_logits.py, and --logits: a record holds all class logits, so nothing is lost"
 
 
@@ -120,8 +121,8 @@ def load(
     amp: torch.dtype | None = None,
     pack: bool = False,
 ) -> Classifier:
-    """Load a classifier of the data's labels, check it, and put it on a device. (amp and pack,
-    which lib/models.py asks for, are not needed here: rows are never packed.)
+    """Load a classifier of the data's labels, check it, and put it on a device. (amp and pack are
+    for lib/models.py: rows are never packed.)
 
     rows: the splits as a teacher's own tokenizer reads them; it must have a head trained for these
     labels. Without, the model is a student: it shares the data's tokenizer, and gets a new head
@@ -130,12 +131,7 @@ def load(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     folder = checkpoints.local_folder(name, trust_remote_code)
-    if checkpoints.is_gguf(folder) or checkpoints.is_adapter(folder):
-        files.fail(
-            f"{folder} cannot classify",
-            "a GGUF file" if checkpoints.is_gguf(folder) else "an adapter",
-            "whole weights, as safetensors",
-        )
+    check_kind(folder)
     own, weights = own_labels(folder), checkpoints.has_weights(folder)
     order = None if own is None else matched(own, dataset.labels)
     if rows is None:
@@ -162,22 +158,25 @@ def load(
     )
     check_body(module, folder, loaded, order)
     if weights and order is None:
-        new_head(module)
-        known = (
-            f"a head for other labels ({', '.join(own[:4])})" if own else "no classification head"
-        )
-        print(
-            f"model: {folder} has {known}: a new one is made for {len(dataset.labels)} classes,"
-            f" seed {seed}"
-        )
+        new_head(module, own)
     if keep_layers:
         models.keep_only_layers(module, keep_layers)
     models.check_finite(folder, module.named_parameters())
     module.to(device).eval()
     place = torch.tensor(order or range(len(dataset.labels)), device=device)
     model = Classifier(module, module, folder, place, pad)
-    probe(model)
+    probe_padding(model)
     return replace(model, body=torch.compile(module, dynamic=True)) if compiled else model
+
+
+def check_kind(folder: Path) -> None:
+    """Refuse what cannot classify."""
+    if checkpoints.is_gguf(folder) or checkpoints.is_adapter(folder):
+        files.fail(
+            f"{folder} cannot classify",
+            "a GGUF file" if checkpoints.is_gguf(folder) else "an adapter",
+            "whole weights, as safetensors",
+        )
 
 
 def check_teacher(
@@ -188,7 +187,7 @@ def check_teacher(
     if order is not None and weights:
         return
     if own is None:
-        seen = "no classification head"
+        seen = NO_HEAD
     else:
         seen = f"labels {', '.join(own[:8])}" if weights else "no weights"
     files.fail(
@@ -245,8 +244,10 @@ def check_body(module, folder: Path, loaded: dict, order: list[int] | None) -> N
     models.check_complete(folder, missing)
 
 
-def new_head(module) -> None:
-    """Make a random head: where the sizes agree, that of other labels was read."""
+def new_head(module, own: list[str] | None) -> None:
+    """Make a random head: where the sizes agree, that of its `own`, other labels was read."""
+    known = f"a head for other labels ({', '.join(own[:4])})" if own else NO_HEAD
+    print(f"model: {type(module).__name__} has {known}: a new one is made for the data's labels")
     std = getattr(module.config.get_text_config(), "initializer_range", 0.02)
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not name.startswith(f"{module.base_model_prefix}."):
@@ -256,7 +257,7 @@ def new_head(module) -> None:
 
 
 @torch.no_grad()
-def probe(model: Classifier) -> None:
+def probe_padding(model: Classifier) -> None:
     """Refuse a model whose logits of a row change with the padding beside it (padding it does not
     mask, or takes for the end of the row)."""
     size = model.module.get_input_embeddings().weight.shape[0]
@@ -295,7 +296,7 @@ def read_by(dataset: data.Dataset, name: str, folder: Path, args) -> data.Split:
     return data.retokenized(dataset.folder, name, tokenizer, most)
 
 
-def check(args, dataset: data.Dataset) -> None:
+def adapt_flags(args, dataset: data.Dataset) -> None:
     """Set what follows for a trainer from rows that have a class each; refuse what does not go with
     them."""
     if not dataset.labels:
@@ -319,7 +320,7 @@ def to_measure(args, dataset: data.Dataset, device: torch.device) -> Classifier:
     if own_labels(folder) is None:
         files.fail(
             f"{folder} cannot be measured",
-            "no classification head",
+            NO_HEAD,
             f"one for {', '.join(dataset.labels[:8])}",
             f"stage1_sft.py --data {dataset.folder} --student {args.student}, and what it writes",
         )

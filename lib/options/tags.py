@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import files, flags
-from lib.run import differing, settings_of
+from lib.run import differing_settings, run_settings
 
 AUTO = "auto"
 
@@ -52,10 +52,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def choose_out(args, stage: str, identities: dict[str, Any]) -> None:
     """--tag auto: set --out to the folder of the run with these settings."""
     if args.tag == AUTO:
-        settings = settings_of(args, stage, identities)
+        settings = run_settings(args, stage, identities)
 
         def same(seen: dict[str, Any]) -> bool:
-            return not differing(seen, settings, args)
+            return not differing_settings(seen, settings, args)
 
         args.out = str(folder(Path(args.out), method(args), same, args.fresh))
 

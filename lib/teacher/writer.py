@@ -76,7 +76,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
-def settings_of(
+def dump_settings(
     args: argparse.Namespace,
     dataset: data.Dataset,
     identity: str,
@@ -167,7 +167,7 @@ def check_disk(
         )
 
 
-def remove(out: Path, chunks: list) -> None:
+def remove_chunks(out: Path, chunks: list) -> None:
     """Delete chunks; none, where another process writes one of them."""
     folders = [record.chunk_folder(out, chunk) for chunk in chunks]
     for folder in folders:
