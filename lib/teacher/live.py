@@ -8,6 +8,7 @@ device, wherever its body is, and makes logits chunk by chunk.
 
 import argparse
 import atexit
+import collections
 import logging
 import math
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
-from lib.head import topk_and_tails
+from lib.head import Head, topk_and_tails
 
 # a weight of the layers; 4bit: and a float32 scale for each 64 of them
 QUANT_BYTES = {"8bit": 1.0, "4bit": 0.5625}
@@ -94,19 +95,20 @@ class LiveTeacher:
     it; before, it is a name and a hash."""
 
     compares = True
+    vocab: int  # from `join` on, with `model` and its `head` on the student's device
+    model: models.Model
+    head: Head
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
         self.args, self.dataset, self.k = args, dataset, args.k
-        self.remembered, self.room = (
-            {},
-            VAL_BYTES,
-        )  # the teacher at val batches: the same at every evaluation
+        # what it said at val batches: the same at every evaluation; and the bytes left for it
+        self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
+        self.room = VAL_BYTES
         if args.teacher_quant:
             files.need("bitsandbytes", f"--teacher-quant {args.teacher_quant}")
         if args.teacher_quant or args.teacher_offload:
-            files.need(
-                "accelerate", "--teacher-quant" if args.teacher_quant else "--teacher-offload"
-            )
+            flag = "--teacher-quant" if args.teacher_quant else "--teacher-offload"
+            files.need("accelerate", flag)
         self.folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         self.base = checkpoints.base_of(self.folder)
         if self.base != self.folder and (args.teacher_quant or args.teacher_offload):
@@ -134,46 +136,7 @@ class LiveTeacher:
     ) -> models.Model:
         """Load the teacher beside a student: say what both need, check it, and cut both to the
         tokens that both know."""
-        training = (
-            0
-            if args.eval_only
-            else train.training_bytes(student, args.tokens_per_microbatch, amp, True)
-        )
-        more = (training if self.device == student.device else 0) + self.activation_bytes()
-        weights = self.weight_bytes()
-        have = train.available_bytes(self.device)
-        print(
-            f"memory: the teacher's weights take about {files.human(weights)}, the rest of it and"
-            f" the student at least {files.human(more)} more; {files.human(have)} free on"
-            f" {self.device}"
-        )
-        if weights + more > have and not args.teacher_offload:
-            print(
-                f"memory: WARNING, {files.human(weights + more)} do not fit into"
-                f" {files.human(have)} on {self.device}: --teacher-quant 8bit or 4bit,"
-                " --teacher-offload, another --teacher-device, or --logits (dump_logits.py), for"
-                " which the teacher runs alone"
-            )
-        try:
-            self.model = models.load(
-                str(self.folder),
-                self.device,
-                self.dtype,
-                dataset=self.dataset,
-                attn=args.attn,
-                compiled=args.compile,
-                pack=not args.no_pack,
-                trust_remote_code=args.trust_remote_code,
-                placing=self.placing(have - more),
-            )
-        except torch.OutOfMemoryError:
-            files.fail(
-                f"{self.folder} does not fit on {self.device}",
-                f"{files.human(have)} free",
-                f"about {files.human(weights)}",
-                "--teacher-quant 8bit or 4bit, --teacher-offload, or another --teacher-device",
-            )
-        self.model.module.requires_grad_(False)
+        self._load(self._room(student, amp))
         self.vocab = min(student.vocab, self.model.vocab)
         if self.k > self.vocab:
             files.fail(
@@ -182,70 +145,97 @@ class LiveTeacher:
                 f"at most V = {self.vocab}",
                 f"--k {self.vocab}, or 0 for all tokens",
             )
-        head = self.model.head(self.vocab)
+        self.model = replace(self.model, limit=self.vocab)
+        head = self.model.head()
 
         def here(tensor):
             return None if tensor is None else tensor.detach()[: self.vocab].to(student.device)
 
         head = replace(head, weight=here(head.weight), bias=here(head.bias))
-        self.head = replace(
-            head, weight=head.operand(head.weight.dtype)
-        )  # widened once, and not for every chunk
+        # widened once, and not for every chunk
+        self.head = replace(head, weight=head.operand(head.weight.dtype))
         return replace(student, limit=self.vocab)
 
-    def placing(self, room: int) -> dict | None:
+    def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
+        """Return the bytes that the teacher's device has for its weights, beside its activations
+        and the student; say them, and warn where they are too few."""
+        more = self.activation_bytes()
+        if self.device == student.device and not self.args.eval_only:
+            more += train.training_bytes(student, self.args.tokens_per_microbatch, amp, True)
+        weights, have = self.weight_bytes(), train.available_bytes(self.device)
+        print(
+            f"memory: the teacher's weights take about {files.human(weights)}, the rest of it and"
+            f" the student at least {files.human(more)} more; {files.human(have)} free on"
+            f" {self.device}"
+        )
+        if weights + more > have and not self.args.teacher_offload:
+            print(
+                f"memory: WARNING, {files.human(weights + more)} do not fit into"
+                f" {files.human(have)} on {self.device}: --teacher-quant 8bit or 4bit,"
+                " --teacher-offload, another --teacher-device, or --logits (dump_logits.py), for"
+                " which the teacher runs alone"
+            )
+        return have - more
+
+    def _load(self, room: int) -> None:
+        """Load the model, frozen, with `room` bytes for its weights on its device."""
+        try:
+            self.model = models.load(
+                str(self.folder),
+                self.device,
+                self.dtype,
+                dataset=self.dataset,
+                attn=self.args.attn,
+                compiled=self.args.compile,
+                pack=not self.args.no_pack,
+                trust_remote_code=self.args.trust_remote_code,
+                placing=self._placing(room),
+            )
+        except torch.OutOfMemoryError:
+            files.fail(
+                f"{self.folder} does not fit on {self.device}",
+                f"{files.human(max(0, room))} free for its weights",
+                f"about {files.human(self.weight_bytes())}",
+                "--teacher-quant 8bit or 4bit, --teacher-offload, or another --teacher-device",
+            )
+        self.model.module.requires_grad_(False)
+
+    def _placing(self, room: int) -> dict | None:
         """Return where from_pretrained is to put the weights, if not all of them, unchanged, on one
         device with `room` bytes for them."""
         if self.args.teacher_quant:
             from transformers import BitsAndBytesConfig
 
-            logging.getLogger("bitsandbytes").setLevel(
-                logging.ERROR
-            )  # it would say at every product that 8 bits are multiplied in float16
-            bits = (
-                dict(load_in_8bit=True)
-                if self.args.teacher_quant == "8bit"
-                else dict(
+            # it would say at every product that 8 bits are multiplied in float16
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            if self.args.teacher_quant == "8bit":
+                bits = BitsAndBytesConfig(load_in_8bit=True)
+            else:
+                bits = BitsAndBytesConfig(
                     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
                 )
-            )
-            return {
-                "quantization_config": BitsAndBytesConfig(**bits),
-                "device_map": {"": self.device},
-            }
+            return {"quantization_config": bits, "device_map": {"": self.device}}
         if not self.args.teacher_offload:
             return None
-        rooms = {str(self.device): room} | (
-            {} if self.device.type == "cpu" else {"cpu": train.available_bytes(torch.device("cpu"))}
-        )
-        where = spread(self.base, self.dtype, rooms, self.args.trust_remote_code)
-        counts = {
-            place: sum(p == place for name, p in where.items() if name.rpartition(".")[2].isdigit())
-            for place in where.values()
-        }
+        where = spread(self.base, self.dtype, self.device, room, self.args.trust_remote_code)
+        counts = collections.Counter(where[name] for name in where if ".layers." in name)
         print(
             "teacher: layers on " + ", ".join(f"{place} {count}" for place, count in counts.items())
         )
-        disk = files.beside(
-            Path(self.args.out).resolve(), "offload"
-        )  # what the checkpoint does not hold as it is; --fresh empties --out
+        # what the checkpoint does not hold as it is; --fresh empties --out
+        disk = files.beside(Path(self.args.out).resolve(), "offload")
         shutil.rmtree(disk, ignore_errors=True)
         atexit.register(shutil.rmtree, disk, ignore_errors=True)
         return {"device_map": where, "offload_folder": str(disk)}
 
     def weight_bytes(self) -> int:
         """Return about how many bytes its weights will take, read from the heads of its files."""
-        quant, vocab = (
-            self.args.teacher_quant,
-            max((max(shape) for shape in self.shapes if len(shape) == 2), default=0),
-        )
+        quant = self.args.teacher_quant
+        vocab = max((max(shape) for shape in self.shapes if len(shape) == 2), default=0)
 
-        def each(shape):
-            return (
-                QUANT_BYTES[quant]
-                if quant and len(shape) == 2 and vocab not in shape
-                else self.dtype.itemsize
-            )  # tokens stay whole
+        def each(shape):  # what holds tokens stays whole
+            quantised = quant and len(shape) == 2 and vocab not in shape
+            return QUANT_BYTES[quant] if quantised else self.dtype.itemsize
 
         return int(sum(math.prod(shape) * each(shape) for shape in self.shapes))
 
@@ -261,9 +251,8 @@ class LiveTeacher:
     def memory_bytes(self, device: torch.device) -> int:
         """Return what it takes on the student's device while it trains, its weights apart: these
         are there already."""
-        return (
-            self.activation_bytes() if self.device == numbered(device) else 0
-        ) + losses.dense_bytes(device)
+        own = self.activation_bytes() if self.device == numbered(device) else 0
+        return own + losses.dense_bytes(device)
 
     def say(self) -> None:
         """Print what the teacher is and how much of it is compared."""
@@ -283,9 +272,8 @@ class LiveTeacher:
         # no inference mode: what else is taken from this pass may be saved for a student's backward
         # pass
         with torch.no_grad():
-            hidden = self.model.hidden(batch.to(self.device)).to(
-                self.head.weight.device, self.head.weight.dtype
-            )  # (N, D')
+            hidden = self.model.hidden(batch.to(self.device))  # (N, D')
+            hidden = hidden.to(self.head.weight.device, self.head.weight.dtype)
             if not self.k or not len(hidden):
                 return losses.Whole(hidden, self.head)
             chunks = [topk_and_tails(z, self.k, [temperature]) for _, z in self.head.chunks(hidden)]
@@ -295,22 +283,25 @@ class LiveTeacher:
     def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return the same at a val batch's targets. Checked there, at each evaluation: to look at
         every batch would make the GPU wait."""
-        kept = self.remembered.get(key := (temperature, *batch.rows))
-        if kept is not None:
-            return kept
-        kept = self.at(batch, temperature)
-        if not torch.isfinite(kept.hidden if isinstance(kept, losses.Whole) else kept.gap).all():
+        key = (temperature, *batch.rows)
+        if key in self.remembered:
+            return self.remembered[key]
+        known = self.at(batch, temperature)
+        if isinstance(known, losses.Whole):
+            tensors = [known.hidden]
+        else:
+            tensors = [known.gap, known.ids, known.tail]
+        if not torch.isfinite(tensors[0]).all():
             files.fail(
                 "the teacher's hidden states are not finite",
                 f"NaN or infinity on val rows {batch.rows[:8]}",
                 "numbers",
                 "--teacher-dtype float32 (some models overflow float16)",
             )
-        held = [kept.hidden] if isinstance(kept, losses.Whole) else [kept.ids, kept.gap, kept.tail]
-        self.room -= sum(tensor.nbytes for tensor in held)
+        self.room -= sum(tensor.nbytes for tensor in tensors)
         if self.room >= 0:
-            self.remembered[key] = kept
-        return kept
+            self.remembered[key] = known
+        return known
 
     def val_measures(self) -> dict:
         """Return its own measures on val: one pass over val."""
@@ -329,20 +320,22 @@ def numbered(device: torch.device) -> torch.device:
 
 
 def spread(
-    folder, dtype: torch.dtype, rooms: dict[str, int], trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: int,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """Return which part of a model goes where: its layers, in order, to the places of `rooms`
-    (bytes) as long as they last, and then to disk.
-
-    All that is not a layer goes to the first place, which runs every layer, and keeps room for one
-    that is there for its turn only.
-    """
+    """Return which part of a model goes where: all that is not a layer to `device`, which runs
+    every layer; the layers, in order, into the rest of its `room` (bytes), then to CPU memory, and
+    then to disk, as accelerate places them."""
+    from accelerate import infer_auto_device_map
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
-            trust_remote_code=trust_remote_code,
+            config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     body, prefix = module.base_model, module.base_model_prefix
     if not hasattr(body, "layers"):
@@ -354,17 +347,17 @@ def spread(
         )
 
     def size(part):
-        return dtype.itemsize * sum(p.numel() for p in part.parameters())
+        return sum(p.numel() * p.element_size() for p in part.parameters())
 
-    first, left = next(iter(rooms)), dict(rooms)
-    left[first] -= size(module) - size(body.layers) + max(map(size, body.layers))
-    where = {name: first for name, part in module.named_children() if part is not body}
-    where |= {
-        f"{prefix}.{name}": first for name, part in body.named_children() if part is not body.layers
-    }
-    for number, layer in enumerate(body.layers):
-        place = next((place for place, room in left.items() if room >= size(layer)), "disk")
-        if place in left:
-            left[place] -= size(layer)
-        where[f"{prefix}.layers.{number}"] = place
+    own = device.index if device.type == "cuda" else device.type  # as accelerate calls it
+    rooms = {own: room - size(module) + size(body.layers)}
+    if own != "cpu":
+        rooms["cpu"] = train.available_bytes(torch.device("cpu"))
+    whole = sorted({type(layer).__name__ for layer in body.layers})
+    layers = infer_auto_device_map(body.layers, rooms, whole, clean_result=False)
+    others = [name for name, part in module.named_children() if part is not body]
+    others += [f"{prefix}.{name}" for name, part in body.named_children() if name != "layers"]
+    where = dict.fromkeys(others, str(device))
+    for number, place in layers.items():
+        where[f"{prefix}.layers.{number}"] = str(device) if place == own else place
     return where

@@ -74,7 +74,7 @@ def pack(
         high[:, : ids.shape[1]] = ids >> 16
         places = bits * np.arange(per, dtype=np.uint8)
         records["id_high"] = (high.reshape(len(ids), -1, per) << places).sum(-1)
-    if "scale" in records.dtype.fields:
+    if "scale" in (dtype.names or ()):
         largest = gaps.max(1)
         scale = (largest.clip(max=LARGEST_GAP) / 255).astype(np.float16)
         above = np.nextafter(scale, np.float16(np.inf))  # never round the range down
@@ -98,7 +98,7 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
         high = (records["id_high"][:, :, None] >> places) & ((1 << bits) - 1)
         ids |= high.reshape(len(records), -1)[:, : ids.shape[1]].astype(np.int64) << 16
     gap = records["gap"].astype(np.float32)
-    if "scale" in records.dtype.fields:
+    if "scale" in (records.dtype.names or ()):
         gap *= records["scale"].astype(np.float32)[:, None]
     tail = records["tail"][:, column].astype(np.float32)
     topk = losses.TopK(*(torch.from_numpy(part) for part in (ids, gap, tail)))

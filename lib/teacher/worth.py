@@ -56,7 +56,7 @@ def classifier_can_teach(teacher: dict, student: dict, dataset: data.Dataset, sa
     """Say the val accuracies of a teacher that classifies, of the untouched student, and of who
     always says train's commonest class."""
     commonest = int(target_counts(dataset.train, len(dataset.labels)).argmax())
-    chance = float((dataset.val.labels == commonest).mean())
+    chance = float(np.mean(dataset.val.labels == commonest))
     say(
         f"val accuracy: teacher {teacher['acc1']:.4f}, student {student['acc1']:.4f}, always"
         f" {dataset.labels[commonest]!r} {chance:.4f}"

@@ -110,8 +110,10 @@ def dump_settings(
 
 def dtype_of(settings: dict) -> np.dtype:
     """Return the dtype of the records that a dump's settings ask for."""
-    names = ("k", "temperatures", "vocab", "values")
-    return record.record_dtype(*(settings[name] for name in names), settings.get("tail_bytes", 0))
+    k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
+    return record.record_dtype(
+        k, temperatures, vocab, settings["values"], settings.get("tail_bytes", 0)
+    )
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
@@ -199,8 +201,9 @@ def teacher_records(
         ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
         log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, one])
         coef = None if shape is None else shape.pack(shape.encode(hidden[part]))
-        known = (values.cpu().numpy() for values in (ids, gaps, tails[:, columns]))
-        records.append(record.pack(*known, dtype, head.vocab, coef))
+        own = tails[:, columns].cpu().numpy()
+        made = record.pack(ids.cpu().numpy(), gaps.cpu().numpy(), own, dtype, head.vocab, coef)
+        records.append(made)
         ce.append((log_z - at_label).cpu().double().numpy())
         hits.append((at_label == 0).cpu().numpy())
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)

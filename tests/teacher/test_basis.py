@@ -815,27 +815,7 @@ def test_a_dump_without_a_basis_has_none_and_trains(world, tmp_path):
     trains(world, tmp_path, "none", "--temperature", 2)
 
 
-def older(folder):
-    """Make a dump look like one of a time without bases."""
-    for part in PARTS:
-        path = folder / part / "meta.json"
-        files.write_json(
-            path,
-            {
-                name: value
-                for name, value in files.read_json(path).items()
-                if not name.startswith("tail_")
-            },
-        )
-
-
-def test_a_dump_of_a_time_without_bases_is_read_trained_on_and_counts_as_finished(
-    mine, tmp_path, capsys
-):
-    before = trains(mine, tmp_path / "before", "none")
-    older(mine / "none")
-    assert trains(mine, tmp_path / "after", "none") == before
-    capsys.readouterr()
+def test_a_finished_dump_without_a_basis_counts_as_such(mine, capsys):
     make.call(dump_logits.main, *make.dump(mine, *NONE, out="none"))
     assert capsys.readouterr().out.count("already finished; nothing to do") == 4
     code, words = make.ends(dump_logits.main, *make.dump(mine, out="none"))
@@ -1056,19 +1036,6 @@ def test_chunks_with_and_without_a_basis_do_not_belong_together(mine):
     shutil.copytree(mine / "none" / "chunk-0002", mine / "logits" / "chunk-0002")
     words = refused(mine)
     assert "do not belong together; saw tail_rank 0; wanted 32" in words and "--fresh" in words
-
-
-def test_older_chunks_and_chunks_made_now_without_a_basis_belong_together(mine):
-    path = mine / "none" / "chunk-0001" / "meta.json"
-    files.write_json(
-        path,
-        {
-            name: value
-            for name, value in files.read_json(path).items()
-            if not name.startswith("tail_")
-        },
-    )
-    assert make.store(mine, name="none").chunks == [0, 1, 2]
 
 
 def test_a_fresh_chunk_keeps_the_basis(mine):

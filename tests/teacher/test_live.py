@@ -525,29 +525,29 @@ def test_layers_that_do_not_fit_wait_on_disk_and_change_nothing(
     torch.testing.assert_close(teacher.at(batch, 2.0).hidden, wanted, rtol=0, atol=0)
 
 
-def test_layers_fill_the_places_in_order(world):
-    layer = 4 * sum(
-        p.numel()
-        for p in (
-            AutoModelForCausalLM.from_pretrained(world / "teacher").model.layers[0].parameters()
-        )
-    )
+def test_layers_fill_the_places_in_order_and_all_else_is_where_the_model_runs(
+    tmp_path, monkeypatch
+):
+    model = AutoModelForCausalLM.from_pretrained(make.model(tmp_path / "deep", layers=4))
+    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     rest = 4 * (make.V * 32 + 32)
 
-    def where(*rooms):
-        return [
-            live.spread(world / "teacher", torch.float32, dict(zip(("cuda:0", "cpu"), rooms)))[
-                f"model.layers.{i}"
-            ]
-            for i in (0, 1)
-        ]
+    def where(room, cpu, device="cuda:0"):
+        monkeypatch.setattr(train, "available_bytes", lambda _: cpu)
+        made = live.spread(tmp_path / "deep", torch.float32, torch.device(device), room)
+        assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == device
+        places = [made[f"model.layers.{i}"] for i in range(4)]
+        assert places == sorted(places, key=[device, "cpu", "disk"].index)
+        assert places.count(device) * layer <= max(0, room - rest)
+        assert device == "cpu" or places.count("cpu") * layer <= cpu
+        return places
 
-    assert where(rest + 3 * layer, 0) == ["cuda:0", "cuda:0"] and where(
-        rest + 3 * layer - 1, layer
-    ) == ["cuda:0", "cpu"]
-    assert where(rest + 2 * layer - 1, layer) == ["cpu", "disk"] and where(0, 0) == ["disk", "disk"]
-    made = live.spread(world / "teacher", torch.float32, {"cuda:0": 0})
-    assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == "cuda:0"
+    assert where(rest + 5 * layer, 0) == ["cuda:0"] * 4
+    # a place keeps room for a layer that is there for its turn only
+    assert where(rest + 3 * layer, 9 * layer) == ["cuda:0", "cuda:0", "cpu", "cpu"]
+    assert where(rest + 2 * layer, 2 * layer) == ["cuda:0", "cpu", "disk", "disk"]
+    assert where(rest + 2 * layer - 1, 0) == where(0, 0) == ["disk"] * 4
+    assert where(rest + 3 * layer, 0, "cpu") == ["cpu", "cpu", "disk", "disk"]
 
 
 def test_weights_that_are_not_finite_are_found_where_they_wait_on_disk(mine, monkeypatch):
