@@ -124,9 +124,10 @@ test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those 
 test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 20 minutes)
 	$(PY) tests/machines.py $(ARGS)
 
-lint: .venv/ready-test ## ruff: its rules, and its format at 100 columns
+lint: .venv/ready-test ## ruff's rules, its format at 100 columns, and mypy on the core and the teacher
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench: .venv/ready ## the promises about speed and memory, as ratios (about 10 minutes on 2 cores)
 	$(PY) bench/speed/bench.py $(ARGS)

@@ -19,10 +19,11 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib import data, files, template
 
@@ -172,12 +173,10 @@ def identity(folder: Path) -> str:
     well."""
     if is_gguf(folder):
         return files.sha256(folder)
+    base = base_of(folder)
     there = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
-    return files.sha256(
-        *filter(Path.exists, there),
-        (base := base_of(folder)) / "config.json",
-        *sorted(base.glob("*.safetensors")),
-    )
+    weights = sorted(base.glob("*.safetensors"))
+    return files.sha256(*filter(Path.exists, there), base / "config.json", *weights)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -298,12 +297,12 @@ def peft_library():
     return peft
 
 
-def adapter_of(module: nn.Module):
+def adapter_of(module: Any):
     """Return the configuration of the adapter that is trained in a model, or None."""
     return getattr(module, "peft_config", {}).get(ADAPTER)
 
 
-def merged_state(module: nn.Module) -> dict[str, Tensor]:
+def merged_state(module: Any) -> dict[str, Tensor]:
     """Return the state dict of the ordinary model that a model with an adapter amounts to; the
     model itself stays as it is."""
     state = {}
@@ -333,7 +332,7 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
-def merge_adapter(module: nn.Module, folder: Path, base: Path) -> nn.Module:
+def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     """Return the ordinary model that a base model and the adapter in a folder amount to."""
     check_base(folder, base)
     peft = peft_library()
@@ -364,7 +363,7 @@ def merge_adapter(module: nn.Module, folder: Path, base: Path) -> nn.Module:
     return module
 
 
-def save_adapter(module: nn.Module, tokenizer, folder: Path, dtype: torch.dtype, base: str) -> None:
+def save_adapter(module: Any, tokenizer, folder: Path, dtype: torch.dtype, base: str) -> None:
     """Write an adapter folder; `base` is the identity of the weights below."""
     config, state = (
         copy.copy(adapter_of(module)),

@@ -25,6 +25,7 @@ sampled answer depends on its company.
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,7 +193,7 @@ def left_padded(rows: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(width, device=device) >= pads
 
 
-def prefill(module, prompts: Sequence[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+def prefill(module, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor]:
     """Run prompts together. Return the logits of the token after each, (B, V), the cache, and which
     of its columns hold a prompt's tokens, (B, L) bool."""
     tokens, mask = left_padded(prompts, module.device)
@@ -212,15 +213,20 @@ class Slots(DynamicLayer):
     """One layer's keys and values, (slots, heads, columns, D). `span` is shared by all layers: [lo,
     hi]."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, span: list[int], keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.span, self.keys, self.values, self.is_initialized = span, keys, values, True
         self.dtype, self.device = keys.dtype, keys.device
 
-    def update(self, keys: Tensor, values: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         lo, hi = self.span
-        end = hi + keys.shape[-2]
-        self.keys[:, :, hi:end], self.values[:, :, hi:end] = keys, values
+        end = hi + key_states.shape[-2]
+        self.keys[:, :, hi:end], self.values[:, :, hi:end] = key_states, value_states
         return self.keys[:, :, lo:end], self.values[:, :, lo:end]
 
     def get_seq_length(self) -> int:
@@ -315,6 +321,11 @@ class InFlight:
         self.seen: Tensor | None = None
         self.likely: dict[int, Likely] = {}  # of the newest tokens, by place
 
+    def tenant(self, place: int) -> Row:
+        row = self.rows[place]
+        assert row is not None, place
+        return row
+
     def alive(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row]
 
@@ -336,26 +347,24 @@ class InFlight:
                     logits[at], how, uniform[at], None if seen is None else seen[at]
                 )
         self.likely = {}
-        if asking := [i for i, row in enumerate(rows) if row and row.request.top is not None]:
+        tops: dict[int, int] = {}  # how many likely tokens are asked for
+        for i, row in enumerate(rows):
+            if row and row.request.top is not None:
+                tops[i] = row.request.top
+        if asking := list(tops):
             logp = logits[asking].float().log_softmax(-1)
-            values, ids = logp.topk(min(logp.shape[-1], max(rows[i].request.top for i in asking)))
+            values, ids = logp.topk(min(logp.shape[-1], max(tops.values())))
             own = logp.gather(1, chosen[asking, None])[:, 0].tolist()
-            for i, one, line in zip(
-                asking, own, [list(zip(*pair)) for pair in zip(ids.tolist(), values.tolist())]
-            ):
-                self.likely[places[i]] = Likely(one, line[: rows[i].request.top])
+            for i, one, *pair in zip(asking, own, ids.tolist(), values.tolist()):
+                self.likely[places[i]] = Likely(one, list(zip(*pair))[: tops[i]])
         return chosen
 
     def remember(self, vocabulary: int) -> None:
         """Have `seen` say, from now on, which tokens each row has."""
         self.seen = torch.zeros((len(self.rows), vocabulary), dtype=torch.bool, device=self.device)
         for place in self.alive():
-            self.seen[
-                place,
-                torch.tensor(
-                    self.rows[place].request.ids + self.rows[place].ids, device=self.device
-                ),
-            ] = True
+            row = self.tenant(place)
+            self.seen[place, torch.tensor(row.request.ids + row.ids, device=self.device)] = True
 
     def arrange(self, keep: list[int], count: int, hi: int) -> None:
         """Build the buffers anew: the slots `keep` first, of `count`, ending at column `hi`, with
@@ -363,7 +372,7 @@ class InFlight:
         at = torch.tensor(keep, device=self.device, dtype=torch.long)
         self.columns = -(-(hi + 1) // ROOM) * ROOM
         for layer in self.layers:
-            layer.move(at, (count, self.columns), *self.span, hi)
+            layer.move(at, (count, self.columns), self.span[0], self.span[1], hi)
         fresh, shift = count - len(keep), hi - self.span[1]
 
         def grow(old, value):
@@ -403,7 +412,7 @@ class InFlight:
             self.seen[at, chosen] = True
         return list(zip(free, chosen.tolist()))
 
-    def make_room(self, count: int, width: int, cache: DynamicCache) -> list[int]:
+    def make_room(self, count: int, width: int, cache: Any) -> list[int]:
         """Return free places for so many prompts of at most `width` tokens, whose cache is of the
         kind that the buffers are to have."""
         if not self.layers:
@@ -411,7 +420,7 @@ class InFlight:
                 Slots(self.span, layer.keys[:0], layer.values[:0]) for layer in cache.layers
             ]
         alive, hi = self.alive(), self.span[1]
-        lo = self.span[0] = min((self.rows[place].start for place in alive), default=hi)
+        lo = self.span[0] = min((self.tenant(place).start for place in alive), default=hi)
         if len(alive) + count > len(self.rows) or width > hi:
             slots = max(len(alive) + count, min(self.slots, len(self.rows)))
             self.arrange(alive, slots, max(width, hi - lo))
@@ -433,7 +442,7 @@ class InFlight:
         # rows that left for good are carried along until they are an eighth; then, and where the
         # buffer is full, it is built anew
         alive = self.alive()
-        self.span[0] = min(self.rows[place].start for place in alive)
+        self.span[0] = min(self.tenant(place).start for place in alive)
         crowded = len(self.rows) - len(alive) > len(self.rows) // 8
         if crowded or self.span[1] == self.columns:
             keep = alive if crowded else list(range(len(self.rows)))
@@ -444,7 +453,7 @@ class InFlight:
         mask = (
             torch.arange(lo, hi + 1, device=self.device) >= self.starts[:, None]
         )  # (slots, columns shown)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         cache.layers = self.layers
         # rows that are done count on, past the last place where there is one
         places = self.lengths.clamp_max(self.context - 1)[:, None]
@@ -490,7 +499,8 @@ def generate(
     while True:
         # --- waiting prompts take the free places, a few together: a pass costs as much for one row
         # as for several
-        busy, new = len(batch.alive()), []
+        busy = len(batch.alive())
+        new: list[Request] = []
         while (
             more
             and len(new) < slots - busy
@@ -514,7 +524,7 @@ def generate(
         with turn or nullcontext():
             written = batch.admit(new) if new else batch.step()
         for place, next_id in written:
-            row = batch.rows[place]
+            row = batch.tenant(place)
             finish = "stop" if next_id in row.how.stops else None
             if finish is None:
                 row.ids.append(next_id)

@@ -96,8 +96,8 @@ def load(
         words = checkpoints.with_tokenizer(folder)
         checkpoints.check_vocabulary(words, dataset, trust_remote_code)
     check_attention(attn, amp or dtype)
-    options = dict(attn_implementation=attn, trust_remote_code=trust_remote_code, dtype=dtype)
-    options |= placing or {}
+    options: dict[str, Any] = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
+    options |= {"dtype": dtype} | (placing or {})
     module, loaded = read(
         AutoModelForCausalLM, folder, "a causal LM", seed=seed if from_scratch else None, **options
     )
@@ -223,7 +223,7 @@ def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def keep_only_layers(module: nn.Module, keep: list[int]) -> None:
+def keep_only_layers(module: Any, keep: list[int]) -> None:
     """Keep the decoder layers numbered `keep`, in that order: a plain start for a student, made of
     its teacher."""
     body, config = module.base_model, module.config.get_text_config()

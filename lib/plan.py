@@ -69,7 +69,8 @@ def microbatches(
     possible, Johnson 1973); pack=False: one row a line.
     """
     order = sorted((int(row) for row in rows), key=lambda row: (-int(lengths[row]), row))
-    lines, used = [], []
+    lines: list[list[int]] = []
+    used: list[int] = []  # tokens of each line
     for row in order:
         size = int(lengths[row])
         fit = (
@@ -83,7 +84,8 @@ def microbatches(
         else:
             lines[fit].append(row)
             used[fit] += size
-    batches, width = [], 0
+    batches: list[list[list[int]]] = []
+    width = 0
     for i in sorted(range(len(lines)), key=lambda i: (-used[i], i)):
         width = width or used[i]  # the first line of a micro-batch is its longest
         if batches and width * (len(batches[-1]) + 1) <= tokens_per_microbatch:

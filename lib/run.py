@@ -198,7 +198,8 @@ class Run:
             for name, tensor in tensors(module).items():
                 tensor.copy_(saved.pop(name))
         assert not saved, f"last/ holds tensors the model lacks: {list(saved)[:3]}"
-        flat, state = load_file(folder / "optimizer.safetensors", device=str(device)), {}
+        flat = load_file(folder / "optimizer.safetensors", device=str(device))
+        state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = (

@@ -121,12 +121,11 @@ def load(
     amp: torch.dtype | None = None,
     pack: bool = False,
 ) -> Classifier:
-    """Load a classifier of the data's labels, check it, and put it on a device. (amp and pack are
-    for lib/models.py: rows are never packed.)
+    """Load a classifier of the data's labels, as models.load does (rows are never packed).
 
     rows: the splits as a teacher's own tokenizer reads them; it must have a head trained for these
     labels. Without, the model is a student: it shares the data's tokenizer, and gets a new head
-    where it has none of these labels. `from_scratch` allows a folder without weights.
+    where it has none of these labels.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -134,9 +133,9 @@ def load(
     check_kind(folder)
     own, weights = own_labels(folder), checkpoints.has_weights(folder)
     order = None if own is None else matched(own, dataset.labels)
+    tokenizer = dataset.tokenizer()
     if rows is None:
         checkpoints.check_vocabulary(folder, dataset, trust_remote_code)
-        tokenizer = dataset.tokenizer()
     else:
         check_teacher(name, folder, dataset.labels, own, order)
         tokenizer = tokenizer_of(folder, dataset, trust_remote_code)

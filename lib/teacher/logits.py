@@ -356,7 +356,7 @@ def between(
     topk: losses.TopK, tails: torch.Tensor, dumped: list[float], temperature: float
 ) -> losses.TopK:
     """Return the teacher at a temperature that was not dumped; tails (n, len(dumped)) are known."""
-    assert topk.basis is not None and topk.coef is not None, f"T={temperature} was not dumped"
+    assert isinstance(topk.basis, Basis) and topk.coef is not None, f"T={temperature}: no basis"
     tail = basis.tail_between(topk.basis, topk.ids, topk.coef, tails, dumped, temperature)
     return replace(topk, tail=tail)
 

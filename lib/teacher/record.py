@@ -101,7 +101,7 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
     if "scale" in (records.dtype.names or ()):
         gap *= records["scale"].astype(np.float32)[:, None]
     tail = records["tail"][:, column].astype(np.float32)
-    topk = losses.TopK(*(torch.from_numpy(part) for part in (ids, gap, tail)))
+    topk = losses.TopK(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(tail))
     return topk if shape is None else replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
 
 
