@@ -6,13 +6,10 @@
     python chat.py --ckpt runs/demo/stage2 --teacher runs/demo/teacher
     # the same on a page, http://127.0.0.1:8000, and OpenAI's API
     python chat.py --ckpt runs/demo/stage2 --teacher runs/demo/teacher --serve
-    python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "Ann has 38 apples. \
-        She buys 45 more. How many apples does Ann have now?"
-    python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompts \
-        data/demo/val.prompts.jsonl --out runs/answers.jsonl
-    # answers, and their scores
-    python chat.py --ckpt runs/demo/stage2 --device cpu --score data/demo --out \
-        runs/demo/stage2-eval/answers.jsonl
+    python chat.py --ckpt runs/demo/stage2 --device cpu --greedy --prompt "What is 38 plus 45?"
+    # answers to a file, and their scores
+    python chat.py --ckpt runs/demo/stage2 --prompts data/demo/val.prompts.jsonl --out answers.jsonl
+    python chat.py --ckpt runs/demo/stage2 --score data/demo --out runs/demo/answers.jsonl
 
 Reads   --ckpt     a stage folder (its best/, else its final/), any Hugging Face checkpoint folder,
                    or a hub id

@@ -104,8 +104,7 @@ def load(
     check_complete(base, loaded["missing_keys"])
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
-    if keep_layers:
-        keep_only_layers(module, keep_layers)
+    keep_only_layers(module, keep_layers)
     check_finite(folder, checkpoints.stored(base) if placing else module.named_parameters())
     if not placing:
         module.to(device)
@@ -223,9 +222,11 @@ def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def keep_only_layers(module: Any, keep: list[int]) -> None:
-    """Keep the decoder layers numbered `keep`, in that order: a plain start for a student, made of
-    its teacher."""
+def keep_only_layers(module: Any, keep: list[int] | None) -> None:
+    """Keep the decoder layers numbered `keep` (None or none: all), in that order: a plain start for
+    a student, made of its teacher."""
+    if not keep:
+        return
     body, config = module.base_model, module.config.get_text_config()
     places = (
         (body, "layers"),

@@ -158,8 +158,7 @@ def load(
     check_body(module, folder, loaded, order)
     if weights and order is None:
         new_head(module, own)
-    if keep_layers:
-        models.keep_only_layers(module, keep_layers)
+    models.keep_only_layers(module, keep_layers)
     models.check_finite(folder, module.named_parameters())
     module.to(device).eval()
     place = torch.tensor(order or range(len(dataset.labels)), device=device)
