@@ -241,7 +241,10 @@ def test_a_dump_killed_again_and_again_ends_as_one_left_alone(world, run, tmp_pa
     argv, killed = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits"), 0
     for number in (1, 2, 5, 3, 7, None):
         hook = number and dict(
-            where="lib.teacher.writer.teacher_records", number=number, signal=KILL, after=number % 2 == 0
+            where="lib.teacher.writer.teacher_records",
+            number=number,
+            signal=KILL,
+            after=number % 2 == 0,
         )
         code, said = run("dump_logits", argv, hook)
         killed += code == -KILL
@@ -338,7 +341,9 @@ def test_a_signal_saves_a_dump_and_the_same_command_goes_on(world, run, tmp_path
 
 def test_a_dump_started_with_other_settings_is_not_continued(world, run, tmp_path):
     argv = make.dump(world, "--tokens-per-microbatch", 40, "--out", tmp_path / "logits")
-    run("dump_logits", argv, dict(where="lib.teacher.writer.teacher_records", number=4, signal=TERM))
+    run(
+        "dump_logits", argv, dict(where="lib.teacher.writer.teacher_records", number=4, signal=TERM)
+    )
     code, said = make.ends(dump_logits.main, *argv, "--values", "fp16")
     assert (
         code == 1
