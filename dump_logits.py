@@ -229,7 +229,7 @@ def main(argv=None):
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
     if args.fresh:
-        writer.remove(out, missing)
+        writer.remove_chunks(out, missing)
     shape = None
     if args.tail_rank and missing:
         shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)
