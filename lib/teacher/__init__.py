@@ -1,8 +1,12 @@
-"""Whatever stands for the teacher while a student is trained and measured: its records on disk
-(logits.py), or the model live beside the student (live.py).
+"""Whatever stands for the teacher while a student is trained and measured: its records on disk, or
+the model live beside the student.
 
 Contract: `Teacher` below is all that stage2_kd.py and lib/evaluate.py ask of one; neither asks
 which it is. `open_teacher` chooses by the flags.
+
+    logits.py   a logits folder, read          writer.py   its chunks, written (dump_logits.py)
+    live.py     the model itself               record.py   what a folder and a record hold
+    worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
 """
 
 import argparse

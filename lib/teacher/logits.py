@@ -18,7 +18,7 @@ from lib.teacher.basis import Basis
 
 GUESS_LIMIT = 0.01  # mean error of a tail's mass that is computed instead of read (a share of 1)
 # what chunks that are read together share
-SHARED = ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes")
+ALIKE = ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes")
 
 
 def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str:
@@ -365,7 +365,7 @@ def check_alike(parts: list[Chunk]) -> None:
     """Refuse chunks that were dumped with different settings."""
     first = parts[0]
     for part in parts[1:]:
-        for name in SHARED:
+        for name in ALIKE:
             if part.meta.get(name) != first.meta.get(name):
                 files.fail(
                     f"{part.folder} and {first.folder} do not belong together",

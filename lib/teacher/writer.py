@@ -19,7 +19,7 @@ from lib.teacher.basis import Basis
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 WINDOW = 4096  # rows that are sorted by length at once
 # settings that a finished chunk may have otherwise: they change records by rounding at most
-FREE = ("teacher_folder", "dtype", "tokens_per_microbatch")
+MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch")
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -120,7 +120,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     """Return whether a chunk is finished; one of other settings is refused."""
     if not (folder / "meta.json").exists():
         return False
-    wanted = {name: value for name, value in settings.items() if name not in FREE}
+    wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
     if differ := record.differing(files.read_json(folder / "meta.json"), wanted):
         files.fail(
             f"{folder} is finished with other settings",
