@@ -24,7 +24,7 @@ COMMANDS = [line for line in BLOCKS if re.match(r"(\.venv/bin/)?python \w+\.py "
 COMMANDS += [
     line.split("   #")[0].strip()
     for text in DOCSTRINGS.values()
-    for line in re.sub(r"\\\n *", "", text).splitlines()
+    for line in re.sub(r"\\+\n *", "", text).splitlines()
     if line.strip().startswith("python ")
 ]
 TARGETS = sorted(
