@@ -15,7 +15,7 @@ import typing
 import numpy as np
 import torch
 
-from lib import data, losses, models
+from lib import data, flags, losses, models
 from lib.teacher import live, logits
 
 
@@ -74,8 +74,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|ID",
         help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
     )
-    group.add_argument(
+    flags.option(
+        group,
         "--verify",
+        free=True,
         action="store_true",
         help="check the logits' checksums first (default: their sizes and identities alone)",
     )

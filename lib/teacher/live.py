@@ -42,8 +42,10 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="of the teacher; auto: its own on CUDA, else float32 (default: auto)",
     )
-    group.add_argument(
+    flags.option(
+        group,
         "--teacher-device",
+        free=True,
         default=None,
         metavar="DEVICE",
         help="where it runs (default: where the student does)",
@@ -54,8 +56,10 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="its layers in 8 or 4 bits (bitsandbytes; default: off)",
     )
-    group.add_argument(
+    flags.option(
+        group,
         "--teacher-offload",
+        free=True,
         action="store_true",
         default=None,
         help=(
