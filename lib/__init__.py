@@ -1,8 +1,11 @@
-"""The map of lib/, and its one rule. Five scripts tell the story; files on disk are all that passes
-between them. Where to look is said here.
+"""The map of lib/, and its one rule. The project distils a large language model (the teacher) into
+a small one (the student): five scripts, and files on disk are all that passes between them.
 
-    prepare_data.py -> data/NAME/ -> stage1_sft.py -> runs/NAME/stage1/
-    dump_logits.py (data + teacher) -> logits/NAME/ -> stage2_kd.py -> runs/NAME/stage2/ -> chat.py
+    prepare_data.py   any data set                  -> data/NAME/          token ids, answer masks
+    stage1_sft.py     data, a student               -> runs/NAME/stage1/   learns the answers
+    dump_logits.py    data, the teacher             -> logits/NAME/        its records, once
+    stage2_kd.py      data, stage 1's student, logits (or the teacher itself) -> runs/NAME/stage2/
+    chat.py           any checkpoint                -> a conversation, a page and an API, scores
 
 The core, flat: what every reader of a trainer needs, from the floor up.
 
@@ -22,16 +25,17 @@ The core, flat: what every reader of a trainer needs, from the floor up.
 
 Rooms: what one may leave out. Each room's __init__ lists its files.
 
-    teacher/     whatever stands for the teacher: record writer logits basis fit live worth, and in
-                 __init__ the protocol
-    options/     what a trainer can do without: lora mix sampling beside capture attention
-                 gradnorm classifier tags track samples
-    prepare/     for prepare_data.py: sources places hub formats schema rows classes workers split
-                 answers questions ask store quality export describe demo
-    measure/     scores and comparisons: score labels prompts results runs compare entries page
-                 panels plots
-    chat/        for chat.py: model talk terminal heat text engine api routes serve, chat.html,
-                 openapi.json
+    teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
+               reader), basis and fit (the shape of a record's tail), live, worth (can it teach?)
+    options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
+               with capture, attention, gradnorm), classifier, tags, track, samples
+    prepare/   for prepare_data.py: sources, places, hub, formats, schema, rows, classes, workers,
+               split, quality, export, describe, demo; answers that a teacher writes: answers,
+               questions, ask (of a server), store
+    measure/   for chat.py --score and `make compare`: score, labels, prompts; results, runs,
+               compare, entries, page, panels, plots
+    chat/      for chat.py: model, talk, terminal, heat; its server: serve, routes, api, engine,
+               text, chat.html (the page), openapi.json
 
 THE RULE. A flat file imports flat files only. A room imports flat files and itself, never another
 room. Scripts import anything; nothing imports a script. What must pass from room to room is handed
@@ -43,21 +47,27 @@ Where is ...?
     ... a new divergence   one case in losses.divergence, its name in losses.DIVERGENCES
                            (--divergence offers it), its formula in tests/references.py
     the optimizer step     written out in the loops of stage1_sft.py and stage2_kd.py, nowhere else
+    the learning rate      train.cosine; memory and disk before the first step: train.make_room
+    packing, batches       plan.microbatches and plan.Rows: which rows lie on one line; data.Batch
+    perplexity, KL, ...    evaluate.measure, at the val targets; BLEU and the like: measure/score.py
     records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record
                            holds, byte by byte: teacher/record.py
     records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
-    a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer:
-                           teacher/__init__.py, class Teacher
+    a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer, and
+                           where one is chosen: teacher/__init__.py, class Teacher, open_teacher
+    a server asked         prepare/ask.py: any OpenAI-compatible one, for answers
+    our own server         chat/serve.py (start and stop), routes.py (Flask), api.py (OpenAI's API)
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
                            same weights, bit for bit (run.py). A dump writes the rows that done.npy
-                           lacks. prepare_data.py starts over, but asks no teacher twice
-                           (prepare/store.py). Locks end with their process. SIGTERM, Ctrl-C: a
+                           lacks (class Writer). prepare_data.py starts over, in minutes, but
+                           asks for no answer twice (prepare/store.py). Locks end with their process. SIGTERM, Ctrl-C: a
                            trainer saves first. In every case: the same command again
     an option (--mix ...)  one file of options/, with add_flags and check_flags; in each script that
                            takes it, its name in OPTIONS and the lines that use it. To delete one:
                            that file, those lines, its tests
-    a shared flag          flags.py; a flag of one script: that script's parse_args
-    its tests              tests/ROOM as lib/ROOM (the flat files: tests/core; whole runs:
-                           tests/pipeline): make test ROOM=teacher
+    a shared flag          flags.py; a flag of one script: that script's parse_args; any new one
+                           also in tests/core/flags.txt
+    its tests              tests/ROOM as lib/ROOM (the flat files and the rule: tests/core; whole
+                           runs: tests/pipeline): make test ROOM=teacher
 """
