@@ -4,9 +4,10 @@ answer token.
     python stage2_kd.py --data data/distilqwen --logits logits/distilqwen --student runs/stage1 \\
         --out runs/stage2
     # CPU, seconds, after `make demo`; with --teacher nothing is stored
-    S="--data data/demo --student runs/demo/stage1 --steps 20"
-    python stage2_kd.py $S --logits logits/demo --out runs/try
-    python stage2_kd.py $S --teacher runs/demo/teacher --out runs/live
+    python stage2_kd.py --data data/demo --logits logits/demo --student runs/demo/stage1 \\
+        --out runs/try --steps 20
+    python stage2_kd.py --data data/demo --teacher runs/demo/teacher --student runs/demo/stage1 \\
+        --out runs/live --steps 20
 
 Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset of its chunks) or the
         teacher itself (lib/teacher/live.py), and a causal LM: stage 1's folder, or any other.
