@@ -1,11 +1,10 @@
 """Run the teacher once over the data and write its top-k logits, with the exact mass and the shape
 of the rest, to memory-mapped arrays.
 
-    python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct --student \
-        Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
+    python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct \\
+        --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
     # CPU, seconds, after `make demo`
-    python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try \
-        --chunk val
+    python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val
 
 Reads   data/NAME/ (prepare_data.py) and a causal LM with the data's vocabulary; of rows with a
         class each, a classifier of these labels, whose own tokenizer reads the rows' texts: all its

@@ -1,18 +1,18 @@
 """Turn any instruction, chat or text data into token ids and answer masks: what every later stage
 reads.
 
-    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \\
         --out data/mine
     # seconds
-    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \
+    python prepare_data.py --source train.parquet --tokenizer Qwen/Qwen2.5-0.5B-Instruct \\
         --out data/small --limit 500 --val 50 --show 3
     # text, label: rows with a class each
-    python prepare_data.py --source reviews.csv --tokenizer DIR --out data/reviews \
+    python prepare_data.py --source reviews.csv --tokenizer DIR --out data/reviews \\
         --task classify
     # prompts alone: a teacher answers them, run here or by a server of any kind
-    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \\
         --answers teacher --teacher DIR
-    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \
+    python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \\
         --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a

@@ -1,10 +1,10 @@
 """How far is the gradient of offline distillation from that of the whole vocabulary? By what is
 kept of the teacher, and its bytes.
 
-    python bench/fidelity/fidelity.py --data data/stdlib --teacher real/smollm2 --student \
+    python bench/fidelity/fidelity.py --data data/stdlib --teacher real/smollm2 --student \\
         far=real/smollm2:0,1,3 --out out/fidelity/smollm2
     # after `make demo`
-    python bench/fidelity/fidelity.py --data data/demo --teacher runs/demo/teacher --student \
+    python bench/fidelity/fidelity.py --data data/demo --teacher runs/demo/teacher --student \\
         near=runs/demo/stage1 --out out/try --quick
 
 A teacher and one or more students (a name, a checkpoint, and the layers of it to keep). Measured on

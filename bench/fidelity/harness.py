@@ -2,7 +2,7 @@
 labels, and perplexity.
 
     python -m venv out/lmeval && out/lmeval/bin/pip install "lm-eval[hf]==0.4.13"
-    python bench/fidelity/harness.py --python out/lmeval/bin/python --model real/smollm2 --source \
+    python bench/fidelity/harness.py --python out/lmeval/bin/python --model real/smollm2 --source \\
         real/debian.parquet --out out/harness
 
 The rows are Debian's packages: description -> section, one of six; and the descriptions as plain

@@ -1,10 +1,10 @@
 """What is a teacher's stored shape worth? Students trained from one start for equal steps by each
 method, and measured on held-out rows.
 
-    python bench/fidelity/outcome.py --data data/stdlib --teacher real/smollm2 --student \
+    python bench/fidelity/outcome.py --data data/stdlib --teacher real/smollm2 --student \\
         real/smollm2 --keep-layers 0,1,...,29 --out out/far
     # CPU, after `make demo`
-    python bench/fidelity/outcome.py --data data/demo --teacher runs/demo/teacher --student \
+    python bench/fidelity/outcome.py --data data/demo --teacher runs/demo/teacher --student \\
         runs/demo/stage1 --out out/try --steps 5
 
 ce            cross-entropy alone (alpha 0)

@@ -1,9 +1,9 @@
 """Kill things while a teacher answers, and count: every prompt answered exactly --generations
 times, nothing asked twice but what was in flight.
 
-    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \
+    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \\
         --out out/answers
-    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \
+    python bench/serving/answers.py --model real/smollm2 --source real/stdlib.parquet \\
         --out out/answers --server "transformers serve --port 8765 {model}"
 
 Without --server the teacher is run by prepare_data.py, which is sent SIGKILL twice; with it, the

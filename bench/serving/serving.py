@@ -2,7 +2,7 @@
 
     python bench/serving/serving.py --ckpt runs/demo/stage2
     # beside another server
-    python bench/serving/serving.py --ckpt real/smollm2 --peer http://127.0.0.1:8001/v1 \
+    python bench/serving/serving.py --ckpt real/smollm2 --peer http://127.0.0.1:8001/v1 \\
         --peer-model real/smollm2
 
 Starts the server, asks it greedily for answers of at most --max-tokens by its stream, and takes

@@ -3,7 +3,7 @@ score files only: no model, no torch.
 
     # all that is measured there; `make compare NAME=demo`
     python -m lib.measure.compare runs/demo
-    python -m lib.measure.compare --out comparison teacher=runs/demo/teacher-eval \
+    python -m lib.measure.compare --out comparison teacher=runs/demo/teacher-eval \\
         runs/demo/stage1 runs/demo/stage2 --fail-under retention=0.8
 
 RUN     a stage's folder (runs/demo/stage2: its history.jsonl and config.json, and the evaluation

@@ -4,7 +4,7 @@ bootstrap intervals and a paired test.
     # a table
     python -m lib.measure.score runs/demo/stage2-eval/answers.jsonl
     # is the second better than the first?
-    python -m lib.measure.score runs/demo/control-eval/answers.jsonl \
+    python -m lib.measure.score runs/demo/control-eval/answers.jsonl \\
         runs/demo/stage2-eval/answers.jsonl
 
 Reads   .jsonl files, one object a line with "reference" and "answer": chat.py --score writes them,
