@@ -243,17 +243,15 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    for token, number in sorted(
-        tokenizer.get_vocab().items(), key=lambda item: item[1]
-    ):  # padded with invented tokens, often
+    # more tokens than ours it often has: invented ones
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if number >= len(tokens) or tokens[number] != token:
+            seen = f"{len(tokens)} tokens"
+            if number < len(tokens):
+                seen = f"{tokens[number]!r} as token {number}"
             files.fail(
                 f"{folder} has another tokenizer than {whose}",
-                (
-                    f"{tokens[number]!r} as token {number}"
-                    if number < len(tokens)
-                    else f"{len(tokens)} tokens"
-                ),
+                seen,
                 repr(token),
                 "a GGUF file of a model with the same vocabulary",
             )
@@ -267,15 +265,10 @@ def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: boo
         if check_gguf_vocabulary(folder, dataset.tokenizer(), dataset.folder):
             return
         folder = folder.parent
-    if not any(
-        (folder / name).exists()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
+    if not any((folder / name).exists() for name in TOKENIZERS):
         return
-    seen, wanted = (
-        template.identities(template.load_tokenizer(folder, trust_remote_code))["vocabulary"],
-        dataset.identities["vocabulary"],
-    )
+    tokenizer = template.load_tokenizer(folder, trust_remote_code)
+    seen, wanted = template.identities(tokenizer)["vocabulary"], dataset.identities["vocabulary"]
     if seen != wanted:
         files.fail(
             f"{folder} has another tokenizer than {dataset.folder}",
@@ -343,14 +336,10 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings(
-                "error", message="Found missing adapter keys"
-            )  # PEFT would leave them random
-            module = (
-                peft.PeftModel.from_pretrained(module, folder)
-                .merge_and_unload()
-                .requires_grad_(True)
-            )  # PEFT froze them
+            # PEFT would leave them random
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            module = peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
+            module.requires_grad_(True)  # PEFT froze them
         if (folder / "generation_config.json").exists():
             module.generation_config = type(module.generation_config).from_pretrained(folder)
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
@@ -365,23 +354,14 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
 
 def save_adapter(module: Any, tokenizer, folder: Path, dtype: torch.dtype, base: str) -> None:
     """Write an adapter folder; `base` is the identity of the weights below."""
-    config, state = (
-        copy.copy(adapter_of(module)),
-        peft_library().get_peft_model_state_dict(module),
-    )
-    config.target_modules, config.inference_mode = (
-        sorted(config.target_modules),
-        True,
-    )  # a set has another order in each process
+    config = copy.copy(adapter_of(module))
+    config.target_modules = sorted(config.target_modules)  # a set: another order in each process
+    config.inference_mode = True
     config.save_pretrained(folder)
-    save_file(
-        {
-            f"base_model.model.{name}": tensor.to(dtype).contiguous()
-            for name, tensor in state.items()
-        },
-        folder / ADAPTER_WEIGHTS,
-        {"format": "pt"},
-    )
+    state = {}
+    for name, tensor in peft_library().get_peft_model_state_dict(module).items():
+        state[f"base_model.model.{name}"] = tensor.to(dtype).contiguous()
+    save_file(state, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     files.write_json(folder / ADAPTER_BASE, {"identity": base})
     module.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -409,21 +389,16 @@ def for_other_readers(folder: Path) -> None:
     Where there is no `rope_theta` at the top of config.json they take their own default and say
     nothing: the model then writes other text.
     """
-    config, tokens = (
-        files.read_json(folder / "config.json"),
-        files.read_json(folder / "tokenizer_config.json"),
-    )
+    config = files.read_json(folder / "config.json")
     rope = config.get("rope_parameters") or {}
-    config |= {
-        name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope
-    }  # absent where kinds of layers have their own
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:  # it is not where kinds of layers have their own
+            config[name] = rope[name]
     if "rope_theta" in rope and rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
     files.write_json(folder / "config.json", config)
-    if (
-        tokens.get("tokenizer_class") == "TokenizersBackend"
-    ):  # what transformers 5 calls it, which also knows the old name
-        files.write_json(
-            folder / "tokenizer_config.json",
-            tokens | {"tokenizer_class": "PreTrainedTokenizerFast"},
-        )
+    words = folder / "tokenizer_config.json"
+    tokens = files.read_json(words)
+    # what transformers 5 calls it, which also knows the old name
+    if tokens.get("tokenizer_class") == "TokenizersBackend":
+        files.write_json(words, tokens | {"tokenizer_class": "PreTrainedTokenizerFast"})

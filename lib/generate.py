@@ -450,9 +450,8 @@ class InFlight:
             self.span[0] = 0
             alive = self.alive()
         lo, hi = self.span
-        mask = (
-            torch.arange(lo, hi + 1, device=self.device) >= self.starts[:, None]
-        )  # (slots, columns shown)
+        columns = torch.arange(lo, hi + 1, device=self.device)
+        mask = columns >= self.starts[:, None]  # (slots, columns shown)
         cache: Any = DynamicCache()
         cache.layers = self.layers
         # rows that are done count on, past the last place where there is one

@@ -228,21 +228,15 @@ def keep_only_layers(module: Any, keep: list[int] | None) -> None:
     if not keep:
         return
     body, config = module.base_model, module.config.get_text_config()
-    places = (
-        (body, "layers"),
-        (getattr(body, "encoder", None), "layer"),
-        (getattr(body, "transformer", None), "layer"),
-    )  # BERT; DistilBERT
-    holder, attribute = next(
-        ((place, name) for place, name in places if hasattr(place, name)), (None, "")
-    )
+    bert, distilbert = getattr(body, "encoder", None), getattr(body, "transformer", None)
+    places = ((body, "layers"), (bert, "layer"), (distilbert, "layer"))
+    there = [(place, name) for place, name in places if hasattr(place, name)]
+    holder, attribute = there[0] if there else (None, "")
     layers = getattr(holder, attribute, None)
     if layers is None or not all(0 <= i < len(layers) for i in keep) or len(set(keep)) != len(keep):
-        wanted = (
-            "a body with .layers"
-            if layers is None
-            else f"different numbers from 0 to {len(layers) - 1}"
-        )
+        wanted = "a body with .layers"
+        if layers is not None:
+            wanted = f"different numbers from 0 to {len(layers) - 1}"
         files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), wanted)
     setattr(holder, attribute, nn.ModuleList(layers[i] for i in keep))
     for number, layer in enumerate(getattr(holder, attribute)):
@@ -285,9 +279,8 @@ def probe(model: Model, pack: bool, amp: torch.dtype | None = None) -> None:
         and next(model.module.parameters()).dtype == torch.float32
         and not getattr(model.module, "is_quantized", False)
     )
-    limit = (
-        1e-3 if exact else 0.1
-    )  # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
+    # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
+    limit = 1e-3 if exact else 0.1
 
     def far(a, b):
         return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
@@ -325,13 +318,8 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, usable in there.items() if usable), "cpu")
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # of "meta" there is nothing to read

@@ -36,20 +36,15 @@ def training_bytes(
     """Return about how many more bytes training takes once float32 weights are loaded: gradients,
     AdamW, activations, the head's buffers."""
     config, half = model.module.config.get_text_config(), 2 if amp else 4
-    widths = 1 if checkpointing else ACTIVATION_WIDTHS
-    layers = config.num_hidden_layers + (
-        ACTIVATION_WIDTHS if checkpointing else 0
-    )  # the layer being recomputed is whole
-    activations = tokens * config.hidden_size * widths * half * layers
+    if checkpointing:  # the layer being recomputed is whole
+        widths = config.num_hidden_layers + ACTIVATION_WIDTHS
+    else:
+        widths = config.num_hidden_layers * ACTIVATION_WIDTHS
+    activations = tokens * config.hidden_size * widths * half
     if (output := model.module.get_output_embeddings()) is None:  # a classifier
         return 12 * model.trained + activations
-    layer = output.weight
-    return (
-        12 * model.trained
-        + activations
-        + 3 * head.CHUNK_BYTES
-        + layer.numel() * (4 * layer.requires_grad + half * bool(amp))
-    )
+    buffers = output.weight.numel() * (4 * output.weight.requires_grad + half * bool(amp))
+    return 12 * model.trained + activations + 3 * head.CHUNK_BYTES + buffers
 
 
 def loading(args, dataset: data.Dataset, amp: torch.dtype | None) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from lib import files, models
 from lib.head import wide
 
 NAME = "watched"  # and no name with sdpa, flash or flex in it, which transformers takes for these
-PLACES = (
-    weakref.WeakKeyDictionary()
-)  # an attention module of a chosen layer -> (its Ear, the layer's number)
+# an attention module of a chosen layer -> (its Ear, the layer's number)
+PLACES = weakref.WeakKeyDictionary()
 
 
 class Ear:
@@ -136,9 +135,8 @@ def listen(model: models.Model, layers: nn.ModuleList, chosen: list[int], flag: 
         problem = str(unknown)
     ear.on = False
     module.train(training)
-    limit = (
-        0.1 if next(module.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-3
-    )  # relative, as in models.probe
+    half = next(module.parameters()).dtype in (torch.float16, torch.bfloat16)
+    limit = 0.1 if half else 1e-3  # relative, as in models.probe
     if seen is not None and (error := ((seen - plain).norm() / plain.norm()).item()) > limit:
         problem = f"hidden states that differ by {error:.2g} when its attention is computed here"
     elif seen is not None and (

@@ -70,9 +70,8 @@ def positions(folder: Path) -> int:
     config = files.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     config = config.get("text_config", config)
     most = config.get("max_position_embeddings") or 1 << 30
-    return (
-        most - 2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else most
-    )  # these count from the padding id on
+    counted_from_pad = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+    return most - 2 if counted_from_pad else most
 
 
 def own_labels(folder: Path) -> list[str] | None:

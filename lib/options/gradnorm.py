@@ -82,9 +82,8 @@ class Balance:
         scalar)}, unweighted. The graph stays."""
         for name, (tensor, gradient) in terms.items():
             if gradient is None:
-                gradient = torch.full_like(
-                    tensor, self.weights[name]
-                )  # the size that backward has, which is what fp16 was scaled for
+                # the size that backward has, which is what fp16 was scaled for
+                gradient = torch.full_like(tensor, self.weights[name])
             found = torch.autograd.grad(
                 tensor, self.shared, gradient, retain_graph=True, allow_unused=True
             )
@@ -100,16 +99,12 @@ class Balance:
         assert set(self.sums) == set(self.weights), (
             f"measured {sorted(self.sums)}, wanted {sorted(self.weights)}"
         )
-        pull = {
-            name: torch.stack([g.double().norm() for g in found]).norm().item()
-            for name, found in self.sums.items()
-        }  # w_i * n_i
-        self.sums, whole = {}, sum(pull.values())
-        log = (
-            {f"pull_{name}": norm / whole for name, norm in pull.items()}
-            if 0 < whole < math.inf
-            else {}
-        )
+        pull = {}  # w_i * n_i
+        for name, found in self.sums.items():
+            pull[name] = torch.stack([g.double().norm() for g in found]).norm().item()
+        self.sums, whole, log = {}, sum(pull.values()), {}
+        if 0 < whole < math.inf:
+            log = {f"pull_{name}": norm / whole for name, norm in pull.items()}
         if 0 < pull["logits"] < math.inf:
             for name, norm in pull.items():
                 if 0 < norm < math.inf:
