@@ -72,12 +72,13 @@ def parse_args(argv=None):
 
 def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
-    checkpoints.check_apart(args.out, checkpoints.local_folder(args.student))
+    source = checkpoints.local_folder(args.student, args.trust_remote_code)
+    checkpoints.check_apart(args.out, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:
         student = models.load(args.student, device, **train.loading(args, dataset, amp))
-    evaluate.alone(args, student, dataset, student.vocab, amp)
+    evaluate.alone(args, student, dataset, student.head().vocab, amp)
 
 
 def main(argv=None):

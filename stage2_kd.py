@@ -105,7 +105,8 @@ def parse_args(argv=None):
 def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val, also against the teacher, and write eval.json."""
     teacher = teachers.open_teacher(args, dataset)
-    checkpoints.check_apart(args.out, checkpoints.local_folder(args.student))
+    source = checkpoints.local_folder(args.student, args.trust_remote_code)
+    checkpoints.check_apart(args.out, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:
@@ -113,7 +114,7 @@ def measure_only(args, dataset, device, amp):
         student = teacher.join(student, args, amp)
     teacher.say()
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
-    evaluate.alone(args, student, dataset, student.limit, amp, teacher, **about)
+    evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
 
 
 def main(argv=None):

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stage1_sft
-from lib import checkpoints, files, models, run
+from lib import checkpoints, files, models
 
 TEXT = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
 FILES = {
@@ -99,7 +99,7 @@ def test_readers_of_the_older_fields_find_them_and_transformers_5_reads_the_same
         tmp_path / "best",
         torch.arange(4, 44)[None],
     )
-    run.export(models.load(str(student), torch.device("cpu")), make.tokenizer(), best)
+    checkpoints.save(models.load(str(student), torch.device("cpu")).module, make.tokenizer(), best)
     config = files.read_json(best / "config.json")
     assert config["rope_theta"] == 12345.0 and config.get("rope_scaling") == (
         None if rope["rope_type"] == "default" else rope
