@@ -329,6 +329,8 @@ def test_options_are_sent_and_kept_and_empty_ones_are_the_servers(visit):
     ]
     page.reload()
     page.click("#options-button")
+    # they are drawn once the server has said what it is
+    page.wait_for_function("document.querySelector('[name=seed]').value !== ''")
     assert (page.input_value("[name=seed]"), page.input_value("#system")) == ("3", "Be brief.")
 
 
