@@ -157,13 +157,13 @@ fidelity: .venv/ready ## all measurements of docs/fidelity.md (REAL=real: the mo
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
 	rm -rf $(D) data/$(D) data/$(D)-teacher logits/$(D) runs/$(D)
 
-# --- the demo: the whole road on embedded data, with a teacher made here
+# --- the demo: the whole pipeline on embedded data, with a teacher made here
 
 D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --seed $(SEED)
 DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 100
 
-demo: .venv/ready ## the whole road on embedded data: 5 to 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
+demo: .venv/ready ## the whole pipeline on embedded data: 5 to 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
 	$(PY) -m lib.prepare.demo --out $(D) --seed $(SEED)
 	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
 	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
@@ -193,7 +193,7 @@ demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher
 	$(call demo_measure,live)
 	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 
-demo-seeds: .venv/ready ## the demo for three seeds: the README's table
+demo-seeds: .venv/ready ## the demo for three seeds: the table of docs/demo.md
 	$(MAKE) demo SEED=0
 	$(MAKE) demo SEED=1
 	$(MAKE) demo SEED=2

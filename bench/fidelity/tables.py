@@ -37,7 +37,7 @@ def angles(result: dict, tried: bool) -> str:
         temperatures = sorted({row["T"] for row in rows})
         some = [t for t in temperatures if t in (1, 2, 4)]
         layers = f", {len(about['layers'])} of its layers" if about["layers"] else ""
-        head = ["tried (rank 64, k 16, not packed)"] if tried else ["kept of the teacher", "bytes"]
+        head = ["tried (rank 64, k 16, not packed)"] if tried else ["record", "bytes"]
         head += [f"T={t:g}" for t in temperatures] + [
             f"KL at T={', '.join(f'{t:g}' for t in some)}"
         ]

@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib import files
+from lib import files, flags
 from lib.measure import entries, page, panels, results, runs
 from lib.measure.results import HIGHER, LOWER, OF_ANSWERS, PRIMARY, ROWS, share, shown, value_of
 
@@ -295,11 +295,7 @@ def unmet(result: dict, demands: list[tuple[str, float]]) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "runs",
         nargs="+",

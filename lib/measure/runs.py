@@ -13,7 +13,6 @@ the evaluation folder if it has them, else from the run's own history; tokens/s:
 logged ones.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -21,7 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from lib import files
+from lib import files, flags
 from lib.measure import results
 
 DEPTH = 3  # folders below the given one in which runs are looked for
@@ -158,11 +157,7 @@ def printed_row(run: dict) -> list[str]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "folder",
         nargs="?",

@@ -30,7 +30,6 @@ Accuracy and macro-F1 take the whole texts as labels. A written answer that no r
 reference falls into the class `OTHER`.
 """
 
-import argparse
 import logging
 import re
 import string
@@ -41,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import files
+from lib import files, flags
 from lib.measure import results
 
 METRICS = ("exact", "bleu", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1")
@@ -398,11 +397,7 @@ def read_answers(path: str) -> list[dict]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     parser.add_argument(
         "answers",
         nargs="+",
