@@ -17,7 +17,6 @@ Killed anywhere, the same command goes on with the rows that are missing, and th
 bit the same.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -34,11 +33,7 @@ from lib.teacher import basis, fit, record, writer
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     group = parser.add_argument_group("read and write")
     flags.add(group, "--data")
     group.add_argument(

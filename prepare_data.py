@@ -40,7 +40,6 @@ with --val as a share, rows added later change no other row's side (of rows with
 for the shares of the classes are kept).
 """
 
-import argparse
 import collections
 import contextlib
 import functools
@@ -64,11 +63,7 @@ SHAPING = (
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags.new_parser(__doc__)
     # --- read and write
     sources.add_flags(parser)
     parser.add_argument(

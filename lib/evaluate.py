@@ -59,10 +59,10 @@ def measure(
     teacher: ComparedTeacher | None = None,
     sources: Sequence[str] = (),
 ) -> dict:
-    """Return the measures (docs/measures.md says what each means) over all targets of a split; `kl`, `rkl`
-    and `agree` where the teacher is known there at T=1; "by_source": {NAME: the same} where the
-    rows come from several of the `sources`; of rows with a class each "predicted": the class
-    numbers (rows,)."""
+    """Return the measures (docs/measures.md says what each means) over all targets of a split;
+    `kl`, `rkl` and `agree` where the teacher is known there at T=1; "by_source": {NAME: the same}
+    where the rows come from several of the `sources`; of rows with a class each "predicted": the
+    class numbers (rows,)."""
     if not split.targets:
         return {"targets": 0}
     training = model.module.training
