@@ -74,6 +74,7 @@ def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:

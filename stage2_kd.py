@@ -107,6 +107,7 @@ def measure_only(args, dataset, device, amp):
     teacher = teachers.open_teacher(args, dataset)
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:

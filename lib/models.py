@@ -191,7 +191,7 @@ def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     text, mend = str(broken), None
     if "trust_remote_code" in text or "custom code" in text:
         mend = "--trust-remote-code, if you trust that folder's Python"
-    elif "attention" in text or "attn" in text:
+    elif "attn_implementation" in text:
         mend = "--attn eager"
     files.fail(
         f"{folder} cannot be loaded as {what}",

@@ -125,15 +125,17 @@ class Rows:
 
     there   the numbers of the rows that can be trained on (default: all)
     line    how long a line may be (`line_length`)
+
+    Which row comes when is known from `resume` on: a run that is finished needs none of it.
     """
+
+    line: int
+    steps_of_rows: list[np.ndarray]
 
     def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
         self.args, self.dataset, self.split = args, dataset, dataset.train
         self.lengths = self.split.rows["length"]
         self.there = np.arange(len(self.lengths)) if there is None else there
-        check_lengths(self.lengths[self.there], args.tokens_per_microbatch)
-        self.line = line_length(self.lengths[self.there], args.tokens_per_microbatch, args.attn)
-        self.steps_of_rows = self.choose()
 
     def choose(self) -> list[np.ndarray]:
         """Return the rows of every step."""
@@ -151,7 +153,12 @@ class Rows:
         return {}
 
     def resume(self, more: dict[str, Any]) -> None:
-        """Take over, and from now on keep up to date, what the run's state holds of this plan."""
+        """Make the plan of all steps. Take over, and from now on keep up to date, what the run's
+        state holds of it."""
+        lengths, tokens = self.lengths[self.there], self.args.tokens_per_microbatch
+        check_lengths(lengths, tokens)
+        self.line = line_length(lengths, tokens, self.args.attn)
+        self.steps_of_rows = self.choose()
 
     def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
         """Take an evaluation before `step`; return what it changes of the plan, for the log."""

@@ -156,7 +156,7 @@ def load(
     )
     check_body(module, folder, loaded, order)
     if weights and order is None:
-        new_head(module, own)
+        new_head(module, folder, own, seed)
     models.keep_only_layers(module, keep_layers)
     models.check_finite(folder, module.named_parameters())
     module.to(device).eval()
@@ -241,10 +241,11 @@ def check_body(module, folder: Path, loaded: dict, order: list[int] | None) -> N
     models.check_complete(folder, missing)
 
 
-def new_head(module, own: list[str] | None) -> None:
+def new_head(module, folder: Path, own: list[str] | None, seed: int) -> None:
     """Make a random head: where the sizes agree, that of its `own`, other labels was read."""
     known = f"a head for other labels ({', '.join(own[:4])})" if own else NO_HEAD
-    print(f"model: {type(module).__name__} has {known}: a new one is made for the data's labels")
+    count = module.config.num_labels
+    print(f"model: {folder} has {known}: a new one is made for {count} classes, seed {seed}")
     std = getattr(module.config.get_text_config(), "initializer_range", 0.02)
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not name.startswith(f"{module.base_model_prefix}."):

@@ -25,21 +25,15 @@ class Balance:
     """Weights of the terms beside the logits, moved toward equal shares of the gradient every
     `every` steps (0: never). `weights` holds "logits", always 1, too.
 
-    weights  where they start: {"feature": 0.1, ...}     shared  Beside.shared()     state  of the
-             run to continue, as JSON, exact
+    weights  where they start: {"feature": 0.1, ...}
+    shared   Beside.shared(): the parameters that gradients are measured on
+    state    of the run to continue, as JSON, exact
 
     The fused loss of the logits can be differentiated once only, so it is measured through the
     hidden states: a backward on a detached leaf gives d loss / d hidden, which stands for the loss
-    from there on. Worked example, inside the loop over micro-batches:
-
-        leaf = hidden.detach().requires_grad_()                                 # (N, D)
-        loss_sum, ce_sum, kd_sum = losses.head_loss(leaf, head, batch.labels, kept, method, amp)
-        scaler.scale(loss_sum / targets).backward()                             # into the head, and
-        leaf.grad terms = {name: scaler.scale(term) for name, term in beside.terms(batch, tokens,
-        rows).items()} balance.backward(hidden, leaf.grad, terms, step)
-
-    and after it: `pulls = balance.move() if balance.due(step) else {}`, for the log; the weights
-    hold from the next step on. A loss scale cancels, as long as all terms have it.
+    from there on (`Step.cut` and `Step.backward` of lib/options/beside.py). After the step, `move`
+    where it is `due`; the weights hold from the next step on. A loss scale cancels, as long as all
+    terms have it.
     """
 
     def __init__(

@@ -133,6 +133,13 @@ def refuse_without_rows(name: str, number: int, dataset: data.Dataset) -> NoRetu
 def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
     """Return every source with its part of all tokens for a share."""
     rows = dataset.train.rows[rows_there]
+    if not dataset.sources:
+        files.fail(
+            "--eval-sampling cannot weigh the sources",
+            f"no names of them in {dataset.folder}/meta.json",
+            "two or more named sources",
+            "prepare_data.py with several named sources, or no --eval-sampling",
+        )
     tokens = np.bincount(rows["source"], rows["length"])
     shares = (tokens / tokens.sum()).tolist()
     return [

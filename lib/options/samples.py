@@ -41,7 +41,7 @@ class Samples:
 
     def __init__(self, args, dataset: data.Dataset, tokenizer) -> None:
         self.split, self.tokenizer, self.longest = dataset.val, tokenizer, args.sample_tokens
-        self.count = min(args.samples, len(self.split.rows))
+        self.asked, self.count = args.samples, min(args.samples, len(self.split.rows))
         self.of_teacher: list[str] = []
 
     def hear(self, teacher: models.Model | None) -> None:
@@ -82,7 +82,7 @@ class Samples:
     ) -> None:
         """Append the answers of a model to a Markdown file, beside each the teacher's, if there
         is one; at step 0 the prompts and references first."""
-        if not self.count:
+        if not self.asked:
             return
         with open(path, "a", encoding="utf-8") as out:
             for row, said in enumerate(self.answers(model, amp)):

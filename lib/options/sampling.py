@@ -66,7 +66,7 @@ class SampledRows(mix.MixedRows):
 
     def resume(self, more: dict[str, Any]) -> None:
         self.state = more.setdefault("sampling", self.state)
-        self.steps_of_rows = self.choose()
+        super().resume(more)
 
     def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
         """Take an evaluation's ce_NAME; what it changes holds from `step` on. Return the factors as

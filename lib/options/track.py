@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse a package that is not installed, before anything is loaded."""
-    if args.track:
+    if args.track and not args.eval_only:
         files.need(args.track, f"--track {args.track}")
 
 

@@ -137,7 +137,7 @@ def _json_records(place: Place) -> Iterator[dict]:
 
 def _json_lines(place: Place) -> Iterator[object]:
     with places.open_text(place, newline="\n") as file:
-        for _, value in files.json_lines(file, place):
+        for _, value in files.json_lines(file, place, "one object a line"):
             yield value
 
 

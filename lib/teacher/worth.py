@@ -18,7 +18,10 @@ def best_by(measure: str, teacher: Teacher) -> str:
         return measure
     found = re.sub("^(kl|agree)", "ce", measure)
     if found != measure:
-        print(f"best/ follows {found}, since {measure} cannot be measured")
+        print(
+            f"best/ follows {found}, for there is no val dump with T=1 to measure {measure};"
+            " make logits CHUNK=val, with 1 in TEMPERATURES"
+        )
     return found
 
 

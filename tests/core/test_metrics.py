@@ -215,8 +215,8 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_eval_only_writes_what_the_contract_says(world, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("lib.run.Run", lambda *_: pytest.fail("a run was opened"))
     script, arguments = SCRIPTS[name]
+    monkeypatch.setattr(script, "Run", lambda *_: pytest.fail("a run was opened"))
     if name == "stage2":
         make.call(dump_logits.main, *make.dump(world, "--chunk", "val"))
     make.call(script.main, *arguments(world, "--eval-only", "--out", tmp_path / "eval"))

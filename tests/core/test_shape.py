@@ -93,8 +93,9 @@ def test_one_name_is_one_thing():
     for path in LIB:
         for node in tree(path).body:
             names = [getattr(node, "name", None)]
-            if isinstance(node, ast.Assign):
-                names = [getattr(target, "id", None) for target in node.targets]
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [getattr(target, "id", None) for target in targets]
             for name in {*names} - {None, *SHARED}:
                 homes.setdefault(name, []).append(place(path))
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
@@ -118,6 +119,8 @@ def test_no_flat_file_knows_an_option():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("args"):
                 assert node.attr not in of_options, f"{place(path)}:{node.lineno} args.{node.attr}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in of_options, f"{place(path)}:{node.lineno} {node.value!r}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

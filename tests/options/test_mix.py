@@ -198,6 +198,7 @@ def test_epochs_are_so_many_tokens_of_the_sources_that_are_mixed(epochs):
     for steps, wanted in ((0, round(epochs * int(LENGTHS[SOURCE != 1].sum()) / 2000)), (7, 7)):
         args = make.plan_args(tokens_per_step=2000, epochs=epochs, steps=steps)
         rows = mix.MixedRows(args, types.SimpleNamespace(train=split), mixed)
+        rows.resume({})
         assert rows.steps == wanted
 
 

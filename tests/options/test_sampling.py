@@ -32,7 +32,9 @@ def world(tmp_path_factory):
 
 def sampler(world, steps=10, text="general:0.5 finance:0.5"):
     args = make.plan_args(tokens_per_step=128, steps=steps, mix=text, eval_sampling=True)
-    return sampling.open_rows(args, data.Dataset(world / "data"))
+    rows = sampling.open_rows(args, data.Dataset(world / "data"))
+    rows.resume({})
+    return rows
 
 
 def ce(general, finance):
@@ -159,3 +161,10 @@ def test_what_cannot_be_weighed_is_refused_in_one_line(tmp_path, text, val, word
         ),
     )
     assert code == 1 and words in said and "\n" not in said.strip()
+
+
+def test_data_that_names_no_sources_is_refused(tmp_path):
+    world = make.world(tmp_path)
+    code, said = make.ends(stage1_sft.main, *make.stage1(world, "--eval-sampling", "--steps", 4))
+    assert code == 1 and "no names of them" in said
+    assert "--eval-sampling cannot weigh the sources" in said

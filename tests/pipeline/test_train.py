@@ -588,8 +588,11 @@ def test_running_a_finished_run_again_says_so_and_exits_0(world, tmp_path, capsy
         argv = arguments(world, "--steps", 1, "--out", tmp_path / script.__name__)
         make.call(script.main, *argv)
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / script.__name__).rglob("*")}
-        assert make.ends(script.main, *argv) == (0, "")
-        assert "already finished; nothing to do (--fresh starts anew)" in capsys.readouterr().out
+        # also where a row would not fit any more: the plan is no matter of a finished run
+        for more in ((), ("--tokens-per-microbatch", 10)):
+            assert make.ends(script.main, *argv, *more) == (0, "")
+            said = capsys.readouterr().out
+            assert "already finished; nothing to do (--fresh starts anew)" in said
         assert before == {
             path: path.stat().st_mtime_ns for path in (tmp_path / script.__name__).rglob("*")
         }
