@@ -225,11 +225,9 @@ def shapes(folder: Path) -> list[tuple[int, ...]]:
 def check_apart(out: str, source: Path, what: str = "student") -> None:
     """Refuse to write over the model that is read, be it in a stage folder, the adapter beside
     merged weights, or the base of an adapter."""
-    held = [
-        folder
-        for model in (source, base_of(source))
-        for folder in (model.resolve(), *model.resolve().parents[: 1 + (model.name == "adapter")])
-    ]
+    held: list[Path] = []
+    for model in (source.resolve(), base_of(source).resolve()):
+        held += [model, *model.parents[: 1 + (model.name == "adapter")]]
     if Path(out).resolve() in held:
         files.fail(
             f"--out {out} holds the {what} that is read", source, "another folder", "another --out"

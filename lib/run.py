@@ -97,11 +97,12 @@ def differing_settings(seen: dict[str, Any], wanted: dict[str, Any], args) -> li
         return value[:12] if is_hash else repr(value)
 
     seen = {name: args.defaults[name] for name in wanted if name in args.defaults} | seen
-    return [
-        f"{name} {short(seen.get(name))} (now {short(wanted.get(name))})"
-        for name in sorted({*seen, *wanted} - args.free)
-        if seen.get(name) != wanted.get(name)
-    ]
+    found = []
+    for name in sorted({*seen, *wanted} - args.free):
+        then, now = seen.get(name), wanted.get(name)
+        if then != now:
+            found.append(f"{name} {short(then)} (now {short(now)})")
+    return found
 
 
 class Run:
@@ -223,11 +224,9 @@ class Run:
         """Write last/: everything that continuing at `step` needs."""
         partial = files.partial_folder(self.out / "last")
         save_file(tensors(module), partial / "weights.safetensors")
-        flat = {
-            f"{number}.{key}": value
-            for number, entry in optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-        }
+        flat: dict[str, torch.Tensor] = {}
+        for number, entry in optimizer.state_dict()["state"].items():
+            flat |= {f"{number}.{key}": value for key, value in entry.items()}
         save_file(flat, partial / "optimizer.safetensors")
         sizes = {
             name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()

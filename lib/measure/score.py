@@ -342,16 +342,11 @@ def paired(
     p = np.minimum(1, 2 * (np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0)) + 1) / (rounds + 1))
     p = np.maximum(p, 2.0 ** (1 - len(a))).tolist()
     whole = np.ones(len(a), np.int64)
-    return {
-        name: {
-            "difference": new(whole) - old(whole),
-            "low": low[i],
-            "high": high[i],
-            "p": p[i],
-            "n": len(a),
-        }
-        for i, (name, (old, new)) in enumerate(zip(metrics, pairs))
-    }
+    found = {}
+    for name, (old, new), *rest in zip(metrics, pairs, low, high, p):
+        found[name] = {"difference": new(whole) - old(whole)}
+        found[name] |= dict(zip(("low", "high", "p"), rest)) | {"n": len(a)}
+    return found
 
 
 # --- tables, and the command

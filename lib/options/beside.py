@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib import data, files, models
+from lib import data, files, flags, models
 from lib.head import wide
 from lib.losses import FLOOR
 from lib.options.attention import listen
@@ -101,12 +101,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) values that cannot work."""
-    weights = {
-        name: getattr(args, name)
-        for name in ("feature_weight", "attention_weight", "contrastive_weight")
-    }
+    names = ("feature_weight", "attention_weight", "contrastive_weight")
+    weights = {name: getattr(args, name) for name in names}
     for name, weight in weights.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flags.spelled(name)
         if not 0 <= weight < float("inf"):
             parser.error(f"{flag} is {weight}, wanted 0 or more")
         if weight and not args.teacher:
@@ -152,6 +150,11 @@ def feature_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (unit(student) - unit(teacher)).square().sum(-1) / 2
 
 
+def mean_over_heads(logp: Tensor) -> Tensor:
+    """Return the log (B, 1, L, L) of the mean over heads of exp(logp), (B, H, L, L)."""
+    return logp.logsumexp(1, keepdim=True) - torch.tensor(logp.shape[1], dtype=logp.dtype).log()
+
+
 def attention_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """Return KL(teacher || student) (B, L) in nats a query token from log-probabilities (B, H, L,
     L): the mean over heads.
@@ -161,10 +164,7 @@ def attention_kl(teacher: Tensor, student: Tensor) -> Tensor:
     -FLOOR nats.
     """
     if teacher.shape[1] != student.shape[1]:
-        teacher, student = (
-            logp.logsumexp(1, keepdim=True) - torch.tensor(logp.shape[1], dtype=logp.dtype).log()
-            for logp in (teacher, student)
-        )
+        teacher, student = mean_over_heads(teacher), mean_over_heads(student)
     teacher, student = teacher.clamp_min(FLOOR), student.clamp_min(FLOOR)
     return (teacher.exp() * (teacher - student)).sum(-1).mean(1)
 
@@ -227,15 +227,8 @@ class Beside(nn.Module):
     ) -> None:
         super().__init__()
         assert feature_kind in FEATURES, feature_kind
-        self.weights = {
-            name: weight
-            for name, weight in (
-                ("feature", feature),
-                ("attention", attention),
-                ("contrastive", contrastive),
-            )
-            if weight > 0
-        }
+        weights = {"feature": feature, "attention": attention, "contrastive": contrastive}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.measure = feature_mse if feature_kind == "mse" else feature_cosine
         self.temperature, self.device = contrastive_temperature, student.device
         self.sides = {"student": Side(student), "teacher": Side(teacher)} if self.weights else {}
@@ -414,12 +407,10 @@ class Beside(nn.Module):
                     )
                 found["feature"] = torch.stack(each).mean() / tokens
             if self.attention_pairs:
-                each = [
-                    attention_kl(self._teacher(teacher.ear.maps[b]), student.ear.maps[a])[
-                        real
-                    ].sum()
-                    for a, b in self.attention_pairs
-                ]
+                each = []
+                for a, b in self.attention_pairs:
+                    kl = attention_kl(self._teacher(teacher.ear.maps[b]), student.ear.maps[a])
+                    each.append(kl[real].sum())
                 found["attention"] = torch.stack(each).mean() / tokens
             if self.contrastive_projection is not None:
                 pooled = self.pool(batch) if pooled is None else pooled
@@ -445,14 +436,8 @@ class Beside(nn.Module):
         layer 2's query and key (and the norm before them); with contrastive alone, layer 5.
         """
         side = self.sides["student"]
-        tops = {
-            name: max(a for a, _ in pairs)
-            for name, pairs in (
-                ("feature", self.feature_pairs),
-                ("attention", self.attention_pairs),
-            )
-            if pairs
-        }
+        watched = {"feature": self.feature_pairs, "attention": self.attention_pairs}
+        tops = {name: max(a for a, _ in pairs) for name, pairs in watched.items() if pairs}
         layer = min([len(side.layers) - 1, *tops.values()])
         found = [p for p in side.layers[layer].parameters() if p.requires_grad]
         if tops.get("attention") == layer:

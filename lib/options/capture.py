@@ -46,20 +46,13 @@ def layer_pairs(
 def decoder_layers(model: models.Model) -> nn.ModuleList:
     """Return the list of a model's decoder layers, whatever its body calls it."""
     count = model.module.config.get_text_config().num_hidden_layers
-    found = next(
-        (
-            part
-            for part in model.body.modules()
-            if isinstance(part, nn.ModuleList) and len(part) == count
-        ),
-        None,
+    for part in model.body.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return part
+    files.fail(
+        f"{type(model.module).__name__} has no list of decoder layers",
+        wanted=f"one of {count} layers",
     )
-    if found is None:
-        files.fail(
-            f"{type(model.module).__name__} has no list of decoder layers",
-            wanted=f"one of {count} layers",
-        )
-    return found
 
 
 class Side:

@@ -141,12 +141,12 @@ def natural(dataset: data.Dataset, rows_there: np.ndarray) -> list[Part]:
             "prepare_data.py with several named sources, or no --eval-sampling",
         )
     tokens = np.bincount(rows["source"], rows["length"])
-    shares = (tokens / tokens.sum()).tolist()
-    return [
-        Part(number, dataset.sources[number], rows_there[rows["source"] == number], share, share)
-        for number, share in enumerate(shares)
-        if share
-    ]
+    parts = []
+    for number, share in enumerate((tokens / tokens.sum()).tolist()):
+        if share:
+            own = rows_there[rows["source"] == number]
+            parts.append(Part(number, dataset.sources[number], own, share, share))
+    return parts
 
 
 def stream(
@@ -155,12 +155,8 @@ def stream(
     """Return a source's rows pass after pass, each pass in an order of its own, until they hold at
     least `tokens` tokens."""
     passes = max(1, math.ceil(tokens / int(lengths[rows].sum(dtype=np.int64))))
-    return np.concatenate(
-        [
-            np.random.default_rng([seed, number, source]).permutation(rows)
-            for number in range(passes)
-        ]
-    )
+    orders = [np.random.default_rng([seed, number, source]) for number in range(passes)]
+    return np.concatenate([order.permutation(rows) for order in orders])
 
 
 def asked(parts: Sequence[Part], count: int) -> np.ndarray:

@@ -136,8 +136,5 @@ def chunk_folder(folder: Path | str, chunk: int | str) -> Path:
 
 def differing(seen: dict, wanted: dict) -> str:
     """Return what differs between two sets of settings, for people."""
-    return "; ".join(
-        f"{name} {seen.get(name)!r} (now {value!r})"
-        for name, value in wanted.items()
-        if seen.get(name) != value
-    )
+    other = [name for name, value in wanted.items() if seen.get(name) != value]
+    return "; ".join(f"{name} {seen.get(name)!r} (now {wanted[name]!r})" for name in other)
