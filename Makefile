@@ -121,7 +121,7 @@ serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:80
 test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
 	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 20 minutes)
+test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 14 minutes on 2 cores)
 	$(PY) tests/machines.py $(ARGS)
 
 lint: .venv/ready-test ## ruff's rules, its format at 100 columns, and mypy on the core and the teacher

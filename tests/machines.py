@@ -1,7 +1,7 @@
 """Run the tests that train as other machines would: other instructions, other libraries' kernels,
 other numbers of threads, another order of the files. One line a machine, with its time.
 
-    python tests/machines.py                 # all machines: about 20 minutes on 2 CPU cores
+    python tests/machines.py                 # all machines: about 14 minutes on 2 CPU cores
     python tests/machines.py threads avx2    # those whose names begin so
 """
 
