@@ -87,11 +87,11 @@ class Chat:
         """Return the way to sample as lib/generate.py takes it, with what is given in its place."""
         return generate.sampling_of(self.how, self.tokenizer, temperature, top_p)
 
-    def ids(self, messages):
-        """Return the prompt's token ids, ready for the answer."""
-        return template.prompt_ids(self.tokenizer, messages)
+    def ids(self, messages, **more):
+        """Return the prompt's token ids, ready for the answer. more: arguments of the template."""
+        return template.prompt_ids(self.tokenizer, messages, **more)
 
-    def fit(self, messages):
+    def fit(self, messages, **more):
         """Return (prompt ids, messages dropped): the oldest turns go, until a quarter of the
         context, or the longest answer, has room.
 
@@ -99,14 +99,14 @@ class Chat:
         the last message stay.
         """
         kept, first = list(messages), int(messages[0]["role"] == "system")
-        ids = self.ids(kept)
+        ids = self.ids(kept, **more)
         while (
             self.context
             and len(ids) + min(self.how.max_new_tokens, self.context // 4) > self.context
             and len(kept) > first + 2
         ):
             del kept[first : first + 2]
-            ids = self.ids(kept)
+            ids = self.ids(kept, **more)
         return ids, len(messages) - len(kept)
 
     def remembered(self, ids):
@@ -161,7 +161,7 @@ def load(args, name=None, student=None):
         tokenizer = template.load_tokenizer(
             checkpoints.with_tokenizer(folder), args.trust_remote_code
         )
-        template.ensure_template(tokenizer)
+        template.make_ready(tokenizer, args.chat_template, args.template_args, name is not None)
     dtype = models.pick_dtype(args.dtype, device, folder)
     model = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
