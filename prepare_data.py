@@ -244,7 +244,9 @@ def main(argv=None):
         shutil.rmtree(partial)
         raise
     if texts:
-        export.write_splits(partial / "staged.texts.parquet", partial / "rows", staged.is_val)
+        export.write_splits(
+            partial / "staged.texts.parquet", partial / "rows", staged.is_val, sorted(texts.keys)
+        )
     split.write_sides(partial, staged)
 
     # --- the folder is whole once meta.json is in it
