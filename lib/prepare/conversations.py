@@ -171,7 +171,7 @@ class SourceRow:
         """Return the messages of a prompt, what stands beside it, and its answer; each may be
         messages itself, as TRL has them."""
         prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
-        whole = self.messages_of("answer", answer) if isinstance(answer, list) else None
+        whole = self.messages_of("answer", answer) if listed(answer) else None
         if whole and any(message["role"] == "user" for message in whole):
             # `chosen` with its question, as TRL's preference rows may have it
             said = [message["content"] for message in whole]
@@ -181,7 +181,7 @@ class SourceRow:
                 )
             return whole
         options = options_of(self.choices())
-        if isinstance(prompt, list):
+        if listed(prompt):
             asked = self.messages_of("prompt", prompt)
             more = self.beside_prompt(options)
             if more and asked:
@@ -212,8 +212,8 @@ class SourceRow:
         if isinstance(value, dict) and "text" in value:  # SQuAD's answers
             self.unused(f"{self.file.columns['answer']}.{name}" for name in value if name != "text")
             value = value["text"]
-        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if listed and self.file.columns["answer"] == "answers":
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if texts and self.file.columns["answer"] == "answers":
             if len(set(value)) > 1:
                 self.file.unused["columns", f"{self.file.columns['answer']} past the first"] = None
             value = value[0] if value else ""
@@ -375,6 +375,11 @@ class SourceRow:
                 f"--columns ignore={name}",
             )
         return bool(value)
+
+
+def listed(value: object) -> bool:
+    """Return whether a value is a list of objects, as messages are."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
 
 
 def parsed_messages(value: object) -> object:
