@@ -66,7 +66,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--no-pack": dict(
         action="store_true",
         help=(
-            "one row a line instead of several (for models whose packed rows would see each other)"
+            "one row a line instead of several (by itself for models whose packed rows would see"
+            " each other)"
         ),
     ),
     "--eval-every": dict(
@@ -128,9 +129,12 @@ SHARED: dict[str, dict[str, Any]] = {
         help="mixed precision; auto: fp16 on CUDA (default: %(default)s)",
     ),
     "--attn": dict(
-        choices=["sdpa", "eager", "flash_attention_2", "flex_attention"],
-        default="sdpa",
-        help="attention kernel (default: %(default)s)",
+        choices=["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"],
+        default="auto",
+        help=(
+            "attention kernel; auto: sdpa, or eager where a model has none (default: %(default)s)"
+        ),
+        free=True,
     ),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--fresh": dict(

@@ -387,6 +387,8 @@ class Run:
             self.say(f"{self.stage}: stopped at step {step} of {steps}: {because}")
         if shares:
             config["shares"] = shares
+        if "packed" in self.more:
+            config["packed"] = self.more["packed"]
         files.write_json(self.out / "config.json", config)
         for listener in self.listeners:
             listener.close()
