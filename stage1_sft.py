@@ -181,8 +181,7 @@ def main(argv=None):
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite(step, rows.of(step), gradient=norm)
-        taken = train.update(optimizer, scaler, lr)
-        run.updates += taken
+        run.count(step, train.update(optimizer, scaler, lr))
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0:
             shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)

@@ -108,7 +108,11 @@ SHARED: dict[str, dict[str, Any]] = {
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of one forward pass, as memory allows (default: %(default)s)",
+        help=(
+            "tokens of one forward pass, as memory allows; results differ by rounding (bf16's or"
+            " fp16's with --amp), and in a model with dropout, by what is drawn (default:"
+            " %(default)s)"
+        ),
         free=True,
     ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
@@ -165,7 +169,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
 
 class Arguments(argparse.Namespace):
     """What was parsed. free: names of flags that may differ when a run is continued, since they
-    change results by float32 rounding at most; defaults: of every flag."""
+    change results by rounding at most (--tokens-per-microbatch: also which numbers dropout draws);
+    defaults: of every flag."""
 
     __slots__ = ("free", "defaults")
     free: frozenset[str]
