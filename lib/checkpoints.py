@@ -126,6 +126,14 @@ def gguf_reader(path: Path):
         files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
 
 
+def gguf_window(path: Path) -> int | None:
+    """Return the most tokens that a GGUF file's model was made for."""
+    reader = gguf_reader(path)
+    kind = reader.get_field("general.architecture")
+    field = kind and reader.get_field(f"{kind.contents()}.context_length")
+    return int(field.contents()) if field else None
+
+
 def has_weights(folder: Path) -> bool:
     return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
@@ -241,9 +249,11 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    # more tokens than ours it often has: invented ones
+    # more tokens than ours it often has: invented ones; and llama.cpp writes some of sentencepiece's
+    # blanks, U+2581, as they are meant
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if number >= len(tokens) or tokens[number] != token:
+        same = number < len(tokens)
+        if not same or tokens[number].replace("\u2581", " ") != token.replace("\u2581", " "):
             seen = f"{len(tokens)} tokens"
             if number < len(tokens):
                 seen = f"{tokens[number]!r} as token {number}"
@@ -378,6 +388,7 @@ def save(module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) ->
     module.config.dtype = in_memory
     tokenizer.save_pretrained(folder)
     for_other_readers(folder)
+    template.say_misread(tokenizer, folder, module.config.model_type)
 
 
 def for_other_readers(folder: Path) -> None:

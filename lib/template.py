@@ -182,6 +182,25 @@ def as_stored(name, trust_remote_code: bool = False):
     return plain
 
 
+def say_misread(tokenizer, folder: Path, model_type: str) -> None:
+    """Say where plain transformers reads the plain tokenizer of a saved checkpoint by the class of
+    the model's type, whatever the folder says (Qwen 2 and 3.5), and that class cuts otherwise."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto as known
+
+    forced = getattr(known, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ())
+    plain = not type(tokenizer).__module__.startswith("transformers.models.")
+    if not plain or not tokenizer.is_fast or model_type not in forced:
+        return
+    read = AutoTokenizer.from_pretrained(folder)
+    if type(read) is not type(tokenizer) and read(list(TRIAL)) != tokenizer(list(TRIAL)):
+        print(
+            f"tokenizer: AutoTokenizer reads {folder.name}/ as {type(read).__name__}, since the"
+            f" model is a {model_type}, and not as its tokenizer.json says:"
+            " PreTrainedTokenizerFast.from_pretrained and chat.py follow the file"
+        )
+
+
 def _hash(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
