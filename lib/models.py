@@ -116,6 +116,8 @@ def load(
             f"{model.vocab} rows of its output layer",
             f"at least {tokens}",
         )
+    if dataset is not None:
+        dataset.check_tokens(model.vocab, folder)
     probe(model, pack, amp)
     if compiled:
         model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
@@ -155,6 +157,8 @@ def read(
 
     logging.disable_progress_bar()
     base = checkpoints.base_of(folder)
+    for one in {folder, base}:
+        checkpoints.check_written(one)
     new = not checkpoints.has_weights(base)
     if new and seed is None:
         files.fail(
