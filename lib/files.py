@@ -122,8 +122,8 @@ def expect(path: Path, value: object, schema: Any, mend: str | None = None) -> N
 def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     """Return (what was seen, what was wanted) where a JSON value is not as a schema wants it, None
     where it is. A schema: a type (float: a finite number), a range or set of values, a tuple of
-    schemas one of which must fit, [of each item], {key: of its value}; a key that may be missing
-    ends in "?", and `...` is every key.
+    schemas one of which must fit, [of each item], {key: of its value}, or a function of the value;
+    a key that may be missing ends in "?", and `...` is every key.
 
     Worked example: {"k": range(1, 99), "mix?": (str, None)} fits {"k": 16}, and {"k": True} not.
     """
@@ -146,15 +146,24 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     elif schema in (int, float):  # no bool is one
         fits = type(value) is int and abs(value) < 1 << 63
         fits = fits or schema is float and type(value) is float and math.isfinite(value)
-    elif isinstance(schema, range | set):
+    elif isinstance(schema, range):  # of a text it would look at every number
+        fits = type(value) is int and value in schema
+    elif isinstance(schema, set):
         fits = type(value) in (int, str) and value in schema
-    else:
+    elif schema is None or isinstance(schema, type):
         fits = value is None if schema is None else isinstance(value, schema)
+    else:
+        fits = schema(value)
     if not fits:
         kind = "an object" if isinstance(schema, dict) else getattr(schema, "__name__", str(schema))
         return f"{name or 'it'}: {str(value)[:40]!r}", kind
     found = [misfit(value[key], inner, f"{name}.{key}".lstrip(".")) for key, inner in inside]
     return next(filter(None, found), None)
+
+
+def number(value: object) -> bool:
+    """Return whether a JSON value is a number that a float holds; NaN and infinity may be one."""
+    return type(value) is float or type(value) is int and abs(value) < 1 << 63
 
 
 def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="r") -> np.memmap:

@@ -19,7 +19,6 @@ each step seeds its own randomness from (seed, step).
 
 import json
 import math
-import numbers
 import os
 import platform
 import shutil
@@ -44,7 +43,7 @@ GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last 
 STATE = {  # of last/state.json
     "step": range(1 << 62),
     "updates": range(1 << 62),
-    "best": (None, numbers.Real),
+    "best": (None, files.number),
     "trained_s": float,
     "measures": dict,
     "more": dict,
