@@ -256,7 +256,8 @@ def main(argv=None):
     meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
     if written:
         meta["teacher"] = written.meta
-    files.write_sealed(partial / "meta.json", meta, files.checksums(partial))
+    meta["checksums"] = files.checksums(partial)
+    files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
     lock.release()
     (partial / ".lock").unlink(missing_ok=True)

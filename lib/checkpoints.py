@@ -186,7 +186,8 @@ def write_checksums(folder: Path) -> None:
     """Write the last file of a checkpoint that a trainer exports: the checksums of all others that
     a program reads."""
     made = files.checksums(folder)
-    files.write_sealed(folder / CHECKSUMS, {}, {n: made[n] for n in made if n[-3:] != ".md"})
+    read = {name: made[name] for name in made if not name.endswith(".md")}
+    files.write_json(folder / CHECKSUMS, {"checksums": read})
 
 
 def check_written(folder: Path, verify: bool = False) -> None:

@@ -8,7 +8,7 @@ Contract: every write goes to a temporary name beside its target and is renamed;
 old file or the new one, never a half. A folder is complete when its `meta.json` / `config.json`,
 written last, exists.
 
-Checksums: a sealed JSON file (`write_sealed`) holds those of the files beside it, {"checksums":
+Checksums: a sealed JSON file (`write_json`) holds those of the files beside it, {"checksums":
 {NAME: {"bytes": N, "crc32": 8 hex digits a BLOCK}}}, and as its last line its own: "seal", the
 CRC-32 of the text before. Whoever reads such a file (`read_json`) checks the seal; `check` the
 files: small ones whole, of large ones some blocks, or every byte. "seal": null says that somebody
@@ -39,6 +39,7 @@ NEVER_DELETED = "answers"
 BLOCK = 1 << 22  # bytes that one checksum stands for
 SMALL = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
+LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
 SUMS = {...: {"bytes": range(1 << 62), "crc32": str, "grows?": bool}}  # a schema: see `misfit`
 
@@ -84,8 +85,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON whole or not at all; an object that holds `checksums` is sealed."""
+    if not isinstance(value, dict) or "checksums" not in value:
+        return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    value = {key: one for key, one in value.items() if key != "seal"}
+    body = json.dumps(value, indent=2, ensure_ascii=False).removesuffix("\n}")
+    write_text(path, body + SEAL + _seal(body))
 
 
 def read_json(path: Path, mend: str | None = None, schema: Any = None) -> dict:
@@ -193,13 +198,6 @@ def _seal(body: str) -> str:
     return f'{zlib.crc32(body.encode("utf-8")):08x}"\n}}\n'
 
 
-def write_sealed(path: Path, value: dict, checksums: dict | None = None) -> None:
-    """Write JSON whole or not at all, with the checksums of the files beside it, and its own."""
-    value = value | {"checksums": checksums or {}}
-    body = json.dumps(value, indent=2, ensure_ascii=False).removesuffix("\n}")
-    write_text(path, body + SEAL + _seal(body))
-
-
 def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
     """Return the checksums of a file, or of its first `size` bytes, in one pass, which also feeds
     `digest` (of hashlib), if given."""
@@ -222,6 +220,17 @@ def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
             found += [f"{one:08x}" for one in made]
             bar.update(sum(map(len, blocks)))
     return {"bytes": size, "crc32": "".join(found)}
+
+
+def with_sum(line: bytes) -> bytes:
+    """Return an object's JSON with its own checksum as its last field."""
+    body = line.removesuffix(b"}")
+    return body + LINE_SUM + f'{zlib.crc32(body):08x}"}}'.encode()
+
+
+def is_whole(line: bytes) -> bool:
+    """Return whether a line is as `with_sum` made it."""
+    return with_sum(line.rpartition(LINE_SUM)[0]) == line
 
 
 def checksums(folder: Path) -> dict:
@@ -485,6 +494,12 @@ def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
                 wrong.append(f"{path.parent / name} is damaged; saw {what}")
             elif one.exists():
                 count, size = count + 1, size + one.stat().st_size
+    for path in folder.rglob("journal.jsonl"):  # of the newest answers, each line with its own
+        *lines, torn = path.read_bytes().split(b"\n")
+        count, size = count + 1, size + path.stat().st_size
+        ours = any(LINE_SUM in line for line in lines)
+        if torn or ours and not all(map(is_whole, lines)):
+            wrong.append(f"{path} is torn or damaged: what is not whole of it is asked again")
     return count, size, wrong
 
 

@@ -261,7 +261,7 @@ class Run:
             size = sizes["history.jsonl"]
             grows = files.sums(self.history, size=size) | {"grows": True}
             checksums["../history.jsonl"] = grows
-        files.write_sealed(
+        files.write_json(
             partial / "state.json",
             {
                 "step": step,
@@ -273,8 +273,8 @@ class Run:
                 "sizes": sizes,
                 "scaler": scaler.state_dict(),
                 "settings": self.settings,
+                "checksums": checksums,
             },
-            checksums,
         )
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
@@ -451,8 +451,9 @@ class Run:
             config["shares"] = shares
         if "packed" in self.more:
             config["packed"] = self.more["packed"]
-        logged = {"history.jsonl": files.sums(self.history)} if self.history.exists() else {}
-        files.write_sealed(self.out / "config.json", config, logged)
+        there = [self.history] if self.history.exists() else []
+        config["checksums"] = {path.name: files.sums(path) for path in there}
+        files.write_json(self.out / "config.json", config)
         for listener in self.listeners:
             listener.close()
         shutil.rmtree(self.out / "last", ignore_errors=True)

@@ -245,7 +245,7 @@ def open_out(out, settings, fresh):
         return None
     out.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists():
-        files.write_sealed(meta, settings)
+        files.write_json(meta, settings | {"checksums": {}})
         part.touch()
     return part.read_bytes().split(b"\n")[:-1]  # what follows the last line end is a torn line
 
@@ -305,8 +305,8 @@ def answer_file(args, load) -> None:
             "metrics": score.summarise(rows, metrics),
         } | {name: classes[name] for name in ("labels", "confusion", "per_class") if classes}
         timed = speed(chat, ready[0][0] if names else ready[0])
-        made = {out.name: files.sums(out)}
-        files.write_sealed(summary, shown | {"speed": timed}, made)
+        made = {"speed": timed, "checksums": {out.name: files.sums(out)}}
+        files.write_json(summary, shown | made)
         say_scores(out, shown)
 
 

@@ -14,7 +14,6 @@ OUT/answers/HASH/ (HASH of the settings, all that an answer depends on) holds
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from lib import files
 
 PART_ROWS = 1000
 AGAIN = f"move it away; its {PART_ROWS} are asked again"
-CRC = ', "crc32": "'  # what begins the end of a journal's line: the checksum of what is before
 ROW = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 # an answer, for those it is passed on to
@@ -67,12 +65,6 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
         files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", AGAIN)
 
 
-def with_checksum(line: bytes) -> bytes:
-    """Return a row's JSON as the journal holds it: its checksum is its last field."""
-    body = line.removesuffix(b"}")
-    return body + f'{CRC}{zlib.crc32(body):08x}"}}'.encode()
-
-
 def read_line(line: bytes) -> dict | None:
     """Return a line of the journal, None where it is damaged. (Older ones have no checksum.)"""
     try:
@@ -81,8 +73,7 @@ def read_line(line: bytes) -> dict | None:
         return None
     if files.misfit(row, ROW):
         return None
-    body, found, _ = line.rpartition(CRC.encode())
-    if found and with_checksum(body + b"}") != line:
+    if files.LINE_SUM in line and not files.is_whole(line):
         return None
     row.pop("crc32", None)
     return row
@@ -98,7 +89,7 @@ class Store:
         if (settings := self.folder / "settings.json").exists():
             files.read_json(settings, f"rm {settings}: it is written again")
         else:
-            files.write_sealed(settings, made)
+            files.write_json(settings, made | {"checksums": {}})
             others = [path.parent for path in sorted(folder.glob("*/settings.json"))]
             others = [str(other) for other in others if other != self.folder]
             if others:
@@ -131,7 +122,7 @@ class Store:
                 files.fail(f"{part} is damaged", seen, "answers as this program wrote them", AGAIN)
         there = {part.name: known.get(part.name) or files.sums(part) for part in self.parts}
         if there != known:
-            files.write_sealed(path, {}, there)
+            files.write_json(path, {"checksums": there})
         return there
 
     def _read_journal(self) -> None:
@@ -139,9 +130,9 @@ class Store:
         is damaged among them is asked again."""
         lines = self.journal.read_bytes().split(b"\n") if self.journal.exists() else [b""]
         whole = [line for line in lines[:-1] if (row := read_line(line)) and self._take(row)]
-        if lost := len(lines) - 1 - len(whole):
-            print(f"answers: {lost} lines of {self.journal} are damaged: asked again", flush=True)
-        if lost or lines[-1]:
+        if lost := len(lines) - len(whole) - (not lines[-1]):
+            said = f"answers: {lost} lines of {self.journal} are torn or damaged: asked again"
+            print(said, flush=True)
             files.write_text(self.journal, b"".join(line + b"\n" for line in whole).decode())
 
     def _take(self, row: dict) -> bool:
@@ -157,7 +148,7 @@ class Store:
         assert name not in self.have, name
         # half a surrogate pair becomes "?"
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
-        self.file.write(with_checksum(line) + b"\n")
+        self.file.write(files.with_sum(line) + b"\n")
         self.file.flush()
         self.have.add(name)
         self.fresh.append(json.loads(line))
@@ -185,7 +176,7 @@ class Store:
             os.replace(partial, path)
             files.sync(self.folder)
             self.sums[path.name] = files.sums(path)
-            files.write_sealed(self.folder / "checksums.json", {}, self.sums)
+            files.write_json(self.folder / "checksums.json", {"checksums": self.sums})
         self.fresh = []
         os.ftruncate(self.file.fileno(), 0)
 

@@ -324,8 +324,9 @@ class Writer:
             "coverage": record.coverage(self.topk, settings["temperatures"], settings["vocab"]),
             "sha256": digest.hexdigest(),
             "versions": versions(),
+            "checksums": checksums,
         }
-        files.write_sealed(self.folder / "meta.json", meta, checksums)
+        files.write_json(self.folder / "meta.json", meta)
         (self.folder / "settings.json").unlink()
         return meta
 
