@@ -225,6 +225,7 @@ def look_again(args, dataset, wanted, out, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
     dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
     wanted, out = chunks_wanted(args, dataset), Path(args.out)

@@ -23,7 +23,7 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy (tvd: T, not T^2)
 
 import torch
 
-from lib import checkpoints, data, evaluate, flags, losses, models, train
+from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib import teacher as teachers
 from lib.measure import plots
 from lib.options import beside, classifier, lora, mix, samples, sampling, tags, track
@@ -120,6 +120,7 @@ def measure_only(args, dataset, device, amp):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)

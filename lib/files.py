@@ -415,6 +415,31 @@ def locked(folder: Path) -> bool:
         return True
 
 
+def check_out(out: str | Path, file: bool = False) -> None:
+    """Refuse an --out that no folder (or `file`) can be made at, before anything is computed for
+    it."""
+    seen, wanted, what = None, "a file" if file else "a new folder", "cannot be written"
+    try:
+        path = Path(str(out).encode("utf-8").decode()).resolve()
+        there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+        if not path.name:
+            seen = "the root of the disk"
+        elif len(os.fsencode(path.name)) > 200:  # others beside it get longer names
+            seen = "a name of more than 200 bytes"
+        elif there != path and not there.is_dir():
+            seen = f"{there}, which is no folder"
+        elif there == path and there.is_dir() == file:
+            seen, what = "a folder" if file else "something that is no folder", "is in the way"
+        elif not os.access(there, os.W_OK):
+            seen = f"{there}, which may not be written"
+    except UnicodeEncodeError:
+        out, seen, wanted = ascii(str(out)), "a name that is not UTF-8", f"{wanted}, in UTF-8"
+    except (OSError, RuntimeError, ValueError) as broken:  # a loop of links; a NUL
+        seen = str(broken)
+    if seen:
+        fail(f"--out {out} {what}", seen, wanted, "another --out")
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the disk that holds `folder` (or its nearest parent that exists)."""
     folder = Path(folder).absolute()

@@ -272,6 +272,7 @@ def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str
 def answer_file(args, load) -> None:
     """Answer every line of --prompts or --score into --out, and score it. load(args): the Chat that
     answers, once it is known to be needed."""
+    files.check_out(args.out, file=True)
     path, out = prompts_file(args), Path(args.out)
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
@@ -456,6 +457,7 @@ def speed(chat, ids, new=32, rounds=3):
 def classify_file(args, read, folder):
     """Write the classes of every line of --prompts into --out, the likeliest as its answer. read:
     see classifier.reader."""
+    files.check_out(args.out, file=True)
     prompts, out = read_prompts(Path(args.prompts), None)[: args.limit or None], Path(args.out)
     made = {
         "ckpt": args.ckpt,

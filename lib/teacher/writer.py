@@ -110,7 +110,7 @@ def dump_settings(
     return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
 
 
-def is_finished(folder: Path, settings: dict, verify: bool = False) -> bool:
+def is_finished(folder: Path, settings: dict) -> bool:
     """Return whether a chunk is finished; one of other settings, or damaged, is refused."""
     if not (folder / "meta.json").exists():
         return False
@@ -123,8 +123,7 @@ def is_finished(folder: Path, settings: dict, verify: bool = False) -> bool:
             "the same command",
             "--fresh to dump it anew, or another --out",
         )
-    if not files.check(folder, meta, verify, ANEW):
-        files.say_none(folder)
+    files.check(folder, meta, False, ANEW)
     return True
 
 
