@@ -149,7 +149,7 @@ class Run:
         if not finished.exists():
             return
         settings = files.read_json(finished).get("settings")
-        if settings is None:
+        if not isinstance(settings, dict):
             files.fail(
                 f"{self.out} is no run of ours",
                 "a config.json without settings",
