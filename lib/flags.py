@@ -3,10 +3,27 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
+from lib import template
+
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
+
+
+def template_args(text: str) -> dict[str, Any]:
+    """Read --template-args."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if fault := template.bad_arguments(read):
+        raise argparse.ArgumentTypeError(
+            f'saw {text[:60]!r} ({fault}), wanted JSON like {{"enable_thinking": false}}'
+        )
+    return read
+
 
 SHARED: dict[str, dict[str, Any]] = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -114,6 +131,21 @@ SHARED: dict[str, dict[str, Any]] = {
             " %(default)s)"
         ),
         free=True,
+    ),
+    "--chat-template": dict(
+        metavar="FILE|NAME",
+        help=(
+            "chat template: a file, chatml, llama3 or gemma (of the turn tokens that the vocabulary"
+            " has), one of several by name, or a model that has one (default: the tokenizer's own)"
+        ),
+    ),
+    "--template-args": dict(
+        type=template_args,
+        metavar="JSON",
+        help=(
+            'arguments of the chat template, {"enable_thinking": false} (default: what the'
+            " template does without)"
+        ),
     ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(

@@ -256,7 +256,7 @@ def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str
     if not checkpoints.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     sampling = ("greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    named = ("ckpt", "system", *sampling, "seed", "dtype")
+    named = ("ckpt", "system", "chat_template", "template_args", *sampling, "seed", "dtype")
     return {name: getattr(args, name) for name in named} | {
         "weights": checkpoints.identity(folder),
         "prompts": files.sha256(path),
