@@ -31,6 +31,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
+CHECKSUMS = "checksums.json"
 ADAPTER = "default"  # PEFT's own name of the only adapter
 
 
@@ -95,11 +96,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def to_train(name: str, out: str, trust_remote_code: bool = False) -> Path:
+def to_train(name: str, out: str, trust_remote_code: bool = False, verify: bool = False) -> Path:
     """Return the folder of a model that is to be trained, refused where --out is that folder, or
-    where it cannot be trained."""
+    where it cannot be trained. verify: every byte of it is checked, if it has checksums."""
     source = local_folder(name, trust_remote_code)
     check_apart(out, source)
+    if verify:
+        check_written(source, verify)
     check_trainable(source)
     return source
 
@@ -185,6 +188,31 @@ def identity(folder: Path) -> str:
     there = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
     weights = sorted(base.glob("*.safetensors"))
     return files.sha256(*filter(Path.exists, there), base / "config.json", *weights)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the last file of a checkpoint that a trainer exports: the checksums of all others that
+    a program reads."""
+    made = files.checksums(folder)
+    read = {name: made[name] for name in made if not name.endswith(".md")}
+    files.write_json(folder / CHECKSUMS, {"checksums": read})
+
+
+def check_written(folder: Path, verify: bool = False) -> None:
+    """Refuse weights, and name other files, that are not as a trainer of ours wrote them; what was
+    made elsewhere has no checksums. verify: look at every byte."""
+    path, edited = folder / CHECKSUMS, []
+    meant = f"the folder as it was written; if you changed its weights yourself: rm {path}"
+    if is_gguf(folder) or not path.exists():
+        return
+    for name, known in files.read_json(path, meant, {"checksums": {}})["checksums"].items():
+        if not (seen := files.damage(folder / name, known, verify)):
+            continue
+        if name.endswith(".safetensors"):
+            files.fail(f"{folder / name} is damaged", seen, mend=meant)
+        edited.append(name)
+    if edited:
+        print(f"{folder}: changed since it was written: {', '.join(edited)}", flush=True)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -178,6 +178,14 @@ SHARED: dict[str, dict[str, Any]] = {
         help="throw away what --out holds and start anew (default: continue it)",
         free=True,
     ),
+    "--verify": dict(
+        action="store_true",
+        help=(
+            "check every byte of what is read by its checksum first (default: of files above 64 MB"
+            " some blocks)"
+        ),
+        free=True,
+    ),
     "--trust-remote-code": dict(
         action="store_true", help="let a model folder run its own Python code (default: refuse)"
     ),
@@ -193,7 +201,8 @@ SHARED: dict[str, dict[str, Any]] = {
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
-    "the run": "--eval-every --patience --save-every --log-every --save-dtype --seed --fresh",
+    "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
+        --verify""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }

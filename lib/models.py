@@ -124,6 +124,8 @@ def load(
             f"{model.vocab} rows of its output layer",
             f"at least {tokens}",
         )
+    if dataset is not None:
+        dataset.check_tokens(model.vocab, folder)
     probe(model, amp)
     model = replace(model, packs=pack and packs(model, amp))
     return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
@@ -212,6 +214,8 @@ def read(
 
     logging.disable_progress_bar()
     base = checkpoints.base_of(folder)
+    for one in {folder, base}:
+        checkpoints.check_written(one)
     if not checkpoints.has_weights(base):
         if seed is None:
             files.fail(
