@@ -186,8 +186,10 @@ def hand_over(out, args, meta):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     out = Path(args.out)
-    if out.is_symlink():  # to another disk, perhaps: renames must stay on one
+    # to another disk, perhaps: renames must stay on one; and beside "." there is nothing
+    if out.is_symlink() or out.name in ("", ".."):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
@@ -260,6 +262,7 @@ def main(argv=None):
     meta |= rows.told_of(tokenizer, inputs)
     if written:
         meta["teacher"] = written.meta
+    meta["checksums"] = files.checksums(partial)
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
     lock.release()

@@ -83,7 +83,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--no-pack": dict(
         action="store_true",
         help=(
-            "one row a line instead of several (for models whose packed rows would see each other)"
+            "one row a line instead of several (by itself for models whose packed rows would see"
+            " each other)"
         ),
     ),
     "--eval-every": dict(
@@ -124,7 +125,11 @@ SHARED: dict[str, dict[str, Any]] = {
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of one forward pass, as memory allows (default: %(default)s)",
+        help=(
+            "tokens of one forward pass, as memory allows; results differ by rounding (bf16's or"
+            " fp16's with --amp), and in a model with dropout, by what is drawn (default:"
+            " %(default)s)"
+        ),
         free=True,
     ),
     "--chat-template": dict(
@@ -160,14 +165,25 @@ SHARED: dict[str, dict[str, Any]] = {
         help="mixed precision; auto: fp16 on CUDA (default: %(default)s)",
     ),
     "--attn": dict(
-        choices=["sdpa", "eager", "flash_attention_2", "flex_attention"],
-        default="sdpa",
-        help="attention kernel (default: %(default)s)",
+        choices=["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"],
+        default="auto",
+        help=(
+            "attention kernel; auto: sdpa, or eager where a model has none (default: %(default)s)"
+        ),
+        free=True,
     ),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--fresh": dict(
         action="store_true",
         help="throw away what --out holds and start anew (default: continue it)",
+        free=True,
+    ),
+    "--verify": dict(
+        action="store_true",
+        help=(
+            "check every byte of what is read by its checksum first (default: of files above 64 MB"
+            " some blocks)"
+        ),
         free=True,
     ),
     "--trust-remote-code": dict(
@@ -185,7 +201,8 @@ SHARED: dict[str, dict[str, Any]] = {
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
-    "the run": "--eval-every --patience --save-every --log-every --save-dtype --seed --fresh",
+    "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
+        --verify""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }
@@ -193,7 +210,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
 
 class Arguments(argparse.Namespace):
     """What was parsed. free: names of flags that may differ when a run is continued, since they
-    change results by float32 rounding at most; defaults: of every flag."""
+    change results by rounding at most (--tokens-per-microbatch: also which numbers dropout draws);
+    defaults: of every flag."""
 
     __slots__ = ("free", "defaults")
     free: frozenset[str]

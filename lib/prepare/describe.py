@@ -11,6 +11,20 @@ import numpy as np
 from lib import data, files, template
 from lib.prepare import places, sources, split
 
+BOTH = {"train": int, "val": int}
+DESCRIBED = data.META | {  # of meta.json, what is printed of it
+    "schema": str,
+    "args": dict,
+    "rows": BOTH,
+    "tokens": BOTH,
+    "targets": BOTH,
+    "dropped": {...: int},
+    "teacher?": {"generations": int},
+    "sources": [
+        {"name": str, "read": int, "rows": BOTH, "dropped": {...: int}, "files": [{"name": str}]}
+    ],
+}
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --show."""
@@ -94,7 +108,9 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
         )
     if args.fresh or not (out / "meta.json").exists():
         return None
-    meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
+    again = "the same command with --fresh"
+    meta = files.read_json(out / "meta.json", again, DESCRIBED)
+    files.check(out, meta, False, again)
     before, differs = meta.get("args", {}), []
     for name, value in shaping.items():
         if before.get(name) != value:
@@ -103,7 +119,10 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
     if not differs:
         where = dict(args.wanted)
-        for source in meta["sources"]:
+        names = [source["name"] for source in meta["sources"]]
+        if names != list(where):
+            differs.append(f"sources {', '.join(names)} -> {', '.join(where)}")
+        for source in meta["sources"] if names == list(where) else ():
             changed = places.changed(where[source["name"]], source["files"])
             differs += [f"{name} has changed" for name in changed]
     if differs:
