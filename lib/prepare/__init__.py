@@ -5,6 +5,7 @@ places       where files lie: on this disk, on S3 and the like, on the hub
 hub          data sets of the Hugging Face hub: find, download, push
 formats      what a file holds: columns and records of parquet, csv, json, jsonl
 schema       which column is the prompt, which the answer
+conversations  what a row says, of any shape -> one conversation
 rows         conversations -> token ids and masks, what is dropped and why
 classes      rows that have a class each (--task classify)
 workers      tokenizing in several processes, order kept
