@@ -57,7 +57,7 @@ from lib.prepare import answers, classes, describe, export, rows, sources, split
 from lib.prepare.store import Store
 
 SHAPING = (
-    "task source tokenizer columns system max_len long turns think val limit rows_per_chunk mix"
+    "task source tokenizer encoding columns system max_len long turns think val limit rows_per_chunk mix"
     " seed"
 ).split()
 

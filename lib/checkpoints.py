@@ -42,6 +42,7 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
     allows a look at it.
     """
     path = Path(name)
+    files.refuse_pointers(path, path / "best", path / "final")
     if is_gguf(path):
         files.need("gguf", f"the GGUF file {name}")
         return path

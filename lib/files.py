@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
 NEVER_DELETED = "answers"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
 def fail(
@@ -42,6 +43,16 @@ def need(package: str, what: str) -> None:
     """Refuse `what` where the package that it needs is not installed."""
     if importlib.util.find_spec(package) is None:
         fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
+
+
+def refuse_pointers(*places: Path) -> None:
+    """Refuse a file, or a file in a folder, that only says where Git LFS has the real one."""
+    for place in places:
+        for path in sorted(place.glob("*")) if os.path.isdir(place) else [place]:
+            if os.path.isfile(path) and path.stat().st_size < 1000:
+                with open(path, "rb") as file:
+                    if file.read(len(POINTER)) == POINTER:
+                        fail(f"{path} is a Git LFS pointer, not the file", mend="git lfs pull")
 
 
 def sync(path: Path) -> None:
@@ -88,7 +99,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 

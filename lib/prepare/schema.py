@@ -1,6 +1,8 @@
 """Which column plays which part: the schemas that are known by the names of their columns, and the
 --columns that a user writes for others."""
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 from lib import files
@@ -70,6 +72,14 @@ def parse_columns(
     return owner, columns
 
 
+def among(names: Iterable[str], there: Iterable[str]) -> str | None:
+    """Return the first column that has one of the names: as it stands, else whatever its case and
+    the blanks around it."""
+    plain = {name.strip().casefold(): name for name in there}
+    plain |= {name: name for name in there}
+    return next((plain[name] for name in names if name in plain), None)
+
+
 def guess(
     path: Place, kind: dict, need_answer: bool = True, labelled: bool = False
 ) -> tuple[str, dict[str, str]]:
@@ -83,7 +93,7 @@ def guess(
     for schema, parts in sorted(known.items(), key=lambda item: item[0] == "text"):
         columns = {}
         for part, names in parts.items():
-            columns[part] = next((name for name in names if name in kind), None)
+            columns[part] = among(names, kind)
         if None in columns.values():
             continue
         for part, beside in OPTIONAL.items() if schema != "text" else ():

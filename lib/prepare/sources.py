@@ -9,9 +9,10 @@ yielded all the same, for the caller to count.
 """
 
 import argparse
+import codecs
 import collections
-import glob
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files
-from lib.prepare import formats, hub, places, schema
+from lib.prepare import formats, hub, kinds, places, schema
 from lib.prepare.places import Place
 
 ROLE_NAMES = {
@@ -86,6 +87,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="how text files are written: gb18030, cp1252, ... (default: utf-8, or as found)",
+    )
+    parser.add_argument(
         "--columns",
         action="append",
         metavar="MAP",
@@ -100,6 +106,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse (exit code 2) sources of one name, and columns of no source. Sets args.wanted, (name,
     where) of each source with its secrets, and args.named, the columns by source name ("": of the
     others); args.source and args.columns become what is stored."""
+    try:
+        codecs.lookup(args.encoding or "utf-8")
+    except LookupError:
+        parser.error(f"--encoding is {args.encoding}, wanted one that Python knows")
     args.wanted = [name_and_where(text) for text in args.source]
     names = [name for name, _ in args.wanted]
     for name, count in collections.Counter(names).items():
@@ -134,7 +144,7 @@ def name_and_where(text: str) -> tuple[str, str]:
     "b", and "a" for a/*.parquet. What exists as it stands is a WHERE, though it has a "=" in it.
     """
     found = re.fullmatch(r"([\w.+-]+)=(.+)", text, re.DOTALL)
-    if found and not Path(text).exists() and not glob.glob(text, recursive=True):
+    if found and not os.path.exists(text) and not places.matches(text):
         return found[1], found[2]
     if hub.is_id(text):
         return hub.ID.fullmatch(text)["repo"].split("/")[1], text
@@ -182,11 +192,19 @@ def open_all(args: argparse.Namespace) -> list[Source]:
                     seen=f"{other} and {name}",
                     wanted="every file in one source",
                 )
-        columns = args.named.get(name, args.named.get(""))
-        looked = [
-            look(place, columns, args.answers == "given", args.task == "classify")
-            for place in found
-        ]
+        columns, looked, empty = args.named.get(name, args.named.get("")), [], []
+        for place in found:
+            try:
+                place = kinds.recognised(place, args.encoding)
+                looked.append(
+                    look(place, columns, args.answers == "given", args.task == "classify")
+                )
+            except formats.NoRow as one:
+                empty.append(one)
+        if not looked:
+            raise empty[0]
+        if empty:
+            print(f"prepare left out of {name}: {len(empty)} without a row ({empty[0].place})")
         result.append(Source(name, places.redact(where), looked))
     return result
 
