@@ -359,14 +359,15 @@ def publish(partial: Path, folder: Path) -> None:
     _drop(old, folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, state: str | None = None) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
-    need be) or absent."""
+    need be) or absent. An unfinished self that holds the file `state` stays."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     _drop(old, folder)
-    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
+    if state is None or not (beside(folder, "part") / state).exists():
+        shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -475,10 +476,13 @@ class NpyWriter:
     place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.dtype, self.count = np.dtype(dtype), 0
-        self.file = open(path, "wb")
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values."""
+        self.dtype, self.count = np.dtype(dtype), count
+        self.file = open(path, "r+b" if count else "wb")
         self._header()
+        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)

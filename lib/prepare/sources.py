@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -303,12 +303,42 @@ def of_row(source: File, there: tuple[str, ...], number: int) -> File:
     return file
 
 
-def all_rows(inputs: list[Source], system: str | None = None) -> Iterator[tuple]:
-    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers."""
+def all_rows(
+    inputs: list[Source],
+    system: str | None = None,
+    full: Container[int] = (),
+    done: Mapping[tuple[int, int], int] | None = None,
+) -> Iterator[tuple]:
+    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers. full:
+    sources of which no more are wanted; done: how many rows of each file are left out."""
+    left = collections.Counter(done)
     for number, source in enumerate(inputs):
         for f, file in enumerate(source.files):
             for row in rows(file, system):
-                yield (number, f), row
+                if left[number, f]:
+                    left[number, f] -= 1
+                elif number in full:
+                    break
+                else:
+                    yield (number, f), row
+
+
+def quotas(inputs: list[Source], args: argparse.Namespace) -> list[int]:
+    """Divide --limit among the sources: by --mix, else by their rows where every file says how many
+    it has, else evenly; -1: all of it."""
+    if not args.limit:
+        return [-1] * len(inputs)
+    counts = [[file.count for file in source.files] for source in inputs]
+    shares = [args.weights[source.name] for source in inputs]
+    if None in shares:
+        known = not any(None in each for each in counts)
+        shares = [float(sum(each)) if known else 1.0 for each in counts]
+    ends = np.rint(np.cumsum(shares) / sum(shares) * args.limit).astype(int)
+    each = np.diff(ends, prepend=0).tolist()
+    if len(each) > 1:
+        told = ", ".join(f"{source.name} {n:,}" for source, n in zip(inputs, each))
+        print(f"prepare limit: {told}", flush=True)
+    return each
 
 
 def said(value: object) -> bool:
