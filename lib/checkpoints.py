@@ -43,6 +43,7 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
     allows a look at it.
     """
     path = Path(name)
+    files.refuse_pointers(path, path / "best", path / "final")
     if is_gguf(path):
         files.need("gguf", f"the GGUF file {name}")
         return path
@@ -277,7 +278,7 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    # more tokens than ours it often has: invented ones; and llama.cpp writes some of sentencepiece's
+    # more tokens than ours it often has: invented ones; llama.cpp writes some of sentencepiece's
     # blanks, U+2581, as they are meant
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         same = number < len(tokens)
