@@ -7,6 +7,7 @@ and through the model itself) an architecture whose logits our head would not re
 packed rows would see each other. An adapter is merged into its base in memory.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
+
+# tensors inside layers that older checkpoints hold, and that say nothing: buffers made anew
+HARMLESS = re.compile(
+    r"inv_freq|masked_bias|attn\.bias$|attention\.bias$|_scale|rotary|position_ids"
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ def load(
         AutoModelForCausalLM, folder, "a causal LM", seed=seed if from_scratch else None, **options
     )
     check_complete(base, loaded["missing_keys"])
+    check_used(module, base, loaded.get("unexpected_keys", ()))
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
     keep_only_layers(module, keep_layers)
@@ -175,15 +182,32 @@ def read(
             return auto.from_config(config, **options), {"missing_keys": ()}
         if checkpoints.is_gguf(folder):
             base, options = folder.parent, options | {"gguf_file": folder.name}
+        else:
+            options["generation_config"] = generate.read_config(base)
+            options = whole(base) | options
         if lenient:
             options["ignore_mismatched_sizes"] = True
-        return auto.from_pretrained(
+        module, loaded = auto.from_pretrained(
             base, config=config, use_safetensors=True, output_loading_info=True, **options
         )
+        if not getattr(module, "is_quantized", False) and hasattr(module, "_weight_conversions"):
+            if checkpoints.quantised(folder):
+                del module._weight_conversions  # save_pretrained would quantise the weights again
+        return module, loaded
     # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
     # what it saw
     except Exception as broken:
         refuse_broken(base, what, broken)
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where it
+    can, for a model in float32."""
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(checkpoints.quantised(folder) or "")
+    return {"quantization_config": kind(dequantize=True)} if kind else {}
 
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
@@ -209,6 +233,34 @@ def check_complete(folder: Path, missing: Iterable[str]) -> None:
             ", ".join(missing[:3]) + " missing",
             "every tensor of its config.json",
         )
+
+
+def check_used(module: Any, folder: Path, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with tensors that its config.json gives no place inside the layers that
+    the model has: more layers, a bias, other norms. Name what else is left out: a part that the
+    model does not have at all (a tower for images, heads that guess further tokens)."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name)
+
+    config, known = module.config.get_text_config(), {kind(n) for n, _ in module.named_modules()}
+    layers = config.num_hidden_layers
+    guessing = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    aside = []
+    for name in sorted(unexpected):
+        layer = re.search(r"(.*\.layers?|.*\.h|.*\.blocks)\.(\d+)\.", f".{name}")
+        inside = layer and kind(layer[0].strip(".")) in known
+        if not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
+            aside.append(name)
+        elif not getattr(module, "is_quantized", False):
+            files.fail(
+                f"{folder} holds weights that its config.json gives no place",
+                name,
+                f"a config.json of these weights (it asks for {layers} layers of"
+                f" {type(module).__name__})",
+            )
+    if aside:
+        print(f"model: {len(aside)} tensors of {folder} are not used: {', '.join(aside[:3])} ...")
 
 
 def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
