@@ -118,6 +118,7 @@ def load_tokenizer(name, trust_remote_code: bool = False):
             wanted="a checkpoint's folder, or a hub id",
             mend="--teacher of stage2_kd.py for it, and no other flag",
         )
+    files.refuse_pointers(Path(name))
     try:
         return as_stored(name, trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:

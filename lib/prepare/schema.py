@@ -1,6 +1,7 @@
 """Which column plays which part: the schemas that are known by the names of their columns, what
 else may stand beside them, and the --columns that a user writes for others."""
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import pyarrow as pa
@@ -115,6 +116,15 @@ def parse_columns(
     return owner, columns
 
 
+def among(names: Iterable[str], there: Iterable[str]) -> str | None:
+    """Return the first column that has one of the names: as it stands, else whatever its case and
+    the blanks around it."""
+    there = list(there)
+    plain = {name.strip().casefold(): name for name in there} | {name: name for name in there}
+    found = (plain.get(name, plain.get(name.casefold())) for name in names)
+    return next((name for name in found if name is not None), None)
+
+
 def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
     """Take a --columns apart: the columns, the names ignored, and what its speakers are called."""
     kept, ignored, roles = {}, set(), {}
@@ -141,7 +151,7 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     found, taken = {}, {*columns.values(), *ignored}
     for part in parts_beside(columns):
         if part not in columns:
-            name = next((name for name in PARTS[part] if name in there and name not in taken), None)
+            name = among(PARTS[part], (name for name in there if name not in taken))
             if name is not None:
                 found[part] = name
     if not {"A", "B"} <= found.keys() | columns.keys():
@@ -156,6 +166,11 @@ def describe(columns: dict[str, str]) -> str:
         word = part.partition(" ")[0]
         told.append(f"{word}={column}{' after the prompt' * (word in ('context', 'choices'))}")
     return ", ".join(told)
+
+
+def carries(name: str, ignored: frozenset[str]) -> bool:
+    """Return whether a column that is not used is one that a conversation cannot be without."""
+    return name not in ignored and among(MEANING, [name]) is not None
 
 
 def refuse(where: object, name: str) -> NoReturn:
@@ -179,7 +194,7 @@ def guess(
     for schema, parts in sorted(known.items(), key=lambda item: item[0] == "text"):
         columns = {}
         for part, names in parts.items():
-            columns[part] = next((name for name in names if name in kind), None)
+            columns[part] = among(names, kind)
         if None not in columns.values():
             return schema, columns
     files.fail(
