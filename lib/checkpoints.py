@@ -249,8 +249,8 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    # more tokens than ours it often has: invented ones; and llama.cpp writes some of sentencepiece's
-    # blanks, U+2581, as they are meant
+    # more tokens than ours it often has: invented ones; and some of sentencepiece's blanks, U+2581,
+    # llama.cpp writes as blanks
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         same = number < len(tokens)
         if not same or tokens[number].replace("\u2581", " ") != token.replace("\u2581", " "):
