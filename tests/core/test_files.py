@@ -169,7 +169,7 @@ def test_weights_of_a_checkpoint_are_refused_and_its_other_files_named(world, ca
 
 def test_of_a_large_file_samples_are_looked_at_and_all_of_it_by_verify(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 16)
-    monkeypatch.setattr(files, "SMALL", 100)
+    monkeypatch.setattr(files, "WHOLE_UP_TO", 100)
     path = tmp_path / "large"
     path.write_bytes(bytes(range(256)) * 4)
     known = files.sums(path)
