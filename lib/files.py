@@ -151,6 +151,8 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     elif schema in (int, float):  # no bool is one
         fits = type(value) is int and abs(value) < 1 << 63
         fits = fits or schema is float and type(value) is float and math.isfinite(value)
+    elif schema is str:  # no half of a surrogate pair, which nothing can write
+        fits = isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
     elif isinstance(schema, range):  # of a text it would look at every number
         fits = type(value) is int and value in schema
     elif isinstance(schema, set):
