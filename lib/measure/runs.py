@@ -42,6 +42,7 @@ CONFIG = {  # of a run's config.json, or of last/state.json
     "updates?": range(1 << 62),
     "trained_s?": float,
     "versions?": dict,
+    "command?": (None, [str]),
     "git?": (str, None),
 }
 LINE = {"event": str, "step": range(1 << 62), "tok_per_s?": float} | {
