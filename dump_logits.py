@@ -119,13 +119,14 @@ def load_teacher(args, dataset, folder, device, dtype):
     )
     if dataset.labels:
         splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
+    lengths = [split.rows["length"] for split in splits.values()]
+    plan.check_lengths(np.concatenate(lengths), args.tokens_per_microbatch)
+    if dataset.labels:
         rows = list(splits.values())
         teacher = classifier.load(args.teacher, device, dtype, rows=rows, **options)
         args.k, args.values, args.tail_rank = teacher.vocab, "fp16", 0
     else:
         teacher = models.load(args.teacher, device, dtype, pack=False, **options)
-    lengths = [split.rows["length"] for split in splits.values()]
-    plan.check_lengths(np.concatenate(lengths), args.tokens_per_microbatch)
     teacher.module.requires_grad_(False)
     return replace(teacher, limit=pick_vocab(args, teacher, dataset)), splits
 

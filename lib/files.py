@@ -36,6 +36,7 @@ from tqdm import tqdm
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
 NEVER_DELETED = "answers"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 BLOCK = 1 << 22  # bytes that one checksum stands for
 WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
@@ -63,6 +64,16 @@ def need(package: str, what: str) -> None:
     """Refuse `what` where the package that it needs is not installed."""
     if importlib.util.find_spec(package) is None:
         fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
+
+
+def refuse_pointers(*places: Path) -> None:
+    """Refuse a file, or a file in a folder, that only says where Git LFS has the real one."""
+    for place in places:
+        for path in sorted(place.glob("*")) if os.path.isdir(place) else [place]:
+            if os.path.isfile(path) and path.stat().st_size < 1000:
+                with open(path, "rb") as file:
+                    if file.read(len(POINTER)) == POINTER:
+                        fail(f"{path} is a Git LFS pointer, not the file", mend="git lfs pull")
 
 
 def sync(path: Path) -> None:
@@ -293,7 +304,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 
@@ -350,14 +361,15 @@ def publish(partial: Path, folder: Path) -> None:
     _drop(old, folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, state: str | None = None) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
-    need be) or absent."""
+    need be) or absent. An unfinished self that holds the file `state` stays."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     _drop(old, folder)
-    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
+    if state is None or not (beside(folder, "part") / state).exists():
+        shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -466,10 +478,13 @@ class NpyWriter:
     place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.dtype, self.count = np.dtype(dtype), 0
-        self.file = open(path, "wb")
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values."""
+        self.dtype, self.count = np.dtype(dtype), count
+        self.file = open(path, "r+b" if count else "wb")
         self._header()
+        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)

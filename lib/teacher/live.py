@@ -122,6 +122,7 @@ class LiveTeacher:
             )
         self.shapes = checkpoints.shapes(self.base)
         checkpoints.check_apart(args.out, self.folder, "teacher")
+        models.check_fits(self.folder, dataset, args.trust_remote_code)
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
@@ -193,6 +194,7 @@ class LiveTeacher:
                 pack=not self.args.no_pack,
                 trust_remote_code=self.args.trust_remote_code,
                 placing=self._placing(room),
+                known=True,
             )
         except torch.OutOfMemoryError:
             files.fail(
