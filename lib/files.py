@@ -38,7 +38,7 @@ from tqdm import tqdm
 NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 BLOCK = 1 << 22  # bytes that one checksum stands for
-SMALL = 64_000_000  # bytes up to which a file is checked whole wherever it is read
+WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
 LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
@@ -162,6 +162,8 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     elif schema in (int, float):  # no bool is one
         fits = type(value) is int and abs(value) < 1 << 63
         fits = fits or schema is float and type(value) is float and math.isfinite(value)
+    elif schema is str:  # no half of a surrogate pair, which nothing can write
+        fits = isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
     elif isinstance(schema, range):  # of a text it would look at every number
         fits = type(value) is int and value in schema
     elif isinstance(schema, set):
@@ -177,7 +179,7 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     return next(filter(None, found), None)
 
 
-def number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a JSON value is a number that a float holds; NaN and infinity may be one."""
     return type(value) is float or type(value) is int and abs(value) < 1 << 63
 
@@ -219,7 +221,7 @@ def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
         desc=f"checksums of {path.name}",
         unit="B",
         unit_scale=True,
-        disable=size < 16 * SMALL or not sys.stderr.isatty(),
+        disable=size < 16 * WHOLE_UP_TO or not sys.stderr.isatty(),
     )
     with open(path, "rb") as source, ThreadPoolExecutor() as pool, bar:
         for first in range(0, len(starts), at_once):
@@ -252,7 +254,7 @@ def checksums(folder: Path) -> dict:
 
 def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     """Return what tells a file from the one that its checksums are of, None where nothing does. Of
-    a file above SMALL bytes blocks here and there alone are looked at, unless it is asked for
+    a file above WHOLE_UP_TO bytes blocks here and there alone are looked at, unless it is asked for
     `whole`."""
     if not path.is_file():
         return "no such file"
@@ -262,7 +264,7 @@ def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     if size != known["bytes"] or 8 * blocks != len(known["crc32"]):
         return f"{size} bytes instead of {known['bytes']}"
     wanted = [known["crc32"][8 * n : 8 * n + 8] for n in range(blocks)]
-    if whole or size <= SMALL:
+    if whole or size <= WHOLE_UP_TO:
         made = sums(path, size=size)["crc32"]
         seen = {n: made[8 * n : 8 * n + 8] for n in range(blocks)}
     else:
