@@ -85,6 +85,7 @@ def parse_args(argv=None):
     return args
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     try:

@@ -138,11 +138,10 @@ def pick_vocab(args, teacher, dataset):
     return vocab
 
 
-def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
-    """Write one chunk (or val), or what is missing of it."""
+def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holding):
+    """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
     folder = record.chunk_folder(out, chunk)
-    folder.mkdir(parents=True, exist_ok=True)
-    holding = files.lock(folder)
+    holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
@@ -193,6 +192,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
     holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     device = models.pick_device(args.device, args.threads)
@@ -222,8 +222,7 @@ def main(argv=None):
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
-    if args.fresh:
-        writer.remove_chunks(out, missing)
+    held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:
         shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)
@@ -233,7 +232,7 @@ def main(argv=None):
     interrupt = Interrupt()
     for chunk in missing:
         split = splits["val" if chunk == "val" else "train"]
-        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt)
+        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
     print(f"dump: {out} holds what was asked for. Next: make stage2")
 
 

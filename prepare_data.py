@@ -184,6 +184,7 @@ def hand_over(out, args, meta):
     export.deliver(out / "rows", args)
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
@@ -191,9 +192,7 @@ def main(argv=None):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
-    if (partial := files.beside(out, "part")).exists():
-        # refused while another process fills it; a killed one left it behind
-        files.lock(partial).release()
+    holding = files.lock_beside(out)  # from the first moment: two would empty each other's folder
     files.recover(out)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
@@ -218,7 +217,6 @@ def main(argv=None):
 
     # --- tokenize into temporary files, then divide them into train and val
     partial = files.partial_folder(out)
-    lock = files.lock(partial)
     tokenizer.save_pretrained(partial / "tokenizer")
     rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     # later stages load this one: so does this run
@@ -258,9 +256,8 @@ def main(argv=None):
         meta["teacher"] = written.meta
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
-    lock.release()
-    (partial / ".lock").unlink(missing_ok=True)
     files.publish(partial, out)
+    holding.release()
     ends = set(data.Split(out, "train").end_tokens())
     if args.task == "language" and not ends & template.special_ids(tokenizer):
         print(

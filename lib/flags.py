@@ -3,14 +3,43 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
 
+SPARE_BYTES = 64  # of a name and a path: what the scripts put before, behind and below --out
+
+
+def writable(text: str) -> str:
+    """Read a path to write to, refused where that would be found out after the work alone: what it
+    lies in is no folder, or its name is too long, or not UTF-8 (model cards and JSON name it)."""
+    path, wrong = os.path.abspath(text), None
+    there = os.path.dirname(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        wrong = f"lies below {there}, which is no folder"
+    elif any("\ud800" <= character <= "\udfff" for character in path):
+        wrong = "is not UTF-8"
+    else:
+        most = os.pathconf(there, "PC_NAME_MAX") - SPARE_BYTES
+        longest = max(len(part.encode()) for part in path.split("/"))
+        if (
+            longest > most
+            or len(path.encode()) > os.pathconf(there, "PC_PATH_MAX") - 4 * SPARE_BYTES
+        ):
+            wrong = f"is too long, wanted names of at most {most} bytes"
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} {wrong}")
+    return text
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
     "--out": dict(
+        type=writable,
         required=True,
         metavar="DIR",
         help="where to write; running the same command again continues there",
