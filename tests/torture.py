@@ -510,12 +510,12 @@ def main(argv=None) -> int:
         place = (disk or Path(work)) / "round"
         wanted = stages(world, place)
         names = list(wanted) if args.stages == "all" else args.stages.split(",")
-        for name in names:
+        for stage, name in enumerate(names):
             bench = prepared(name, wanted[name], world, place, disk)
             print(f"{name}: {bench.writes} writes, {bench.seconds:.1f} s left alone", flush=True)
             seen: collections.Counter = collections.Counter()
             for number in range(args.rounds + args.first):
-                kind = turns[number % len(turns)]
+                kind = turns[(number + stage * args.rounds) % len(turns)]  # so that few see all
                 turn, seen[kind] = seen[kind], seen[kind] + 1
                 if number < args.first:
                     continue
