@@ -120,6 +120,7 @@ def main(argv=None):
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
+    rows.lay(student.packs, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -185,8 +186,7 @@ def main(argv=None):
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite(step, rows.of(step), gradient=norm)
-        taken = train.update(optimizer, scaler, lr)
-        run.updates += taken
+        run.count(step, train.update(optimizer, scaler, lr))
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0:
             shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)

@@ -13,12 +13,12 @@ Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset o
         teacher itself (lib/teacher/live.py), and a causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json
         (lib/run.py says what each is).
-Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets,
-        divided once by the targets of the whole optimizer step. The divergence is over the
-        teacher's top k as stored, and the exact mass of the rest spread over all other tokens as
-        the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py,
-        lib/teacher/basis.py). With --teacher it is over all tokens, each exact; with --k, over the
-        top k and one bucket.
+Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy (tvd: T, not T^2), in nats, summed
+        over targets, divided once by the targets of the whole optimizer step. The divergence is
+        over the teacher's top k as stored, and the exact mass of the rest spread over all other
+        tokens as the logits' basis says; without a basis, over the top k and one bucket
+        (lib/losses.py, lib/teacher/basis.py). With --teacher it is over all tokens, each exact;
+        with --k, over the top k and one bucket.
 """
 
 from pathlib import Path
@@ -152,6 +152,7 @@ def main(argv=None):
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
+    rows.lay(student.packs, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -235,8 +236,7 @@ def main(argv=None):
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite(step, rows.of(step), gradient=norm)
-        taken = train.update(optimizer, scaler, lr)
-        run.updates += taken
+        run.count(step, train.update(optimizer, scaler, lr))
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0 or near.moved:
             shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)

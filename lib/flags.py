@@ -95,7 +95,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--no-pack": dict(
         action="store_true",
         help=(
-            "one row a line instead of several (for models whose packed rows would see each other)"
+            "one row a line instead of several (by itself for models whose packed rows would see"
+            " each other)"
         ),
     ),
     "--eval-every": dict(
@@ -136,7 +137,11 @@ SHARED: dict[str, dict[str, Any]] = {
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of one forward pass, as memory allows (default: %(default)s)",
+        help=(
+            "tokens of one forward pass, as memory allows; results differ by rounding (bf16's or"
+            " fp16's with --amp), and in a model with dropout, by what is drawn (default:"
+            " %(default)s)"
+        ),
         free=True,
     ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
@@ -157,9 +162,12 @@ SHARED: dict[str, dict[str, Any]] = {
         help="mixed precision; auto: fp16 on CUDA (default: %(default)s)",
     ),
     "--attn": dict(
-        choices=["sdpa", "eager", "flash_attention_2", "flex_attention"],
-        default="sdpa",
-        help="attention kernel (default: %(default)s)",
+        choices=["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"],
+        default="auto",
+        help=(
+            "attention kernel; auto: sdpa, or eager where a model has none (default: %(default)s)"
+        ),
+        free=True,
     ),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--fresh": dict(
@@ -190,7 +198,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
 
 class Arguments(argparse.Namespace):
     """What was parsed. free: names of flags that may differ when a run is continued, since they
-    change results by float32 rounding at most; defaults: of every flag."""
+    change results by rounding at most (--tokens-per-microbatch: also which numbers dropout draws);
+    defaults: of every flag."""
 
     __slots__ = ("free", "defaults")
     free: frozenset[str]

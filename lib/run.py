@@ -1,7 +1,8 @@
 """A training run's folder: what makes it resumable, what is logged, and the checkpoints it leaves.
 
     runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"; stage 2 also
-                                    "teacher", its own measures), times in seconds of training
+                                    "teacher", its own measures), times in seconds of training; a
+                                    number that is not finite is printed and not in it
                     last/           resume state: float32 weights, optimizer, counters; removed when
                                     the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
@@ -38,6 +39,7 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", files.LOCK)
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
+MOST_SKIPPED = 20  # optimizer steps in a row that fp16's scaler may skip
 MORE_IS_BETTER = ("acc1", "acc5", "agree", "macro_f1")  # of the measures; of all others less
 
 
@@ -262,11 +264,13 @@ class Run:
             name: float(f"{value:.7g}") if isinstance(value, float) else value
             for name, value in values.items()
         }
-        line = {"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}
+        # JSON has no NaN, and no infinity
+        there = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = {"event": event, "step": step, **there, "time_s": round(self.trained_s, 3)}
         with open(self.history, "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps(line, allow_nan=False) + "\n")
         for listener in self.listeners:
-            listener.line(event, step, values)
+            listener.line(event, step, there)
         said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(said))
 
@@ -313,6 +317,23 @@ class Run:
                     "a lower --lr, --amp off, or a look at these rows; the state before is in"
                     f" {self.out}/last",
                 )
+
+    def count(self, step: int, taken: bool) -> None:
+        """Count an optimizer step, taken or skipped by fp16's scaler; MOST_SKIPPED in a row end the
+        run."""
+        self.updates += taken
+        if taken:
+            self.more.pop("skipped_in_a_row", None)
+            return
+        self.more["skipped_in_a_row"] = skipped = self.more.get("skipped_in_a_row", 0) + 1
+        if skipped >= MOST_SKIPPED:
+            files.fail(
+                f"{self.stage} has skipped {skipped} optimizer steps in a row, up to step {step}",
+                "a gradient that is not finite in float16, however small the loss is scaled",
+                "steps that change the weights",
+                "--amp bf16 or off, or a look at the student's weights; the state before is in"
+                f" {self.out}/last, if one was saved",
+            )
 
     def is_better(self, measures: dict) -> bool:
         """Return whether these measures are the best so far by `best_by`, and remember them if
@@ -388,8 +409,21 @@ class Run:
             because = f"{self.args.patience} evaluations in a row without a better {self.best_by}"
             config |= {"stopped_early": step, "stopped_because": because}
             self.say(f"{self.stage}: stopped at step {step} of {steps}: {because}")
+        if skipped := step - self.updates:
+            said = f"{skipped} of {step} steps were skipped: their gradient overflowed float16"
+            if not self.updates:
+                files.fail(
+                    f"{self.out} has learnt nothing",
+                    said,
+                    "steps that change the weights",
+                    "--amp bf16 or off, or more --steps; and --fresh",
+                )
+            config["skipped"] = skipped
+            self.say(f"{self.stage}: {said}")
         if shares:
             config["shares"] = shares
+        if "packed" in self.more:
+            config["packed"] = self.more["packed"]
         files.write_json(self.out / "config.json", config)
         for listener in self.listeners:
             listener.close()

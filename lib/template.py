@@ -25,9 +25,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jinja2
 import numpy as np
+from tokenizers import Tokenizer
 
 from lib import files
 
@@ -50,10 +52,22 @@ FALLBACK = (
 )
 
 
-def load_tokenizer(name, trust_remote_code: bool = False):
-    """Load a tokenizer from a folder or hub id; the one-line error when there is none."""
-    from transformers import AutoTokenizer
+# what a tokenizer is tried on, beside its special tokens: all that classes cut in their own way
+TRIAL = (
+    "Room 1234 costs 98765.43, 10203 in 2024; it's I'LL",
+    " a  b\n\n\tif (x != y[0]) { return f_12->next; }  # done\r\n   ",
+    "漢字かな 한국어, 中文1999年。Ünïcödé ﬁ e\u0301 اللغة ١٢٣ हिन्दी",
+    "🙂👩\u200d👩\u200d👧 🇩🇪 <b>x</b> https://a.bc/?q=1&r=%20",
+)
 
+
+def load_tokenizer(name, trust_remote_code: bool = False):
+    """Load a tokenizer from a folder or hub id; the one-line error when there is none.
+
+    Its tokenizer.json is what it means, and what other programs read: a class that
+    tokenizer_config.json names, and that cuts text otherwise (transformers 5 builds some of them
+    anew, with rules of their own), gives way to it.
+    """
     if str(name).endswith(".gguf"):
         files.fail(
             f"{name} is a GGUF file",
@@ -61,13 +75,68 @@ def load_tokenizer(name, trust_remote_code: bool = False):
             mend="--teacher of stage2_kd.py for it, and no other flag",
         )
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return as_stored(name, trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:
         files.fail(
             f"no tokenizer could be loaded from {name}",
             seen=str(missing)[:200],
             wanted="a folder with tokenizer.json, or a hub id",
         )
+
+
+def as_stored(name, trust_remote_code: bool = False):
+    """Return the tokenizer that AutoTokenizer makes, if it cuts text as its tokenizer.json does;
+    else that file's, and say so."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    def cut(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+    made, why = None, ""
+    try:
+        made = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as broken:  # the library has no other for a class that does not fit the file
+        why = f"cannot be built of it ({str(broken)[:80]})"
+    # another class than the plain one, of transformers' own code (a maker's own is what it means)
+    foreign = made is not None and type(made).__module__.startswith("transformers.models.")
+    if made is not None and not (foreign and made.is_fast):
+        return made
+    file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        if made is None:
+            raise ValueError(why)
+        return made
+    stored = Tokenizer.from_file(file)
+    stored.no_truncation()
+    special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
+    texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
+    wanted = cut(stored, texts)
+    if made is not None:
+        seen = cut(made.backend_tokenizer, texts)
+        if seen == wanted:
+            return made
+        place = next(i for i, ids in enumerate(seen) if ids != wanted[i])
+        why = f"makes {len(seen[place])} tokens of {texts[place]!r}, not {len(wanted[place])}"
+        if '"WordPiece"' in str(type(stored.model)) or type(stored.model).__name__ == "WordPiece":
+            files.fail(
+                f"{name} has two tokenizers: tokenizer_config.json's settings (do_lower_case,"
+                " strip_accents) and tokenizer.json",
+                f"the class {type(made).__name__}, which {why}",
+                "files that agree",
+                "the settings that the model was trained with, in both",
+            )
+    plain = PreTrainedTokenizerFast.from_pretrained(name)
+    if made is not None and cut(plain.backend_tokenizer, texts) == seen:
+        return made  # as its tokenizer_config.json sets it (add_prefix_space), whatever the class
+    named = files.read_json(Path(file).parent / "tokenizer_config.json").get("tokenizer_class")
+    print(
+        f"tokenizer: the class {named} that {name}'s tokenizer_config.json names {why}:"
+        " its tokenizer.json is followed"
+    )
+    return plain
 
 
 def _hash(value: object) -> str:

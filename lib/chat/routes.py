@@ -268,6 +268,9 @@ def answer_routes(app, args, sides: list[ServedModel], counts: Counts, validator
     by_id = {side.id: side for side in sides}
 
     def answer(schema: str, chat: bool):
+        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        if gone():  # while its request waited for a thread
+            return "", 499
         body = api.checked(flask.request, validators[schema])
         if body["model"] not in by_id:
             raise Refused(
@@ -278,7 +281,6 @@ def answer_routes(app, args, sides: list[ServedModel], counts: Counts, validator
             )
         asked = api.asked_of(by_id[body["model"]], args, body, chat)
         enqueue(asked, args)
-        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not body.get("stream"):
             made = api.whole(asked, gone)
             counts.first_token(asked.jobs)

@@ -21,6 +21,7 @@ ROWS = {
     "parameters": ("parameters", 0),
     "bytes": ("size of the weights", None),
     "ce": ("CE, nats a target", 4),
+    "own_ce": ("CE over its own tokens too", 4),
     "ppl": ("perplexity", 3),
     "acc1": ("acc@1", 4),
     "acc5": ("acc@5", 4),
@@ -46,7 +47,7 @@ OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "roug
 # measures that are better when they are higher, and when they are lower; what is in neither (sizes,
 # speed) has no best
 HIGHER = ("acc1", "acc5", "agree", *OF_ANSWERS)
-LOWER = ("ce", "ppl", "kl", "rkl", "ece")
+LOWER = ("ce", "own_ce", "ppl", "kl", "rkl", "ece")
 # the first of these that was measured stands for a model's quality
 PRIMARY = ("exact", "accuracy", "rougeL", "acc1")
 

@@ -111,7 +111,7 @@ def load(
     *,
     dataset: data.Dataset,
     rows: list[data.Split] | None = None,
-    attn: str = "sdpa",
+    attn: str = "auto",
     compiled: bool = False,
     from_scratch: bool = False,
     keep_layers: list[int] | None = None,
@@ -149,8 +149,9 @@ def load(
         "a classifier",
         seed=seed if from_scratch else None,
         config=config,
-        lenient=order is None,
-        attn_implementation=attn,
+        # a head for other labels has another size: left out, and listed
+        **({"ignore_mismatched_sizes": True} if order is None and weights else {}),
+        attn=attn,
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )

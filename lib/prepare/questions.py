@@ -127,7 +127,7 @@ def within_memory(written: Iterator):
         return next(written, None)
     except torch.OutOfMemoryError as full:
         files.fail(
-            "the GPU has too little memory",
+            "the teacher has too little memory",
             str(full).splitlines()[0],
             "room for the weights and the cache of --teacher-batch answers",
             "the same command with a smaller --teacher-batch: it continues",

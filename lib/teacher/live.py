@@ -158,7 +158,8 @@ class LiveTeacher:
         head = replace(head, weight=here(head.weight), bias=here(head.bias))
         # widened once, and not for every chunk
         self.head = replace(head, weight=head.operand(head.weight.dtype))
-        return replace(student, limit=self.vocab)
+        packs = student.packs and self.model.packs
+        return replace(student, limit=self.vocab, packs=packs)
 
     def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
@@ -341,7 +342,8 @@ def spread(
         module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    body, prefix = module.base_model, module.base_model_prefix
+    body = models.body_of(module)
+    prefix = next(name for name, part in module.named_modules() if part is body)
     if not hasattr(body, "layers"):
         files.fail(
             f"--teacher-offload does not know {type(module).__name__}",

@@ -8,7 +8,7 @@ import stage2_kd
 from lib import flags
 from lib.run import differing_settings, run_settings
 
-# these change results by float32 rounding at most
+# these change results by rounding at most, and where a model has dropout, by what is drawn
 FREE = """out tag track device threads fresh log_every save_every tokens_per_microbatch checkpointing
     samples sample_tokens"""
 COMMANDS = {
