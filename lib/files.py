@@ -8,7 +8,6 @@ written last, exists.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -17,13 +16,13 @@ import os
 import re
 import shutil
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
@@ -268,46 +267,28 @@ class Lock:
 
     def __init__(self, path: Path, what: Path, wait: bool = False, passing: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        until, said = time.monotonic() + LOOK_S, False
-        while (handle := _take(path)) is None:
-            late = time.monotonic() > until  # `locked` holds it too, for the time of a look
-            if late and not wait:
-                fail(
-                    f"{what} is being written by another process",
-                    wanted="one process a folder or file",
-                    mend="wait for it, or choose another --out",
-                )
-            if late and not said:
-                said = True
-                print(f"{what} is being written by another process: waiting for it", flush=True)
-            time.sleep(0.02)
-        gone = path if passing else None
-        self.release = weakref.finalize(self, _let_go, handle, gone, os.getpid())
+        # `locked` holds it too, for the time of a look
+        inner = FileLock(path, timeout=LOOK_S, thread_local=False, fallback_to_soft=False)
+        try:
+            inner.acquire()
+        except Timeout:
+            busy = f"{what} is being written by another process"
+            if not wait:
+                mend = "wait for it, or choose another --out"
+                fail(busy, wanted="one process a folder or file", mend=mend)
+            print(f"{busy}: waiting for it", flush=True)
+            inner.acquire(timeout=-1)
+        except OSError as broken:
+            if broken.errno not in NO_LOCKS:
+                raise
+            _say_no_locks(path.parent, broken.strerror)
+        self.release = weakref.finalize(self, _let_go, inner, path if passing else None)
 
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *_) -> None:
         self.release()
-
-
-def _take(path: Path) -> int | None:
-    """Open and lock a file, made if need be; None: another process holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # the lock of a file that has left its name since holds nothing
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            return handle
-    except BlockingIOError:
-        pass
-    except OSError as broken:
-        if broken.errno not in NO_LOCKS:
-            raise
-        _say_no_locks(path.parent, broken.strerror)
-        return handle
-    os.close(handle)
-    return None
 
 
 @functools.cache
@@ -318,11 +299,11 @@ def _say_no_locks(folder: Path, why: str) -> None:
     )
 
 
-def _let_go(handle: int, gone: Path | None, owner: int) -> None:
-    if gone and os.getpid() == owner:  # a forked child's end leaves its parent's lock alone
+def _let_go(inner: FileLock, gone: Path | None) -> None:
+    if gone:
         with contextlib.suppress(OSError):  # a file that stays does no harm
             gone.unlink()
-    os.close(handle)
+    inner.release()
 
 
 def lock(folder: Path, wait: bool = False) -> Lock:
@@ -338,19 +319,15 @@ def lock_beside(path: Path) -> Lock:
 
 def locked(folder: Path) -> bool:
     """Return whether a process holds a folder by `lock`."""
-    try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
+    if not (folder / LOCK).exists():
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
+        with FileLock(folder / LOCK, timeout=0, fallback_to_soft=False):
+            return False
+    except Timeout:
         return True
-    except OSError:  # a file system without locks
+    except OSError:  # a file system without locks, or one that may not be written to
         return False
-    finally:
-        os.close(handle)
 
 
 def free_bytes(folder: Path) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
 
-SPARE_BYTES = 64  # of a name and a path: what the scripts put before, behind and below --out
+# of a name (a disk takes 255), less what the scripts put before and behind that of --out
+MOST_BYTES = 200
 
 
 def writable(text: str) -> str:
@@ -17,20 +18,16 @@ def writable(text: str) -> str:
     lies in is no folder, or its name is too long, or not UTF-8 (model cards and JSON name it)."""
     path, wrong = os.path.abspath(text), None
     there = os.path.dirname(path)
-    while not os.path.lexists(there):
+    while not os.path.lexists(there) and there != os.path.dirname(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
         wrong = f"lies below {there}, which is no folder"
     elif any("\ud800" <= character <= "\udfff" for character in path):
         wrong = "is not UTF-8"
     else:
-        most = os.pathconf(there, "PC_NAME_MAX") - SPARE_BYTES
-        longest = max(len(part.encode()) for part in path.split("/"))
-        if (
-            longest > most
-            or len(path.encode()) > os.pathconf(there, "PC_PATH_MAX") - 4 * SPARE_BYTES
-        ):
-            wrong = f"is too long, wanted names of at most {most} bytes"
+        longest = max(len(part.encode()) for part in path.split(os.sep))
+        if longest > MOST_BYTES or len(path.encode()) > 15 * MOST_BYTES:
+            wrong = f"is too long, wanted names of at most {MOST_BYTES} bytes"
     if wrong:
         raise argparse.ArgumentTypeError(f"{text[:100]!r} {wrong}")
     return text

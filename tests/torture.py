@@ -48,7 +48,9 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+import damage  # noqa: E402
 import make  # noqa: E402
+import numpy as np  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
@@ -342,6 +344,8 @@ def fault_in(code: int | None, said: str, allowed: tuple[int, ...]) -> str | Non
     """Return what is wrong with how a disturbed run ended: "hang", "traceback", or None."""
     if code is None:
         return "hang"
+    if code == "used in silence":
+        return "difference"
     if "Traceback (most recent" in said or code not in allowed:
         return "traceback"
     if code == 1:
@@ -428,7 +432,55 @@ def stop(bench: Bench, rng: random.Random, turn: int):
     yield (0, said), (0,)
 
 
-KINDS = {kind.__name__: kind for kind in (write, moment, fault, full, limit, gone, twice, stop)}
+def ours(bench: Bench) -> list[Path]:
+    """Return the files of ours that the stage reads: prepared data, records, its own state."""
+    inputs = [bench.world / name for name in bench.stage.reads if name in ("data", "logits")]
+    found = [path for folder in (*inputs, bench.place) for path in sorted(folder.rglob("*"))]
+    shown = ("README.md", "samples.md", ".png")  # for people alone
+    return [path for path in found if path.is_file() and not path.name.endswith(shown)]
+
+
+@contextlib.contextmanager
+def damaged(bench: Bench, rng: random.Random, turn: int, how: Callable):
+    """Kill the stage somewhere, and damage a file of ours; put what it reads back in the end."""
+    if turn % 2:
+        act = Disturbance(rng.randrange(1, bench.writes + 1), "kill")
+        bench.finish(bench.start(disturbance=act))
+    victims = [path for path in ours(bench) if path.stat().st_size]
+    if not victims:
+        yield None
+        return
+    victim = rng.choice(victims)
+    before = victim.read_bytes()
+    said = how(victim, np.random.default_rng(rng.randrange(1 << 32)))
+    bench.log.write_text(f"{victim}: {said}\n")
+    try:
+        yield bench.finish(bench.start())
+    finally:
+        if bench.place not in victim.parents:
+            victim.write_bytes(before)
+
+
+def flip(bench: Bench, rng: random.Random, turn: int):
+    with damaged(bench, rng, turn, damage.flip) as ended:
+        if ended is None:
+            return
+        code, said = ended
+        yield ended, (0, 1)
+        if code == 0 and everything(bench.place) != bench.straight:
+            yield ("used in silence", said), ()
+    bench.clear()
+
+
+def mutate(bench: Bench, rng: random.Random, turn: int):
+    with damaged(bench, rng, turn, damage.damage) as ended:
+        if ended is not None:
+            yield ended, (0, 1)
+    bench.clear()
+
+
+DISTURBING = (write, moment, fault, full, limit, gone, twice, stop)
+KINDS = {kind.__name__: kind for kind in (*DISTURBING, flip, mutate)}
 # how often each comes in a round of rounds: what has most places most often
 TURNS = "write fault moment write full gone fault twice write limit moment fault write stop".split()
 

@@ -348,10 +348,10 @@ class Placed:
 
     def write(self, place: int, records: np.ndarray) -> None:
         assert records.dtype == self.dtype, (records.dtype, self.dtype)
-        left, at = memoryview(records.tobytes()), self.begin + place * self.dtype.itemsize
-        while left:  # a disk writes what fits, and says only then that it is full
-            written = os.pwrite(self.file.fileno(), left, at)
-            left, at = left[written:], at + written
+        self.file.seek(self.begin + place * self.dtype.itemsize)
+        left = memoryview(records.tobytes())
+        while left:  # a disk takes what fits, and says only then that it is full
+            left = left[self.file.write(left) :]
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
