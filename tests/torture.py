@@ -65,6 +65,7 @@ from lib.teacher import writer  # noqa: E402
 
 HANG_S = 120
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+NOT_OURS = ("trained_s", "speed", "git")  # of a result: of the machine, and of the tree's moment
 BUSY = "is being written by another process"
 STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1".split()
 
@@ -116,7 +117,12 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
             "out/a.jsonl",
             ("asked.jsonl", "student"),
         ),
-        "score": (chat.main, ("--score", asked, *talk), "out/a.jsonl", ("asked.jsonl", "student")),
+        "score": (
+            chat.main,
+            ("--score", asked, "--metrics", "exact", *talk),
+            "out/a.jsonl",
+            ("asked.jsonl", "student"),
+        ),
     }
     return {
         name: Stage(main, (*map(str, argv), "--out", str(Path(out).parent / where)), where, reads)
@@ -151,7 +157,7 @@ def everything(folder: Path) -> dict[str, bytes]:
         elif path.suffix == ".json":
             value = json.loads(content)
             if isinstance(value, dict):
-                value = {k: v for k, v in value.items() if k not in ("trained_s", "speed")}
+                value = {k: v for k, v in value.items() if k not in NOT_OURS}
             content = json.dumps(value).encode()
         found[name] = content
     return found
