@@ -89,9 +89,10 @@ def measure_only(args, dataset, device, amp):
 @files.script
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = data.Dataset(args.data, args.trust_remote_code)
+    dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)
     classifier.adapt_flags(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     if args.eval_only:
@@ -99,7 +100,7 @@ def main(argv=None):
 
     # what is read, and the run that it belongs to
     rows = sampling.open_rows(args, dataset)
-    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code)
+    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
     inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()
     best = args.best

@@ -3,40 +3,31 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 """
 
 import argparse
-import os
+import json
 from collections.abc import Callable
 from typing import Any
 
+from lib import template
+
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
 
-# of a name (a disk takes 255), less what the scripts put before and behind that of --out
-MOST_BYTES = 200
 
-
-def writable(text: str) -> str:
-    """Read a path to write to, refused where that would be found out after the work alone: what it
-    lies in is no folder, or its name is too long, or not UTF-8 (model cards and JSON name it)."""
-    path, wrong = os.path.abspath(text), None
-    there = os.path.dirname(path)
-    while not os.path.lexists(there) and there != os.path.dirname(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
-        wrong = f"lies below {there}, which is no folder"
-    elif any("\ud800" <= character <= "\udfff" for character in path):
-        wrong = "is not UTF-8"
-    else:
-        longest = max(len(part.encode()) for part in path.split(os.sep))
-        if longest > MOST_BYTES or len(path.encode()) > 15 * MOST_BYTES:
-            wrong = f"is too long, wanted names of at most {MOST_BYTES} bytes"
-    if wrong:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} {wrong}")
-    return text
+def template_args(text: str) -> dict[str, Any]:
+    """Read --template-args."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if fault := template.bad_arguments(read):
+        raise argparse.ArgumentTypeError(
+            f'saw {text[:60]!r} ({fault}), wanted JSON like {{"enable_thinking": false}}'
+        )
+    return read
 
 
 SHARED: dict[str, dict[str, Any]] = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
     "--out": dict(
-        type=writable,
         required=True,
         metavar="DIR",
         help="where to write; running the same command again continues there",
@@ -141,6 +132,21 @@ SHARED: dict[str, dict[str, Any]] = {
         ),
         free=True,
     ),
+    "--chat-template": dict(
+        metavar="FILE|NAME",
+        help=(
+            "chat template: a file, chatml, llama3 or gemma (of the turn tokens that the vocabulary"
+            " has), one of several by name, or a model that has one (default: the tokenizer's own)"
+        ),
+    ),
+    "--template-args": dict(
+        type=template_args,
+        metavar="JSON",
+        help=(
+            'arguments of the chat template, {"enable_thinking": false} (default: what the'
+            " template does without)"
+        ),
+    ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(
         default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)", free=True
@@ -172,6 +178,14 @@ SHARED: dict[str, dict[str, Any]] = {
         help="throw away what --out holds and start anew (default: continue it)",
         free=True,
     ),
+    "--verify": dict(
+        action="store_true",
+        help=(
+            "check every byte of what is read by its checksum first (default: of files above 64 MB"
+            " some blocks)"
+        ),
+        free=True,
+    ),
     "--trust-remote-code": dict(
         action="store_true", help="let a model folder run its own Python code (default: refuse)"
     ),
@@ -187,7 +201,8 @@ SHARED: dict[str, dict[str, Any]] = {
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
-    "the run": "--eval-every --patience --save-every --log-every --save-dtype --seed --fresh",
+    "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
+        --verify""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }

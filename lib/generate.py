@@ -173,9 +173,24 @@ def sampling_of(
     )
 
 
+def window(config) -> int | None:
+    """Return the most tokens that a model was made for, or None where its configuration does not
+    say: its positions, or what rope scaling makes of those it was first trained with."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    most = next((value for name in names if (value := getattr(config, name, None))), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        first = kind.get("original_max_position_embeddings")
+        # of a linear one a config gives now what was before, now what is after
+        if most and first and kind.get("rope_type") in ("yarn", "llama3", "longrope", "dynamic"):
+            most = max(most, int(first * (kind.get("factor") or 1)))
+    return most
+
+
 def context_of(module) -> int | None:
     """Return the most tokens that a model sees, or None where it does not say."""
-    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return window(module.config)
 
 
 def unknown_cache(module) -> str | None:

@@ -65,7 +65,8 @@ from lib.teacher import writer  # noqa: E402
 
 HANG_S = 120
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-NOT_OURS = ("trained_s", "speed", "git")  # of a result: of the machine, and of the tree's moment
+# of a result: of the machine, of the tree's moment, and the sums of what holds such
+NOT_OURS = ("trained_s", "speed", "git", "seal")
 BUSY = "is being written by another process"
 STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1".split()
 
@@ -157,7 +158,8 @@ def everything(folder: Path) -> dict[str, bytes]:
         elif path.suffix == ".json":
             value = json.loads(content)
             if isinstance(value, dict):
-                value = {k: v for k, v in value.items() if k not in NOT_OURS}
+                sums = ("checksums",) * (path.name == "config.json")
+                value = {k: v for k, v in value.items() if k not in (*NOT_OURS, *sums)}
             content = json.dumps(value).encode()
         found[name] = content
     return found

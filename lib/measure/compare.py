@@ -304,7 +304,6 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--out",
-        type=flags.writable,
         metavar="PREFIX",
         help=(
             "path without ending: .json, .md, .png and .html are written (default: comparison,"
@@ -355,6 +354,7 @@ def main(argv=None):
 
     first = next(iter(folders.values()))[1]
     out = Path(args.out) if args.out else first.parent / "comparison"
+    files.check_out(f"{out}.html", file=True)
     text = page.markdown(result)
     with files.lock_beside(out):
         files.write_json(Path(f"{out}.json"), result)

@@ -83,8 +83,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.k, args.teacher_dtype = args.k or 0, args.teacher_dtype or "auto"
     if args.k < 0:
         parser.error(f"--k is {args.k}, wanted 0 or more")
-    if args.verify:
-        parser.error("--verify checks logits: it goes with --logits, not with --teacher")
     if args.teacher_quant and args.teacher_offload:
         parser.error("--teacher-quant and --teacher-offload do not go together: wanted one of them")
     if args.teacher.endswith(".gguf") and (args.teacher_quant or args.teacher_offload):
@@ -124,6 +122,7 @@ class LiveTeacher:
             )
         self.shapes = checkpoints.shapes(self.base)
         checkpoints.check_apart(args.out, self.folder, "teacher")
+        models.check_fits(self.folder, dataset, args.trust_remote_code)
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
@@ -195,6 +194,7 @@ class LiveTeacher:
                 pack=not self.args.no_pack,
                 trust_remote_code=self.args.trust_remote_code,
                 placing=self._placing(room),
+                known=True,
             )
         except torch.OutOfMemoryError:
             files.fail(

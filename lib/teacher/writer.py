@@ -3,6 +3,7 @@
 
 import argparse
 import errno
+import hashlib
 import math
 import os
 import time
@@ -17,6 +18,7 @@ from lib.run import versions
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
 
+ANEW = "--fresh to dump it anew"
 # that a folder is a chunk's
 CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
@@ -111,26 +113,20 @@ def dump_settings(
     return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
 
 
-def dtype_of(settings: dict) -> np.dtype:
-    """Return the dtype of the records that a dump's settings ask for."""
-    k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
-    return record.record_dtype(
-        k, temperatures, vocab, settings["values"], settings.get("tail_bytes", 0)
-    )
-
-
 def is_finished(folder: Path, settings: dict) -> bool:
-    """Return whether a chunk is finished; one of other settings is refused."""
+    """Return whether a chunk is finished; one of other settings, or damaged, is refused."""
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    if differ := record.differing(files.read_json(folder / "meta.json"), wanted):
+    meta = files.read_json(folder / "meta.json", ANEW)
+    if differ := record.differing(meta, wanted):
         files.fail(
             f"{folder} is finished with other settings",
             differ,
             "the same command",
             "--fresh to dump it anew, or another --out",
         )
+    files.check(folder, meta, False, ANEW)
     # a kill after the last rename may have left it
     (folder / "settings.json").unlink(missing_ok=True)
     return True
@@ -149,7 +145,7 @@ def check_disk(
     out: Path, dataset: data.Dataset, missing: list, settings: dict, teacher: models.Model
 ) -> None:
     """Say how many bytes the chunks `missing` will take, and refuse a disk that is too small."""
-    size, rank = dtype_of(settings).itemsize, settings["tail_rank"]
+    size, rank = record.dtype_of(settings).itemsize, settings["tail_rank"]
     shape = basis.file_bytes(rank, settings["vocab"], teacher.head().weight.shape[1])
     need, have = 0, files.free_bytes(out)
     if missing and not (out / basis.FILE).exists():
@@ -240,7 +236,7 @@ class Writer:
     ) -> None:
         self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
         self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
-        self.targets, self.dtype = int(self.counts[rows].sum()), dtype_of(settings)
+        self.targets, self.dtype = int(self.counts[rows].sum()), record.dtype_of(settings)
         if (folder / "done.npy").exists():
             self._continue()
         else:
@@ -253,20 +249,27 @@ class Writer:
 
     def _continue(self) -> None:
         """Open the files of a dump that was killed, refused if its settings were others."""
-        if (seen := files.read_json(self.folder / "settings.json")) != self.settings:
+        if (seen := files.read_json(self.folder / "settings.json", ANEW)) != self.settings:
             files.fail(
                 f"{self.folder} was started with other settings",
                 record.differing(seen, self.settings),
                 "the same command",
                 "--fresh to start it anew, or another --out",
             )
-        self.there = np.load(self.folder / "done.npy")
-        self.topk, self.done = (Placed(self.folder / f"{name}.npy") for name in ("topk", "done"))
+        topk = files.read_npy(self.folder / "topk.npy", self.dtype, ANEW)
+        done = files.read_npy(self.folder / "done.npy", record.DONE, ANEW)
+        for array, wanted in ((topk, self.targets), (done, len(self.rows))):
+            if len(array) != wanted:
+                files.fail(f"{array.filename} is not whole", len(array), wanted, ANEW)
+        if not np.isfinite(done["ce_sum"]).all() or done["done"].view(np.uint8).max() > 1:
+            files.fail(f"{done.filename} is damaged", "no numbers in it", mend=ANEW)
+        self.there = np.array(done)
+        self.topk, self.done = Placed(topk), Placed(done)
 
     def _begin(self) -> None:
         """Make the files. done.npy appears last: once it is there, all three are whole."""
         files.write_json(self.folder / "settings.json", self.settings)
-        np.lib.format.open_memmap(
+        topk = np.lib.format.open_memmap(
             self.folder / "topk.npy", mode="w+", dtype=self.dtype, shape=(self.targets,)
         )
         allocate(self.folder / "topk.npy")
@@ -276,7 +279,8 @@ class Writer:
             np.lib.format.write_array(file, self.there)
         files.sync(partial)
         partial.replace(self.folder / "done.npy")
-        self.topk, self.done = (Placed(self.folder / f"{name}.npy") for name in ("topk", "done"))
+        done = np.load(self.folder / "done.npy", mmap_mode="r")
+        self.topk, self.done = Placed(topk), Placed(done)
 
     def add(self, rows: np.ndarray, records: np.ndarray, ce: np.ndarray, hits: np.ndarray) -> None:
         """Put the records of a batch of rows in their place, with the teacher's own cross-entropy
@@ -318,7 +322,10 @@ class Writer:
         self.flush()
         assert self.there["done"].all(), "rows are missing"
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
-        settings = self.settings
+        settings, digest = self.settings, hashlib.sha256()
+        checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
+        for name in ("done.npy", f"../{basis.FILE}")[: 1 + ("basis" in settings)]:
+            checksums[name] = files.sums(self.folder / name)
         meta = {
             "format": record.FORMAT,
             "chunk": self.chunk,
@@ -330,8 +337,9 @@ class Writer:
             "teacher_ce": float(self.there["ce_sum"].sum() / self.targets),
             "teacher_acc1": float(self.there["hits"].sum() / self.targets),
             "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"]),
-            "sha256": files.sha256(self.folder / "topk.npy"),
+            "sha256": digest.hexdigest(),
             "versions": versions(),
+            "checksums": checksums,
         }
         files.write_json(self.folder / "meta.json", meta)
         (self.folder / "settings.json").unlink()
@@ -339,12 +347,11 @@ class Writer:
 
 
 class Placed:
-    """A .npy file of records that are written to their places."""
+    """A .npy file, as it is mapped, of records that are written to their places."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "r+b", buffering=0)
-        whole = np.load(path, mmap_mode="r")
-        self.begin, self.dtype = whole.offset, whole.dtype
+    def __init__(self, mapped: np.memmap) -> None:
+        self.file = open(str(mapped.filename), "r+b", buffering=0)
+        self.begin, self.dtype = mapped.offset, mapped.dtype
 
     def write(self, place: int, records: np.ndarray) -> None:
         assert records.dtype == self.dtype, (records.dtype, self.dtype)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import make
 import openai
 import pytest
@@ -38,6 +39,9 @@ from lib.chat.text import Text
 from lib.prepare import demo
 
 ROOT = Path(__file__).parents[2]
+TEMPLATES = sorted(path.name for path in (ROOT / "tests/templates").iterdir())
+# they write the system message into the user's, with special tokens alone between messages
+GLUED = ("gemma3.jinja", "mistral.jinja")
 ASKED = [
     "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
     "Leo has 69 eggs.",
@@ -1132,6 +1136,36 @@ def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
             == wanted
             != {}
         )
+
+
+@pytest.mark.parametrize("name", ["", *TEMPLATES])
+def test_a_prompt_of_the_samples_is_shown_as_it_was_asked(tmp_path, name):
+    """The rendered one ("System: ... Assistant:"), sent, was wrapped twice."""
+    tokenizer = tiny_tokenizers.tiny()
+    if name:
+        tokenizer.chat_template = (ROOT / "tests/templates" / name).read_text()
+        marks = re.findall(r"<[|a-z_]\w+[|a-z_]?>|\[/?INST\]", tokenizer.chat_template)
+        tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks})})
+    template.ensure_template(tokenizer)
+    talks = [user("How many eggs?\n\nSay a number."), user("Why?")]
+    talks.append([{"role": "assistant", "content": "Because."}, *user("Oh?")])
+    talks[2] = [*user("Why?"), *talks[2]]
+    try:
+        system = [{"role": "system", "content": "You count."}, *user("Why?")]
+        template.render(tokenizer, system, add_generation_prompt=True)
+        talks.insert(1, system)
+    except jinja2.TemplateError:
+        pass
+    with open(tmp_path / "samples.md", "w") as out:
+        for number, talk in enumerate(talks, 1):
+            ids = template.prompt_ids(tokenizer, talk)
+            asked = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            out.write(f"## Prompt {number}\n\n{asked}\n\nreference:\n\n    8\n\n")
+    found = routes.sampled_prompts(tmp_path / "samples.md", tokenizer)
+    assert {"user": "How many eggs?\n\nSay a number."} == found[0]
+    if len(talks) == 4 and name not in GLUED:
+        assert found[1] == {"system": "You count.", "user": "Why?"}
+    assert all("Because" not in asked["user"] for asked in found) or name in GLUED
 
 
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):

@@ -655,29 +655,6 @@ def test_memory_flags_may_change_when_a_run_is_continued(world, capsys):
 # --- what a disk does
 
 
-def too_long(folder):
-    return folder / ("n" * 240)
-
-
-@pytest.mark.parametrize("name", ("prepare", "stage1", "dump", "stage2", "chat"))
-@pytest.mark.parametrize(
-    "out, words",
-    (
-        (lambda folder: folder / "file" / "x", "lies below"),
-        (lambda folder: f"{folder}/bad\udcff", "is not UTF-8"),
-        (too_long, "is too long"),
-        (lambda folder: too_long(folder) / "x", "is too long"),
-    ),
-)
-def test_an_out_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys, name, out, words):
-    (tmp_path / "file").touch()
-    asked = {"prepare": ("--source", "x", "--tokenizer", "x"), "chat": ("--ckpt", "x")}
-    asked["chat"] += ("--prompts", "x")
-    argv = asked.get(name) or ARGUMENTS[name](tmp_path)
-    said = usage(name, [*argv, "--out", out(tmp_path)], capsys)
-    assert "error: argument --out: " in said and words in said
-
-
 def ends_with(error):
     @files.script
     def main(argv=None):
@@ -794,7 +771,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_finished(world, monkey
 
 def test_records_reach_a_disk_that_takes_a_part_at_a_time(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.zeros(9, "<u4"))
-    placed = writer.Placed(tmp_path / "x.npy")
+    placed = writer.Placed(np.load(tmp_path / "x.npy", mmap_mode="r"))
     plain, pieces = placed.file, []
 
     class Slow:
