@@ -86,6 +86,7 @@ def parse_args(argv=None):
     return args
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     try:

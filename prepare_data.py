@@ -234,6 +234,7 @@ def hand_over(out, args, meta):
     export.deliver(out / "rows", args)
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -243,9 +244,8 @@ def main(argv=None):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
-    if (partial := files.beside(out, "part")).exists():
-        # refused while another process fills it; a killed one left it behind
-        files.lock(partial).release()
+    holding = files.lock_beside(out)  # from the first moment: two would empty each other's folder
+    partial = files.beside(out, "part")
     files.recover(out, split.STATE)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
@@ -277,7 +277,6 @@ def main(argv=None):
         print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
     else:
         partial = files.partial_folder(out)
-    lock = files.lock(partial)
     tokenizer.save_pretrained(partial / "tokenizer")
     rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     # later stages load this one: so does this run
@@ -309,9 +308,8 @@ def main(argv=None):
         raise
     with describe.phase("writing train and val"):
         meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
-    lock.release()
-    (partial / ".lock").unlink(missing_ok=True)
     files.publish(partial, out)
+    holding.release()
     ends = set(data.Split(out, "train").end_tokens())
     if args.task == "language" and not ends & template.special_ids(tokenizer):
         print(

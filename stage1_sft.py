@@ -12,6 +12,8 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
         optimizer step.
 """
 
+from pathlib import Path
+
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
@@ -74,14 +76,17 @@ def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    holding = files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:
         student = models.load(args.student, device, **train.loading(args, dataset, amp))
     evaluate.alone(args, student, dataset, student.head().vocab, amp)
+    holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)

@@ -276,7 +276,6 @@ def alone(
         if len(dataset.labels) > MOST_CONFUSED:
             del of_classes["confusion"]
     by_source = {"by_source": measures.get("by_source", {})}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
     if "own_ce" in line:
         print(f"eval: {cut(model)}; own_ce is over all its rows")
