@@ -58,7 +58,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
+    # half a surrogate pair becomes \udc00, which is its name in JSON
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(partial)
     os.replace(partial, path)
 
@@ -74,7 +75,7 @@ def read_json(path: Path, mend: str | None = None) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         fail(f"{path} is missing", mend=mend)
-    except (OSError, ValueError) as broken:
+    except (OSError, ValueError, RecursionError) as broken:
         fail(f"{path} is not readable JSON", seen=broken, mend=mend)
 
 
@@ -88,7 +89,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 

@@ -9,11 +9,13 @@ packed rows would see each other. An adapter is merged into its base in memory.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
@@ -174,6 +176,9 @@ def read(
             config = config or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             return auto.from_config(config, **options), {"missing_keys": ()}
         if checkpoints.is_gguf(folder):
+            from transformers import modeling_gguf_pytorch_utils as gguf
+
+            gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
             base, options = folder.parent, options | {"gguf_file": folder.name}
         if lenient:
             options["ignore_mismatched_sizes"] = True

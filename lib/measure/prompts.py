@@ -172,16 +172,24 @@ def read_prompts(path: Path, system: str | None) -> list[Prompt]:
 
 def fault_of(fields: object) -> str | None:
     """Return why a line's value cannot be answered, or None."""
+    try:
+        whole = json.dumps(fields)  # as it will be written again, with the answer
+    except RecursionError:
+        return "JSON that is nested too deep"
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-        return json.dumps(fields, ensure_ascii=False)[:60]
+        return whole[:60]
     if "answer" in fields:
         return 'a field "answer", which the answer would overwrite'
-    if "prompt" in fields:
-        return None if isinstance(fields["prompt"], str) else f"the prompt {fields['prompt']!r:.60}"
-    if not template.is_conversation(fields["messages"]):
+    if "prompt" in fields and not isinstance(fields["prompt"], str):
+        return f"the prompt {fields['prompt']!r:.60}"
+    if "messages" in fields and not template.is_conversation(fields["messages"]):
         return f"the messages {fields['messages']!r:.60}"
-    if fields["messages"][-1]["role"] == "assistant":
+    messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
+    if messages[-1]["role"] == "assistant":
         return "messages that end with an answer"
+    said = [message[part] for message in messages for part in ("role", "content")]
+    if any(map(template.BROKEN.search, [*said, str(fields.get("reference"))])):
+        return f"half a character (\\ud800 to \\udfff) in {whole[:60]}"
     return None
 
 
@@ -394,7 +402,9 @@ def write_answers(
             row = prompt.fields | fields
             if scores:
                 row["scores"] = scores(row["reference"], row["answer"])
-            part_file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            part_file.write(
+                (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+            )
             part_file.flush()
             bar.update()
     files.sync(part)
