@@ -201,15 +201,30 @@ def template_messages(messages: list[dict]) -> list[dict]:
     ]
 
 
+def template_arguments(body: dict) -> dict:
+    """Return a request's arguments for the chat template. Raises Refused."""
+    args = body.get("chat_template_kwargs") or {}
+    if fault := template.bad_arguments(args):
+        raise Refused(400, f"chat_template_kwargs: {fault} is no argument", "chat_template_kwargs")
+    return args
+
+
 def chat_prompt(
-    side: ServedModel, messages: list[dict], system: str | None, fit: bool = False
+    side: ServedModel,
+    messages: list[dict],
+    system: str | None,
+    fit: bool = False,
+    template_args: dict | None = None,
 ) -> tuple[list[int], list[dict], int]:
     """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit`
     the oldest turns, if they leave no room for an answer. Raises Refused where the chat template
     does not take these messages."""
     messages = template.with_system(template_messages(messages), system)
     try:
-        ids, dropped = side.chat.fit(messages) if fit else (side.chat.ids(messages), 0)
+        more = template_args or {}
+        ids, dropped = (
+            side.chat.fit(messages, **more) if fit else (side.chat.ids(messages, **more), 0)
+        )
     except SystemExit as refused:
         raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
     first = int(messages[0]["role"] == "system")
@@ -238,7 +253,8 @@ def asked_of(side: ServedModel, args, body: dict, chat: bool) -> Asked:
         top = body.get("logprobs")
     else:
         fit = body.get("fit", False)
-        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit)
+        more = template_arguments(body)
+        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit, more)
         prompts = [ids]
         if body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")

@@ -90,11 +90,11 @@ class Chat:
         """Return the way to sample as lib/generate.py takes it, with what is given in its place."""
         return generate.sampling_of(self.how, self.tokenizer, temperature, top_p)
 
-    def ids(self, messages):
-        """Return the prompt's token ids, ready for the answer."""
-        return template.prompt_ids(self.tokenizer, messages)
+    def ids(self, messages, **more):
+        """Return the prompt's token ids, ready for the answer. more: arguments of the template."""
+        return template.prompt_ids(self.tokenizer, messages, **more)
 
-    def fit(self, messages):
+    def fit(self, messages, **more):
         """Return (prompt ids, messages dropped): the oldest turns go, until a quarter of the
         context, or the longest answer, has room.
 
@@ -107,7 +107,7 @@ class Chat:
             room = self.context - min(self.how.max_new_tokens, self.context // 4)
 
         def ids_without(turns: int) -> list[int]:
-            return self.ids(messages[:first] + messages[first + 2 * turns :])
+            return self.ids(messages[:first] + messages[first + 2 * turns :], **more)
 
         fewest, most, ids = 0, max(0, (len(messages) - first - 1) // 2), ids_without(0)
         if len(ids) <= room:
@@ -175,7 +175,7 @@ def load(args, name=None, student=None):
         tokenizer = template.load_tokenizer(
             checkpoints.with_tokenizer(folder), args.trust_remote_code
         )
-        template.ensure_template(tokenizer)
+        template.make_ready(tokenizer, args.chat_template, args.template_args, name is not None)
     dtype = models.pick_dtype(args.dtype, device, folder)
     model = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code

@@ -376,8 +376,9 @@ def heatmap_tokens(
     """Return the prompt as each of the two has it, and the answer's tokens. Raises Refused where
     that is too much."""
     messages, fit = body["messages"], body.get("fit", False)
-    mine, kept, _ = api.chat_prompt(student, messages, args.system, fit)
-    prompts = [mine, api.chat_prompt(teacher, kept, None)[0]]
+    more = api.template_arguments(body)
+    mine, kept, _ = api.chat_prompt(student, messages, args.system, fit, more)
+    prompts = [mine, api.chat_prompt(teacher, kept, None, template_args=more)[0]]
     tokenizer, stops = student.chat.tokenizer, student.engine.how.stops
     ids = tokenizer(body["answer"], add_special_tokens=False, verbose=False).input_ids
     if body.get("finished") and stops:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import data, files, flags, models
-from lib.head import wide
-from lib.losses import FLOOR
+from lib.head import FLOOR, wide
 from lib.options.attention import listen
 from lib.options.capture import Side, layer_pairs
 from lib.options.gradnorm import Balance
@@ -111,7 +110,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(
                 f"{flag} needs the teacher live: it goes with --teacher, not with --logits"
             )
-    if args.attention_weight and args.attn not in ("sdpa", "eager"):
+    if args.attention_weight and args.attn not in ("auto", "sdpa", "eager"):
         parser.error(
             f"--attention-weight needs maps, which --attn {args.attn} does not give: wanted --attn"
             " sdpa or eager"
