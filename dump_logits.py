@@ -66,7 +66,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
-    flags.add(group, "--compile", "--fresh", "--trust-remote-code")
+    flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     args = parser.parse_args(argv)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
@@ -222,6 +222,8 @@ def main(argv=None):
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
+    if args.dry_run:
+        return print("--dry-run: nothing was written")
     if args.fresh:
         writer.remove_chunks(out, missing)
     shape = None

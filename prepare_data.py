@@ -116,7 +116,7 @@ def parse_args(argv=None):
         help="processes; 0 = one a core, at most 16 (default: %(default)s)",
     )
     describe.add_flags(parser)
-    flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    flags.add(parser, "--seed", "--fresh", "--dry-run", "--trust-remote-code")
     answers.add_flags(parser)
     args = parser.parse_args(argv)
     for option in (answers, classes, rows, export, sources):
@@ -208,9 +208,12 @@ def main(argv=None):
             f" schema={source.described}",
             flush=True,
         )
-    export.begin(args, inputs)
+    if not args.dry_run:
+        export.begin(args, inputs)
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     rows.make_template_ready(tokenizer, inputs, args.turns)
+    if args.dry_run:
+        return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))

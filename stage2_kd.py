@@ -160,7 +160,8 @@ def main(argv=None):
         args,
         student,
         amp,
-        teacher.memory_bytes(device),
+        dataset,
+        teacher.memory_bytes(device, train.largest(args, dataset.train).targets),
         near.memory_bytes(args.tokens_per_microbatch, rows.line),
         merge=args.merge,
     )

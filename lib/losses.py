@@ -250,10 +250,11 @@ def pieces(z: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 
-def dense_bytes(device: torch.device) -> int:
+def dense_bytes(device: torch.device, logits: int) -> int:
     """Return the memory that a divergence over all tokens takes beside the student's logits: a
-    second buffer, and a piece's temporaries."""
-    return 6 * piece_bytes(device) + 2 * CHUNK_BYTES
+    second buffer, and a piece's temporaries. logits: of all targets of a micro-batch, in bytes."""
+    chunk = min(CHUNK_BYTES, logits)
+    return 6 * min(piece_bytes(device), chunk) + chunk * (2 if device.type == "cuda" else 1)
 
 
 def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -127,7 +127,8 @@ class Run:
         self.listeners: list[Listener] = []
         if not args.fresh:  # else what is there goes in `begin`, once all else has been looked at
             self._leave_if_finished()
-            self._open()
+            if not args.dry_run:
+                self._open()
             self._continue()
         self.interrupt = Interrupt(self.say)
 
@@ -144,8 +145,8 @@ class Run:
                 "another --out",
             )
         self._same(settings, "is finished")
-        # a kill after config.json may have left it
-        shutil.rmtree(self.out / "last", ignore_errors=True)
+        if not self.args.dry_run:  # a kill after config.json may have left it
+            shutil.rmtree(self.out / "last", ignore_errors=True)
         print(f"{self.stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
         raise SystemExit(0)
 

@@ -50,9 +50,9 @@ class Teacher(typing.Protocol):
     def say(self) -> None:
         """Print what it is, how much of it is compared, and what is missing."""
 
-    def memory_bytes(self, device: torch.device) -> int:
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
         """Return what training with it takes on the student's device, beside weights that are
-        there."""
+        there; targets: of a micro-batch."""
 
     def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return its distribution at a train batch's targets, on the device of their labels."""

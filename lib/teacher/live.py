@@ -163,13 +163,16 @@ class LiveTeacher:
     def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
         and the student; say them, and warn where they are too few."""
-        more = self.activation_bytes()
-        if self.device == student.device and not self.args.eval_only:
-            more += train.training_bytes(student, self.args.tokens_per_microbatch, amp, True)
+        more, train_split = self.activation_bytes(), self.dataset.train
+        if self.device == numbered(student.device) and not self.args.eval_only:
+            most = train.largest(self.args, train_split)
+            each, on = train.kept_bytes(student, train_split, amp), self.args.checkpointing
+            more = self.memory_bytes(student.device, most.targets)
+            more += train.training_bytes(student, most, each, amp, on)
         weights, have = self.weight_bytes(), train.available_bytes(self.device)
         print(
             f"memory: the teacher's weights take about {files.human(weights)}, the rest of it and"
-            f" the student at least {files.human(more)} more; {files.human(have)} free on"
+            f" the student about {files.human(more)} more; {files.human(have)} free on"
             f" {self.device}"
         )
         if weights + more > have and not self.args.teacher_offload:
@@ -247,16 +250,28 @@ class LiveTeacher:
         """Return about how many bytes one layer's activations take: nothing is kept for a backward
         pass."""
         matrices = [shape for shape in self.shapes if len(shape) == 2]
-        vocab = max(map(max, matrices), default=0)
-        width = max((min(shape) for shape in matrices if vocab in shape), default=0)
+        vocab, width = self._output_layer()
         inner = max((max(shape) for shape in matrices if vocab not in shape), default=0)
         return self.args.tokens_per_microbatch * (6 * width + 3 * inner) * self.dtype.itemsize
 
-    def memory_bytes(self, device: torch.device) -> int:
-        """Return what it takes on the student's device while it trains, its weights apart: these
-        are there already."""
-        own = self.activation_bytes() if self.device == numbered(device) else 0
-        return own + losses.dense_bytes(device)
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
+        """Return what it takes on the student's device while it trains, its weights apart: one
+        layer's activations, the output layer where it is copied (`join`), what is remembered of
+        val, and the buffers of the loss."""
+        vocab, width = self._output_layer()
+        here, half = self.device == numbered(device), self.dtype.itemsize < 4
+        own = self.activation_bytes() if here else 0
+        if not here or half and device.type != "cuda":
+            own += vocab * width * (4 if device.type != "cuda" else self.dtype.itemsize)
+        kept = 12 * self.k or width * self.dtype.itemsize  # a target: ids and gaps, or hidden
+        own += min(VAL_BYTES, self.dataset.val.targets * kept)
+        return own + losses.dense_bytes(device, 4 * targets * vocab)
+
+    def _output_layer(self) -> tuple[int, int]:
+        """Return about how many rows and columns its output layer has, from the heads of files."""
+        matrices = [shape for shape in self.shapes if len(shape) == 2]
+        vocab = max(map(max, matrices), default=0)
+        return vocab, max((min(shape) for shape in matrices if vocab in shape), default=0)
 
     def say(self) -> None:
         """Print what the teacher is and how much of it is compared."""

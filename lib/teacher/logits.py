@@ -234,13 +234,13 @@ class Records:
     def chunks(self) -> list[int]:
         return sorted(self.parts)
 
-    def memory_bytes(self, device: torch.device) -> int:
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
         """Return what the basis takes on a device, with the temporaries of a divergence over all
         tokens."""
         if self.shape is None:
             return 0
         each = 2 if device.type == "cuda" else 4
-        return each * self.shape.rows.numel() + losses.dense_bytes(device)
+        return each * self.shape.rows.numel() + losses.dense_bytes(device, 4 * targets * self.vocab)
 
     def identity(self) -> dict:
         """Return what a run that is continued must find again: the teacher, and the train records
