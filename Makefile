@@ -46,7 +46,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
+.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -71,6 +71,10 @@ stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/s
 
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
 	$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --student $(STUDENT) --out $(LOGITS) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
+
+verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
+	$(PY) -m lib.files $(wildcard $(DATA) $(LOGITS) $(RUNS))
+	$(if $(VERIFY),$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --out $(LOGITS) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
 	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)

@@ -57,8 +57,8 @@ from lib.prepare import answers, classes, describe, export, rows, sources, split
 from lib.prepare.store import Store
 
 SHAPING = (
-    "task source tokenizer columns system max_len long turns think val limit rows_per_chunk mix"
-    " seed"
+    "task source tokenizer chat_template template_args columns system max_len long turns think val"
+    " limit rows_per_chunk mix seed"
 ).split()
 
 
@@ -72,7 +72,7 @@ def parse_args(argv=None):
         metavar="DIR|ID",
         help="tokenizer of the teacher and the student: a folder or a hub id",
     )
-    flags.add(parser, "--out")
+    flags.add(parser, "--chat-template", "--template-args", "--out")
     export.add_flags(parser)
     # --- what a row is
     classes.add_flags(parser)
@@ -165,7 +165,7 @@ def stage(partial, numbered, encode, args, total, texts):
             if args.think == "drop" and not isinstance(row, str):
                 row = template.without_think(row)
             if val_rows.candidate(result.prompt) and not isinstance(row, str):
-                staging.append_prompt(row)
+                staging.append_prompt(row, result.reference)
             if texts:
                 texts.append(row, args.wanted[number[0]][0])
             if staging.count == args.limit:
@@ -186,8 +186,10 @@ def hand_over(out, args, meta):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     out = Path(args.out)
-    if out.is_symlink():  # to another disk, perhaps: renames must stay on one
+    # to another disk, perhaps: renames must stay on one; and beside "." there is nothing
+    if out.is_symlink() or out.name in ("", ".."):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
@@ -211,7 +213,7 @@ def main(argv=None):
     if not args.dry_run:
         export.begin(args, inputs)
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    rows.make_template_ready(tokenizer, inputs, args.turns)
+    dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
@@ -257,8 +259,11 @@ def main(argv=None):
         meta |= classes.facts_of_classes(partial, staged.labels)
         parts += split.on_both_sides(partial, classes.LABEL_FILES)
     meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
+    meta |= {"date": dated} if dated else {}
+    meta |= rows.told_of(tokenizer, inputs)
     if written:
         meta["teacher"] = written.meta
+    meta["checksums"] = files.checksums(partial)
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
     lock.release()

@@ -26,7 +26,8 @@ The core, flat: what every reader of a trainer needs, from the floor up.
 Rooms: what one may leave out. Each room's __init__ lists its files.
 
     teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
-               reader), basis and fit (the shape of a record's tail), live, worth (can it teach?)
+               reader), verify, basis and fit (the shape of a record's tail), live, worth (can it
+               teach?)
     options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, formats, schema, rows, classes, workers,

@@ -31,6 +31,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
+CHECKSUMS = "checksums.json"
 ADAPTER = "default"  # PEFT's own name of the only adapter
 
 
@@ -95,11 +96,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def to_train(name: str, out: str, trust_remote_code: bool = False) -> Path:
+def to_train(name: str, out: str, trust_remote_code: bool = False, verify: bool = False) -> Path:
     """Return the folder of a model that is to be trained, refused where --out is that folder, or
-    where it cannot be trained."""
+    where it cannot be trained. verify: every byte of it is checked, if it has checksums."""
     source = local_folder(name, trust_remote_code)
     check_apart(out, source)
+    if verify:
+        check_written(source, verify)
     check_trainable(source)
     return source
 
@@ -124,6 +127,14 @@ def gguf_reader(path: Path):
         return GGUFReader(path)
     except (ValueError, IndexError, OSError) as broken:
         files.fail(f"{path} cannot be read", broken, "a whole GGUF file")
+
+
+def gguf_window(path: Path) -> int | None:
+    """Return the most tokens that a GGUF file's model was made for."""
+    reader = gguf_reader(path)
+    kind = reader.get_field("general.architecture")
+    field = kind and reader.get_field(f"{kind.contents()}.context_length")
+    return int(field.contents()) if field else None
 
 
 def has_weights(folder: Path) -> bool:
@@ -177,6 +188,31 @@ def identity(folder: Path) -> str:
     there = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
     weights = sorted(base.glob("*.safetensors"))
     return files.sha256(*filter(Path.exists, there), base / "config.json", *weights)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the last file of a checkpoint that a trainer exports: the checksums of all others that
+    a program reads."""
+    made = files.checksums(folder)
+    read = {name: made[name] for name in made if not name.endswith(".md")}
+    files.write_json(folder / CHECKSUMS, {"checksums": read})
+
+
+def check_written(folder: Path, verify: bool = False) -> None:
+    """Refuse weights, and name other files, that are not as a trainer of ours wrote them; what was
+    made elsewhere has no checksums. verify: look at every byte."""
+    path, edited = folder / CHECKSUMS, []
+    meant = f"the folder as it was written; if you changed its weights yourself: rm {path}"
+    if is_gguf(folder) or not path.exists():
+        return
+    for name, known in files.read_json(path, meant, {"checksums": {}})["checksums"].items():
+        if not (seen := files.damage(folder / name, known, verify)):
+            continue
+        if name.endswith(".safetensors"):
+            files.fail(f"{folder / name} is damaged", seen, mend=meant)
+        edited.append(name)
+    if edited:
+        print(f"{folder}: changed since it was written: {', '.join(edited)}", flush=True)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -241,9 +277,11 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    # more tokens than ours it often has: invented ones
+    # more tokens than ours it often has: invented ones; and llama.cpp writes some of sentencepiece's
+    # blanks, U+2581, as they are meant
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if number >= len(tokens) or tokens[number] != token:
+        same = number < len(tokens)
+        if not same or tokens[number].replace("\u2581", " ") != token.replace("\u2581", " "):
             seen = f"{len(tokens)} tokens"
             if number < len(tokens):
                 seen = f"{tokens[number]!r} as token {number}"
@@ -378,6 +416,7 @@ def save(module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) ->
     module.config.dtype = in_memory
     tokenizer.save_pretrained(folder)
     for_other_readers(folder)
+    template.say_misread(tokenizer, folder, module.config.model_type)
 
 
 def for_other_readers(folder: Path) -> None:

@@ -3,10 +3,27 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
+from lib import template
+
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
+
+
+def template_args(text: str) -> dict[str, Any]:
+    """Read --template-args."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if fault := template.bad_arguments(read):
+        raise argparse.ArgumentTypeError(
+            f'saw {text[:60]!r} ({fault}), wanted JSON like {{"enable_thinking": false}}'
+        )
+    return read
+
 
 SHARED: dict[str, dict[str, Any]] = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -66,7 +83,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--no-pack": dict(
         action="store_true",
         help=(
-            "one row a line instead of several (for models whose packed rows would see each other)"
+            "one row a line instead of several (by itself for models whose packed rows would see"
+            " each other)"
         ),
     ),
     "--eval-every": dict(
@@ -114,6 +132,21 @@ SHARED: dict[str, dict[str, Any]] = {
         ),
         free=True,
     ),
+    "--chat-template": dict(
+        metavar="FILE|NAME",
+        help=(
+            "chat template: a file, chatml, llama3 or gemma (of the turn tokens that the vocabulary"
+            " has), one of several by name, or a model that has one (default: the tokenizer's own)"
+        ),
+    ),
+    "--template-args": dict(
+        type=template_args,
+        metavar="JSON",
+        help=(
+            'arguments of the chat template, {"enable_thinking": false} (default: what the'
+            " template does without)"
+        ),
+    ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(
         default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)", free=True
@@ -132,9 +165,12 @@ SHARED: dict[str, dict[str, Any]] = {
         help="mixed precision; auto: fp16 on CUDA (default: %(default)s)",
     ),
     "--attn": dict(
-        choices=["sdpa", "eager", "flash_attention_2", "flex_attention"],
-        default="sdpa",
-        help="attention kernel (default: %(default)s)",
+        choices=["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"],
+        default="auto",
+        help=(
+            "attention kernel; auto: sdpa, or eager where a model has none (default: %(default)s)"
+        ),
+        free=True,
     ),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
     "--dry-run": dict(
@@ -148,6 +184,14 @@ SHARED: dict[str, dict[str, Any]] = {
     "--fresh": dict(
         action="store_true",
         help="throw away what --out holds and start anew (default: continue it)",
+        free=True,
+    ),
+    "--verify": dict(
+        action="store_true",
+        help=(
+            "check every byte of what is read by its checksum first (default: of files above 64 MB"
+            " some blocks)"
+        ),
         free=True,
     ),
     "--trust-remote-code": dict(
@@ -166,7 +210,7 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
     "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
-        --dry-run""",
+        --verify --dry-run""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }

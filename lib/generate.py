@@ -23,7 +23,7 @@ sampled answer depends on its company.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,8 @@ class Sampling:
 class Request:
     """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers.
     how: its own way to sample, in place of the batch's. top: with each token its log-probability
-    comes, and those of the `top` likeliest; None: without.
+    comes, and those of the `top` likeliest; None: without. written: the first tokens of the answer,
+    where it was begun already: it goes on behind them, as if it had never been cut.
     """
 
     key: Hashable
@@ -82,6 +83,11 @@ class Request:
     seed: int = 0
     how: Sampling | None = None
     top: int | None = None
+    written: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.ids, *self.written]
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,18 @@ class Answer:
     ids: list[int]
     finish: str
     end: int | None = None
+
+
+@contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError on every device: the CPU's is a RuntimeError or a
+    MemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as full:
+        if isinstance(full, RuntimeError) and "DefaultCPUAllocator" not in str(full):
+            raise
+        raise torch.OutOfMemoryError(str(full) or "MemoryError") from None
 
 
 def end_tokens(how, *more: int | None) -> list[int]:
@@ -155,9 +173,24 @@ def sampling_of(
     )
 
 
+def window(config) -> int | None:
+    """Return the most tokens that a model was made for, or None where its configuration does not
+    say: its positions, or what rope scaling makes of those it was first trained with."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    most = next((value for name in names if (value := getattr(config, name, None))), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        first = kind.get("original_max_position_embeddings")
+        # of a linear one a config gives now what was before, now what is after
+        if most and first and kind.get("rope_type") in ("yarn", "llama3", "longrope", "dynamic"):
+            most = max(most, int(first * (kind.get("factor") or 1)))
+    return most
+
+
 def context_of(module) -> int | None:
     """Return the most tokens that a model sees, or None where it does not say."""
-    return getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    return window(module.config)
 
 
 def unknown_cache(module) -> str | None:
@@ -392,7 +425,7 @@ class InFlight:
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         """Run the prompts `new` and give them places. Return the first token of each: (place,
         id)."""
-        logits, cache, mask = prefill(self.module, [request.ids for request in new])
+        logits, cache, mask = prefill(self.module, [request.tokens for request in new])
         free = self.make_room(len(new), mask.shape[1], cache)
         at, hi = torch.tensor(free, device=self.device), self.span[1]
         padding = ~mask[:, None, :, None]
@@ -428,14 +461,14 @@ class InFlight:
 
     def seat(self, place: int, request: Request, how: Sampling) -> None:
         """Note whose place this is from now on."""
-        start = self.span[1] - len(request.ids)
+        start = self.span[1] - len(request.tokens)
         limit = min(request.max_new_tokens, self.context - len(request.ids))
         uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
-        self.rows[place] = Row(request, how, start, limit, uniform)
-        self.lengths[place], self.starts[place] = len(request.ids), start
+        self.rows[place] = Row(request, how, start, limit, uniform, [*request.written])
+        self.lengths[place], self.starts[place] = len(request.tokens), start
         if self.seen is not None:
             self.seen[place] = False
-            self.seen[place, torch.tensor(request.ids, device=self.device)] = True
+            self.seen[place, torch.tensor(request.tokens, device=self.device)] = True
 
     def step(self) -> list[tuple[int, int]]:
         """Write one token of every row in work. Return them: (place, id)."""
@@ -512,7 +545,7 @@ def generate(
                 break
             if request is None:
                 break
-            assert 0 < len(request.ids) < batch.context, len(request.ids)
+            assert 0 < len(request.tokens) < batch.context, len(request.tokens)
             new.append(request)
         if not busy and not new:
             if more:
@@ -520,7 +553,7 @@ def generate(
             return
 
         # --- one token for every row that has come, or for all
-        with turn or nullcontext():
+        with turn or nullcontext(), one_memory_error():
             written = batch.admit(new) if new else batch.step()
         for place, next_id in written:
             row = batch.tenant(place)

@@ -2,13 +2,14 @@
 head (hidden states -> logits).
 
 Contract: `load` takes what lib/checkpoints.py finds. It refuses weights that are missing or not
-finite, a vocabulary that is not the data's, and (by a probe: eight tokens through body and head,
-and through the model itself) an architecture whose logits our head would not reproduce or whose
-packed rows would see each other. An adapter is merged into its base in memory.
+finite, a vocabulary that is not the data's, and (by a probe: two rows on one line, through body and
+head and through the model itself) an architecture whose logits our head would not reproduce, or
+that reads what follows a token. Where packed rows would see each other it says so, and they are not
+packed (`Model.packs`). An adapter is merged into its base in memory.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,16 +19,22 @@ from torch import Tensor, nn
 from lib import checkpoints, data, files, generate
 from lib.head import Head
 
+# what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
+# float32's rounding), 9e-4 and more in those that leak: docs/fidelity.md has the table
+LEAK = 3e-5
+
 
 @dataclass(frozen=True)
 class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
-    came from. limit: how many of its tokens are compared with a teacher's (None: all)."""
+    came from. limit: how many of its tokens are compared with a teacher's (None: all). packs: rows
+    on one line do not see each other."""
 
     module: Any
     body: Any
     folder: Path
     limit: int | None = field(default=None, kw_only=True)
+    packs: bool = field(default=True, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +77,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     *,
     dataset: data.Dataset | None = None,
-    attn: str = "sdpa",
+    attn: str = "auto",
     compiled: bool = False,
     from_scratch: bool = False,
     keep_layers: list[int] | None = None,
@@ -79,24 +86,25 @@ def load(
     amp: torch.dtype | None = None,
     trust_remote_code: bool = False,
     placing: dict | None = None,
+    known: bool = False,
 ) -> Model:
     """Load a causal LM, check it, and put it on a device.
 
     dataset       it must know the tokens of; without one the tokenizer is not looked at
     from_scratch  a folder with a config.json and no weights is allowed: a new model
-    pack          rows will be packed: refuse a model in which they would see each other
+    pack          rows are to be packed, unless they would see each other in this model
     placing       options of from_pretrained (quantization_config, device_map) that put it where
                   it belongs by themselves
+    known         `check_fits` has been asked already
     """
     from transformers import AutoModelForCausalLM
 
+    check_attention(attn, amp or dtype)
     folder = checkpoints.local_folder(name, trust_remote_code)
     base = checkpoints.base_of(folder)
-    if dataset is not None:
-        words = checkpoints.with_tokenizer(folder)
-        checkpoints.check_vocabulary(words, dataset, trust_remote_code)
-    check_attention(attn, amp or dtype)
-    options: dict[str, Any] = dict(attn_implementation=attn, trust_remote_code=trust_remote_code)
+    if dataset is not None and not known:
+        check_fits(folder, dataset, trust_remote_code)
+    options: dict[str, Any] = dict(attn=attn, trust_remote_code=trust_remote_code)
     options |= {"dtype": dtype} | (placing or {})
     module, loaded = read(
         AutoModelForCausalLM, folder, "a causal LM", seed=seed if from_scratch else None, **options
@@ -109,17 +117,69 @@ def load(
     if not placing:
         module.to(device)
     module.eval()
-    model = Model(module, module.base_model, folder)
+    model = Model(module, body_of(module), folder)
     if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
         files.fail(
             f"{folder} is too small for the data's tokenizer",
             f"{model.vocab} rows of its output layer",
             f"at least {tokens}",
         )
-    probe(model, pack, amp)
-    if compiled:
-        model = Model(module, torch.compile(module.base_model, dynamic=True), folder)
-    return model
+    if dataset is not None:
+        dataset.check_tokens(model.vocab, folder)
+    probe(model, amp)
+    model = replace(model, packs=pack and packs(model, amp))
+    return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
+
+
+def check_fits(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
+    """Refuse a model that cannot read a data set, by its files alone, before weights are loaded:
+    rows longer than its positions, or another vocabulary."""
+    splits = (dataset.train, dataset.val)
+    longest = max(int(split.rows["length"].max(initial=0)) for split in splits)
+    check_window(folder, longest, trust_remote_code)
+    checkpoints.check_vocabulary(checkpoints.with_tokenizer(folder), dataset, trust_remote_code)
+
+
+def check_window(folder: Path, longest: int, trust_remote_code: bool = False) -> None:
+    """Refuse rows that are longer than a model's learned positions; say where they are longer than
+    what it was made for, which its rotations of positions follow all the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, follows = checkpoints.base_of(folder), True
+    if checkpoints.is_gguf(folder):
+        most = checkpoints.gguf_window(folder)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError) as broken:
+            refuse_broken(base, "a causal LM", broken)
+        most = generate.window(config)
+        if most and longest > most:
+            with torch.device("meta"):
+                module = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
+            follows = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
+    if most is None or longest <= most:
+        return
+    shorter = f"prepare_data.py --max-len {most}"
+    if not follows:
+        files.fail(
+            f"{folder} has {most} positions, and no more",
+            f"a row of {longest} tokens",
+            mend=f"{shorter}, or a model of rotary positions",
+        )
+    print(
+        f"model: WARNING, {folder} was made for {most} tokens, and the longest row has {longest}:"
+        f" beyond them it knows nothing yet ({shorter} leaves longer rows out)"
+    )
+
+
+def body_of(module: Any) -> Any:
+    """Return a causal LM's decoder, which makes hidden states (Llama 4's text model calls it
+    otherwise than its class says)."""
+    body = module.base_model
+    return module.get_decoder() if body is module else body
 
 
 def check_attention(attn: str, dtype: torch.dtype) -> None:
@@ -140,50 +200,67 @@ def read(
     *,
     seed: int | None = None,
     config: Any = None,
-    lenient: bool = False,
+    attn: str = "auto",
     **options: Any,
 ) -> tuple[Any, dict]:
     """Return a module of the transformers class `auto`, and what from_pretrained says of its
     tensors. Of an adapter it is the base.
 
-    seed     of a new model, where the folder has no weights; None: such a folder is refused
-    config   instead of the folder's own
-    lenient  tensors of another size than the config's are left out, and listed
+    seed    of a new model, where the folder has no weights; None: such a folder is refused
+    config  instead of the folder's own
+    attn    auto: sdpa, or eager where a model has none
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     base = checkpoints.base_of(folder)
-    new = not checkpoints.has_weights(base)
-    if new and seed is None:
-        files.fail(
-            f"{folder} has no weights",
-            "config.json alone",
-            "*.safetensors beside it",
-            "make stage1 (stage1_sft.py makes a new model from a config.json)",
-        )
-    try:
-        if new:
-            print(
-                f"model: {folder} has no weights: a new model is made from its config.json,"
-                f" seed {seed}"
+    for one in {folder, base}:
+        checkpoints.check_written(one)
+    if not checkpoints.has_weights(base):
+        if seed is None:
+            files.fail(
+                f"{folder} has no weights",
+                "config.json alone",
+                "*.safetensors beside it",
+                "make stage1 (stage1_sft.py makes a new model from a config.json)",
             )
-            torch.manual_seed(seed)
-            trust = options["trust_remote_code"]
-            config = config or AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-            return auto.from_config(config, **options), {"missing_keys": ()}
-        if checkpoints.is_gguf(folder):
-            base, options = folder.parent, options | {"gguf_file": folder.name}
-        if lenient:
-            options["ignore_mismatched_sizes"] = True
-        return auto.from_pretrained(
-            base, config=config, use_safetensors=True, output_loading_info=True, **options
+        print(
+            f"model: {folder} has no weights: a new model is made from its config.json, seed {seed}"
         )
+    options["attn_implementation"] = "sdpa" if attn == "auto" else attn
+    try:
+        try:
+            return made(auto, base, seed, config, options)
+        except ValueError as lacking:  # said before anything is read
+            if attn != "auto" or "scaled_dot_product_attention" not in str(lacking):
+                raise
+            print(f"model: {folder} has no sdpa attention: eager, as with --attn eager")
+            return made(auto, base, seed, config, options | {"attn_implementation": "eager"})
     # safetensors, JSON, OSError, missing shards or kernels, code that is not trusted: each says
     # what it saw
     except Exception as broken:
         refuse_broken(base, what, broken)
+
+
+def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) -> tuple[Any, dict]:
+    """Return what `read` does: new, or with the weights of a folder or a GGUF file."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if not checkpoints.has_weights(base):
+        torch.manual_seed(seed)
+        trust = options["trust_remote_code"]
+        config = config or AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        return auto.from_config(config, **options), {"missing_keys": ()}
+    if checkpoints.is_gguf(base):
+        base, options = base.parent, options | {"gguf_file": base.name}
+    elif auto is AutoModelForCausalLM:
+        trust = options["trust_remote_code"]
+        known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
+        if known not in auto._model_mapping and known in AutoModelForImageTextToText._model_mapping:
+            auto = AutoModelForImageTextToText  # read with text alone
+    return auto.from_pretrained(
+        base, config=config, use_safetensors=True, output_loading_info=True, **options
+    )
 
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
@@ -192,7 +269,7 @@ def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     if "trust_remote_code" in text or "custom code" in text:
         mend = "--trust-remote-code, if you trust that folder's Python"
     elif "attn_implementation" in text:
-        mend = "--attn eager"
+        mend = "--attn auto"
     files.fail(
         f"{folder} cannot be loaded as {what}",
         f"{type(broken).__name__}: {text[:300]}",
@@ -227,7 +304,7 @@ def keep_only_layers(module: Any, keep: list[int] | None) -> None:
     a student, made of its teacher."""
     if not keep:
         return
-    body, config = module.base_model, module.config.get_text_config()
+    body, config = body_of(module), module.config.get_text_config()
     bert, distilbert = getattr(body, "encoder", None), getattr(body, "transformer", None)
     places = ((body, "layers"), (bert, "layer"), (distilbert, "layer"))
     there = [(place, name) for place, name in places if hasattr(place, name)]
@@ -270,47 +347,120 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
 
 
 @torch.no_grad()
-def probe(model: Model, pack: bool, amp: torch.dtype | None = None) -> None:
-    """Run eight tokens through the model both ways; refuse it where our head or packed rows would
-    not give its own logits."""
-    tokens = torch.arange(1, 9, device=model.device)[None] % model.vocab  # (1, 8)
-    exact = (
-        amp is None
-        and next(model.module.parameters()).dtype == torch.float32
-        and not getattr(model.module, "is_quantized", False)
-    )
-    # relative; a leak or a forgotten scale is far above it, half-precision rounding far below
-    limit = 1e-3 if exact else 0.1
-
-    def far(a, b):
-        return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
-
-    def body(ids: Tensor, positions: Tensor) -> Tensor:
-        with torch.autocast(model.device.type, amp, enabled=amp is not None):
-            return model.body(
-                input_ids=ids, position_ids=positions, use_cache=False
-            ).last_hidden_state[0]
-
+def probe(model: Model, amp: torch.dtype | None = None) -> None:
+    """Run two rows on one line through the model; refuse it where our head would not give its own
+    logits, or where what follows a row, padding or another one, changes what is known of it."""
+    first, _, second = rows_to_probe(model)
+    config, name = model.module.config.get_text_config(), type(model.module).__name__
+    padding = torch.zeros_like(second)
+    if (error := influence(model, amp, first, second, padding, behind=True)) > LEAK:
+        files.fail(
+            f"{name} attends to later tokens",
+            f"a row of {len(first)} that moves by {error:.2g} with what stands behind it",
+            f"at most {LEAK:g}: a decoder",
+            '"is_decoder": true in its config.json, if it was trained as one'
+            if getattr(config, "is_decoder", None) is False
+            else None,
+        )
+    ours = next(model.head().chunks(states(model, amp, [first[:8]])[0]))[1]
     straight = torch.arange(8, device=model.device)[None]
-    hidden = body(tokens, straight)
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
-        own = model.module(input_ids=tokens, position_ids=straight, use_cache=False).logits[0]
-    _, ours = next(model.head().chunks(hidden))
-    if (error := far(ours, own[: len(ours)])) > limit:
+        own = model.module(input_ids=first[None, :8], position_ids=straight, use_cache=False)
+    limit = 1e-3 if is_exact(model, amp) else 0.1
+    if (error := far(ours, own.logits[0, : len(ours)])) > limit:
         files.fail(
-            f"{type(model.module).__name__} changes its logits in a way this project does not know",
+            f"{name} changes its logits in a way this project does not know",
             f"a relative difference of {error:.2g}",
             f"at most {limit:g}",
         )
-    alone = torch.cat([body(tokens[:, :5], straight[:, :5]), body(tokens[:, 5:], straight[:, :3])])
-    packed = body(tokens, torch.cat([straight[:, :5], straight[:, :3]], 1))
-    if pack and (error := far(packed, alone)) > limit:
-        files.fail(
-            f"packed rows see each other in {type(model.module).__name__}",
-            f"a relative difference of {error:.2g}",
-            f"at most {limit:g}",
-            "the same command with --no-pack",
+
+
+@torch.no_grad()
+def packs(model: Model, amp: torch.dtype | None = None) -> bool:
+    """Return whether rows on one line are apart: the second must not move with the first's tokens,
+    and must be what it is alone. Say so where they are not."""
+    first, other, second = rows_to_probe(model)
+    moved = influence(model, amp, second, first, other)
+    flash = model.module.config._attn_implementation == "flash_attention_2"  # never in float32
+    if amp is not None and not flash and is_exact(model, None):
+        moved = max(moved, influence(model, None, second, first, other))
+    packed = states(model, amp, [first, second])[0, len(first) :]
+    apart = far(packed, states(model, amp, [second])[0])
+    if moved <= LEAK and apart <= (1e-3 if is_exact(model, amp) else 0.1):
+        return True
+    print(
+        f"model: packed rows would see each other in {type(model.module).__name__} (a relative"
+        f" difference of {max(moved, apart):.2g}): one row a line, as with --no-pack"
+    )
+    return False
+
+
+def influence(
+    model: Model,
+    amp: torch.dtype | None,
+    row: Tensor,
+    beside: Tensor,
+    other: Tensor,
+    behind: bool = False,
+) -> float:
+    """Return how far a row moves, relative, when what lies before it on its line (or `behind` it)
+    is `other` and not `beside`; less ten times what that changes on a line of its own, where it
+    cannot be seen (experts' sums are cut otherwise, and half precision rounds them otherwise)."""
+
+    def seen(neighbour: Tensor, apart: bool) -> Tensor:
+        if apart:
+            return states(model, amp, [row], [neighbour])[0]
+        line = [row, neighbour] if behind else [neighbour, row]
+        return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
+
+    moved = far(seen(other, False), seen(beside, False))
+    if moved <= LEAK:
+        return moved
+    return max(0.0, moved - 10 * far(seen(other, True), seen(beside, True)))
+
+
+def rows_to_probe(model: Model) -> list[Tensor]:
+    """Return three rows of random tokens, all (L,), none of them padding: of 64 tokens each, or
+    where attention is to a selection alone, of so many that two of them are beyond it."""
+    config = model.module.config.get_text_config()
+
+    def most(*names: str) -> int:
+        known = [getattr(config, name, None) or 0 for name in names]
+        every = [[*value.values()] if isinstance(value, dict) else [value] for value in known]
+        return max(value for values in every for value in values if isinstance(value, int))
+
+    rate = max(1, most("compress_rates", "index_kpool", "indexer_compress_ratio"))
+    block = max(1, most("index_block_size"))
+    reach = max(rate * 2, block * most("index_topk_blocks"), most("index_topk", "indexer_budget"))
+    size = min(2112, max(64, most("block_size"), reach // 2 + 64 if reach > 2 else 0))
+    size = min(size, generate.window(config) or size)
+    random = torch.Generator().manual_seed(0)
+    shape, known = (3, size), model.module.get_input_embeddings().weight.shape[0]
+    return [*torch.randint(1, min(known, model.vocab), shape, generator=random).to(model.device)]
+
+
+def states(model: Model, amp: torch.dtype | None, *lines: list[Tensor]) -> Tensor:
+    """Return the hidden states (B, L, D) of lines, all of them of equally many tokens: each holds
+    rows end to end."""
+    positions = torch.cat([torch.arange(len(row), device=model.device) for row in lines[0]])
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
+        output = model.body(
+            input_ids=torch.stack([torch.cat(rows) for rows in lines]),
+            position_ids=positions.repeat(len(lines), 1),
+            use_cache=False,
         )
+    return output.last_hidden_state
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """Return the norm of a difference, relative to that of `b`."""
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
+
+
+def is_exact(model: Model, amp: torch.dtype | None) -> bool:
+    """Return whether a model computes in float32: half precision's rounding is far above its."""
+    whole = next(model.module.parameters()).dtype == torch.float32
+    return amp is None and whole and not getattr(model.module, "is_quantized", False)
 
 
 def pick_device(name: str, threads: int = 0) -> torch.device:

@@ -134,7 +134,7 @@ class Rows:
 
     def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
         self.args, self.dataset, self.split = args, dataset, dataset.train
-        self.lengths = self.split.rows["length"]
+        self.lengths, self.pack = self.split.rows["length"], not args.no_pack
         self.there = np.arange(len(self.lengths)) if there is None else there
 
     def choose(self) -> list[np.ndarray]:
@@ -159,6 +159,13 @@ class Rows:
         check_lengths(lengths, tokens)
         self.line = line_length(lengths, tokens, self.args.attn)
         self.steps_of_rows = self.choose()
+
+    def lay(self, packs: bool, more: dict[str, Any]) -> None:
+        """Pack rows or not, as the models allow it; a run that began with one row a line goes on
+        so: its state says `packed`."""
+        self.pack = self.pack and packs and more.get("packed", True)
+        if not self.pack:
+            more["packed"] = False
 
     def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
         """Take an evaluation before `step`; return what it changes of the plan, for the log."""
@@ -187,8 +194,8 @@ class Rows:
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
         """Yield the micro-batches of a step, on a device."""
-        tokens, pack = self.args.tokens_per_microbatch, not self.args.no_pack
-        for lines in microbatches(self.of(step), self.lengths, tokens, self.line, pack):
+        tokens = self.args.tokens_per_microbatch
+        for lines in microbatches(self.of(step), self.lengths, tokens, self.line, self.pack):
             yield self.split.batch(lines).to(device)
 
     def targets(self, step: int) -> int:

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lib import checkpoints, files, models
@@ -39,6 +40,18 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
+STATE = {  # of last/state.json
+    "step": range(1 << 62),
+    "updates": range(1 << 62),
+    "best": (None, files.number),
+    "trained_s": float,
+    "measures": dict,
+    "more": dict,
+    "sizes": {...: range(1 << 62)},
+    "scaler": dict,
+    "settings": dict,
+}
+ANEW = "--fresh to start anew"
 MOST_SKIPPED = 20  # optimizer steps in a row that fp16's scaler may skip
 MORE_IS_BETTER = ("acc1", "acc5", "agree", "macro_f1")  # of the measures; of all others less
 
@@ -137,7 +150,7 @@ class Run:
         if not finished.exists():
             return
         settings = files.read_json(finished).get("settings")
-        if settings is None:
+        if not isinstance(settings, dict):
             files.fail(
                 f"{self.out} is no run of ours",
                 "a config.json without settings",
@@ -160,7 +173,13 @@ class Run:
         state = self.out / "last" / "state.json"
         if not state.exists():
             return
-        self.state = files.read_json(state)
+        self.state = files.read_json(state, ANEW, STATE)
+        if not files.check(state.parent, self.state, True, ANEW):
+            files.say_none(state.parent)
+        before = self.state.get("checksums", {}).get("../history.jsonl")
+        if before and self.history.exists() and (seen := files.damage(self.history, before, True)):
+            mend = "the file as it was, or delete it: the run goes on without its lines"
+            files.fail(f"{self.history} is damaged above the last saved step", seen, mend=mend)
         self._same(self.state["settings"], "was started")
         for name in ("step", "updates", "best", "trained_s", "measures", "more"):
             setattr(self, name, self.state[name])
@@ -197,12 +216,16 @@ class Run:
         if not self.state:
             return
         folder, device = self.out / "last", next(module.parameters()).device
-        saved = load_file(folder / "weights.safetensors")
+        own = tensors(module)
+        saved = read_tensors(folder / "weights.safetensors", {n: t.shape for n, t in own.items()})
         with torch.no_grad():
-            for name, tensor in tensors(module).items():
+            for name, tensor in own.items():
                 tensor.copy_(saved.pop(name))
-        assert not saved, f"last/ holds tensors the model lacks: {list(saved)[:3]}"
-        flat = load_file(folder / "optimizer.safetensors", device=str(device))
+        wanted: dict[str, torch.Size] = {}
+        one = torch.Size()
+        for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            wanted |= {f"{n}.exp_avg": p.shape, f"{n}.exp_avg_sq": p.shape, f"{n}.step": one}
+        flat = read_tensors(folder / "optimizer.safetensors", wanted, str(device), some=True)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
             number, key = name.split(".", 1)
@@ -234,6 +257,11 @@ class Run:
         sizes = {
             name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()
         }
+        checksums = files.checksums(partial)
+        if "history.jsonl" in sizes:
+            size = sizes["history.jsonl"]
+            grows = files.sums(self.history, size=size) | {"grows": True}
+            checksums["../history.jsonl"] = grows
         files.write_json(
             partial / "state.json",
             {
@@ -246,6 +274,7 @@ class Run:
                 "sizes": sizes,
                 "scaler": scaler.state_dict(),
                 "settings": self.settings,
+                "checksums": checksums,
             },
         )
         files.publish(partial, self.out / "last")
@@ -386,6 +415,7 @@ class Run:
             f"Made by `{command}`.\n\n| on held-out targets | |\n| --- | --- |\n{rows}\n",
             encoding="utf-8",
         )
+        checkpoints.write_checksums(partial)
         files.publish(partial, self.out / name)
 
     def finish(self, steps: int, step: int, measures: dict[str, Any], shares: dict) -> None:
@@ -420,6 +450,10 @@ class Run:
             self.say(f"{self.stage}: {said}")
         if shares:
             config["shares"] = shares
+        if "packed" in self.more:
+            config["packed"] = self.more["packed"]
+        there = [self.history] if self.history.exists() else []
+        config["checksums"] = {path.name: files.sums(path) for path in there}
         files.write_json(self.out / "config.json", config)
         for listener in self.listeners:
             listener.close()
@@ -444,6 +478,25 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     there = set(module.state_dict())
     buffers = {name: b for name, b in module.named_buffers() if name in there}
     return {name: p.data for name, p in named.items()} | buffers
+
+
+def read_tensors(
+    path: Path, wanted: dict[str, torch.Size], device: str = "cpu", some: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, refused where they are not those `wanted`, by name
+    and shape (`some`: not all of them may be there)."""
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            seen = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+            missing = [] if some else [name for name in wanted if name not in seen]
+            other = [name for name in seen if seen[name] != wanted.get(name)] + missing
+            if not other:
+                return {name: file.get_tensor(name) for name in seen}
+    except (OSError, SafetensorError, ValueError, OverflowError) as broken:
+        files.fail(f"{path} cannot be read", broken, mend=ANEW)
+    name = other[0]
+    shapes = [tuple(one[name]) if name in one else "none" for one in (seen, wanted)]
+    files.fail(f"{path} does not fit the model", f"{name} {shapes[0]}", shapes[1], ANEW)
 
 
 def versions() -> dict:

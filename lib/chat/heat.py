@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib import files, losses, models, template
+from lib import files, generate, losses, models, template
 from lib.chat.text import Text
 
 
@@ -31,6 +31,7 @@ class ComparedToken:
     teacher_p: float
 
 
+@generate.one_memory_error()
 @torch.inference_mode()
 def compare_tokens(
     student: nn.Module,
@@ -46,7 +47,8 @@ def compare_tokens(
     if not answer:
         return []
     # made by models.load, whose probe knows that body and head are the module
-    mine, other = (models.Model(module, module.base_model, None) for module in (student, teacher))
+    mine = models.Model(student, models.body_of(student), None)
+    other = models.Model(teacher, models.body_of(teacher), None)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(

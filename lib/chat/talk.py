@@ -220,7 +220,7 @@ def stream_answer(here: Conversation, chat, ids: list[int]) -> terminal.Printer:
     except torch.OutOfMemoryError as full:
         printer.stopped = True
         print(
-            "\nthe GPU has too little memory for this conversation"
+            f"\n{chat.device} has too little memory for this conversation"
             f" ({str(full).splitlines()[0][:100]}); /reset, or /save"
         )
     if here.terminal and printer.tokens:
@@ -349,7 +349,7 @@ def diff(here: Conversation) -> None:
     except SystemExit as refused:
         return print(terminal.visible(str(refused)))
     except torch.OutOfMemoryError as full:
-        return print(f"the GPU has too little memory for /diff ({str(full).splitlines()[0][:100]})")
+        return print(f"too little memory for /diff ({str(full).splitlines()[0][:100]})")
     print(heated(found))
     if terminal.takes_colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))

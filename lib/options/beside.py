@@ -110,7 +110,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(
                 f"{flag} needs the teacher live: it goes with --teacher, not with --logits"
             )
-    if args.attention_weight and args.attn not in ("sdpa", "eager"):
+    if args.attention_weight and args.attn not in ("auto", "sdpa", "eager"):
         parser.error(
             f"--attention-weight needs maps, which --attn {args.attn} does not give: wanted --attn"
             " sdpa or eager"

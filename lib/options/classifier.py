@@ -111,7 +111,7 @@ def load(
     *,
     dataset: data.Dataset,
     rows: list[data.Split] | None = None,
-    attn: str = "sdpa",
+    attn: str = "auto",
     compiled: bool = False,
     from_scratch: bool = False,
     keep_layers: list[int] | None = None,
@@ -122,9 +122,8 @@ def load(
 ) -> Classifier:
     """Load a classifier of the data's labels, as models.load does (rows are never packed).
 
-    rows: the splits as a teacher's own tokenizer reads them; it must have a head trained for these
-    labels. Without, the model is a student: it shares the data's tokenizer, and gets a new head
-    where it has none of these labels.
+    rows: the splits as a teacher's own tokenizer reads them; it must have a head for these labels.
+    Without: a student, which shares the data's tokenizer and gets a new head where it has none.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -149,8 +148,9 @@ def load(
         "a classifier",
         seed=seed if from_scratch else None,
         config=config,
-        lenient=order is None,
-        attn_implementation=attn,
+        # a head for other labels has another size: left out, and listed
+        **({"ignore_mismatched_sizes": True} if order is None and weights else {}),
+        attn=attn,
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )

@@ -11,6 +11,20 @@ import numpy as np
 from lib import data, files, template
 from lib.prepare import places, sources, split
 
+BOTH = {"train": int, "val": int}
+DESCRIBED = data.META | {  # of meta.json, what is printed of it
+    "schema": str,
+    "args": dict,
+    "rows": BOTH,
+    "tokens": BOTH,
+    "targets": BOTH,
+    "dropped": {...: int},
+    "teacher?": {"generations": int},
+    "sources": [
+        {"name": str, "read": int, "rows": BOTH, "dropped": {...: int}, "files": [{"name": str}]}
+    ],
+}
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add --show."""
@@ -94,7 +108,9 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
         )
     if args.fresh or not (out / "meta.json").exists():
         return None
-    meta = files.read_json(out / "meta.json", mend="the same command with --fresh")
+    again = "the same command with --fresh"
+    meta = files.read_json(out / "meta.json", again, DESCRIBED)
+    files.check(out, meta, False, again)
     before, differs = meta.get("args", {}), []
     for name, value in shaping.items():
         if before.get(name) != value:
@@ -103,7 +119,10 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
     if not differs:
         where = dict(args.wanted)
-        for source in meta["sources"]:
+        names = [source["name"] for source in meta["sources"]]
+        if names != list(where):
+            differs.append(f"sources {', '.join(names)} -> {', '.join(where)}")
+        for source in meta["sources"] if names == list(where) else ():
             changed = places.changed(where[source["name"]], source["files"])
             differs += [f"{name} has changed" for name in changed]
     if differs:
@@ -134,6 +153,9 @@ def print_table(folder: Path, meta: dict) -> None:
             f"{'source':<10}{source['name']}   train {rows['train']:,}   val {rows['val']:,}  "
             f" dropped {drops:,}   of {source['read']:,} {what}"
         )
+    if meta.get("date"):
+        print(f"{'date':<10}pinned in the chat template: {meta['date']}")
+    say_unused(meta)
     lengths = {"row": meta["lengths"]["rows"], "answer": meta["lengths"]["targets"]}
     if meta.get("labels"):
         _say_classes(meta["classes"])
@@ -143,6 +165,20 @@ def print_table(folder: Path, meta: dict) -> None:
         print(f"{name:<10}tokens:{said}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
     print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def say_unused(meta: dict, most: int = 20) -> None:
+    """Print what the rows say and the text does not."""
+    told = []
+    for kind, names in meta.get("unused", {}).items():
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        told.append(f"{kind} {', '.join(names[:most])}{more}")
+    if told:
+        print(f"{'not used':<10}{'; '.join(told)}")
+    if names := meta.get("spelled_out"):
+        print(
+            f"{'content':<10}has {', '.join(names)} in it: the chat template writes none by itself"
+        )
 
 
 def _say_classes(classes: dict, most: int = 8) -> None:
@@ -162,6 +198,8 @@ def show_rows(folder: Path, count: int) -> None:
     grey, green, bold, plain, end = "", "[", "", "", "]"
     if sys.stdout.isatty():
         grey, green, bold, plain, end = "\x1b[90m", "\x1b[32m", "\x1b[1m", "\x1b[0m", "\x1b[0m"
+    if count:
+        say_unused(meta)
     for row in np.linspace(0, len(rows.rows) - 1, min(count, len(rows.rows))).astype(int):
         ids, answer = rows.row(row)
         name = meta["sources"][rows.rows[row]["source"]]["name"]

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import files
-from lib.prepare import hub, places, sources, store
+from lib.prepare import conversations, hub, places, sources, store
 
 SPLITS = ("train", "validation")
 GROUP_ROWS, GROUP_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
@@ -77,7 +77,7 @@ class RowWriter:
     def append(self, row: list[dict] | str, source: str) -> None:
         about = {} if isinstance(row, str) else row[-1].get("written", {})
         self.rows.append({self.schema.names[0]: row, "source": source, **about})
-        self.size += sources.characters(row)
+        self.size += conversations.characters(row)
         if len(self.rows) == GROUP_ROWS or self.size > GROUP_CHARACTERS:
             self.flush()
 

@@ -247,7 +247,7 @@ def changed(where: str, recorded: list[dict]) -> list[str]:
         with one_line_error(name):
             there = system.get_file_info(place.path).is_file
         now = stamp(place) if there else {}
-        if any(before[key] != value for key, value in now.items()):
+        if any(before.get(key) != value for key, value in now.items()):
             result.append(name)
     return result
 

@@ -19,12 +19,14 @@ from lib.prepare import sources, split
 
 class Encoded(NamedTuple):
     """ids (L,) uint32; answer (L,) bool: the targets. prompt: the hash that decides the side, the
-    same for equal prompts; digest: of the ids, the same for duplicates."""
+    same for equal prompts; digest: of the ids, the same for duplicates. reference: the last answer,
+    of a conversation."""
 
     ids: np.ndarray
     answer: np.ndarray
     prompt: int
     digest: int
+    reference: str = ""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,16 +72,15 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.long = args.long or ("truncate" if args.task == "classify" else "drop")
 
 
-def make_template_ready(tokenizer, inputs: list[sources.Source], turns: str) -> None:
-    """Give a tokenizer that has no chat template the plain one, and warn of this and of a template
-    that leaves earlier answers out."""
+def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
+    """Give a tokenizer the chat template that the data is written with, and tell what was done to
+    it, and of one that leaves earlier answers out. Return the line that has its date, or ""."""
     every = [file.columns for source in inputs for file in source.files]
-    if any("text" not in columns for columns in every) and template.ensure_template(tokenizer):
-        print(
-            "prepare warning: the tokenizer has no chat template; the plain one of lib/template.py"
-            " is used and saved with it",
-            flush=True,
-        )
+    turns, dated = args.turns, ""
+    if any("text" not in columns for columns in every):
+        notes, dated = template.make_ready(tokenizer, args.chat_template, args.template_args)
+        for note in notes:
+            print(f"prepare warning: {note}", flush=True)
     conversations = any("messages" in columns for columns in every)
     if turns == "all" and conversations and template.rewrites(tokenizer):
         print(
@@ -87,6 +88,28 @@ def make_template_ready(tokenizer, inputs: list[sources.Source], turns: str) -> 
             " the last one is learnt",
             flush=True,
         )
+    return dated
+
+
+def told_of(tokenizer, inputs: list[sources.Source]) -> dict:
+    """Return what meta.json says of what the rows say: `unused`, the names of columns and message
+    keys that do not reach the text; `spelled_out`, what the template does not write and the content
+    has instead."""
+    unused: dict[str, dict[str, None]] = {}
+    spelled = {}
+    for file in (file for source in inputs for file in source.files):
+        for kind, name in file.unused:
+            unused.setdefault(kind, {})[name] = None
+        for role, name in file.passed:
+            if template.writes(tokenizer, role, name):
+                continue
+            if name in template.SPELLED_OUT:
+                spelled[name] = None
+            else:
+                unused.setdefault("message keys", {})[f"{name} (the template has none)"] = None
+    told = {"unused": {kind: list(names) for kind, names in unused.items()}}
+    told["spelled_out"] = list(spelled)
+    return {name: value for name, value in told.items() if value}
 
 
 @functools.cache
@@ -121,6 +144,9 @@ def encode_batch(folder: Path, args: argparse.Namespace, rows: list) -> list[Enc
     for row, encoded in zip(rows, template.encode(tokenizer, rows, args.turns, args.think)):
         if not isinstance(encoded, str):
             encoded = _finish(row, *encoded, args)
+        if isinstance(encoded, Encoded) and not isinstance(row, str):
+            shown = template.without_think(row) if args.think == "drop" else row
+            encoded = encoded._replace(reference=template.reference(tokenizer, shown))
         result.append(encoded)
     return result
 

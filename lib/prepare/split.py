@@ -61,11 +61,13 @@ class Staging:
         self.answer.append(answer)
         self.rows.append(np.array([(len(ids), answer.sum(), source, prompt)], STAGED))
 
-    def append_prompt(self, messages: list[dict]) -> None:
+    def append_prompt(self, messages: list[dict], reference: str) -> None:
         """Note the prompt and the reference of the row appended last: it may become a validation
         row."""
-        last = template.last_answer(messages)
-        said = {"messages": messages[:last], "reference": messages[last]["content"]}
+        shown = []
+        for message in messages[: template.last_answer(messages)]:
+            shown.append({name: value for name, value in message.items() if name != "learn"})
+        said = {"messages": shown, "reference": reference}
         self.prompts.write(json.dumps([self.count - 1, said], ensure_ascii=False) + "\n")
 
     def close(self) -> np.ndarray:

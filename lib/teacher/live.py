@@ -83,8 +83,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.k, args.teacher_dtype = args.k or 0, args.teacher_dtype or "auto"
     if args.k < 0:
         parser.error(f"--k is {args.k}, wanted 0 or more")
-    if args.verify:
-        parser.error("--verify checks logits: it goes with --logits, not with --teacher")
     if args.teacher_quant and args.teacher_offload:
         parser.error("--teacher-quant and --teacher-offload do not go together: wanted one of them")
     if args.teacher.endswith(".gguf") and (args.teacher_quant or args.teacher_offload):
@@ -124,6 +122,7 @@ class LiveTeacher:
             )
         self.shapes = checkpoints.shapes(self.base)
         checkpoints.check_apart(args.out, self.folder, "teacher")
+        models.check_fits(self.folder, dataset, args.trust_remote_code)
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
@@ -158,7 +157,8 @@ class LiveTeacher:
         head = replace(head, weight=here(head.weight), bias=here(head.bias))
         # widened once, and not for every chunk
         self.head = replace(head, weight=head.operand(head.weight.dtype))
-        return replace(student, limit=self.vocab)
+        packs = student.packs and self.model.packs
+        return replace(student, limit=self.vocab, packs=packs)
 
     def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
@@ -197,6 +197,7 @@ class LiveTeacher:
                 pack=not self.args.no_pack,
                 trust_remote_code=self.args.trust_remote_code,
                 placing=self._placing(room),
+                known=True,
             )
         except torch.OutOfMemoryError:
             files.fail(
@@ -356,7 +357,8 @@ def spread(
         module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    body, prefix = module.base_model, module.base_model_prefix
+    body = models.body_of(module)
+    prefix = next(name for name, part in module.named_modules() if part is body)
     if not hasattr(body, "layers"):
         files.fail(
             f"--teacher-offload does not know {type(module).__name__}",

@@ -85,7 +85,8 @@ def test_our_logits_are_the_models_own(name, monkeypatch):
     own, ours = both(model)
     assert own.std() > 0.2
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
-    models.probe(model, pack=True)
+    models.probe(model)
+    assert models.packs(model)
 
 
 @pytest.mark.parametrize("name, change", FORGOTTEN.items())
@@ -99,7 +100,7 @@ def test_trap_20_the_probe_refuses_a_head_that_forgets_softcap_scale_or_bias(
         lambda self, vocab=None: dataclasses.replace(plain(self, vocab), **change),
     )
     with pytest.raises(SystemExit, match="changes its logits in a way this project does not know"):
-        models.probe(model, pack=True)
+        models.probe(model)
 
 
 def test_the_probe_refuses_a_model_that_changes_its_logits_afterwards(monkeypatch):
@@ -107,10 +108,10 @@ def test_the_probe_refuses_a_model_that_changes_its_logits_afterwards(monkeypatc
     forward = model.module.lm_head.forward
     monkeypatch.setattr(model.module.lm_head, "forward", lambda hidden: 1.01 * forward(hidden))
     with pytest.raises(SystemExit, match="changes its logits in a way this project does not know"):
-        models.probe(model, pack=True)
+        models.probe(model)
 
 
-def test_trap_15_the_probe_refuses_a_model_whose_packed_rows_see_each_other_unless_packing_is_off():
+def test_trap_15_rows_that_would_see_each_other_are_not_packed(capsys):
     model = family("gpt2")
 
     def leaking(input_ids, position_ids, use_cache):
@@ -122,11 +123,10 @@ def test_trap_15_the_probe_refuses_a_model_whose_packed_rows_see_each_other_unle
         )
 
     leaks = models.Model(model.module, leaking, None)
-    with pytest.raises(
-        SystemExit, match="packed rows see each other in GPT2LMHeadModel.*--no-pack"
-    ):
-        models.probe(leaks, pack=True)
-    models.probe(leaks, pack=False)
+    models.probe(leaks)
+    assert not models.packs(leaks)
+    said = capsys.readouterr().out
+    assert "packed rows would see each other in GPT2LMHeadModel" in said and "--no-pack" in said
 
 
 @pytest.mark.parametrize("temperatures", ([1.0], [1.0, 2.0, 4.0], [4.0, 0.5, 3.0, 1.0]))

@@ -171,7 +171,7 @@ def test_an_answer_with_nothing_before_it_is_context_only():
         (chat("Hi", "  "), "empty"),
         (chat(" ", "answer"), "empty"),
         ("  \n", "empty"),
-        ([{"role": "judge", "content": "x"}, *chat("a", "b")], "unknown role"),
+        ([{"role": "judge", "content": "x"}, *chat("a", "b")], "unknown role judge"),
         ([{"role": "user", "content": None}, {"role": "assistant", "content": "x"}], "not text"),
         (chat("a", "half \ud83d"), "broken Unicode"),
         ("half \ud83d", "broken Unicode"),

@@ -88,10 +88,7 @@ BOTH_SIDES = {
         "test_trap_10_position_t_minus_1_predicts_token_t_in_padded_lines",
         "test_trap_10_a_model_that_knows_each_next_token_measures_a_cross_entropy_of_zero",
     ),
-    15: (
-        HEAD,
-        "test_trap_15_the_probe_refuses_a_model_whose_packed_rows_see_each_other_unless_packing_is_off",
-    ),
+    15: (HEAD, "test_trap_15_rows_that_would_see_each_other_are_not_packed"),
     16: (
         LOGITS,
         "test_trap_16_a_padded_teacher_is_cut_to_the_students_tokens_before_softmax_and_top_k",

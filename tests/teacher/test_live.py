@@ -683,7 +683,6 @@ def spoil(folder, name, value=float("nan")):
         (("--teacher",), [], "one of the arguments --logits --teacher is required"),
         ((), ["--logits", "x"], "not allowed with argument"),
         ((), ["--k", -1], "--k is -1, wanted 0 or more"),
-        ((), ["--verify"], "--verify checks logits"),
         ((), ["--teacher-quant", "2bit"], "invalid choice: '2bit'"),
         ((), ["--teacher-quant", "4bit", "--teacher-offload"], "do not go together"),
         (
