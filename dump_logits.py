@@ -234,6 +234,7 @@ def main(argv=None):
         return look_again(args, dataset, wanted, out, device)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
+    writer.say_memory(folder, dtype, device, args)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
 

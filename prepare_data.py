@@ -196,10 +196,11 @@ def main(argv=None):
     if (partial := files.beside(out, "part")).exists():
         # refused while another process fills it; a killed one left it behind
         files.lock(partial).release()
-    files.recover(out)
+    if not args.dry_run:
+        files.recover(out)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
-        return hand_over(out, args, meta)
+        return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
     inputs = sources.open_all(args)

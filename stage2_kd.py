@@ -115,6 +115,8 @@ def measure_only(args, dataset, device, amp):
         student = teacher.join(student, args, amp)
     teacher.say()
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+    if teacher.compares:
+        about["kl_is_over"] = teacher.over
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
 
 

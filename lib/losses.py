@@ -261,15 +261,16 @@ def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, 
     """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's
     likeliest token, and the sum of exp(z) over all tokens, each (n,).
 
-    z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher
-    that is there whole, over all tokens.
+    z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a basis or a
+    teacher that is there whole, over all tokens.
     """
-    if isinstance(teacher, TopK):
+    if isinstance(teacher, TopK) and teacher.basis is None:
         logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0, z)
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
     other = teacher.logits(torch.empty_like(z))
-    top, (total, kl, rkl) = other.argmax(1), z.new_empty(3, len(z))
+    top = teacher.ids[:, 0] if isinstance(teacher, TopK) else other.argmax(1)
+    total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
         logp, logq = teacher.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
         student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both

@@ -32,6 +32,10 @@ class Teacher(typing.Protocol):
         """Whether `val_at` knows it at T=1, so that KL and agreement can be measured."""
 
     @property
+    def over(self) -> str:
+        """In words, what KL to it is summed over."""
+
+    @property
     def model(self) -> models.Model | None:
         """The model itself, where it is live: for what else is taken of it (hidden states, its own
         answers)."""

@@ -71,7 +71,7 @@ def test_a_dry_run_says_the_figures_and_writes_nothing(world, capsys, fresh):
     before, new = state(world), ("--out", world / "new")
     prepare = ["--source", world / "rows.jsonl", "--tokenizer", world / "student", *new]
     for main, argv, wanted in (
-        (prepare_data.main, prepare, "rows=1 "),
+        (prepare_data.main, prepare, "prepare rows="),
         (stage1_sft.main, make.stage1(world, "--steps", 2), "memory: about"),
         (dump_logits.main, make.dump(world, *new), "memory: about"),
         (stage2_kd.main, make.stage2(world, "--steps", 2), "memory: about"),
