@@ -20,7 +20,7 @@ from lib.options import classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
 
 STAGE = "stage1"
-NEXT = "Next: make logits, make stage2; or talk to it"
+NEXT = "Next: the teacher's logits of the same data (make logits), then make stage2; or talk to it"
 OPTIONS = (mix, sampling, lora, samples, tags, track)
 METHOD = losses.Method(alpha=0.0)
 
