@@ -121,7 +121,7 @@ def parse_args(argv=None):
         help="processes; 0 = one a core, at most 16 (default: %(default)s)",
     )
     describe.add_flags(parser)
-    flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    flags.add(parser, "--seed", "--fresh", "--dry-run", "--trust-remote-code")
     answers.add_flags(parser)
     args = parser.parse_args(argv)
     for option in (answers, classes, rows, export, sources):
@@ -244,12 +244,14 @@ def main(argv=None):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
-    holding = files.lock_beside(out)  # from the first moment: two would empty each other's folder
     partial = files.beside(out, "part")
-    files.recover(out, split.STATE)
+    if not args.dry_run:
+        # from the first moment: two would empty each other's folder
+        holding = files.lock_beside(out)
+        files.recover(out, split.STATE)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
-        return hand_over(out, args, meta)
+        return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
     with describe.phase("looking at the sources"):
@@ -261,10 +263,13 @@ def main(argv=None):
             f" schema={source.described}",
             flush=True,
         )
-    export.begin(args, inputs)
+    if not args.dry_run:
+        export.begin(args, inputs)
     with describe.phase("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     dated = rows.make_template_ready(tokenizer, inputs, args)
+    if args.dry_run:
+        return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
