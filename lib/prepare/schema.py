@@ -162,7 +162,7 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     return found
 
 
-def describe(columns: dict[str, str]) -> str:
+def in_words(columns: dict[str, str]) -> str:
     """Return in words which column plays which part, and where a context stands."""
     told = []
     for part, column in columns.items():
