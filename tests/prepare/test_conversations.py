@@ -10,7 +10,7 @@ import tiny_tokenizers as tiny
 
 import prepare_data
 from lib import files, template
-from lib.prepare import ask, places, schema, sources
+from lib.prepare import ask, kinds, places, schema, sources
 
 # the parts of Qwen2.5's and Llama 3.1's templates that tools and traces need
 TOOLED = (
@@ -133,6 +133,9 @@ def test_known_shapes_of_conversations_are_read(tmp_path, case, suffix):
 @pytest.mark.parametrize("row", [["Ask", "Say"], [["Ask", "Say"]], [ASK, SAY]])
 def test_a_bare_list_is_a_conversation(tmp_path, row):
     assert read(tmp_path, row) == [ASK, SAY]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
+    assert kinds.recognised(places.on_disk(path), None).suffix == ".jsonl"
     assert read(tmp_path, {"messages": row}) == [ASK, SAY]
 
 
