@@ -289,6 +289,7 @@ def main(argv=None):
         numbered, total = itertools.islice(written.rows, done, None), written.count
     numbered = rows.short_of(numbered, tokenizer, args)
     quotas = sources.quotas(inputs, args)
+    progress.full |= {number for number, quota in enumerate(quotas) if not quota}
     texts = None
     if args.export or args.push_to_hub:
         texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))

@@ -99,10 +99,10 @@ def _valid(data: bytes, encoding: str) -> bool:
 def _encoding(place: Place, head: bytes) -> str:
     """Tell how a text file is written, and say so if it is not UTF-8."""
     name = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    if name is None and _valid(head, "utf-8"):
-        if b"\0" not in head[:1000]:
-            return _to_the_end(place, head)
+    if name is None and b"\0" in head[:1000]:
         name = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
+    if name is None and _valid(head, "utf-8"):
+        return _to_the_end(place, head)
     name = name or _legacy(head)
     if name is None:
         files.fail(

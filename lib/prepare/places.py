@@ -244,7 +244,8 @@ def _fits(parts: list[str], wanted: list[str]) -> bool:
     if not wanted:
         return not parts
     if wanted[0] == "**":
-        return any(_fits(parts[place:], wanted[1:]) for place in range(len(parts) + 1))
+        shown = [*itertools.takewhile(lambda part: part[:1] != ".", parts)]
+        return any(_fits(parts[place:], wanted[1:]) for place in range(len(shown) + 1))
     hidden = parts[:1] and parts[0][:1] == "." != wanted[0][:1]
     named = parts and not hidden and fnmatch.fnmatchcase(parts[0], wanted[0])
     return bool(named) and _fits(parts[1:], wanted[1:])

@@ -444,7 +444,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     monkeypatch.setattr(prepare_data, "SHARD_ROWS", 10)
     words = [*several(tmp_path, {"a": 25, "b": 25}), "--val", 6, "--limit", limit]
     put(tmp_path / "c.jsonl", lines([{"text": "word " * 50}, {"text": "word"}, {"text": "word"}]))
-    words += ["--source", tmp_path / "c.jsonl", "--max-len", 24]
+    words += ["--source", tmp_path / "c.jsonl", "--max-len", 40]
     whole = everything(prepare(*words, out="whole").folder)
     capsys.readouterr()
 
