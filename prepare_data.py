@@ -200,11 +200,13 @@ def stage(partial, numbered, encode, args, total, texts, progress, quotas):
     return split.Staged(staged, val_rows.mask(staged["prompt"]), read, lost, progress.cut)
 
 
-def write(partial, staged, inputs, args, shaping, tokenizer, dated, written):
+def write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts):
     """Divide the staged rows into train and val; the folder is whole once meta.json is in it.
     Return what that says."""
-    if args.export or args.push_to_hub:
-        export.write_splits(partial / "staged.texts.parquet", partial / "rows", staged.is_val)
+    if texts:
+        export.write_splits(
+            partial / "staged.texts.parquet", partial / "rows", staged.is_val, sorted(texts.keys)
+        )
     split.write_sides(partial, staged)
 
     meta = describe.facts_of_rows(inputs, staged, args, shaping)
@@ -307,7 +309,7 @@ def main(argv=None):
             shutil.rmtree(partial)
         raise
     with describe.phase("writing train and val"):
-        meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written)
+        meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     lock.release()
     (partial / ".lock").unlink(missing_ok=True)
     files.publish(partial, out)

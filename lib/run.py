@@ -138,6 +138,7 @@ class Run:
         self.bar: tqdm | None = None
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
+        self.read_back: dict[str, Any] = {}  # the shapes of the saved checkpoint that was read back
         if not args.fresh:  # else what is there goes in `begin`, once all else has been looked at
             self._leave_if_finished()
             self._open()
@@ -403,6 +404,11 @@ class Run:
             checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
         if not adapter or merge:
             checkpoints.save(model.module, tokenizer, partial, dtype)
+            heads = checkpoints.heads(sorted(partial.glob("*.safetensors")))
+            if heads != self.read_back:  # the first of this process; all others have its shape
+                amp = models.pick_amp(self.args.amp, model.device)
+                checkpoints.check_saved(model.module, partial, amp, dtype)
+            self.read_back = heads
         else:
             library = "peft"
         task = "text-generation" if model.module.can_generate() else "text-classification"

@@ -46,6 +46,7 @@ Span = tuple[int, int]  # the first character of a part of a text, and the one a
 ROLES = ("system", "user", "assistant", "tool")
 # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 OPEN, CLOSE = "<think>", "</think>"
+EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
 
@@ -265,11 +266,11 @@ def make_ready(
     (--template-args). Return what is to be said of it, and the line of the text that has the
     date. beside: the flags are about another tokenizer: this one keeps the template that it has,
     and is given the arguments that it knows."""
-    notes = []
+    notes, args = [], args or {}
     if beside:
         chat_template = chat_template if tokenizer.chat_template is None else None
         source = str(tokenizer.chat_template)
-        args = {name: args[name] for name in args or () if re.search(rf"\b{name}\b", source)}
+        args = {name: args[name] for name in args if re.search(rf"\b{name}\b", source)}
     if chat_template is not None:
         tokenizer.chat_template = find_template(tokenizer, chat_template)
     if ensure_template(tokenizer):
@@ -281,7 +282,7 @@ def make_ready(
             notes[-1] += f" (--chat-template {fitting[0]} would use the turn tokens that it has)"
     if dated := pin_date(tokenizer):
         notes.append(f"the chat template writes a date; it is pinned, for good: {dated!r}")
-    set_arguments(tokenizer, args or {})
+    set_arguments(tokenizer, args)
     try:
         render(tokenizer, [{"role": "user", "content": "x"}])
     except jinja2.TemplateSyntaxError as broken:
@@ -306,6 +307,7 @@ def find_template(tokenizer, name: str) -> str:
     """Return the chat template that --chat-template names: one of the tokenizer's own, one of
     `TURNS`, a file, or that of another tokenizer (a folder or a hub id)."""
     own = tokenizer.chat_template
+    text: object = None
     if isinstance(own, dict) and name in own:
         return own[name]
     if name in TURNS:
@@ -323,8 +325,8 @@ def find_template(tokenizer, name: str) -> str:
     path = Path(name)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
-            text = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+            read = path.read_text(encoding="utf-8")
+            text = json.loads(read).get("chat_template") if path.suffix == ".json" else read
         except (OSError, ValueError, AttributeError) as broken:
             files.fail(f"--chat-template {name} cannot be read", broken, "a UTF-8 Jinja file")
     elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -633,9 +635,8 @@ def texts_of(role: str, messages: list[dict]) -> list[str]:
 
 def fault(messages: list[dict], think: str = "keep") -> str | None:
     """Return why a conversation cannot be used (the reason it is counted under), or None."""
-    for message in messages:
-        if message["role"] not in ROLES:
-            return f"unknown role {message['role'][:40]}".rstrip()
+    if unknown := {message["role"] for message in messages} - {*ROLES}:
+        return f"unknown role {', '.join(sorted(unknown))[:60]}".rstrip()
     if any(not isinstance(message["content"], str) for message in messages):
         return "not text"
     for message in messages:
@@ -725,6 +726,10 @@ def answer_spans(
         # writes it after its question alone
         question, both = ask(messages[last - 1 : last]), show(messages[last - 1 :])
         whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
+    if not whole.startswith(prompt) and (opened := EMPTY_TRACE.search(prompt)):
+        # enable_thinking=False, of a template that shows the empty trace in its prompt alone
+        head = prompt[: opened.start()]
+        whole = prompt + whole[len(head) :] if whole.startswith(head) else whole
     spans = []
     for turn in [last] if turns == "last" else range(1, last + 1):
         if turn == 0 or not is_answer(messages[turn]):

@@ -317,6 +317,8 @@ def _json_records(place: Place) -> Iterator[dict]:
     values = _json_lines(place) if place.suffix == ".jsonl" else _json_values(place)
     try:
         for number, value in enumerate(values, 1):
+            if isinstance(value, list) and value:  # a conversation without a name
+                value = {"messages": value}
             if not isinstance(value, dict):
                 files.fail(
                     f"{place}, row {number} is not an object",

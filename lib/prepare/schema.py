@@ -74,7 +74,7 @@ KNOWN = (
     "messages; conversations; instruction[+input]+output; prompt+completion|response|answer;"
     " question+answer; prompt+chosen; text"
 )
-ROLES = ("user", "assistant")  # what a role of the data is called here
+SPOKEN_BY = ("user", "assistant")  # what a role of the data is called here
 COLUMNS_HELP = (
     "[SOURCE:]prompt=COL,answer=COL or messages=COL, with any of input, context, choices, system,"
     " reasoning, tools, history=COL; or text=COL; to classify: text=COL,label=COL; ignore=NAME"
@@ -97,8 +97,8 @@ def parse_columns(
     columns, pairs = {}, [part.partition("=")[::2] for part in rest.split(",")]
     for part, column in pairs:
         part, column = part.strip(), column.strip()
-        columns[f"{part} {column}" if part in ("ignore", *ROLES) else part] = column
-    named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *ROLES)}
+        columns[f"{part} {column}" if part in ("ignore", *SPOKEN_BY) else part] = column
+    named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *SPOKEN_BY)}
     beside = {"context", *(part for part in PARTS if not part.startswith("context "))}
     allowed = (
         ({"prompt", "answer"} if need_answer else {"prompt"}, {"answer"} | beside),
@@ -134,14 +134,14 @@ def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict
         word = part.split()[0]
         if word == "ignore":
             ignored.add(column)
-        elif word in ROLES:
+        elif word in SPOKEN_BY:
             roles[column] = word
         else:
             kept["context context" if part == "context" else part] = column
     return kept, frozenset(ignored), roles
 
 
-def beside(columns: dict[str, str]) -> tuple[str, ...]:
+def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
     """Return the parts that may stand beside these."""
     if "prompt" in columns:
         return tuple(PARTS)
@@ -151,7 +151,7 @@ def beside(columns: dict[str, str]) -> tuple[str, ...]:
 def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict[str, str]:
     """Return the columns among the names `there` that stand beside those known already."""
     found, taken = {}, {*columns.values(), *ignored}
-    for part in beside(columns):
+    for part in parts_beside(columns):
         if part not in columns:
             name = among(PARTS[part], (name for name in there if name not in taken))
             if name is not None:
@@ -207,9 +207,9 @@ def guess(
     )
 
 
-def check_type(path: Place, part: str, column: str, kind) -> None:
+def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) -> None:
     """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is
-    checked row by row."""
+    checked row by row. chosen: the answer is among choices, and may be a number."""
     if kind is None or pa.types.is_null(kind):
         return
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -220,7 +220,7 @@ def check_type(path: Place, part: str, column: str, kind) -> None:
     )
     if part == "label":
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
-    elif part in ("answer", "reasoning"):
+    elif part == "reasoning" or chosen and part == "answer":
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if part == "prompt":

@@ -240,7 +240,8 @@ def look(
                 seen=", ".join(found.types),
                 mend=f"--columns {schema.COLUMNS_HELP}",
             )
-        schema.check_type(path, part, column, found.types.get(column))
+        chosen = bool({"choices", "A"} & {*columns})
+        schema.check_type(path, part, column, found.types.get(column), chosen)
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
     there = {part: column for part, column in columns.items() if column in found.types}
     described = f"{name} ({schema.describe(there)})"
@@ -258,7 +259,7 @@ def note_unused(file: File, names: Iterable[str], where: str = "") -> None:
     used = {*file.columns.values()}
     for name in names:
         if name not in used and ("columns", name) not in file.unused:
-            if schema.beside(file.columns) and schema.carries(name, file.ignored):
+            if schema.parts_beside(file.columns) and schema.carries(name, file.ignored):
                 schema.refuse(f"{file.place}{where}", name)
             if len(file.unused) < MOST_SHAPES:
                 file.unused["columns", name] = None
@@ -349,7 +350,7 @@ def _row(
     source: File, parts: dict, number: int, system: str | None
 ) -> list[dict] | str | tuple[str, str]:
     parts = {part: value for part, value in parts.items() if said(value)}
-    row = conversations.Row(source, parts, number)
+    row = conversations.SourceRow(source, parts, number)
     if "label" in source.columns:
         label = parts.get("label")
         if not isinstance(label, str | int | None):  # a bool is an int

@@ -209,11 +209,14 @@ def by_reason(lost: collections.Counter) -> dict[str, int]:
 
 def none_left(read: collections.Counter, lost: collections.Counter, wanted: str) -> NoReturn:
     """End with one line that says why no row was kept."""
-    reasons = [f"{reason} {count}" for reason, count in by_reason(lost).items()]
+    counted = by_reason(lost)
+    reasons = [f"{reason} {count}" for reason, count in counted.items()]
+    unknown = any(reason.startswith("unknown role ") for reason in counted)
     files.fail(
         "no row is left",
         seen=f"{read.total()} rows, dropped: {', '.join(reasons) or 'nothing dropped'}",
         wanted=wanted,
+        mend="--columns user=NAME,assistant=NAME" if unknown else None,
     )
 
 

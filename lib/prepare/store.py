@@ -26,6 +26,8 @@ PART_ROWS = 1000
 AGAIN = f"move it away; its {PART_ROWS} are asked again"
 ROW = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# more: as JSON what a message says beside its text, in parts that have such messages
+MESSAGE_AND_MORE = pa.struct([*MESSAGE, ("more", pa.string())])
 # an answer, for those it is passed on to
 ABOUT = pa.schema(
     [
@@ -47,6 +49,26 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
     ]
 )
+
+
+def flattened(messages: list[dict]) -> list[dict]:
+    """Return messages as columns of texts."""
+    found = []
+    for message in messages:
+        own = {"role": message["role"], "content": message["content"]}
+        if more := {n: message[n] for n in message if n not in (*own, "written")}:
+            own["more"] = json.dumps(more, ensure_ascii=False)
+        found.append(own)
+    return found
+
+
+def unflattened(messages: list[dict]) -> list[dict]:
+    """Return messages as `flattened` had them."""
+    found = []
+    for message in messages:
+        more = message.pop("more", None)
+        found.append(message | json.loads(more) if more else message)
+    return found
 
 
 def folder_name(made: dict) -> str:
@@ -167,11 +189,11 @@ class Store:
             told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
             same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
-            pq.write_table(
-                pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA),
-                partial,
-                compression="zstd",
-            )
+            rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
+            kind = SCHEMA
+            if any("more" in message for row in rows for message in row["prompt"]):
+                kind = kind.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+            pq.write_table(pa.Table.from_pylist(rows, kind), partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
             files.sync(self.folder)
@@ -189,4 +211,5 @@ class Store:
         """Yield all answers, a part at a time. (The newest are among them once the store is
         closed.)"""
         for path in self.parts:
-            yield from read_part(path).to_pylist()
+            for row in read_part(path).to_pylist():
+                yield row | {"prompt": unflattened(row["prompt"])}

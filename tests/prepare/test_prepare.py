@@ -348,7 +348,7 @@ def test_rows_are_dropped_by_reason_and_counted(prepare):
     assert made.meta["dropped"] == {
         "empty": 2,
         "duplicate": 1,
-        "unknown role": 1,
+        "unknown role judge": 1,
         "too long": 1,
         "no target": 1,
     }
