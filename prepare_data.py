@@ -246,7 +246,7 @@ def main(argv=None):
     if (partial := files.beside(out, "part")).exists():
         # refused while another process fills it; a killed one left it behind
         files.lock(partial).release()
-    files.recover(out, split.STATE)
+    files.recover(out, split.NOTED)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
         return hand_over(out, args, meta)
@@ -271,7 +271,7 @@ def main(argv=None):
     written = answers.answer_all(store, inputs, args, tokenizer) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
-    key = describe.key_of(inputs, written, args, shaping, tokenizer)
+    key = describe.staging_key(inputs, written, args, shaping, tokenizer)
     progress = split.Progress.found(partial, key)
     if progress.sizes:
         print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
@@ -305,7 +305,7 @@ def main(argv=None):
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)
     except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
-        if not (partial / split.STATE).exists():
+        if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)
         raise
     with describe.phase("writing train and val"):

@@ -33,7 +33,7 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 }
 
 
-SAY_EVERY_S = 8
+TOLD_EVERY_S = 8
 FEW_VAL, FEW_STEPS = 20, 20
 STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
@@ -106,7 +106,7 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
     }
 
 
-def key_of(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
+def staging_key(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
     """Return a hash of all that staged rows depend on, "" where a killed run starts over: rows with
     a class, and rows that are exported too."""
     if args.fresh or args.task == "classify" or args.export or args.push_to_hub:
@@ -178,7 +178,7 @@ def phase(what: str) -> Iterator[None]:
     ended, begun = threading.Event(), time.monotonic()
 
     def tell():
-        while not ended.wait(SAY_EVERY_S):
+        while not ended.wait(TOLD_EVERY_S):
             print(f"prepare {what} time_s={time.monotonic() - begun:.0f}", flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
