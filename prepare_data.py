@@ -17,8 +17,8 @@ reads.
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a
                      hub id org/name[:split][@revision]; a URI (s3://, gs://, hdfs://). Parquet,
-                     json, jsonl or csv (also .gz .bz2 .zst .xz); the schema is found from the
-                     column names, or --columns says it
+                     arrow, json, jsonl, csv, tsv or txt (text also packed); the schema is found
+                     from the column names, or --columns says it. FOLDER:test: another split
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
         --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that
                      answers the prompts anew
