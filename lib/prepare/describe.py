@@ -193,16 +193,15 @@ def phase(what: str) -> Iterator[None]:
 def say_small(meta: dict) -> None:
     """Warn of a data set that is so small that its figures say little."""
     rows, tokens = meta["rows"], meta["tokens"]
-    if 0 < rows["val"] < FEW_VAL and rows["train"] > rows["val"]:
-        print(
-            f"prepare warning: val is {rows['val']} rows: its figures are noise; --val"
-            f" {min(100, max(1, rows['train'] // 5))} takes more",
-            flush=True,
-        )
+    if 0 < rows["val"] < FEW_VAL:
+        more = min(100, (rows["train"] + rows["val"]) // 5)
+        mend = f"--val {more}" if more > rows["val"] else "more rows"
+        said = f"val is {rows['val']} rows: its figures are noise; {mend} makes it larger"
+        print(f"prepare warning: {said}", flush=True)
     steps = round(tokens["train"] / STEP_TOKENS)
     if steps < FEW_STEPS:
         print(
-            f"prepare warning: an epoch is {tokens['train']:,} tokens, {max(1, steps)} steps of the"
+            f"prepare warning: an epoch is {tokens['train']:,} tokens, {max(1, steps)} step(s) of the"
             f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, tokens['train'] // 50)} and"
             " --epochs give them more",
             flush=True,

@@ -359,6 +359,17 @@ def test_a_row_that_no_memory_would_hold_is_one_line(tmp_path, monkeypatch, name
 # --- long rows
 
 
+def test_the_cases_of_the_memory_bench_are_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(os.path.dirname(__file__), "../../bench/data"))
+    import hostile
+
+    for name, (write, _) in hostile.CASES.items():
+        write(tmp_path / name, 400_000)
+        found = read(tmp_path / name, ["prompt", "answer", "text"])
+        assert len(found) >= 1 and {*found[-1]} & {"answer", "text"}, name
+    assert max(len(row.get("answer", "")) for row in read(tmp_path / "a row of 100 MB.json")) > 3e5
+
+
 def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monkeypatch):
     texts = [" ".join(f"w{d}x{i}" for i in range(n)) for d, n in enumerate((4, 90, 60))]
     path = put(tmp_path / "a.jsonl", lines({"text": text} for text in texts))
@@ -427,8 +438,8 @@ def test_small_data_is_said_with_the_flags(tmp_path, prepare, capsys):
     words = several(tmp_path, {"a": 40})
     prepare(*words, "--val", 2)
     said = capsys.readouterr().out
-    assert "val is 2 rows" in said and "--val 7" in said
-    assert "steps of the trainers' 16,384" in said and "--tokens-per-step" in said
+    assert "val is 2 rows" in said and "--val 8" in said
+    assert "step(s) of the trainers' 16,384" in said and "--tokens-per-step" in said
 
 
 def everything(folder):
