@@ -9,7 +9,8 @@ a small one (the student): five scripts, and files on disk are all that passes b
 
 The core, flat: what every reader of a trainer needs, from the floor up.
 
-    files        files that are whole or absent, locks, JSON lines, errors of one line
+    files        files that are whole or absent, locks, JSON lines, errors of one line (`script`:
+                 also those of the disk)
     flags        flags that several scripts share: one name, one default, one text
     template     a conversation -> token ids and which of them are answer tokens
     data         the prepared data set: memory maps, rows, batches
@@ -61,7 +62,7 @@ Where is ...?
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
                            same weights, bit for bit (run.py). A dump writes the rows that done.npy
-                           lacks (class Writer). prepare_data.py goes on at its last 10,000 rows, and
+                           lacks (class Writer). prepare_data.py goes on at its last shard and
                            asks for no answer twice (prepare/store.py). Locks end with their
                            process. SIGTERM, Ctrl-C: a trainer saves first. In every case: the same
                            command again
