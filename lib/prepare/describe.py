@@ -198,12 +198,12 @@ def say_small(meta: dict) -> None:
         mend = f"--val {more}" if more > rows["val"] else "more rows"
         said = f"val is {rows['val']} rows: its figures are noise; {mend} makes it larger"
         print(f"prepare warning: {said}", flush=True)
-    steps = round(tokens["train"] / STEP_TOKENS)
-    if steps < FEW_STEPS:
+    epoch = tokens["train"]
+    if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
         print(
-            f"prepare warning: an epoch is {tokens['train']:,} tokens, {max(1, steps)} step(s) of"
-            f" the trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, tokens['train'] // 50)} and"
-            " --epochs give them more",
+            f"prepare warning: an epoch is {epoch:,} tokens, {max(1, steps)} step(s) of the"
+            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)} and --epochs give"
+            " them more",
             flush=True,
         )
 
