@@ -201,7 +201,7 @@ def say_small(meta: dict) -> None:
     epoch = tokens["train"]
     if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
         print(
-            f"prepare warning: an epoch is {epoch:,} tokens, {max(1, steps)} step(s) of the"
+            f"prepare warning: {epoch:,} tokens an epoch, {max(1, steps)} step(s) of the"
             f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)} and --epochs give"
             " them more",
             flush=True,
