@@ -62,7 +62,7 @@ Where is ...?
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
                            same weights, bit for bit (run.py). A dump writes the rows that done.npy
-                           lacks (class Writer). prepare_data.py starts over, in minutes, but
+                           lacks (class Writer). prepare_data.py goes on at its last shard and
                            asks for no answer twice (prepare/store.py). Locks end with their
                            process. SIGTERM, Ctrl-C: a trainer saves first. In every case: the same
                            command again

@@ -119,10 +119,12 @@ def parse_columns(
 def among(names: Iterable[str], there: Iterable[str]) -> str | None:
     """Return the first column that has one of the names: as it stands, else whatever its case and
     the blanks around it."""
-    there = list(there)
-    plain = {name.strip().casefold(): name for name in there} | {name: name for name in there}
-    found = (plain.get(name, plain.get(name.casefold())) for name in names)
-    return next((name for name in found if name is not None), None)
+    names, plain = list(names), {}
+    for name in (there := list(there)):
+        plain.setdefault(name.strip().casefold(), name)
+    exact = next((name for name in names if name in there), None)
+    folded = (plain.get(name.casefold()) for name in names)
+    return exact if exact is not None else next(filter(None, folded), None)
 
 
 def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
