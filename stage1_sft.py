@@ -34,7 +34,7 @@ def parse_args(argv=None):
         "--keep-layers",
         default="",
         metavar="0,5,10",
-        help="start from these layers of --student alone (default: all)",
+        help="start from these layers of --student alone, or evenly:12 of them (default: all)",
     )
     group.add_argument(
         "--best",
@@ -53,10 +53,14 @@ def parse_args(argv=None):
     flags.check_trainer(parser, args)
     for option in OPTIONS:
         option.check_flags(parser, args)
+    kind, _, count = args.keep_layers.partition("evenly:")
     try:
-        args.keep_layers = [int(number) for number in args.keep_layers.split(",") if number]
+        numbers = [int(number) for number in kind.split(",") if number]
+        args.keep_layers = int(count) if count and not numbers else numbers
     except ValueError:
-        parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
+        parser.error(
+            f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10, or evenly:12"
+        )
     if args.keep_layers and args.eval_only:
         parser.error(
             "--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as"

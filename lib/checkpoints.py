@@ -356,6 +356,10 @@ def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: boo
     tokenizer = template.load_tokenizer(folder, trust_remote_code)
     seen, wanted = template.identities(tokenizer)["vocabulary"], dataset.identities["vocabulary"]
     if seen != wanted:
+        known = [{i: t for t, i in t.get_vocab().items()} for t in (tokenizer, dataset.tokenizer())]
+        if all(known[0].get(token) == known[1].get(token) for token in dataset.used()):
+            print(f"vocabulary: that of {folder} is the data's in all tokens that its rows hold")
+            return
         files.fail(
             f"{folder} has another tokenizer than {dataset.folder}",
             f"vocabulary {seen[:12]}",
@@ -429,9 +433,8 @@ def grow(module: Any, folder: Path) -> None:
 @torch.no_grad()
 def some_logits(module: Any) -> Tensor:
     """Return a model's logits of eight tokens, the first and the last that it knows."""
-    tokens = (
-        torch.arange(-4, 4, device=module.device)[None] % module.config.get_text_config().vocab_size
-    )
+    vocab = module.config.get_text_config().vocab_size
+    tokens = torch.arange(-4, 4, device=module.device)[None] % vocab
     return module(input_ids=tokens, use_cache=False).logits.float()
 
 
@@ -452,12 +455,12 @@ def tie_again(module: Any) -> None:
     """Tie embeddings and output layer where they are still equal; else say, and write into the
     configuration, that they are two."""
     inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
-    if torch.equal(inner.weight, outer.weight):
+    if tied := torch.equal(inner.weight, outer.weight):
         outer.weight = inner.weight
-        return
-    print("adapter: it parts the tied embeddings and output layer, which are two from here on")
+    else:
+        print("adapter: it parts the tied embeddings and output layer, which are two from here on")
     for config in (module.config, module.config.get_text_config()):
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = tied  # PEFT has written that they are two
 
 
 def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
