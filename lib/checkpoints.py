@@ -286,7 +286,7 @@ def heads(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in safetensors files by name, read from their heads."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with safe_open(path, "pt") as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -438,7 +438,7 @@ def some_logits(module: Any) -> Tensor:
     return module(input_ids=tokens, use_cache=False).logits.float()
 
 
-def far(seen: Tensor, wanted: Tensor) -> float:
+def difference(seen: Tensor, wanted: Tensor) -> float:
     """Return the relative difference of two tensors."""
     return ((seen - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
 
@@ -495,7 +495,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
             if tied:
                 tie_again(module)
             module.requires_grad_(True)  # PEFT froze them
-            error = far(some_logits(module), own) if compared else 0.0
+            error = difference(some_logits(module), own) if own is not None else 0.0
         if how := generate.read_config(folder):
             module.generation_config = how
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
@@ -561,7 +561,7 @@ def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch
         module.eval()
         again.to(module.device).eval()
         with torch.autocast(module.device.type, amp, enabled=amp is not None):
-            error = far(some_logits(again), some_logits(module))
+            error = difference(some_logits(again), some_logits(module))
         module.train(training)
     if other or not error <= (1e-3 if dtype == torch.float32 else 0.1):
         files.fail(

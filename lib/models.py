@@ -135,17 +135,10 @@ def load(
         module.to(device)
     module.eval()
     model = Model(module, body_of(module), folder)
-    if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
-        if (highest := max(dataset.used(), default=0)) >= model.vocab:
-            files.fail(
-                f"{folder} is too small for the data's tokenizer",
-                f"{model.vocab} rows of its output layer, and rows that hold token {highest}",
-                f"at least {tokens}",
-            )
-        above = tokens - model.vocab
-        print(f"vocabulary: {above} tokens above those of {folder} are in no row of the data")
     if dataset is not None:
         dataset.check_tokens(model.vocab, folder)
+        if (above := len(dataset.tokenizer()) - model.vocab) > 0:
+            print(f"vocabulary: {above} tokens above those of {folder} are in no row of the data")
     probe(model, amp)
     model = replace(model, packs=pack and packs(model, amp))
     return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
@@ -274,7 +267,7 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     if checkpoints.is_gguf(base):
         base, options = base.parent, options | {"gguf_file": base.name}
     else:
-        options = whole(base) | options | {"generation_config": generate.read_config(base)}
+        options = widening(base) | options | {"generation_config": generate.read_config(base)}
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
@@ -289,10 +282,10 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     return module, loaded
 
 
-def whole(folder: Path) -> dict[str, Any]:
+def widening(folder: Path) -> dict[str, Any]:
     """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where
     it can."""
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
     kind = kinds.get(checkpoints.quantised(folder) or "")
@@ -340,8 +333,8 @@ def check_used(module: Any, folder: Path, unexpected: Iterable[str]) -> None:
     aside = []
     for name in sorted(unexpected):
         layer = re.search(r"(.*\.layers?|.*\.h|.*\.blocks)\.(\d+)\.", f".{name}")
-        inside = layer and kind(layer[0].strip(".")) in known
-        if not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
+        inside = layer is not None and kind(layer[0].strip(".")) in known
+        if layer is None or not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
             aside.append(name)
         elif not getattr(module, "is_quantized", False):
             files.fail(
