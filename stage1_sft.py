@@ -12,6 +12,8 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
         optimizer step.
 """
 
+import re
+
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
@@ -53,14 +55,12 @@ def parse_args(argv=None):
     flags.check_trainer(parser, args)
     for option in OPTIONS:
         option.check_flags(parser, args)
-    kind, _, count = args.keep_layers.partition("evenly:")
+    given = args.keep_layers
+    even = re.fullmatch(r"evenly:([1-9]\d*)", given)
     try:
-        numbers = [int(number) for number in kind.split(",") if number]
-        args.keep_layers = int(count) if count and not numbers else numbers
+        args.keep_layers = int(even[1]) if even else [int(i) for i in given.split(",") if i]
     except ValueError:
-        parser.error(
-            f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10, or evenly:12"
-        )
+        parser.error(f"--keep-layers is {given}, wanted numbers like 0,5,10, or evenly:12")
     if args.keep_layers and args.eval_only:
         parser.error(
             "--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as"

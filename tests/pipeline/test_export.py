@@ -383,7 +383,7 @@ def test_layers_are_kept_evenly(tmp_path):
     assert len(module.model.layers) == module.config.num_hidden_layers == 4
     evenly = stage1_sft.parse_args([*FLAGS, "evenly:4"])
     assert evenly.keep_layers == 4
-    for wrong in ("evenly:x", "0,evenly:2", "evenly"):
+    for wrong in ("evenly:x", "0,evenly:2", "evenly", "evenly:0"):
         code, words = make.ends(stage1_sft.parse_args, *FLAGS, wrong)
         assert code == 2, words
 
