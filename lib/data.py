@@ -231,6 +231,16 @@ class Dataset:
                 mend="python prepare_data.py with other data or a larger --max-len",
             )
 
+    def used(self) -> list[int]:
+        """Return the tokens that the rows hold, in order."""
+        there = np.zeros(0, bool)
+        for split in (self.train, self.val):
+            for start in range(0, len(split.tokens), 1 << 24):
+                part = np.bincount(split.tokens[start : start + (1 << 24)]) > 0
+                there = np.pad(there, (0, max(0, len(part) - len(there))))
+                there[: len(part)] |= part
+        return np.flatnonzero(there).tolist()
+
     @property
     def identities(self) -> dict:
         """Hashes: `data` (token ids and masks), `vocabulary` (token -> id), `tokenizer`

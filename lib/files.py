@@ -69,6 +69,17 @@ def fail(
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
 
 
+def same(one: object, other: object) -> bool:
+    """Return whether two settings are equal, or name the same place on the disk: relative or
+    absolute, by a link, with a slash at the end, also behind NAME=."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if one == other or not (isinstance(one, str) and isinstance(other, str) and one and other):
+        return one == other
+    (*name, path), (*its, there) = one.split("=", 1), other.split("=", 1)
+    return name == its and os.path.realpath(path) == os.path.realpath(there)
+
+
 AGAIN = "then the same command: it goes on from what was whole"
 MEND = {  # what a file system may answer to anyone at any moment, and what mends it
     "ENOSPC EDQUOT": f"more room on that disk, {AGAIN}",

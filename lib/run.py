@@ -112,10 +112,14 @@ def differing_settings(seen: dict[str, Any], wanted: dict[str, Any], args) -> li
         return value[:12] if is_hash else repr(value)
 
     seen = {name: args.defaults[name] for name in wanted if name in args.defaults} | seen
+    # a path whose contents have an identity may be another; of others the spelling
+    content = {"logits": "records identity"}
     found = []
     for name in sorted({*seen, *wanted} - args.free):
         then, now = seen.get(name), wanted.get(name)
-        if then != now:
+        by_content = content.get(name, f"{name} identity")
+        known = then and now and seen.get(by_content) and wanted.get(by_content)
+        if not known and not files.same(then, now):
             found.append(f"{name} {short(then)} (now {short(now)})")
     return found
 
