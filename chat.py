@@ -60,6 +60,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--system", metavar="TEXT", help="system prompt (default: the chat template's own)"
     )
+    flags.add(parser, "--chat-template", "--template-args")
     # a file of prompts; how tokens are chosen; a server
     prompts.add_flags(parser)
     model.add_flags(parser)

@@ -3,6 +3,9 @@ of the rest, to memory-mapped arrays.
 
     python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct \\
         --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --chunk 3
+    # what is there, against its checksums, and 1,000 targets against the teacher
+    python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct \\
+        --out logits/distilqwen --verify 1000
     # CPU, seconds, after `make demo`
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val
 
@@ -29,7 +32,7 @@ from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
 from lib.options import classifier
 from lib.run import Interrupt, clock
-from lib.teacher import basis, fit, record, writer
+from lib.teacher import basis, fit, record, verify, writer
 
 
 def parse_args(argv=None):
@@ -64,6 +67,17 @@ def parse_args(argv=None):
         metavar="V",
         help="cut both to the first V tokens; 0 = by --student (default: %(default)s)",
     )
+    group.add_argument(
+        "--verify",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help=(
+            "write nothing: check every byte of what is there by its checksum, and let the teacher"
+            " score N random targets again; exit code 1 if something is wrong"
+        ),
+    )
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--trust-remote-code")
@@ -71,6 +85,8 @@ def parse_args(argv=None):
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
+    if (args.verify or 0) < 0 or args.verify is not None and args.fresh:
+        parser.error(f"--verify is {args.verify}, wanted 0 or more, and no --fresh beside it")
     return args
 
 
@@ -194,11 +210,28 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
     holding.release()
 
 
+def look_again(args, dataset, wanted, out, device):
+    """--verify: check what is there by its checksums, and N targets by the teacher."""
+    there = verify.finished(out, wanted, dataset)
+    if args.verify:
+        folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+        checkpoints.check_written(folder, verify=True)
+        dtype = models.pick_dtype(args.dtype, device, folder)
+        args.k = min(part.meta["k"] for part in there.values())
+        teacher, splits = load_teacher(args, dataset, folder, device, dtype)
+        identity = checkpoints.identity(folder)
+        verify.against_teacher(there, args.verify, dataset, splits, teacher, identity)
+    print(f"verify: {out} is in order")
+
+
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
-    dataset = Dataset(args.data, args.trust_remote_code)
+    dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
     wanted, out = chunks_wanted(args, dataset), Path(args.out)
+    if args.verify is not None:
+        return look_again(args, dataset, wanted, out, device)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)

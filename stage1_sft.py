@@ -14,7 +14,7 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
 
 import torch
 
-from lib import checkpoints, data, evaluate, flags, losses, models, train
+from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib.measure import plots
 from lib.options import classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
@@ -84,9 +84,10 @@ def measure_only(args, dataset, device, amp):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = data.Dataset(args.data, args.trust_remote_code)
+    dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)
     classifier.adapt_flags(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     if args.eval_only:
@@ -94,7 +95,7 @@ def main(argv=None):
 
     # what is read, and the run that it belongs to
     rows = sampling.open_rows(args, dataset)
-    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code)
+    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
     inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()
     best = args.best
@@ -181,8 +182,7 @@ def main(argv=None):
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite(step, rows.of(step), gradient=norm)
-        taken = train.update(optimizer, scaler, lr)
-        run.updates += taken
+        run.count(step, train.update(optimizer, scaler, lr))
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0:
             shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)

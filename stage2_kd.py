@@ -13,17 +13,17 @@ Reads   data/NAME/ (prepare_data.py), logits/NAME/ (dump_logits.py; any subset o
         teacher itself (lib/teacher/live.py), and a causal LM: stage 1's folder, or any other.
 Writes  runs/NAME/stage2/: best/ final/ last/ history.jsonl samples.md curves.png config.json
         (lib/run.py says what each is).
-Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy, in nats, summed over targets,
-        divided once by the targets of the whole optimizer step. The divergence is over the
-        teacher's top k as stored, and the exact mass of the rest spread over all other tokens as
-        the logits' basis says; without a basis, over the top k and one bucket (lib/losses.py,
-        lib/teacher/basis.py). With --teacher it is over all tokens, each exact; with --k, over the
-        top k and one bucket.
+Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy (tvd: T, not T^2), in nats, summed
+        over targets, divided once by the targets of the whole optimizer step. The divergence is
+        over the teacher's top k as stored, and the exact mass of the rest spread over all other
+        tokens as the logits' basis says; without a basis, over the top k and one bucket
+        (lib/losses.py, lib/teacher/basis.py). With --teacher it is over all tokens, each exact;
+        with --k, over the top k and one bucket.
 """
 
 import torch
 
-from lib import checkpoints, data, evaluate, flags, losses, models, train
+from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib import teacher as teachers
 from lib.measure import plots
 from lib.options import beside, classifier, lora, mix, samples, sampling, tags, track
@@ -120,9 +120,10 @@ def measure_only(args, dataset, device, amp):
 
 def main(argv=None):
     args = parse_args(argv)
+    files.check_out(args.out)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
-    dataset = data.Dataset(args.data, args.trust_remote_code)
+    dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)
     classifier.adapt_flags(args, dataset)
     evaluate.check_best(args.best, dataset, args.patience)
     if args.eval_only:
@@ -131,7 +132,7 @@ def main(argv=None):
     # what is read, and the run that it belongs to
     teacher = teachers.open_teacher(args, dataset)
     rows = sampling.open_rows(args, dataset, teacher.rows())
-    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code)
+    source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
     inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()
     inputs |= teacher.identity()
@@ -231,8 +232,7 @@ def main(argv=None):
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)
         if amp != torch.float16:  # the scaler skips a step whose fp16 gradient overflows
             run.check_finite(step, rows.of(step), gradient=norm)
-        taken = train.update(optimizer, scaler, lr)
-        run.updates += taken
+        run.count(step, train.update(optimizer, scaler, lr))
         run.tick(clock(device) - started, tokens)
         if step % args.log_every == 0 or near.moved:
             shares = rows.shares(max(0, step + 1 - args.log_every), step + 1)

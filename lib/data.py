@@ -15,13 +15,15 @@ On disk, in data/NAME/ (SPLIT is train or val):
                        (lib/measure/plots.py; without matplotlib there is none)
     answers/ rows/     a teacher's answers (lib/prepare/answers.py), and the rows as text
                        (lib/prepare/export.py), where they were asked for
-    meta.json          written last: identities, counts, sources, what was dropped and why
+    meta.json          written last and sealed (lib/files.py): identities, counts, sources, what
+                       was dropped and why; checksums of all the above but report.png and answers/
 
 The model's output at position t-1 predicts token t; position 0 of a row is never a target. Chunk c
 is the rows [c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,17 @@ ROW = np.dtype(
         ("source", "<u2"),  # number of the source in meta.json's list
     ]
 )
+
+
+META = {  # of meta.json, what later stages read
+    "identities": {...: str, "data": str, "vocabulary": str},
+    "sources": [{"name": str}],
+    "rows_per_chunk": range(1, 1 << 62),
+    "labels?": [str],
+    "mix?": (str, None),
+}
+AGAIN = "make data, with ARGS=--fresh"
+LOOKED_AT = 1 << 26  # tokens up to which every one of a split is looked at when it is opened
 
 
 @dataclass(frozen=True)
@@ -87,32 +100,49 @@ class Split:
     labels: np.ndarray | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
-        def part(what: str) -> np.ndarray:
-            return np.load(folder / f"{name}.{what}.npy", mmap_mode="r")
+        def part(what: str, dtype: np.dtype | type) -> np.ndarray:
+            return files.read_npy(folder / f"{name}.{what}.npy", dtype, AGAIN)
 
-        try:
-            self.tokens, self.answer, self.rows = part("tokens"), part("answer"), part("rows")
-            if (labels := folder / f"{name}.labels.npy").exists():
-                self.labels = np.load(labels)
-        except (OSError, ValueError) as broken:
-            files.fail(
-                f"{folder}/{name}.*.npy cannot be read",
-                seen=broken,
-                mend="make data, with ARGS=--fresh",
-            )
-        fits = self.rows.dtype == ROW and len(self.tokens) == len(self.answer)
-        fits = fits and (self.labels is None or len(self.labels) == len(self.rows))
-        if not fits or int(self.rows["targets"].sum()) != self.targets:
-            files.fail(
-                f"{folder}/{name}.*.npy do not fit together",
-                seen=f"{len(self.tokens)} tokens, {len(self.answer)} mask entries",
-                mend="make data, with ARGS=--fresh",
-            )
+        self.tokens, self.answer = part("tokens", np.uint32), part("answer", bool)
+        self.rows = part("rows", ROW)
+        if (folder / f"{name}.labels.npy").exists():
+            self.labels = np.asarray(part("labels", np.uint32))
+        if wrong := self._misfit():
+            files.fail(f"{folder}/{name}.*.npy do not fit together", wrong, mend=AGAIN)
 
     @property
     def targets(self) -> int:
         last = self.rows[-1:]
         return int(last["first_target"].sum() + last["targets"].sum())
+
+    def _misfit(self) -> str | None:
+        """Return what of rows, tokens and answers contradicts the rest: rows lie end to end, and
+        each has as many targets as it says, none of them its first token."""
+        count, lengths, targets = len(self.tokens), self.rows["length"], self.rows["targets"]
+        if count != len(self.answer):
+            return f"{count} tokens, {len(self.answer)} mask entries"
+        if self.labels is not None and len(self.labels) != len(self.rows):
+            return f"{len(self.labels)} labels of {len(self.rows)} rows"
+        if int(lengths.sum(dtype=np.uint64)) != count or not lengths.all():
+            return f"rows of {int(lengths.sum(dtype=np.uint64))} tokens, {count} tokens"
+        for begin, size in (("start", lengths), ("first_target", targets)):
+            if (self.rows[begin] != np.cumsum(size, dtype=np.uint64) - size).any():
+                return f"a {begin} that is not where the row before ends"
+        some = slice(int(np.searchsorted(self.rows["start"], LOOKED_AT)))
+        starts = self.rows["start"][some].astype(np.int64)
+        mask = self.answer[: int(lengths[some].sum())]
+        if len(mask) and mask.view(np.uint8).max() > 1:
+            return "a mask entry that is neither True nor False"
+        if mask[starts].any():
+            return "a target that is the first token of its row, which nothing predicts"
+        if len(starts) and (np.add.reduceat(mask, starts, dtype=np.int64) != targets[some]).any():
+            return "a row with another number of targets than its mask"
+        return None
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token id (of the first LOOKED_AT tokens); -1 of an empty split."""
+        return int(self.tokens[:LOOKED_AT].max(initial=0)) if len(self.tokens) else -1
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row's token ids and its answer mask, both (L,)."""
@@ -174,19 +204,27 @@ class Dataset:
     """A folder that prepare_data.py finished. Raises the one-line error when it is missing,
     unfinished or of another format."""
 
-    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, trust_remote_code: bool = False, verify: bool = False
+    ) -> None:
         self.folder, self.trust_remote_code = Path(folder), trust_remote_code
-        self.meta = files.read_json(
-            self.folder / "meta.json", mend="make data (python prepare_data.py --help)"
-        )
+        path = self.folder / "meta.json"
+        self.meta = files.read_json(path, mend="make data (python prepare_data.py --help)")
         if self.meta.get("format") != FORMAT:
             files.fail(
                 f"{folder} has another format",
                 seen=self.meta.get("format"),
                 wanted=FORMAT,
-                mend="make data, with ARGS=--fresh",
+                mend=AGAIN,
             )
+        files.expect(path, self.meta, META, AGAIN)
+        if not files.check(self.folder, self.meta, verify, AGAIN):
+            files.say_none(self.folder)
         self.train, self.val = Split(self.folder, "train"), Split(self.folder, "val")
+        for split in (self.train, self.val):
+            most = -1 if split.labels is None else int(split.labels.max(initial=0))
+            if most >= len(self.labels):
+                files.fail(f"{folder} holds a label without a name", most, self.labels, AGAIN)
         if not len(self.train.rows):
             files.fail(
                 f"{folder} holds no training row",
@@ -218,6 +256,17 @@ class Dataset:
         size = self.meta["rows_per_chunk"]
         return range(chunk * size, min((chunk + 1) * size, len(self.train.rows)))
 
+    def check_tokens(self, rows: int, folder: Path) -> None:
+        """Refuse rows that hold tokens which a model of so many embeddings does not know."""
+        most = max(self.train.largest_token, self.val.largest_token)
+        if most >= rows:
+            files.fail(
+                f"{self.folder} holds tokens that {folder} does not know",
+                f"token {most}",
+                f"0 to {rows - 1}",
+                AGAIN,
+            )
+
     def tokenizer(self):
         """Return the tokenizer that made the data."""
         return template.load_tokenizer(self.folder / "tokenizer", self.trust_remote_code)
@@ -235,12 +284,7 @@ def retokenized(folder: Path, name: str, tokenizer, max_len: int) -> Split:
         made = tokenizer(batch["text"].to_pylist(), truncation=True, max_length=longest)
         ids += [np.array(tokens, np.uint32) for tokens in made["input_ids"]]
     if len(ids) != len(own.rows):
-        files.fail(
-            f"{texts} does not fit the rows",
-            f"{len(ids)} texts",
-            f"{len(own.rows)}",
-            "make data, with ARGS=--fresh",
-        )
+        files.fail(f"{texts} does not fit the rows", f"{len(ids)} texts", f"{len(own.rows)}", AGAIN)
     lengths = np.array([len(row) for row in ids], np.int64)
     own.rows = own.rows.copy()
     own.rows["length"], own.rows["start"] = lengths, np.cumsum(lengths) - lengths

@@ -17,7 +17,8 @@ from torch import Tensor
 from lib import checkpoints, data, files, losses, plan
 from lib.models import Model
 
-COLUMNS = ("count", "ce", "acc1", "acc5", "kl", "rkl", "agree")  # what is summed over targets
+# what is summed over targets
+COLUMNS = ("count", "ce", "acc1", "acc5", "own_ce", "kl", "rkl", "agree")
 # of confidence, for the expected calibration error (Guo et al., arXiv:1706.04599, eq. 3)
 BINS = 15
 MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is written
@@ -60,7 +61,8 @@ def measure(
     sources: Sequence[str] = (),
 ) -> dict:
     """Return the measures (docs/measures.md says what each means) over all targets of a split;
-    `kl`, `rkl` and `agree` where the teacher is known there at T=1; "by_source": {NAME: the same}
+    `kl`, `rkl` and `agree` where the teacher is known there at T=1; `own_ce` where the output layer
+    has more rows than the first `vocab`, over which all others are; "by_source": {NAME: the same}
     where the rows come from several of the `sources`; of rows with a class each "predicted": the
     class numbers (rows,)."""
     if not split.targets:
@@ -68,6 +70,7 @@ def measure(
     training = model.module.training
     model.module.eval()
     head, tally = model.head(vocab), Tally(split)
+    beyond = head.beyond()
     if teacher is not None and not teacher.compares:
         teacher = None
     for batch in val_batches(split, tokens_per_microbatch):
@@ -75,8 +78,13 @@ def measure(
         with torch.autocast(model.device.type, amp, enabled=amp is not None):
             hidden = model.hidden(batch)
         known = None if teacher is None else teacher.val_at(batch, 1)
-        for part, z in head.chunks(hidden.to(amp) if amp else hidden):
-            values, top = at_targets(z, batch.labels[part], None if known is None else known[part])
+        hidden = hidden.to(amp) if amp else hidden
+        for part, z in head.chunks(hidden):
+            more = None
+            if beyond:
+                more = torch.cat([other.logsumexp(1) for _, other in beyond.chunks(hidden[part])])
+            of_teacher = None if known is None else known[part]
+            values, top = at_targets(z, batch.labels[part], of_teacher, more)
             if not torch.isfinite(values).all():
                 files.fail(
                     "the model's logits on val are not finite",
@@ -86,7 +94,9 @@ def measure(
                 )
             tally.add(batch.numbers[part], values, top)
     model.module.train(training)
-    return tally.measures(vocab, sources, teacher is not None)
+    absent = set() if beyond else {"own_ce"}
+    absent |= {"kl", "rkl", "agree"} if teacher is None else set()
+    return tally.measures(vocab, sources, absent)
 
 
 def val_batches(split: data.Split, tokens_per_microbatch: int) -> Iterator[data.Batch]:
@@ -99,13 +109,16 @@ def val_batches(split: data.Split, tokens_per_microbatch: int) -> Iterator[data.
 
 
 def at_targets(
-    z: Tensor, labels: Tensor, teacher: losses.TopK | losses.Whole | None
+    z: Tensor,
+    labels: Tensor,
+    teacher: losses.TopK | losses.Whole | None,
+    beyond: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return at n targets the COLUMNS (without the teacher's, where there is none) and last the
     confidence, (n, columns) on the CPU in float64, and the likeliest token (n,). z (n, V), the
-    logits, is overwritten."""
+    logits, is overwritten; beyond (n,): the log-sum-exp of those above V, where there are some."""
     label = labels[:, None]
-    z -= z.amax(1, keepdim=True)
+    z -= (most := z.amax(1, keepdim=True))
     at_label = z.gather(1, label)
     rank = (z > at_label).sum(1)
     top = z.argmax(1)
@@ -116,7 +129,10 @@ def at_targets(
         kl, rkl, teachers, total = losses.distance(z, teacher)
         distances = [kl, rkl, top == teachers]
     confidence, ce = 1 / total, total.log() - at_label[:, 0]
-    columns = [torch.ones_like(ce), ce, top == labels, rank < 5, *distances, confidence]
+    own = ce
+    if beyond is not None:
+        own = torch.logaddexp(total.log(), beyond - most[:, 0]) - at_label[:, 0]
+    columns = [torch.ones_like(ce), ce, top == labels, rank < 5, own, *distances, confidence]
     values = torch.stack([column.to(ce.dtype) for column in columns], 1)
     return values.cpu().double(), top
 
@@ -144,13 +160,13 @@ class Tally:
         place = source * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1)
         self.bins.index_add_(0, place, values[:, [-1, 2]])
 
-    def measures(self, vocab: int, sources: Sequence[str], compared: bool) -> dict:
-        """Return what `measure` does."""
+    def measures(self, vocab: int, sources: Sequence[str], absent: set[str]) -> dict:
+        """Return what `measure` does, without those that are `absent`."""
         bins = self.bins.view(len(self.there), BINS, 2)
-        whole, by_source = shares(self.sums.sum(0), bins.sum(0), compared), {}
+        whole, by_source = shares(self.sums.sum(0), bins.sum(0), absent), {}
         for number, name in sources_apart(self.split, sources):
             place = np.searchsorted(self.there, number)
-            by_source[name] = shares(self.sums[place], bins[place], compared)
+            by_source[name] = shares(self.sums[place], bins[place], absent)
         if self.split.labels is not None:
             for measures in (whole, *by_source.values()):
                 del measures["ppl"], measures["acc5"]
@@ -160,21 +176,15 @@ class Tally:
         return whole | ({"by_source": by_source} if by_source else {})
 
 
-def shares(sums: torch.Tensor, bins: torch.Tensor, compared: bool) -> dict:
-    """Return the measures of one set of targets. sums (columns,) over them, in the order of
-    COLUMNS; bins (BINS, 2) confidence, right."""
+def shares(sums: torch.Tensor, bins: torch.Tensor, absent: set[str]) -> dict:
+    """Return the measures of one set of targets, without those that are `absent`. sums (columns,)
+    over them, in the order of COLUMNS; bins (BINS, 2) confidence, right."""
     n = int(sums[0])
     result = dict(zip(COLUMNS[1:], (sums[1:] / n).tolist()))
-    ce, distances = result["ce"], {name: result.pop(name) for name in ("kl", "rkl", "agree")}
-    ece = (bins[:, 0] - bins[:, 1]).abs().sum().item() / n
-    return {
-        "ce": ce,
-        "ppl": math.exp(min(ce, 700.0)),
-        **result,
-        "ece": ece,
-        **(distances if compared else {}),
-        "targets": n,
-    }
+    result["ppl"] = math.exp(min(result["ce"], 700.0))
+    result["ece"] = (bins[:, 0] - bins[:, 1]).abs().sum().item() / n
+    order = ("ce", "ppl", "acc1", "acc5", "own_ce", "ece", "kl", "rkl", "agree")
+    return {name: result[name] for name in order if name not in absent} | {"targets": n}
 
 
 def confusion(
@@ -268,7 +278,17 @@ def alone(
     by_source = {"by_source": measures.get("by_source", {})}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
+    if "own_ce" in line:
+        print(f"eval: {cut(model)}; own_ce is over all its rows")
     print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))
+
+
+def cut(model: Model) -> str:
+    """Return in words which of a model's tokens are measured and trained, where these are not all;
+    else ""."""
+    if model.limit is None or model.limit >= model.vocab:
+        return ""
+    return f"ce and all else is over the first {model.limit:,} of its {model.vocab:,} tokens"
 
 
 def sources_apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:

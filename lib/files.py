@@ -1,26 +1,48 @@
 """Files that are whole or absent: atomic writes, folders published by rename, growing .npy files,
-hashes, one-line errors.
+checksums, what is read held against a schema, one-line errors.
+
+    python -m lib.files data/demo logits/demo runs/demo     # `make verify`: every byte that has a
+                                                            # checksum; exit code 1 if one is wrong
 
 Contract: every write goes to a temporary name beside its target and is renamed; a reader sees the
 old file or the new one, never a half. A folder is complete when its `meta.json` / `config.json`,
 written last, exists.
+
+Checksums: a sealed JSON file (`write_json`) holds those of the files beside it, {"checksums":
+{NAME: {"bytes": N, "crc32": 8 hex digits a BLOCK}}}, and as its last line its own: "seal", the
+CRC-32 of the text before. Whoever reads such a file (`read_json`) checks the seal; `check` the
+files: small ones whole, of large ones some blocks, or every byte. "seal": null says that somebody
+edited the file and means it; a file without both was made before there were any.
 """
 
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import random
 import shutil
+import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
 NEVER_DELETED = "answers"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+BLOCK = 1 << 22  # bytes that one checksum stands for
+SMALL = 64_000_000  # bytes up to which a file is checked whole wherever it is read
+SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
+LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
+SEAL = ',\n  "seal": "'
+SUMS = {...: {"bytes": range(1 << 62), "crc32": str, "grows?": bool}}  # a schema: see `misfit`
 
 
 def fail(
@@ -44,6 +66,16 @@ def need(package: str, what: str) -> None:
         fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
 
 
+def refuse_pointers(*places: Path) -> None:
+    """Refuse a file, or a file in a folder, that only says where Git LFS has the real one."""
+    for place in places:
+        for path in sorted(place.glob("*")) if os.path.isdir(place) else [place]:
+            if os.path.isfile(path) and path.stat().st_size < 1000:
+                with open(path, "rb") as file:
+                    if file.read(len(POINTER)) == POINTER:
+                        fail(f"{path} is a Git LFS pointer, not the file", mend="git lfs pull")
+
+
 def sync(path: Path) -> None:
     """Force a file or folder to the disk, so that a power cut cannot reorder it after a later
     rename."""
@@ -64,18 +96,200 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON whole or not at all; an object that holds `checksums` is sealed."""
+    if not isinstance(value, dict) or "checksums" not in value:
+        return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    value = {key: one for key, one in value.items() if key != "seal"}
+    body = json.dumps(value, indent=2, ensure_ascii=False).removesuffix("\n}")
+    write_text(path, body + SEAL + _seal(body))
 
 
-def read_json(path: Path, mend: str | None = None) -> dict:
-    """Read a JSON file; a missing or broken one is a one-line error that names `mend`."""
+def read_json(path: Path, mend: str | None = None, schema: Any = None) -> dict:
+    """Read a JSON file that holds an object; a missing or broken one, one that is not as it was
+    sealed, or not as a schema (`misfit`) wants it, is a one-line error that names `mend`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes().decode("utf-8")
+        value = json.loads(text)
     except FileNotFoundError:
         fail(f"{path} is missing", mend=mend)
-    except (OSError, ValueError) as broken:
-        fail(f"{path} is not readable JSON", seen=broken, mend=mend)
+    except (OSError, ValueError, RecursionError) as broken:
+        fail(f"{path} is not readable JSON", broken, mend=mend)
+    if not isinstance(value, dict):
+        fail(f"{path} is not readable JSON", f"{text[:40]!r}", "an object: {...}", mend)
+    if ("seal" in value or "checksums" in value) and value.get("seal", "") is not None:
+        body, _, end = text.rpartition(SEAL)
+        if end != _seal(body):
+            meant = 'where somebody edited it and means it: "seal": null in place of its last line'
+            seen = "another text than its seal (its last line) was made of"
+            fail(f"{path} is damaged", seen, mend=f"{mend}; {meant}" if mend else meant)
+    if "checksums" in value:
+        expect(path, value, {"checksums": SUMS}, mend)
+    if schema is not None:
+        expect(path, value, schema, mend)
+    return value
+
+
+def expect(path: Path, value: object, schema: Any, mend: str | None = None) -> None:
+    """Refuse what a file holds where it is not as a schema wants it."""
+    if wrong := misfit(value, schema):
+        fail(f"{path} holds what no script of ours wrote", *wrong, mend)
+
+
+def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
+    """Return (what was seen, what was wanted) where a JSON value is not as a schema wants it, None
+    where it is. A schema: a type (float: a finite number), a range or set of values, a tuple of
+    schemas one of which must fit, [of each item], {key: of its value}, or a function of the value;
+    a key that may be missing ends in "?", and `...` is every key.
+
+    Worked example: {"k": range(1, 99), "mix?": (str, None)} fits {"k": 16}, and {"k": True} not.
+    """
+    if isinstance(schema, tuple):
+        found = [misfit(value, one, name) for one in schema]
+        return None if None in found else found[0]
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(schema, dict):
+        fits = isinstance(value, dict)
+        for key, inner in schema.items() if fits else ():
+            if key is ...:
+                inside += [(one, inner) for one in value]
+            elif (plain := key.rstrip("?")) in value:
+                inside.append((plain, inner))
+            elif key == plain:
+                return f"no {f'{name}.{key}'.lstrip('.')}", "that key"
+    elif isinstance(schema, list):
+        fits = isinstance(value, list)
+        inside = [(place, schema[0]) for place in range(len(value))] if fits else []
+    elif schema in (int, float):  # no bool is one
+        fits = type(value) is int and abs(value) < 1 << 63
+        fits = fits or schema is float and type(value) is float and math.isfinite(value)
+    elif isinstance(schema, range):  # of a text it would look at every number
+        fits = type(value) is int and value in schema
+    elif isinstance(schema, set):
+        fits = type(value) in (int, str) and value in schema
+    elif schema is None or isinstance(schema, type):
+        fits = value is None if schema is None else isinstance(value, schema)
+    else:
+        fits = schema(value)
+    if not fits:
+        kind = "an object" if isinstance(schema, dict) else getattr(schema, "__name__", str(schema))
+        return f"{name or 'it'}: {str(value)[:40]!r}", kind
+    found = [misfit(value[key], inner, f"{name}.{key}".lstrip(".")) for key, inner in inside]
+    return next(filter(None, found), None)
+
+
+def number(value: object) -> bool:
+    """Return whether a JSON value is a number that a float holds; NaN and infinity may be one."""
+    return type(value) is float or type(value) is int and abs(value) < 1 << 63
+
+
+def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="r") -> np.memmap:
+    """Map a one-dimensional .npy file; one that cannot be read, or holds anything but that dtype,
+    byte order included, is a one-line error. mode: as np.memmap's."""
+    dtype = np.dtype(dtype)
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+        size = os.path.getsize(path)
+    # what numpy raises of a header that is none
+    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, EOFError) as broken:
+        fail(f"{path} cannot be read", broken, "an array as our scripts write it", mend)
+    if array.dtype != dtype or array.ndim != 1:
+        seen = f"{array.dtype} of shape {array.shape}"
+        fail(f"{path} holds another kind of array", seen, f"{dtype}, one-dimensional", mend)
+    if size != array.offset + array.nbytes:
+        seen = f"{size} bytes"
+        fail(f"{path} is not whole", seen, array.offset + array.nbytes, mend)
+    return array if mode == "r" else np.lib.format.open_memmap(path, mode=mode)
+
+
+# --- checksums
+
+
+def _seal(body: str) -> str:
+    """Return what follows SEAL in a sealed file."""
+    return f'{zlib.crc32(body.encode("utf-8")):08x}"\n}}\n'
+
+
+def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
+    """Return the checksums of a file, or of its first `size` bytes, in one pass, which also feeds
+    `digest` (of hashlib), if given."""
+    size = path.stat().st_size if size is None else size
+    starts, at_once, found = range(0, size, BLOCK), 16, []
+    bar = tqdm(
+        total=size,
+        desc=f"checksums of {path.name}",
+        unit="B",
+        unit_scale=True,
+        disable=size < 16 * SMALL or not sys.stderr.isatty(),
+    )
+    with open(path, "rb") as source, ThreadPoolExecutor() as pool, bar:
+        for first in range(0, len(starts), at_once):
+            some = starts[first : first + at_once]
+            blocks = [source.read(min(BLOCK, size - start)) for start in some]
+            made = pool.map(zlib.crc32, blocks)
+            for block in blocks if digest else ():
+                digest.update(block)
+            found += [f"{one:08x}" for one in made]
+            bar.update(sum(map(len, blocks)))
+    return {"bytes": size, "crc32": "".join(found)}
+
+
+def with_sum(line: bytes) -> bytes:
+    """Return an object's JSON with its own checksum as its last field."""
+    body = line.removesuffix(b"}")
+    return body + LINE_SUM + f'{zlib.crc32(body):08x}"}}'.encode()
+
+
+def is_whole(line: bytes) -> bool:
+    """Return whether a line is as `with_sum` made it."""
+    return with_sum(line.rpartition(LINE_SUM)[0]) == line
+
+
+def checksums(folder: Path) -> dict:
+    """Return the checksums of all files below a folder, by name, but what is hidden."""
+    there = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != ".")
+    return {path.relative_to(folder).as_posix(): sums(path) for path in there}
+
+
+def damage(path: Path, known: dict, whole: bool = False) -> str | None:
+    """Return what tells a file from the one that its checksums are of, None where nothing does. Of
+    a file above SMALL bytes blocks here and there alone are looked at, unless it is asked for
+    `whole`."""
+    if not path.is_file():
+        return "no such file"
+    size, blocks = path.stat().st_size, -(-known["bytes"] // BLOCK)
+    if known.get("grows"):  # as a log does: what was there must be there still
+        size = min(size, known["bytes"])
+    if size != known["bytes"] or 8 * blocks != len(known["crc32"]):
+        return f"{size} bytes instead of {known['bytes']}"
+    wanted = [known["crc32"][8 * n : 8 * n + 8] for n in range(blocks)]
+    if whole or size <= SMALL:
+        made = sums(path, size=size)["crc32"]
+        seen = {n: made[8 * n : 8 * n + 8] for n in range(blocks)}
+    else:
+        seen, dice = {}, random.Random()  # other blocks every time
+        with open(path, "rb") as source:
+            for n in {0, blocks - 1, *dice.sample(range(blocks), min(SAMPLED, blocks))}:
+                source.seek(n * BLOCK)
+                seen[n] = f"{zlib.crc32(source.read(BLOCK)):08x}"
+    wrong = min((n for n in seen if seen[n] != wanted[n]), default=None)
+    return None if wrong is None else f"another checksum at byte {wrong * BLOCK:,}"
+
+
+def check(folder: Path, sealed: dict, whole: bool, mend: str | None) -> bool:
+    """Refuse files in a folder that are not as they were when `sealed` was written; return whether
+    it holds checksums at all. (What lies outside the folder, or somebody may have moved away, its
+    reader checks.)"""
+    for name, known in sealed.get("checksums", {}).items():
+        if name.startswith("../") or name.startswith("rows/") and not (folder / name).exists():
+            continue
+        if seen := damage(folder / name, known, whole):
+            fail(f"{folder / name} is damaged", seen, "the file as it was written", mend)
+    return "checksums" in sealed
+
+
+def say_none(folder: Path) -> None:
+    """Say that a folder has no checksums."""
+    print(f"{folder} has no checksums, for it was made before there were any: not checked")
 
 
 def json_lines(
@@ -88,7 +302,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 
@@ -145,14 +359,15 @@ def publish(partial: Path, folder: Path) -> None:
     _drop(old, folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, state: str | None = None) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
-    need be) or absent."""
+    need be) or absent. An unfinished self that holds the file `state` stays."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     _drop(old, folder)
-    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
+    if state is None or not (beside(folder, "part") / state).exists():
+        shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -212,6 +427,31 @@ def locked(folder: Path) -> bool:
         return True
 
 
+def check_out(out: str | Path, file: bool = False) -> None:
+    """Refuse an --out that no folder (or `file`) can be made at, before anything is computed for
+    it."""
+    seen, wanted, what = None, "a file" if file else "a new folder", "cannot be written"
+    try:
+        path = Path(str(out).encode("utf-8").decode()).resolve()
+        there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+        if not path.name:
+            seen = "the root of the disk"
+        elif len(os.fsencode(path.name)) > 200:  # others beside it get longer names
+            seen = "a name of more than 200 bytes"
+        elif there != path and not there.is_dir():
+            seen = f"{there}, which is no folder"
+        elif there == path and there.is_dir() == file:
+            seen, what = "a folder" if file else "something that is no folder", "is in the way"
+        elif not os.access(there, os.W_OK):
+            seen = f"{there}, which may not be written"
+    except UnicodeEncodeError:
+        out, seen, wanted = ascii(str(out)), "a name that is not UTF-8", f"{wanted}, in UTF-8"
+    except (OSError, RuntimeError, ValueError) as broken:  # a loop of links; a NUL
+        seen = str(broken)
+    if seen:
+        fail(f"--out {out} {what}", seen, wanted, "another --out")
+
+
 def free_bytes(folder: Path) -> int:
     """Return the free bytes of the disk that holds `folder` (or its nearest parent that exists)."""
     folder = Path(folder).absolute()
@@ -236,10 +476,13 @@ class NpyWriter:
     place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.dtype, self.count = np.dtype(dtype), 0
-        self.file = open(path, "wb")
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values."""
+        self.dtype, self.count = np.dtype(dtype), count
+        self.file = open(path, "r+b" if count else "wb")
         self._header()
+        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)
@@ -266,3 +509,57 @@ class NpyWriter:
             self.count,
         )
         self.file.close()
+
+
+def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
+    """Check every byte that has a checksum below a folder: return how many files and bytes, and
+    what is wrong of them. seen: files that need no second look."""
+    count, size, wrong = 0, 0, []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            sealed = read_json(path)
+        except SystemExit as broken:
+            wrong.append(str(broken).removeprefix("error: "))
+            continue
+        if "checksums" not in sealed:
+            if path.name == "meta.json" or path.name == "config.json" and "settings" in sealed:
+                say_none(path.parent)
+            continue
+        for name, known in {path.name: None, **sealed["checksums"]}.items():
+            one = (path.parent / name).resolve()
+            if one in seen or name.startswith("rows/") and not one.exists():
+                continue
+            seen.add(one)
+            if known and (what := damage(one, known, whole=True)):
+                wrong.append(f"{path.parent / name} is damaged; saw {what}")
+            elif one.exists():
+                count, size = count + 1, size + one.stat().st_size
+    for path in folder.rglob("journal.jsonl"):  # of the newest answers, each line with its own
+        *lines, torn = path.read_bytes().split(b"\n")
+        count, size = count + 1, size + path.stat().st_size
+        ours = any(LINE_SUM in line for line in lines)
+        if torn or ours and not all(map(is_whole, lines)):
+            wrong.append(f"{path} is torn or damaged: what is not whole of it is asked again")
+    return count, size, wrong
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check the folders that are named: one line each, and one for each file that is wrong."""
+    folders, failed = sys.argv[1:] if argv is None else argv, False
+    if not folders or folders[0].startswith("-"):
+        print("usage: python -m lib.files FOLDER ...: check every byte that has a checksum")
+        raise SystemExit(2)
+    seen: set[Path] = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            fail(f"{folder} is no folder", wanted="one of data/, logits/ or runs/")
+        count, size, wrong = verify(folder, seen)
+        for line in wrong:
+            print(f"error: {line}")
+        failed = failed or bool(wrong)
+        print(f"verify {folder}: {count} files, {human(size)}, {len(wrong)} damaged", flush=True)
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()

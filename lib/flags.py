@@ -3,10 +3,27 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
+from lib import template
+
 Moving = float | tuple[float, float]  # a number, or one that moves from the first step to the last
+
+
+def template_args(text: str) -> dict[str, Any]:
+    """Read --template-args."""
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if fault := template.bad_arguments(read):
+        raise argparse.ArgumentTypeError(
+            f'saw {text[:60]!r} ({fault}), wanted JSON like {{"enable_thinking": false}}'
+        )
+    return read
+
 
 SHARED: dict[str, dict[str, Any]] = {
     "--data": dict(required=True, metavar="DIR", help="the folder prepare_data.py wrote"),
@@ -108,8 +125,27 @@ SHARED: dict[str, dict[str, Any]] = {
         type=int,
         default=4096,
         metavar="N",
-        help="tokens of one forward pass, as memory allows (default: %(default)s)",
+        help=(
+            "tokens of one forward pass, as memory allows; results differ by rounding (bf16's or"
+            " fp16's with --amp), and in a model with dropout, by what is drawn (default:"
+            " %(default)s)"
+        ),
         free=True,
+    ),
+    "--chat-template": dict(
+        metavar="FILE|NAME",
+        help=(
+            "chat template: a file, chatml, llama3 or gemma (of the turn tokens that the vocabulary"
+            " has), one of several by name, or a model that has one (default: the tokenizer's own)"
+        ),
+    ),
+    "--template-args": dict(
+        type=template_args,
+        metavar="JSON",
+        help=(
+            'arguments of the chat template, {"enable_thinking": false} (default: what the'
+            " template does without)"
+        ),
     ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
     "--device": dict(
@@ -142,6 +178,14 @@ SHARED: dict[str, dict[str, Any]] = {
         help="throw away what --out holds and start anew (default: continue it)",
         free=True,
     ),
+    "--verify": dict(
+        action="store_true",
+        help=(
+            "check every byte of what is read by its checksum first (default: of files above 64 MB"
+            " some blocks)"
+        ),
+        free=True,
+    ),
     "--trust-remote-code": dict(
         action="store_true", help="let a model folder run its own Python code (default: refuse)"
     ),
@@ -157,7 +201,8 @@ SHARED: dict[str, dict[str, Any]] = {
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
-    "the run": "--eval-every --patience --save-every --log-every --save-dtype --seed --fresh",
+    "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
+        --verify""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }
@@ -165,7 +210,8 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
 
 class Arguments(argparse.Namespace):
     """What was parsed. free: names of flags that may differ when a run is continued, since they
-    change results by float32 rounding at most; defaults: of every flag."""
+    change results by rounding at most (--tokens-per-microbatch: also which numbers dropout draws);
+    defaults: of every flag."""
 
     __slots__ = ("free", "defaults")
     free: frozenset[str]

@@ -22,15 +22,18 @@ transformers' own continuous batching (5.23, `generate_batch`) has one seed for 
 sampled answer depends on its company.
 """
 
+import copy
+import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lib import files
@@ -73,7 +76,8 @@ class Sampling:
 class Request:
     """key: handed back with the answer. ids: the prompt's tokens. seed: of its own random numbers.
     how: its own way to sample, in place of the batch's. top: with each token its log-probability
-    comes, and those of the `top` likeliest; None: without.
+    comes, and those of the `top` likeliest; None: without. written: the first tokens of the answer,
+    where it was begun already: it goes on behind them, as if it had never been cut.
     """
 
     key: Hashable
@@ -82,6 +86,11 @@ class Request:
     seed: int = 0
     how: Sampling | None = None
     top: int | None = None
+    written: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.ids, *self.written]
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,18 @@ class Answer:
     end: int | None = None
 
 
+@contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Raise torch.OutOfMemoryError on every device: the CPU's is a RuntimeError or a
+    MemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as full:
+        if isinstance(full, RuntimeError) and "DefaultCPUAllocator" not in str(full):
+            raise
+        raise torch.OutOfMemoryError(str(full) or "MemoryError") from None
+
+
 def end_tokens(how, *more: int | None) -> list[int]:
     """Return the tokens that end an answer: a generation_config's own, and `more`."""
     own = how.eos_token_id if isinstance(how.eos_token_id, list) else [how.eos_token_id]
@@ -114,6 +135,59 @@ def pad_token(how, tokenizer) -> int:
     """Return what fills a row up: the generation_config's token, the tokenizer's, or any."""
     known = (how.pad_token_id, tokenizer.pad_token_id, *end_tokens(how, tokenizer.eos_token_id), 0)
     return next(token for token in known if token is not None)
+
+
+def read_config(folder: Path):
+    """Return a folder's generation_config as transformers can write it again, or None where there
+    is no file. What it sets beyond that is left out, and said; greedy is what a temperature or
+    top_p of 0 means."""
+    if not (path := folder / "generation_config.json").exists():
+        return None
+    told = files.read_json(path, "a whole one, or none")
+    if not isinstance(told, dict):
+        files.fail(f"{path} holds no settings", type(told).__name__, "a JSON object")
+    plain = {name: as_meant(name, value) for name, value in told.items()}
+    if 0 in (plain.get("temperature"), plain.get("top_p")):
+        plain["do_sample"] = False
+    if plain == told and (whole := fits(GenerationConfig(), told)):
+        return whole
+    # what others depend on comes first
+    first = ("do_sample", "num_beams", "return_dict_in_generate")
+    kept, left_out = GenerationConfig(), []
+    for name in sorted(told, key=lambda name: (name not in first, name)):
+        if trial := fits(kept, {name: plain[name]}):
+            kept = trial
+        if not trial or plain[name] != told[name]:
+            left_out.append(f"{name} {told[name]!r}")
+    if left_out:
+        print(f"model: of {path} these are left out or mended: {', '.join(left_out)}")
+    return kept
+
+
+def as_meant(name: str, value: Any) -> Any:
+    """Return a setting whose number or truth value was written as a text, or whose tokens are not
+    all numbers of tokens, without that."""
+    if name.endswith("_token_id"):
+        some = value if isinstance(value, list) else [value]
+        good = [token for token in some if type(token) is int and token >= 0]
+        return value if len(good) == len(some) else good or None
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return read if isinstance(read, bool | int | float) else value
+
+
+def fits(how: GenerationConfig, more: dict[str, Any]) -> GenerationConfig | None:
+    """Return a generation_config with more settings, or None where it could not be saved."""
+    trial = copy.deepcopy(how)
+    try:
+        trial.update(allow_custom_entries=True, **more)
+        trial.validate(strict=True)
+        json.loads(trial.to_json_string())
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return trial
 
 
 def unknown_settings(how) -> dict[str, object]:
@@ -407,7 +481,7 @@ class InFlight:
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         """Run the prompts `new` and give them places. Return the first token of each: (place,
         id)."""
-        logits, cache, mask = prefill(self.module, [request.ids for request in new])
+        logits, cache, mask = prefill(self.module, [request.tokens for request in new])
         free = self.make_room(len(new), mask.shape[1], cache)
         at, hi = torch.tensor(free, device=self.device), self.span[1]
         padding = ~mask[:, None, :, None]
@@ -443,14 +517,14 @@ class InFlight:
 
     def seat(self, place: int, request: Request, how: Sampling) -> None:
         """Note whose place this is from now on."""
-        start = self.span[1] - len(request.ids)
+        start = self.span[1] - len(request.tokens)
         limit = min(request.max_new_tokens, self.context - len(request.ids))
         uniform = np.random.default_rng(request.seed).random(limit) if how.temperature else None
-        self.rows[place] = Row(request, how, start, limit, uniform)
-        self.lengths[place], self.starts[place] = len(request.ids), start
+        self.rows[place] = Row(request, how, start, limit, uniform, [*request.written])
+        self.lengths[place], self.starts[place] = len(request.tokens), start
         if self.seen is not None:
             self.seen[place] = False
-            self.seen[place, torch.tensor(request.ids, device=self.device)] = True
+            self.seen[place, torch.tensor(request.tokens, device=self.device)] = True
 
     def step(self) -> list[tuple[int, int]]:
         """Write one token of every row in work. Return them: (place, id)."""
@@ -527,7 +601,7 @@ def generate(
                 break
             if request is None:
                 break
-            assert 0 < len(request.ids) < batch.context, len(request.ids)
+            assert 0 < len(request.tokens) < batch.context, len(request.tokens)
             new.append(request)
         if not busy and not new:
             if more:
@@ -535,7 +609,7 @@ def generate(
             return
 
         # --- one token for every row that has come, or for all
-        with turn or nullcontext():
+        with turn or nullcontext(), one_memory_error():
             written = batch.admit(new) if new else batch.step()
         for place, next_id in written:
             row = batch.tenant(place)

@@ -7,11 +7,13 @@ chunk.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+# log of a mass that float32's exp can still tell from 0; a bucket that is empty counts as so light
+FLOOR = -70.0
 CHUNK_BYTES = 1 << 27  # one buffer of (chunk, V) logits: 128 MiB, 220 targets at V = 151,936
 
 
@@ -57,6 +59,13 @@ class Head:
         weight = self.weight.detach()[: self.vocab]
         return weight.to(compute_dtype(dtype, weight.device))
 
+    def beyond(self) -> "Head | None":
+        """Return the layer's other rows, from `vocab` on, as a head of their own; None without."""
+        if (more := len(self.weight) - self.vocab) <= 0:
+            return None
+        bias = None if self.bias is None else self.bias[self.vocab :]
+        return replace(self, weight=self.weight[self.vocab :], bias=bias, vocab=more)
+
     @torch.no_grad()
     def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield (which targets, their logits (n, V)); the logits' buffer is used again for the next
@@ -91,6 +100,15 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
+def lift(z: Tensor, least: float = FLOOR) -> Tensor:
+    """Add to each row of z (n, V), log-masses, what brings its largest to 0 where that is below
+    `least`, so that exp does not underflow, and return what was added (n,): mostly 0."""
+    top = z.amax(1)
+    raised = torch.where((top < least) & ~top.isinf(), -top, 0.0)
+    z.add_(raised[:, None])
+    return raised
+
+
 def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor, Tensor, Tensor]:
     """Summarise teacher logits z (n, V), which are overwritten, by the k largest and the exact mass
     of the others.
@@ -103,6 +121,7 @@ def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor
     top = values[:, :1]
     gaps = top - values
     z.sub_(top).scatter_(1, ids, -torch.inf)
+    raised = lift(z, FLOOR * min(temperatures))
     tails = torch.empty(len(z), len(temperatures), dtype=z.dtype, device=z.device)
     # exp once, at the highest temperature; lower ones are powers of it: a square where T halves
     order = sorted(range(len(temperatures)), key=lambda i: -temperatures[i])
@@ -110,5 +129,5 @@ def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor
     for i in order:
         z = z.div_(temperatures[i]).exp_() if above is None else z.pow_(above / temperatures[i])
         above = temperatures[i]
-        tails[:, i] = z.sum(1).log_()
+        tails[:, i] = z.sum(1).log_() - raised / temperatures[i]
     return ids, gaps, tails

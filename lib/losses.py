@@ -12,9 +12,10 @@ when the teacher ran). With d_i = z_i - z_max:
 
     loss = alpha * T^2 * D(p, q) + (1 - alpha) * CE      summed over targets, in nats
 
-The T^2 keeps gradients of one size over T (Hinton et al., arXiv:1503.02531, section 2). Since every
-divergence here is a function of the k+1 log q_c, with g_c = dD / d log q_c and G = sum_c g_c the
-gradient at ALL V logits is closed:
+The T^2 keeps gradients of one size over T (Hinton et al., arXiv:1503.02531, section 2): one T for
+the chain rule through s/T, one since p and q come together as 1/T. Total variation has T^1: its
+slope does not shrink with the distance. Since every divergence here is a function of the k+1
+log q_c, with g_c = dD / d log q_c and G = sum_c g_c the gradient at ALL V logits is closed:
 
     T * dD/ds_j = g_j - q_j G                 for j in S
                   q_j (g_rest / q_rest - G)   for j not in S
@@ -38,10 +39,8 @@ import torch
 from torch import Tensor
 
 from lib.flags import Moving
-from lib.head import CHUNK_BYTES, Head, compute_dtype, matmul, wide
+from lib.head import CHUNK_BYTES, FLOOR, Head, compute_dtype, lift, matmul, wide
 
-# log of the bucket's least mass, on both sides alike: below it exp underflows in float32
-FLOOR = -70.0
 DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
 # Of a chunk, what a divergence over all V tokens is computed on at once: what stays in a CPU's
 # cache, or few enough kernels on a GPU. It takes about six temporaries of this size.
@@ -131,6 +130,12 @@ class Method:
     divergence: str = "fkl"
     beta: float = 0.5
 
+    @property
+    def slope(self) -> float:
+        """alpha times the power of T, less one, that keeps the divergence's gradient of one size:
+        what multiplies T times the gradient."""
+        return self.alpha if self.divergence == "tvd" else self.alpha * self.temperature
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -206,24 +211,31 @@ def teacher_logp(teacher: TopK, temperature: float) -> Tensor:
     of all others."""
     d = -teacher.gap / temperature
     log_z = torch.logaddexp(d.logsumexp(-1), teacher.tail)
-    rest = (teacher.tail - log_z)[:, None].clamp_min(FLOOR)
-    return torch.cat([d - log_z[:, None], rest], -1)
+    logp, rest = d - log_z[:, None], (teacher.tail - log_z)[:, None]
+    # no mass is known: a light one, and no heavier than the least that is
+    light = logp.amin(-1, keepdim=True).clamp_max(FLOOR)
+    return torch.cat([logp, torch.where(rest.isinf(), light, rest)], -1)
 
 
-def student_logq(z: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def student_logq(
+    z: Tensor, ids: Tensor, temperature: float, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the student's log-probabilities (n, K+1) at T over the same categories, and the sums
-    of exp((s - s_max)/T) over the others (n,) and over all (n,).
+    of exp((s - s_max)/T) over the others, times exp(raised), and over all, each (n,); and raised
+    (n,), which is 0 but where the others are too light for float32 (head.lift).
 
-    z (n, V) holds s - s_max and becomes exp((s - s_max)/T) with zeros at `ids`.
+    z (n, V) holds s - s_max; out (n, V), which may be z, becomes exp((s - s_max)/T + raised) with
+    zeros at `ids`.
     """
     inside = z.gather(1, ids) / temperature
-    # zeros at S, so that the bucket is a sum and never 1 - sum
-    z.div_(temperature).exp_().scatter_(1, ids, 0.0)
-    rest = z.sum(1).clamp_min(math.exp(FLOOR))  # and no smaller: the gradient divides by it
-    total = inside.exp().sum(1) + rest
+    torch.div(z, temperature, out=out).scatter_(1, ids, -torch.inf)
+    raised = lift(out)
+    # of S nothing is in it, so that the bucket is a sum and never 1 - sum
+    rest = out.exp_().sum(1).clamp_min(math.exp(FLOOR))
+    total = inside.exp().sum(1) + rest * (-raised).exp()
     log_total = total.log()
-    bucket = (rest.log() - log_total)[:, None].clamp_min(FLOOR)
-    return torch.cat([inside - log_total[:, None], bucket], -1), rest, total
+    bucket = (rest.log() - raised - log_total)[:, None]
+    return torch.cat([inside - log_total[:, None], bucket], -1), rest, total, raised
 
 
 def piece_bytes(device: torch.device) -> int:
@@ -252,7 +264,7 @@ def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, 
     that is there whole, over all tokens.
     """
     if isinstance(teacher, TopK):
-        logp, (logq, _, total) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0)
+        logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0, z)
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
     other = teacher.logits(torch.empty_like(z))
@@ -273,13 +285,14 @@ def divergence_over_bucket(
     """Return the divergence summed over targets, nats, over the top k and one bucket, and what adds
     T times its gradient at s. z (n, V) holds s - s_max; out (n, V) is a buffer."""
     ids, t = teacher.ids, method.temperature
-    logq, rest, total = student_logq(soft := out.copy_(z), ids, t)
+    logq, rest, total, raised = student_logq(z, ids, t, soft := out)
     kd, g = divergence_and_gradient(teacher_logp(teacher, t), logq, method)  # (), (n, K+1)
     g_sum = g.sum(1)
+    of_soft = g[:, -1] / rest - g_sum / total * (-raised).exp()
 
     # soft is zero at S; the bucket's tokens share its gradient in proportion to their mass
     def add_gradient(d: Tensor, weight: float) -> None:
-        d.addcmul_(soft, (weight * (g[:, -1] / rest - g_sum / total))[:, None])
+        d.addcmul_(soft, (weight * of_soft)[:, None])
         d.scatter_add_(1, ids, weight * (g[:, :-1] - logq[:, :-1].exp() * g_sum[:, None]))
 
     return kd, add_gradient
@@ -333,7 +346,7 @@ def loss_of_logits(
     else:
         kd, add_gradient = divergence_over_all(z, teacher, method, out)
     ce = cross_entropy(z, labels, 1 - method.alpha)
-    add_gradient(z, method.alpha * method.temperature)
+    add_gradient(z, method.slope)
     return ce, kd
 
 
@@ -413,8 +426,7 @@ class _HeadLoss(torch.autograd.Function):
 
         ctx.grads = gradients and gradients.lowered()
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-        alpha, t = method.alpha, method.temperature
-        loss = (1 - alpha) * ce_sum + alpha * t * t * kd_sum
+        loss = (1 - method.alpha) * ce_sum + method.slope * method.temperature * kd_sum
         ctx.mark_non_differentiable(ce_sum, kd_sum)
         return loss, ce_sum, kd_sum
 
@@ -438,7 +450,7 @@ def head_loss(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (loss_sum, ce_sum, kd_sum): the loss of N targets, differentiable, and its two parts
-    in nats (kd without T^2, alpha).
+    in nats (kd without its power of T, alpha).
 
     hidden (N, D)  the body's last hidden states at the positions that predict the targets; only
                    these reach the head

@@ -1,7 +1,8 @@
 """A training run's folder: what makes it resumable, what is logged, and the checkpoints it leaves.
 
     runs/NAME/STAGE/history.jsonl   one object a log line ("event": "eval" or "train"; stage 2 also
-                                    "teacher", its own measures), times in seconds of training
+                                    "teacher", its own measures), times in seconds of training; a
+                                    number that is not finite is printed and not in it
                     last/           resume state: float32 weights, optimizer, counters; removed when
                                     the run is finished
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lib import checkpoints, files, models
@@ -38,6 +40,19 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
+STATE = {  # of last/state.json
+    "step": range(1 << 62),
+    "updates": range(1 << 62),
+    "best": (None, files.number),
+    "trained_s": float,
+    "measures": dict,
+    "more": dict,
+    "sizes": {...: range(1 << 62)},
+    "scaler": dict,
+    "settings": dict,
+}
+ANEW = "--fresh to start anew"
+MOST_SKIPPED = 20  # optimizer steps in a row that fp16's scaler may skip
 MORE_IS_BETTER = ("acc1", "acc5", "agree", "macro_f1")  # of the measures; of all others less
 
 
@@ -123,6 +138,7 @@ class Run:
         self.bar: tqdm | None = None
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
+        self.read_back: dict[str, Any] = {}  # the shapes of the saved checkpoint that was read back
         if not args.fresh:  # else what is there goes in `begin`, once all else has been looked at
             self._leave_if_finished()
             self._open()
@@ -134,7 +150,7 @@ class Run:
         if not finished.exists():
             return
         settings = files.read_json(finished).get("settings")
-        if settings is None:
+        if not isinstance(settings, dict):
             files.fail(
                 f"{self.out} is no run of ours",
                 "a config.json without settings",
@@ -157,7 +173,13 @@ class Run:
         state = self.out / "last" / "state.json"
         if not state.exists():
             return
-        self.state = files.read_json(state)
+        self.state = files.read_json(state, ANEW, STATE)
+        if not files.check(state.parent, self.state, True, ANEW):
+            files.say_none(state.parent)
+        before = self.state.get("checksums", {}).get("../history.jsonl")
+        if before and self.history.exists() and (seen := files.damage(self.history, before, True)):
+            mend = "the file as it was, or delete it: the run goes on without its lines"
+            files.fail(f"{self.history} is damaged above the last saved step", seen, mend=mend)
         self._same(self.state["settings"], "was started")
         for name in ("step", "updates", "best", "trained_s", "measures", "more"):
             setattr(self, name, self.state[name])
@@ -194,12 +216,16 @@ class Run:
         if not self.state:
             return
         folder, device = self.out / "last", next(module.parameters()).device
-        saved = load_file(folder / "weights.safetensors")
+        own = tensors(module)
+        saved = read_tensors(folder / "weights.safetensors", {n: t.shape for n, t in own.items()})
         with torch.no_grad():
-            for name, tensor in tensors(module).items():
+            for name, tensor in own.items():
                 tensor.copy_(saved.pop(name))
-        assert not saved, f"last/ holds tensors the model lacks: {list(saved)[:3]}"
-        flat = load_file(folder / "optimizer.safetensors", device=str(device))
+        wanted: dict[str, torch.Size] = {}
+        one = torch.Size()
+        for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            wanted |= {f"{n}.exp_avg": p.shape, f"{n}.exp_avg_sq": p.shape, f"{n}.step": one}
+        flat = read_tensors(folder / "optimizer.safetensors", wanted, str(device), some=True)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
             number, key = name.split(".", 1)
@@ -231,6 +257,11 @@ class Run:
         sizes = {
             name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()
         }
+        checksums = files.checksums(partial)
+        if "history.jsonl" in sizes:
+            size = sizes["history.jsonl"]
+            grows = files.sums(self.history, size=size) | {"grows": True}
+            checksums["../history.jsonl"] = grows
         files.write_json(
             partial / "state.json",
             {
@@ -243,6 +274,7 @@ class Run:
                 "sizes": sizes,
                 "scaler": scaler.state_dict(),
                 "settings": self.settings,
+                "checksums": checksums,
             },
         )
         files.publish(partial, self.out / "last")
@@ -259,11 +291,13 @@ class Run:
             name: float(f"{value:.7g}") if isinstance(value, float) else value
             for name, value in values.items()
         }
-        line = {"event": event, "step": step, **values, "time_s": round(self.trained_s, 3)}
+        # JSON has no NaN, and no infinity
+        there = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = {"event": event, "step": step, **there, "time_s": round(self.trained_s, 3)}
         with open(self.history, "a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps(line, allow_nan=False) + "\n")
         for listener in self.listeners:
-            listener.line(event, step, values)
+            listener.line(event, step, there)
         said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(said))
 
@@ -311,6 +345,23 @@ class Run:
                     f" {self.out}/last",
                 )
 
+    def count(self, step: int, taken: bool) -> None:
+        """Count an optimizer step, taken or skipped by fp16's scaler; MOST_SKIPPED in a row end the
+        run."""
+        self.updates += taken
+        if taken:
+            self.more.pop("skipped_in_a_row", None)
+            return
+        self.more["skipped_in_a_row"] = skipped = self.more.get("skipped_in_a_row", 0) + 1
+        if skipped >= MOST_SKIPPED:
+            files.fail(
+                f"{self.stage} has skipped {skipped} optimizer steps in a row, up to step {step}",
+                "a gradient that is not finite in float16, however small the loss is scaled",
+                "steps that change the weights",
+                "--amp bf16 or off, or a look at the student's weights; the state before is in"
+                f" {self.out}/last, if one was saved",
+            )
+
     def is_better(self, measures: dict) -> bool:
         """Return whether these measures are the best so far by `best_by`, and remember them if
         so."""
@@ -353,6 +404,11 @@ class Run:
             checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
         if not adapter or merge:
             checkpoints.save(model.module, tokenizer, partial, dtype)
+            heads = checkpoints.heads(sorted(partial.glob("*.safetensors")))
+            if heads != self.read_back:  # the first of this process; all others have its shape
+                amp = models.pick_amp(self.args.amp, model.device)
+                checkpoints.check_saved(model.module, partial, amp, dtype)
+            self.read_back = heads
         else:
             library = "peft"
         task = "text-generation" if model.module.can_generate() else "text-classification"
@@ -364,6 +420,7 @@ class Run:
             f"Made by `{command}`.\n\n| on held-out targets | |\n| --- | --- |\n{rows}\n",
             encoding="utf-8",
         )
+        checkpoints.write_checksums(partial)
         files.publish(partial, self.out / name)
 
     def finish(self, steps: int, step: int, measures: dict[str, Any], shares: dict) -> None:
@@ -385,10 +442,23 @@ class Run:
             because = f"{self.args.patience} evaluations in a row without a better {self.best_by}"
             config |= {"stopped_early": step, "stopped_because": because}
             self.say(f"{self.stage}: stopped at step {step} of {steps}: {because}")
+        if skipped := step - self.updates:
+            said = f"{skipped} of {step} steps were skipped: their gradient overflowed float16"
+            if not self.updates:
+                files.fail(
+                    f"{self.out} has learnt nothing",
+                    said,
+                    "steps that change the weights",
+                    "--amp bf16 or off, or more --steps; and --fresh",
+                )
+            config["skipped"] = skipped
+            self.say(f"{self.stage}: {said}")
         if shares:
             config["shares"] = shares
         if "packed" in self.more:
             config["packed"] = self.more["packed"]
+        there = [self.history] if self.history.exists() else []
+        config["checksums"] = {path.name: files.sums(path) for path in there}
         files.write_json(self.out / "config.json", config)
         for listener in self.listeners:
             listener.close()
@@ -413,6 +483,25 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     there = set(module.state_dict())
     buffers = {name: b for name, b in module.named_buffers() if name in there}
     return {name: p.data for name, p in named.items()} | buffers
+
+
+def read_tensors(
+    path: Path, wanted: dict[str, torch.Size], device: str = "cpu", some: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, refused where they are not those `wanted`, by name
+    and shape (`some`: not all of them may be there)."""
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            seen = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+            missing = [] if some else [name for name in wanted if name not in seen]
+            other = [name for name in seen if seen[name] != wanted.get(name)] + missing
+            if not other:
+                return {name: file.get_tensor(name) for name in seen}
+    except (OSError, SafetensorError, ValueError, OverflowError) as broken:
+        files.fail(f"{path} cannot be read", broken, mend=ANEW)
+    name = other[0]
+    shapes = [tuple(one[name]) if name in one else "none" for one in (seen, wanted)]
+    files.fail(f"{path} does not fit the model", f"{name} {shapes[0]}", shapes[1], ANEW)
 
 
 def versions() -> dict:

@@ -10,6 +10,11 @@ rendered conversation, and so must the conversation up to and with the turn; wha
 two is the answer. Where a template rewrites earlier turns (Qwen3), that fails, and the turn is
 context only.
 
+A message is {"role", "content"}, both text, and where it has them: `reasoning_content`,
+`tool_calls`, `name`, `tool_call_id`, in the first one the conversation's `tools`; "learn": False is
+an answer that is context only. What the template does not write of them stands in the content
+(`spelled_out`): a trace between <think> and </think>, tools and calls as Hermes and Qwen have them.
+
 Reasoning traces (`traces`) are targets like the rest, or dropped from the text, or masked: they
 stay in the text and are no targets.
 
@@ -20,6 +25,8 @@ Worked example (ChatML):
     targets                                                         Hello!<|im_end|>   (no last \\n)
 """
 
+import datetime
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +46,7 @@ Span = tuple[int, int]  # the first character of a part of a text, and the one a
 ROLES = ("system", "user", "assistant", "tool")
 # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 OPEN, CLOSE = "<think>", "</think>"
+EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
 
@@ -63,6 +71,41 @@ TRIAL = (
     "漢字かな 한국어, 中文1999年。Ünïcödé ﬁ e\u0301 اللغة ١٢٣ हिन्दी",
     "🙂👩\u200d👩\u200d👧 🇩🇪 <b>x</b> https://a.bc/?q=1&r=%20",
 )
+# names of templates that may be given to a base model whose vocabulary has their tokens: what comes
+# before and after the role, what ends a turn, the assistant's role
+TURNS = {
+    "chatml": ("<|im_start|>", "\\n", "<|im_end|>\\n", "assistant"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>\\n\\n", "<|eot_id|>", "assistant"),
+    "gemma": ("<start_of_turn>", "\\n", "<end_of_turn>\\n", "model"),
+}
+TURN = (
+    "{% for message in messages %}{{ 'BEFORE' + ('ASSISTANT' if message['role'] == 'assistant' else"
+    " message['role']) + 'AFTER' + message['content'] + 'END' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ 'BEFOREASSISTANTAFTER' }}{% endif %}"
+)
+DAY = datetime.date(2025, 1, 1)  # of a template that writes a date and has none of its own
+UNDATED = "{% set strftime_now = nothing_of_this_name %}"
+PINNED = re.compile(r"^\{% (?:macro|set) strftime_now\b.*\n", re.MULTILINE)
+# what a template's argument cannot be called
+RESERVED = frozenset(
+    "messages tools documents chat_template add_generation_prompt strftime_now raise_exception"
+    " tokenize continue_final_message return_assistant_tokens_mask conversation padding truncation"
+    " max_length return_tensors return_dict tokenizer_kwargs sanitize_control_tokens self"
+    " namespace dict range loop true false none True False None and or not in is if else for set"
+    " macro block filter call import include from with".split()
+)
+
+# what a message carries that is never rendered
+ASIDE = ("written", "learn")
+SPELLED_OUT = ("reasoning_content", "tool_calls", "tools")  # in the content, if need be
+# what a template without tools is told of them, in the words of Hermes and Qwen
+TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are"
+    " provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}\n"
+    "</tools>\n\nFor each function call, return a json object with function name and arguments"
+    ' within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments":'
+    " <args-json-object>}\n</tool_call>"
+)
 
 
 def load_tokenizer(name, trust_remote_code: bool = False):
@@ -78,6 +121,7 @@ def load_tokenizer(name, trust_remote_code: bool = False):
             wanted="a checkpoint's folder, or a hub id",
             mend="--teacher of stage2_kd.py for it, and no other flag",
         )
+    files.refuse_pointers(Path(name))
     try:
         return as_stored(name, trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:
@@ -222,6 +266,192 @@ def ensure_template(tokenizer) -> bool:
     return True
 
 
+def make_ready(
+    tokenizer, chat_template: str | None = None, args: dict | None = None, beside: bool = False
+) -> tuple[list[str], str]:
+    """Give a tokenizer the chat template that all stages and whoever reads best/ are to have: the
+    one named (--chat-template), its own, or the plain one; the date in it pinned, its arguments set
+    (--template-args). Return what is to be said of it, and the line of the text that has the
+    date. beside: the flags are about another tokenizer: this one keeps the template that it has,
+    and is given the arguments that it knows."""
+    notes, args = [], args or {}
+    if beside:
+        chat_template = chat_template if tokenizer.chat_template is None else None
+        source = str(tokenizer.chat_template)
+        args = {name: args[name] for name in args if re.search(rf"\b{name}\b", source)}
+    if chat_template is not None:
+        tokenizer.chat_template = find_template(tokenizer, chat_template)
+    if ensure_template(tokenizer):
+        notes.append(
+            "the tokenizer has no chat template; the plain one of lib/template.py is used and saved"
+            " with it"
+        )
+        if fitting := [name for name in TURNS if has_turns(tokenizer, name)]:
+            notes[-1] += f" (--chat-template {fitting[0]} would use the turn tokens that it has)"
+    if dated := pin_date(tokenizer):
+        notes.append(f"the chat template writes a date; it is pinned, for good: {dated!r}")
+    set_arguments(tokenizer, args)
+    try:
+        render(tokenizer, [{"role": "user", "content": "x"}])
+    except jinja2.TemplateSyntaxError as broken:
+        files.fail(
+            f"the chat template of {tokenizer.name_or_path} cannot be read",
+            f"line {broken.lineno}: {broken}",
+            "a Jinja template",
+            "--chat-template FILE",
+        )
+    except (jinja2.TemplateError, TypeError):
+        pass  # it wants other messages: each row is tried
+    return notes, dated
+
+
+def has_turns(tokenizer, name: str) -> bool:
+    """Return whether a tokenizer has the turn tokens of a template of `TURNS`."""
+    known = tokenizer.get_vocab()
+    return all(token in known for token in re.findall(r"<[^<>]+>", "".join(TURNS[name])))
+
+
+def find_template(tokenizer, name: str) -> str:
+    """Return the chat template that --chat-template names: one of the tokenizer's own, one of
+    `TURNS`, a file, or that of another tokenizer (a folder or a hub id)."""
+    own = tokenizer.chat_template
+    text: object = None
+    if isinstance(own, dict) and name in own:
+        return own[name]
+    if name in TURNS:
+        if not has_turns(tokenizer, name):
+            files.fail(
+                f"the tokenizer {tokenizer.name_or_path} has not the turn tokens of {name}",
+                wanted=" ".join(re.findall(r"<[^<>]+>", "".join(TURNS[name]))),
+                mend="--chat-template with another name, or a file",
+            )
+        before, after, end, assistant = TURNS[name]
+        bos = "{{ bos_token }}" if tokenizer.bos_token and name != "chatml" else ""
+        return bos + TURN.replace("BEFORE", before).replace("AFTER", after).replace(
+            "END", end
+        ).replace("ASSISTANT", assistant)
+    path = Path(name)
+    if path.is_file():
+        try:
+            read = path.read_text(encoding="utf-8")
+            text = json.loads(read).get("chat_template") if path.suffix == ".json" else read
+        except (OSError, ValueError, AttributeError) as broken:
+            files.fail(f"--chat-template {name} cannot be read", broken, "a UTF-8 Jinja file")
+    elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        text = load_tokenizer(name).chat_template
+        text = text.get("default") if isinstance(text, dict) else text
+    else:
+        known = [*TURNS, *(own if isinstance(own, dict) else ())]
+        files.fail(
+            f"there is no chat template {name}",
+            wanted=f"a file, a folder or hub id of a model that has one, or {', '.join(known)}",
+        )
+    if not isinstance(text, str):
+        files.fail(f"{name} holds no chat template", wanted="a template as text")
+    return text
+
+
+def _change(tokenizer, head: str) -> None:
+    """Put a line before the chat template, or each of several. Jinja drops the line end after a
+    tag, so that what follows is rendered as before."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        tokenizer.chat_template = {name: f"{head}\n{text}" for name, text in own.items()}
+    else:
+        tokenizer.chat_template = f"{head}\n{own}"
+
+
+def _said_by(tokenizer, head: str = "") -> list[str | None]:
+    """Return what the chat template makes of a few conversations, without its date pinned below a
+    line of ours; None where it refuses one."""
+    system, asked = ({"role": role, "content": "x"} for role in ("system", "user"))
+    tool = {"name": "x", "description": "x", "parameters": {"type": "object", "properties": {}}}
+    tools, texts = [{"type": "function", "function": tool}], []
+    own = tokenizer.get_chat_template()
+    shown = f"{head}\n{PINNED.sub('', own)}" if head else own
+    for talk, with_tools in (([asked], None), ([system, asked], None), ([asked], tools)):
+        try:
+            text = tokenizer.apply_chat_template(
+                talk, tools=with_tools, chat_template=shown, tokenize=False
+            )
+        except (jinja2.TemplateError, TypeError):
+            text = None
+        texts.append(text)
+    return texts
+
+
+def _on_day(day: datetime.date) -> str:
+    """Return a line that makes a template's strftime_now say this day, in any format."""
+    codes = "".join(f" | replace('%{c}', '{day.strftime('%' + c)}')" for c in "YymdBbAajHMSIpFe")
+    days = f" | replace('%-d', '{day.day}') | replace('%-m', '{day.month}')"
+    return "{% macro strftime_now(format) %}{{ format" + days + codes + " }}{% endmacro %}"
+
+
+def pin_date(tokenizer) -> str:
+    """Have a chat template that writes today's date (strftime_now) write one and the same for ever:
+    its own default where it has one, else DAY. Return the line of the text that has it, "" where
+    there is none or it was pinned before.
+
+    A line before the template does it (it takes the name), so that every reader of the template
+    does the same: later stages, best/ under plain transformers or vLLM, a server.
+    """
+    templates = tokenizer.chat_template
+    source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    if "strftime_now" not in source:
+        return ""
+    other = _said_by(tokenizer, _on_day(datetime.date(1999, 11, 22)))
+    if not PINNED.search(source):
+        texts, own = (_said_by(tokenizer, head) for head in (_on_day(DAY), UNDATED))
+        # where it can do without, it has a default of its own
+        bare = all(text is not None for text, dated in zip(own, texts) if dated is not None)
+        _change(tokenizer, UNDATED if bare else _on_day(DAY))
+    for text, another in zip(_said_by(tokenizer), other):
+        lines = set((another or "").splitlines())
+        if said := [line for line in (text or "").splitlines() if line not in lines]:
+            return said[0].strip()[-100:]
+    return "a date"
+
+
+def set_arguments(tokenizer, args: dict) -> None:
+    """Make arguments of the chat template its defaults (enable_thinking, reasoning_effort,
+    date_string, ...); one line where it looks at none of that name."""
+    templates = tokenizer.chat_template
+    source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    for name in args:
+        if not re.search(rf"\b{name}\b", source):
+            words = sorted(set(re.findall(r"\b(\w+) is (?:not )?defined", source)))
+            files.fail(
+                f"the chat template of {tokenizer.name_or_path} has no argument {name}",
+                wanted=f"one that it looks at ({', '.join(words) or 'none is known'})",
+                mend="another --template-args, or none",
+            )
+    told = [
+        f"{{% if {n} is not defined %}}{{% set {n} = {_literal(v)} %}}{{% endif %}}"
+        for n, v in args.items()
+    ]
+    if told:
+        _change(tokenizer, "".join(told))
+
+
+def _literal(value: object) -> str:
+    """Return a value from JSON as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_json(name)}: {_literal(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else _json(value)
+
+
+def bad_arguments(args: object) -> str | None:
+    """Return what is wrong with arguments for a chat template, from JSON, or None."""
+    if not isinstance(args, dict):
+        return "no object"
+    for name in args:
+        if not re.fullmatch(r"[a-zA-Z]\w*", name) or name in RESERVED:
+            return f"the name {name[:60]!r}"
+    return "half a character" if BROKEN.search(_json(args)) else None
+
+
 def special_ids(tokenizer) -> set[int]:
     """Return the ids of all special tokens, those of the chat template (<|im_end|>, <|eot_id|>)
     among them."""
@@ -229,12 +459,26 @@ def special_ids(tokenizer) -> set[int]:
     return {number for number, token in added if token.special} | set(tokenizer.all_special_ids)
 
 
-def render(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    """Return the conversation as the text that the chat template makes of it. Whatever it raises is
-    a jinja2.TemplateError, or a TypeError."""
+def beside_text(message: dict) -> dict:
+    """Return what a message says beside its role and its content."""
+    return {name: message[name] for name in message if name not in ("role", "content", *ASIDE)}
+
+
+def render(
+    tokenizer, messages: list[dict], add_generation_prompt: bool = False, **more: object
+) -> str:
+    """Return the conversation as the text that the chat template makes of it; `more`: its
+    arguments. Whatever the template raises is a jinja2.TemplateError, or a TypeError."""
+    tools = None
+    if any(beside_text(message) for message in messages):
+        messages, tools = spelled_out(tokenizer, messages)
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **more,
         )
     except (jinja2.TemplateError, TypeError):
         raise
@@ -277,11 +521,101 @@ def check_template(tokenizer) -> None:
         )
 
 
-def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """Return the token ids to generate an answer from: exactly what training saw before the
-    answer's first target."""
+def spelled_out(tokenizer, messages: list[dict]) -> tuple[list[dict], list[dict] | None]:
+    """Return (messages, tools) as the template is to be given them: what it does not write by
+    itself stands in the content."""
+    tools = next((message["tools"] for message in messages if message.get("tools")), None)
+    shown = []
+    for message in messages:
+        own = {"role": message["role"], "content": message["content"], **beside_text(message)}
+        own.pop("tools", None)
+        if calls := own.get("tool_calls"):
+            own["tool_calls"] = [with_arguments(call) for call in calls]
+            if not writes(tokenizer, "assistant", "tool_calls"):
+                text = [
+                    f"<tool_call>\n{_json(_function(c))}\n</tool_call>" for c in own["tool_calls"]
+                ]
+                own["content"] = "\n".join([*filter(None, [own["content"]]), *text])
+                del own["tool_calls"]
+        if thought := own.pop("reasoning_content", None):
+            if writes(tokenizer, "assistant", "reasoning_content"):
+                own |= {"reasoning_content": thought, "thinking": thought}  # gpt-oss: the second
+            else:
+                own["content"] = f"{OPEN}\n{thought.strip()}\n{CLOSE}\n\n{own['content']}"
+        shown.append(own)
+    if tools and not writes(tokenizer, "user", "tools"):
+        told = TOOLS.replace("{tools}", "\n".join(map(_json, tools)))
+        if shown[0]["role"] == "system":
+            told = f"{shown.pop(0)['content']}\n\n{told}"
+        shown.insert(0, {"role": "system", "content": told})
+        tools = None
+    return shown, tools
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _function(call: dict) -> dict:
+    """Return the name and the arguments of a call."""
+    inner = call.get("function", call)
+    return {"name": inner.get("name"), "arguments": inner.get("arguments") or {}}
+
+
+def with_arguments(call: dict) -> dict:
+    """Return a call whose arguments are an object, where they are JSON text of one (OpenAI's
+    form): that is what templates want."""
+    inner = call.get("function")
+    if not isinstance(inner, dict) or not isinstance(inner.get("arguments"), str):
+        return call
     try:
-        text = render(tokenizer, messages, add_generation_prompt=True)
+        read = json.loads(inner["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**inner, "arguments": read}} if isinstance(read, dict) else call
+
+
+def writes(tokenizer, role: str, name: str) -> bool:
+    """Return whether the chat template writes this of a message of that role ("tool_calls",
+    "tool_calls.id", ...), or the tools of a conversation."""
+    return _writes(tokenizer, str(tokenizer.chat_template), role, name)
+
+
+@functools.lru_cache(maxsize=256)
+def _writes(tokenizer, template: str, role: str, name: str) -> bool:
+    mark = "zqjvzqjvz"  # an id is nine characters, to Mistral
+    asked = {"role": "user", "content": "x"}
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "x", "arguments": {}}}
+    about = {"description": "x", "parameters": {"type": "object", "properties": {}}}
+    named = mark if name == "tools" else "x"
+    tools = [{"type": "function", "function": {"name": named, **about}}]
+    said: dict = {"role": role, "content": "x"}
+    if name == "tool_calls":
+        said["tool_calls"] = [{**call, "function": {"name": mark, "arguments": {"x": mark}}}]
+        said["content"] = ""
+    elif name.startswith("tool_calls."):
+        said |= {"tool_calls": [{**call, name.partition(".")[2]: mark}], "content": ""}
+    elif name == "reasoning_content":
+        said |= {"reasoning_content": mark, "thinking": mark}
+    elif name != "tools":
+        said[name] = mark
+    talk = [asked, said] if role != "user" else [said]
+    if role == "tool":
+        said = {"name": "x", "tool_call_id": "abcdefghi", **said}
+        talk = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, said]
+    with_tools = None if name == "reasoning_content" else tools
+    try:
+        text = tokenizer.apply_chat_template(talk, tools=with_tools, tokenize=False)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return text.count(mark) >= (2 if name == "tool_calls" else 1)
+
+
+def prompt_ids(tokenizer, messages: list[dict], **more: object) -> list[int]:
+    """Return the token ids to generate an answer from: exactly what training saw before the
+    answer's first target. `more`: arguments of the template."""
+    try:
+        text = render(tokenizer, messages, add_generation_prompt=True, **more)
     except (jinja2.TemplateError, TypeError) as refused:
         files.fail("the chat template refused the conversation", seen=refused)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -341,7 +675,8 @@ def without_think(messages: list[dict]) -> list[dict]:
             assert found is not None, text
             for start, end in reversed(found):
                 text = text[:start] + text[end:]
-        shown.append({**message, "content": text})
+        kept = {name: value for name, value in message.items() if name != "reasoning_content"}
+        shown.append({**kept, "content": text})
     return shown
 
 
@@ -352,29 +687,49 @@ def texts_of(role: str, messages: list[dict]) -> list[str]:
 
 def fault(messages: list[dict], think: str = "keep") -> str | None:
     """Return why a conversation cannot be used (the reason it is counted under), or None."""
-    if any(message["role"] not in ROLES for message in messages):
-        return "unknown role"
+    if unknown := {message["role"] for message in messages} - {*ROLES}:
+        return f"unknown role {', '.join(sorted(unknown))[:60]}".rstrip()
     if any(not isinstance(message["content"], str) for message in messages):
         return "not text"
-    if any(BROKEN.search(message["content"]) for message in messages):
-        return "broken Unicode"
+    for message in messages:
+        more = beside_text(message)
+        if BROKEN.search(message["content"]) or more and BROKEN.search(_json(more)):
+            return "broken Unicode"
     if think != "keep":
         if any(traces(text) is None for text in texts_of("assistant", messages)):
             return "unclosed think"
         messages = without_think(messages)
     asked = texts_of("user", messages)
-    answered = any(text.strip() for text in texts_of("assistant", messages))
-    return None if answered and (not asked or any(text.strip() for text in asked)) else "empty"
+    if asked and not any(text.strip() for text in asked) or not any(map(speaks, messages)):
+        return "empty"
+    return None if any(map(is_answer, messages)) else "marked as not to be learnt"
+
+
+def speaks(message: dict) -> bool:
+    """Return whether a message is an assistant's turn that says or calls something."""
+    said = message["content"].strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(said)
 
 
 def is_answer(message: dict) -> bool:
-    """Return whether a message is an assistant's turn that says something."""
-    return message["role"] == "assistant" and bool(message["content"].strip())
+    """Return whether a message is an assistant's turn to be learnt."""
+    return speaks(message) and message.get("learn", True)
 
 
 def last_answer(messages: list[dict]) -> int:
     """Return the place of the last answer; what comes after it is not used."""
     return max(place for place, message in enumerate(messages) if is_answer(message))
+
+
+def reference(tokenizer, messages: list[dict]) -> str:
+    """Return the last answer as a model writes it: its text, or with a call or a trace of its own
+    what the template makes of it, without its end of turn."""
+    answer = messages[last_answer(messages)]
+    if not beside_text(answer).keys() & {"tool_calls", "reasoning_content"}:
+        return answer["content"]
+    text, spans = answer_spans(tokenizer, messages, "last")
+    ids = tokenizer(text[slice(*spans[0])], add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def coda(tokenizer) -> str:
@@ -423,6 +778,10 @@ def answer_spans(
         # writes it after its question alone
         question, both = ask(messages[last - 1 : last]), show(messages[last - 1 :])
         whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
+    if not whole.startswith(prompt) and (opened := EMPTY_TRACE.search(prompt)):
+        # enable_thinking=False, of a template that shows the empty trace in its prompt alone
+        head = prompt[: opened.start()]
+        whole = prompt + whole[len(head) :] if whole.startswith(head) else whole
     spans = []
     for turn in [last] if turns == "last" else range(1, last + 1):
         if turn == 0 or not is_answer(messages[turn]):
@@ -430,6 +789,10 @@ def answer_spans(
         before, end = prompt, whole
         if turn != last:
             before, end = ask(messages[:turn]), show(messages[: turn + 1])
+            if messages[turn].get("tool_calls") and not whole.startswith(end):
+                # Qwen3 opens a call with an empty trace, and once it is answered with none
+                (_, cut), *_ = traces(end[len(before) :]) or [(0, 0)]
+                end = before + end[len(before) + cut :]
         if whole.startswith(before) and whole.startswith(end) and len(before) < len(end):
             spans.append((len(before), len(end)))
     return whole, spans
@@ -505,12 +868,24 @@ def render_row(
     if not spans:
         return "rewritten by the chat template" if last_answer(row) else "no target"
     masked = []
-    for start, stop in spans if think == "mask" else ():
+    for place, (start, stop) in enumerate(spans if think == "mask" else ()):
         found = traces(text[start:stop])
         if found is None:  # the template cut the end off
             return "unclosed think"
+        if not found and any("reasoning_content" in message for message in row):
+            bare, others = answer_spans(tokenizer, without_think(row), turns, closing)
+            if len(others) == len(spans):
+                found = [_inserted(text[start:stop], bare[slice(*others[place])])]
         masked += [(start + begin, start + end) for begin, end in found]
     return Rendered(text, spans, masked)
+
+
+def _inserted(text: str, bare: str) -> Span:
+    """Return where `text` has what `bare` has not: the trace of a template with tags of its
+    own."""
+    after = len(os.path.commonprefix([text[::-1], bare[::-1]]))
+    before = len(os.path.commonprefix([text, bare[: len(bare) - after]]))
+    return before, len(text) - after
 
 
 def encode(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib import data, files, head, models
+from lib import data, evaluate, files, head, models
 
 # floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4;
 # no attention maps)
@@ -61,10 +61,12 @@ def loading(args, dataset: data.Dataset, amp: torch.dtype | None) -> dict[str, A
 
 def described(student: models.Model, amp: torch.dtype | None) -> str:
     """Return a line that says what the student is."""
-    return (
+    line = (
         f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
         f" on {student.device}, {amp or 'float32'}"
     )
+    cut = evaluate.cut(student)
+    return line + (cut and f"\nstudent: {cut}, those the teacher knows too; own_ce is over all")
 
 
 def make_room(

@@ -53,6 +53,11 @@ def reference_divergence(p, q, kind, beta):
     }[kind]()
 
 
+def power(kind, t):
+    """Return what the divergence is multiplied by: T^2, of total variation T."""
+    return t if kind == "tvd" else t * t
+
+
 def bucket(p, ids):
     """Return probabilities (n, k+1): those at `ids`, then the sum of all the others."""
     others = torch.ones_like(p).scatter(1, ids, 0.0)
@@ -67,7 +72,7 @@ def reference_loss(z, s, labels, k, method):
     ids = z.topk(k, 1).indices
     kd = reference_divergence(bucket(p, ids), bucket(q, ids), method.divergence, method.beta).sum()
     ce = torch.nn.functional.cross_entropy(s.double(), labels, reduction="sum")
-    return method.alpha * t * t * kd + (1 - method.alpha) * ce, ce, kd
+    return method.alpha * power(method.divergence, t) * kd + (1 - method.alpha) * ce, ce, kd
 
 
 def gradients(loss_of, *tensors):

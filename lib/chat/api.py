@@ -99,13 +99,12 @@ class Asked:
     jobs: list[Job]
     dropped: int = 0
     usage: bool = False
-    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def head(self, kind: str) -> dict:
         """Return what each object of the answer begins with."""
         return {
-            "id": ("chatcmpl-" if self.chat else "cmpl-") + self.token,
+            "id": self.jobs[0].name,
             "object": kind,
             "created": self.created,
             "model": self.side.id,
@@ -168,7 +167,7 @@ def checked(request, validator) -> dict:
 
     def number(text: str) -> float:  # 5.0 is a whole number to JSON Schema, and is one from here on
         value = float(text)
-        return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+        return int(value) if value.is_integer() else value
 
     try:
         body = json.loads(
@@ -202,15 +201,30 @@ def template_messages(messages: list[dict]) -> list[dict]:
     ]
 
 
+def template_arguments(body: dict) -> dict:
+    """Return a request's arguments for the chat template. Raises Refused."""
+    args = body.get("chat_template_kwargs") or {}
+    if fault := template.bad_arguments(args):
+        raise Refused(400, f"chat_template_kwargs: {fault} is no argument", "chat_template_kwargs")
+    return args
+
+
 def chat_prompt(
-    side: ServedModel, messages: list[dict], system: str | None, fit: bool = False
+    side: ServedModel,
+    messages: list[dict],
+    system: str | None,
+    fit: bool = False,
+    template_args: dict | None = None,
 ) -> tuple[list[int], list[dict], int]:
     """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit`
     the oldest turns, if they leave no room for an answer. Raises Refused where the chat template
     does not take these messages."""
     messages = template.with_system(template_messages(messages), system)
     try:
-        ids, dropped = side.chat.fit(messages) if fit else (side.chat.ids(messages), 0)
+        more = template_args or {}
+        ids, dropped = (
+            side.chat.fit(messages, **more) if fit else (side.chat.ids(messages, **more), 0)
+        )
     except SystemExit as refused:
         raise Refused(400, str(refused).removeprefix("error: "), "messages") from None
     first = int(messages[0]["role"] == "system")
@@ -239,22 +253,25 @@ def asked_of(side: ServedModel, args, body: dict, chat: bool) -> Asked:
         top = body.get("logprobs")
     else:
         fit = body.get("fit", False)
-        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit)
+        more = template_arguments(body)
+        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit, more)
         prompts = [ids]
         if body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-    jobs = jobs_of(side, args, body, prompts, top, "messages" if chat else "prompt")
+    name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+    jobs = jobs_of(name, side, args, body, prompts, top)
     usage = bool((body.get("stream_options") or {}).get("include_usage"))
     return Asked(side, chat, prompts, jobs, dropped, usage)
 
 
 def jobs_of(
-    side: ServedModel, args, body: dict, prompts: list[list[int]], top: int | None, param: str
+    name: str, side: ServedModel, args, body: dict, prompts: list[list[int]], top: int | None
 ) -> list[Job]:
     """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises
     Refused."""
     context, count = side.chat.context, body.get("n", 1)
+    param = "messages" if "messages" in body else "prompt"
     if len(prompts) * count > ANSWERS:
         raise Refused(
             400,
@@ -284,8 +301,8 @@ def jobs_of(
     jobs = []
     for prompt in prompts:
         for number in range(count):
-            own = seed + number
-            jobs.append(Job(prompt, limit, how, own, deadline, events, len(jobs), stops, top))
+            own, index = seed + number, len(jobs)
+            jobs.append(Job(prompt, limit, how, own, deadline, events, index, stops, top, name))
     return jobs
 
 
@@ -310,7 +327,7 @@ def heard(jobs: list[Job], gone, pace_s: float = 0.0) -> Iterator[Event]:
             due = time.monotonic() + pace_s
             for event in joined(events):
                 if event.error:
-                    raise Refused(503, event.error)
+                    raise Refused(event.status, event.error)
                 if event.finish:
                     del missing[event.index]
                 yield event
@@ -341,6 +358,7 @@ def joined(events: list[Event]) -> Iterator[Event]:
             sum((event.tokens for event in own), ()),
             own[-1].finish,
             own[-1].error,
+            own[-1].status,
         )
 
 

@@ -3,11 +3,14 @@
 Contract: `Engine.ask` never waits. It takes jobs (or raises Busy), and the jobs' events come by
 their own queue, in order, the last one with a `finish`. A job may be given up at any time
 (`job.cancelled = True`): it ends at its next token, or is never begun. Each answer is what
-lib/generate.py promises: the same alone and in company. Several engines share one `Turns`, so that
-their models' passes take turns instead of fighting for the same cores; each counts only its own
-time.
+lib/generate.py promises: the same alone and in company. A pass that fails ends only the job whose
+fault it is, which is found by running those in question alone; the others go on behind what they
+have written. A model that cannot take one token any more ends the thread. Several engines share one
+`Turns`, so that their models' passes take turns instead of fighting for the same cores; each counts
+only its own time.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +22,8 @@ import torch
 
 from lib import generate
 from lib.chat.text import Text
+
+log = logging.getLogger("distil")
 
 
 class Busy(Exception):
@@ -62,20 +67,21 @@ class WrittenToken:
 @dataclass(frozen=True)
 class Event:
     """text: what can be shown now; tokens: those that begin in it. finish: stop, length, or error
-    (then `error` says what); None: more comes."""
+    (then `error` says what, with its HTTP status); None: more comes."""
 
     index: int
     text: str = ""
     tokens: tuple[WrittenToken, ...] = ()
     finish: str | None = None
     error: str | None = None
+    status: int = 503
 
 
 @dataclass(eq=False)
 class Job:
     """One answer that is asked for. ids: the prompt; limit: most tokens; deadline: by
     time.monotonic(), when it is cut; events: where it is heard of (several jobs may share one
-    queue: `index` tells them apart)."""
+    queue: `index` tells them apart); name: of its request, for the log."""
 
     ids: list[int]
     limit: int
@@ -86,13 +92,19 @@ class Job:
     index: int = 0
     stops: tuple[str, ...] = ()
     top: int | None = None
+    name: str = ""
     cancelled: bool = False
-    # what the engine notes: tokens written, characters shown, cut by its deadline; when it was
-    # asked and had its first token; and
-    # the engine's busy seconds when it was begun, had its first token, and its last
+    # what the engine notes: its text so far, once it is begun; its tokens, how many they are, those
+    # whose text is not shown yet, characters shown; cut by its deadline; to be in work with no
+    # other; when it was asked and had its first token; and the engine's busy seconds when it was
+    # begun, had its first token, and its last
+    text: Text | None = None
+    written: list[int] = field(default_factory=list)
     count: int = 0
+    hidden: list[WrittenToken] = field(default_factory=list)
     shown: int = 0
     late: bool = False
+    alone: bool = False
     asked: float = field(default_factory=time.monotonic)
     first: float | None = None
     begun: float = 0.0
@@ -119,8 +131,8 @@ class Engine:
         self.module, self.tokenizer, self.how = module, tokenizer, how
         self.slots, self.room, self.turns = slots, room, turns
         self.waiting: deque[Job] = deque()
-        # with the tokens whose text is not shown yet
-        self.working: dict[Job, tuple[Text, list[WrittenToken]]] = {}
+        self.working: list[Job] = []
+        self.fresh: set[Job] = set()  # those in work that have not had a pass yet
         self.more, self.closed, self.dead = threading.Condition(), False, False
         self.busy_s, self.prompt_tokens, self.answer_tokens = 0.0, 0, 0
         self.batch = generate.InFlight(module, how, slots)
@@ -190,15 +202,62 @@ class Engine:
                         self.batch,
                     ):
                         self.finish(answer)
-                except torch.OutOfMemoryError:
-                    self.fail(f"{self.module.device} is out of memory")
-                    self.working.clear()
-                    self.batch = generate.InFlight(self.module, self.how, self.slots)
-        # where it was not closed, the thread ends with its traceback, and nobody may wait for an
-        # answer
+                except Exception as broken:  # one request must not end the others
+                    full, suspects = self.suspect(broken)
+                else:
+                    continue
+                # by now the failed pass's tensors are gone
+                self.batch = generate.InFlight(self.module, self.how, self.slots)
+                if not full:
+                    self.probe()
+                self.again(suspects)
+        except Exception:
+            log.critical("error: the model failed", exc_info=True)
+        # where it was not closed, nobody may wait for an answer
         finally:
             self.dead = True
             self.fail("the model failed; the server's log says how")
+
+    def suspect(self, broken: Exception) -> tuple[bool, list[Job]]:
+        """Return whether memory was too little for a pass, and whose fault it may be: those that
+        came with it, or else all. One that is alone with that is ended."""
+        full = isinstance(broken, torch.OutOfMemoryError)
+        suspects = [job for job in self.working if job in self.fresh] or [*self.working]
+        if not suspects:
+            raise broken
+        if len(suspects) == 1:
+            self.blame(suspects[0], broken)
+        else:
+            names = ", ".join(dict.fromkeys(job.name for job in suspects))
+            log.error("a pass failed (%s); each alone, to see whose fault it is: %s", broken, names)
+        return full, suspects
+
+    def blame(self, job: Job, broken: Exception) -> None:
+        """End one job, for its own fault."""
+        log.error("%s failed (%d tokens)", job.name, len(job.ids) + job.count, exc_info=broken)
+        job.cancelled = True
+        said, status = f"the answer failed; the server's log says how, under {job.name}", 500
+        if isinstance(broken, torch.OutOfMemoryError):
+            said, status = f"{self.module.device} is out of memory", 503
+        job.events.put(Event(job.index, finish="error", error=said, status=status))
+
+    def probe(self) -> None:
+        """Raise what ends the thread where the model cannot take a single token any more (a GPU
+        after an assertion)."""
+        with torch.inference_mode(), self, generate.one_memory_error():
+            try:
+                generate.prefill(self.module, [[0]])
+            except torch.OutOfMemoryError:
+                pass
+
+    def again(self, suspects: list[Job]) -> None:
+        """Let all that is in work go on behind what it has written, the suspects one by one."""
+        with self.more:
+            others = [job for job in self.working if job not in suspects]
+            for job in suspects:
+                job.alone = True
+            self.waiting.extendleft(reversed(others + suspects))
+            self.working, self.fresh = [], set()
 
     def __enter__(self) -> None:
         self.turns.__enter__()
@@ -209,8 +268,8 @@ class Engine:
         self.turns.__exit__()
 
     def requests(self) -> Iterator[generate.Request | None]:
-        """Yield what waits; None while nothing does and other answers are in work; block while
-        there is nothing at all."""
+        """Yield what waits; None while nothing does, or what does must be alone, and other answers
+        are in work; block while there is nothing at all."""
         while True:
             with self.more:
                 while not (self.waiting or self.working or self.closed):
@@ -219,57 +278,58 @@ class Engine:
                     return
                 while self.waiting and self.waiting[0].cancelled:
                     self.waiting.popleft()
-                job = self.waiting.popleft() if self.waiting else None
+                job = self.waiting[0] if self.waiting else None
+                if job and self.working and (job.alone or self.working[0].alone):
+                    job = None
                 if job:
-                    self.working[job] = (Text(self.tokenizer, job.stops), [])
+                    self.working.append(self.waiting.popleft())
+                    self.fresh.add(job)
             if job:
-                job.begun = self.busy_s
-                self.prompt_tokens += len(job.ids)
-                yield generate.Request(job, job.ids, job.limit, job.seed, job.how, job.top)
+                if job.text is None:
+                    job.text, job.begun = Text(self.tokenizer, job.stops), self.busy_s
+                    self.prompt_tokens += len(job.ids)
+                written = tuple(job.written)
+                yield generate.Request(job, job.ids, job.limit, job.seed, job.how, job.top, written)
             elif self.working:
                 yield None
 
     def token(self, request: generate.Request, token: int, likely: generate.Likely | None) -> bool:
         """Hear of a token; True ends its answer."""
         job, now = request.key, time.monotonic()
+        self.fresh.discard(job)
         if job.cancelled:
             return True
-        text, tokens = self.working[job]
         if job.first is None:
             job.first, job.read = now, self.busy_s
-        job.count, job.last = job.count + 1, self.busy_s
+        job.written.append(token)
+        job.count, job.last, job.late = job.count + 1, self.busy_s, now > job.deadline
         self.answer_tokens += 1
-        tokens.append(WrittenToken(token, job.shown + len(text.held), likely))
-        self.tell(job, tokens, text.add(token))
-        job.late = now > job.deadline
-        return text.stopped or job.late
+        try:
+            job.hidden.append(WrittenToken(token, job.shown + len(job.text.held), likely))
+            self.tell(job, job.text.add(token))
+        except Exception as broken:  # one request must not end the others
+            self.blame(job, broken)
+        return job.text.stopped or job.late or job.cancelled
 
-    def tell(
-        self,
-        job: Job,
-        tokens: list[WrittenToken],
-        shown: str,
-        finish: str | None = None,
-        every: bool = False,
-    ) -> None:
+    def tell(self, job: Job, shown: str, finish: str | None = None, every: bool = False) -> None:
         """Put an event for what is shown now, with the tokens that begin in it, or with every one
         (special tokens have no text)."""
         job.shown += len(shown)
-        ready = [token for token in tokens if every or token.offset < job.shown]
-        tokens[:] = [token for token in tokens if token.offset >= job.shown]
+        ready = [token for token in job.hidden if every or token.offset < job.shown]
+        job.hidden = [token for token in job.hidden if token.offset >= job.shown]
         if shown or finish:
             job.events.put(Event(job.index, shown, tuple(ready), finish))
 
     def finish(self, answer: generate.Answer) -> None:
         job = answer.request.key
         with self.more:
-            text, tokens = self.working.pop(job)
-        if not job.cancelled:
-            rest = text.end()
-            self.tell(
-                job,
-                tokens,
-                rest,
-                "stop" if text.stopped else "length" if job.late else answer.finish,
-                every=not text.stopped,
-            )
+            self.working.remove(job)
+            self.fresh.discard(job)
+        if job.cancelled:
+            return
+        try:
+            rest = job.text.end()
+            finish = "stop" if job.text.stopped else "length" if job.late else answer.finish
+            self.tell(job, rest, finish, every=not job.text.stopped)
+        except Exception as broken:  # one request must not end the others
+            self.blame(job, broken)

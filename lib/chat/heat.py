@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib import files, losses, models, template
+from lib import files, generate, losses, models, template
 from lib.chat.text import Text
 
 
@@ -31,6 +31,7 @@ class ComparedToken:
     teacher_p: float
 
 
+@generate.one_memory_error()
 @torch.inference_mode()
 def compare_tokens(
     student: nn.Module,

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import os
 
 import torch
@@ -87,27 +88,35 @@ class Chat:
         """Return the way to sample as lib/generate.py takes it, with what is given in its place."""
         return generate.sampling_of(self.how, self.tokenizer, temperature, top_p)
 
-    def ids(self, messages):
-        """Return the prompt's token ids, ready for the answer."""
-        return template.prompt_ids(self.tokenizer, messages)
+    def ids(self, messages, **more):
+        """Return the prompt's token ids, ready for the answer. more: arguments of the template."""
+        return template.prompt_ids(self.tokenizer, messages, **more)
 
-    def fit(self, messages):
+    def fit(self, messages, **more):
         """Return (prompt ids, messages dropped): the oldest turns go, until a quarter of the
         context, or the longest answer, has room.
 
         Worked example: system, user, assistant, user becomes system, user. The system prompt and
         the last message stay.
         """
-        kept, first = list(messages), int(messages[0]["role"] == "system")
-        ids = self.ids(kept)
-        while (
-            self.context
-            and len(ids) + min(self.how.max_new_tokens, self.context // 4) > self.context
-            and len(kept) > first + 2
-        ):
-            del kept[first : first + 2]
-            ids = self.ids(kept)
-        return ids, len(messages) - len(kept)
+        first = int(messages[0]["role"] == "system")
+        room = math.inf
+        if self.context:
+            room = self.context - min(self.how.max_new_tokens, self.context // 4)
+
+        def ids_without(turns: int) -> list[int]:
+            return self.ids(messages[:first] + messages[first + 2 * turns :], **more)
+
+        fewest, most, ids = 0, max(0, (len(messages) - first - 1) // 2), ids_without(0)
+        if len(ids) <= room:
+            return ids, 0
+        # by halves: each try tokenizes the rest of the conversation, which may have 1,000 messages
+        while fewest < most:
+            middle = (fewest + most) // 2
+            fewest, most = (
+                (middle + 1, most) if len(ids_without(middle)) > room else (fewest, middle)
+            )
+        return ids_without(most), 2 * most
 
     def remembered(self, ids):
         """Return the cache of the turn before, cut to the tokens that `ids` begins with as well: a
@@ -128,6 +137,7 @@ class Chat:
         self.past = (ids, cache)
         return cache
 
+    @generate.one_memory_error()
     @torch.inference_mode()
     def answer(self, ids, streamer=None):
         """Return the answer to a prompt's token ids. With a streamer it is a turn of a
@@ -161,7 +171,7 @@ def load(args, name=None, student=None):
         tokenizer = template.load_tokenizer(
             checkpoints.with_tokenizer(folder), args.trust_remote_code
         )
-        template.ensure_template(tokenizer)
+        template.make_ready(tokenizer, args.chat_template, args.template_args, name is not None)
     dtype = models.pick_dtype(args.dtype, device, folder)
     model = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code

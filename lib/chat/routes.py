@@ -17,11 +17,13 @@ import re
 import threading
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
+import jinja2
 import torch
 
-from lib import files
+from lib import files, template
 from lib.chat import api, heat
 from lib.chat.api import Refused, ServedModel
 from lib.chat.engine import Busy, Job
@@ -44,6 +46,8 @@ POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
+SAMPLES_CHARS = 100_000  # of samples.md, where the prompts of the first evaluation stand
+SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
 FRAMED = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
@@ -116,7 +120,7 @@ def application(args, sides: list[ServedModel], folder: Path):
     state_routes(app, args, sides, counts, without)
     answer_routes(app, args, sides, counts, validators)
     heatmap_route(app, args, sides, without, validators["HeatmapRequest"])
-    run_routes(app, args, folder)
+    run_routes(app, args, sides[0].chat.tokenizer, folder)
     return app
 
 
@@ -268,6 +272,9 @@ def answer_routes(app, args, sides: list[ServedModel], counts: Counts, validator
     by_id = {side.id: side for side in sides}
 
     def answer(schema: str, chat: bool):
+        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        if gone():  # while its request waited for a thread
+            return "", 499
         body = api.checked(flask.request, validators[schema])
         if body["model"] not in by_id:
             raise Refused(
@@ -278,7 +285,6 @@ def answer_routes(app, args, sides: list[ServedModel], counts: Counts, validator
             )
         asked = api.asked_of(by_id[body["model"]], args, body, chat)
         enqueue(asked, args)
-        gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if not body.get("stream"):
             made = api.whole(asked, gone)
             counts.first_token(asked.jobs)
@@ -370,8 +376,9 @@ def heatmap_tokens(
     """Return the prompt as each of the two has it, and the answer's tokens. Raises Refused where
     that is too much."""
     messages, fit = body["messages"], body.get("fit", False)
-    mine, kept, _ = api.chat_prompt(student, messages, args.system, fit)
-    prompts = [mine, api.chat_prompt(teacher, kept, None)[0]]
+    more = api.template_arguments(body)
+    mine, kept, _ = api.chat_prompt(student, messages, args.system, fit, more)
+    prompts = [mine, api.chat_prompt(teacher, kept, None, template_args=more)[0]]
     tokenizer, stops = student.chat.tokenizer, student.engine.how.stops
     ids = tokenizer(body["answer"], add_special_tokens=False).input_ids
     if body.get("finished") and stops:
@@ -400,7 +407,38 @@ def run_files(folder: Path) -> dict[str, Path]:
     }
 
 
-def run_routes(app, args, folder: Path) -> None:
+def sampled_prompts(path: Path, tokenizer) -> list[dict]:
+    """Return the prompts of samples.md as they were asked, {"user"} or {"system", "user"}: the file
+    has them as the chat template wrote them, without its special tokens, and whoever sends them so
+    has them wrapped twice. One that is not found back so is left out."""
+    special = {tokenizer.convert_ids_to_tokens(token) for token in template.special_ids(tokenizer)}
+    forms = []  # what the template writes around a user's message, and one of the system before it
+    for roles in (["user"], ["system", "user"]):
+        said = [{"role": role, "content": "\x02"} for role in roles]
+        try:
+            text = template.render(tokenizer, said, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError):  # it takes no system message
+            continue
+        for token in sorted(special, key=len, reverse=True):
+            text = text.replace(token, "")
+        parts = [part.strip() for part in text.split("\x02")]
+        if len(parts) == len(roles) + 1:
+            form = r"\s*(.*?)\s*".join(map(re.escape, parts))
+            forms.append((re.compile(form, re.DOTALL), f"\n{parts[-1]}\n"))
+    with open(path, encoding="utf-8", errors="replace") as source:
+        text = source.read(SAMPLES_CHARS)
+    found = []
+    for match in islice(re.finditer(SAMPLED, text, re.DOTALL | re.MULTILINE), 3):
+        for form, answers in forms:
+            asked = form.fullmatch(match[1])
+            # of several turns there is no one message
+            if asked and not (answers.strip() and answers in asked[asked.lastindex]):
+                found.append(dict(zip(("user", "system"), reversed(asked.groups()))))
+                break
+    return found
+
+
+def run_routes(app, args, tokenizer, folder: Path) -> None:
     """Add what the run of a checkpoint has: its pictures and texts."""
     import flask
 
@@ -408,9 +446,11 @@ def run_routes(app, args, folder: Path) -> None:
 
     @app.get("/run.json")
     def run():
-        return {"ckpt": args.ckpt} | {
-            name.partition(".")[0]: name in of_run and of_run[name].exists() for name in OF_RUN
-        }
+        there = {name: name in of_run and of_run[name].exists() for name in OF_RUN}
+        made = {"ckpt": args.ckpt} | {name.partition(".")[0]: is_ for name, is_ in there.items()}
+        if there["samples.md"]:
+            made["prompts"] = sampled_prompts(of_run["samples.md"], tokenizer)
+        return made
 
     def sender(name: str, kind: str):
         def send():

@@ -4,6 +4,7 @@ model (lib/chat/engine.py)."""
 import argparse
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
@@ -152,28 +153,44 @@ class Server:
         # one for each answer that may be in work or wait, and some for who is told that the queue
         # is full
         threads = len(self.sides) * (args.slots + args.queue) + 8
+        files_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.server = waitress.create_server(
             self.app,
             sockets=[listening],
             threads=threads,
             ident="distil",
-            connection_limit=4 * threads + 100,
+            connection_limit=min(4 * threads + 100, max(64, files_open - 200)),
             channel_timeout=60,
-            cleanup_interval=5,
+            cleanup_interval=1,
             max_request_body_size=16 * routes.BODY_BYTES,
             inbuf_overflow=routes.BODY_BYTES,
             channel_request_lookahead=1,
             clear_untrusted_proxy_headers=True,
             asyncore_use_poll=True,
         )
+        self.server.maintenance = self.close_idle  # instead of waitress's own, at every interval
         self.server.adj.asyncore_loop_timeout = 0.1  # how soon the loop sees that it is to end
         host = f"[{args.host}]" if ":" in args.host else args.host
         self.url = f"http://{host}:{listening.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, name="waitress", daemon=True)
         self.thread.start()
 
+    def close_idle(self, now: float) -> None:
+        """Close connections that have said nothing for long; where more than half of those that may
+        be open are, a second is long for the oldest."""
+        adj, channels = self.server.adj, [*self.server.active_channels.values()]
+        idle = [one for one in channels if not one.requests and not one.total_outbufs_len]
+        idle.sort(key=lambda channel: channel.last_activity)
+        spare = len(channels) - adj.connection_limit // 2
+        for number, channel in enumerate(idle):
+            long = 1 if number < spare else adj.channel_timeout
+            if now - channel.last_activity > long:
+                channel.will_close = True
+
     def failed(self) -> bool:
-        return any(side.engine.dead for side in self.sides)
+        """Return whether a thread that all depend on has ended."""
+        threads = [self.thread, *(side.engine.thread for side in self.sides)]
+        return not all(thread.is_alive() for thread in threads)
 
     def stop(self) -> None:
         for side in self.sides:
@@ -214,7 +231,7 @@ def serve(args, chats: dict[str, object], folder: Path, listening: socket.socket
         time.sleep(0.1)
         if server.failed():
             server.stop()
-            sys.exit("error: the model failed; see above")
+            sys.exit("error: the server's thread or a model failed; see above")
     server.stop()
     print("chat: stopped", flush=True)
     if any(side.engine.thread.is_alive() for side in server.sides):

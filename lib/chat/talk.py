@@ -220,7 +220,7 @@ def stream_answer(here: Conversation, chat, ids: list[int]) -> terminal.Printer:
     except torch.OutOfMemoryError as full:
         printer.stopped = True
         print(
-            "\nthe GPU has too little memory for this conversation"
+            f"\n{chat.device} has too little memory for this conversation"
             f" ({str(full).splitlines()[0][:100]}); /reset, or /save"
         )
     if here.terminal and printer.tokens:
@@ -279,8 +279,11 @@ def load_conversation(here: Conversation, name: str) -> None:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not template.is_conversation(messages):
         return print(f"not loaded: {name} holds no messages; wanted {wanted}")
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+    tools = messages[0].get("tools")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    messages = [dict(message) for message in messages[system is not None :]]
+    if tools and messages:
+        messages[0]["tools"] = tools
     roles = [message["role"] for message in messages]
     if "user" not in roles or "system" in roles or not {*roles} <= {*template.ROLES}:
         return print(
@@ -349,7 +352,7 @@ def diff(here: Conversation) -> None:
     except SystemExit as refused:
         return print(terminal.visible(str(refused)))
     except torch.OutOfMemoryError as full:
-        return print(f"the GPU has too little memory for /diff ({str(full).splitlines()[0][:100]})")
+        return print(f"too little memory for /diff ({str(full).splitlines()[0][:100]})")
     print(heated(found))
     if terminal.takes_colours():
         print("nats: " + " ".join(shaded(f" {nats:g} ", nats) for nats, _ in RAMP))

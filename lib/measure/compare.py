@@ -353,6 +353,7 @@ def main(argv=None):
 
     first = next(iter(folders.values()))[1]
     out = Path(args.out) if args.out else first.parent / "comparison"
+    files.check_out(f"{out}.html", file=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(Path(f"{out}.json"), result)
     text = page.markdown(result)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lib import checkpoints, files, flags, generate, template
-from lib.measure import labels, score
+from lib.measure import labels, results, score
 from lib.run import clock
 
 FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -245,7 +245,7 @@ def open_out(out, settings, fresh):
         return None
     out.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists():
-        files.write_json(meta, settings)
+        files.write_json(meta, settings | {"checksums": {}})
         part.touch()
     return part.read_bytes().split(b"\n")[:-1]  # what follows the last line end is a torn line
 
@@ -256,7 +256,7 @@ def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str
     if not checkpoints.has_weights(folder):
         files.fail(f"{folder} has no weights", wanted="*.safetensors beside config.json")
     sampling = ("greedy", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    named = ("ckpt", "system", *sampling, "seed", "dtype")
+    named = ("ckpt", "system", "chat_template", "template_args", *sampling, "seed", "dtype")
     return {name: getattr(args, name) for name in named} | {
         "weights": checkpoints.identity(folder),
         "prompts": files.sha256(path),
@@ -272,6 +272,7 @@ def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str
 def answer_file(args, load) -> None:
     """Answer every line of --prompts or --score into --out, and score it. load(args): the Chat that
     answers, once it is known to be needed."""
+    files.check_out(args.out, file=True)
     path, out = prompts_file(args), Path(args.out)
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
@@ -280,7 +281,7 @@ def answer_file(args, load) -> None:
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         if args.score:
-            say_scores(out, files.read_json(summary, mend="delete it, and the same command"))
+            say_scores(out, results.read_scores(out.parent, summary.name))
         raise SystemExit(0)
     chat = load(args)
     ready = encode_prompts(chat, path, prompts, names)
@@ -305,7 +306,8 @@ def answer_file(args, load) -> None:
             "metrics": score.summarise(rows, metrics),
         } | {name: classes[name] for name in ("labels", "confusion", "per_class") if classes}
         timed = speed(chat, ready[0][0] if names else ready[0])
-        files.write_json(summary, shown | {"speed": timed})
+        made = {"speed": timed, "checksums": {out.name: files.sums(out)}}
+        files.write_json(summary, shown | made)
         say_scores(out, shown)
 
 
@@ -455,6 +457,7 @@ def speed(chat, ids, new=32, rounds=3):
 def classify_file(args, read, folder):
     """Write the classes of every line of --prompts into --out, the likeliest as its answer. read:
     see classifier.reader."""
+    files.check_out(args.out, file=True)
     prompts, out = read_prompts(Path(args.prompts), None)[: args.limit or None], Path(args.out)
     made = {
         "ckpt": args.ckpt,

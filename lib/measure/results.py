@@ -21,6 +21,7 @@ ROWS = {
     "parameters": ("parameters", 0),
     "bytes": ("size of the weights", None),
     "ce": ("CE, nats a target", 4),
+    "own_ce": ("CE over its own tokens too", 4),
     "ppl": ("perplexity", 3),
     "acc1": ("acc@1", 4),
     "acc5": ("acc@5", 4),
@@ -46,8 +47,25 @@ OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "roug
 # measures that are better when they are higher, and when they are lower; what is in neither (sizes,
 # speed) has no best
 HIGHER = ("acc1", "acc5", "agree", *OF_ANSWERS)
-LOWER = ("ce", "ppl", "kl", "rkl", "ece")
+LOWER = ("ce", "own_ce", "ppl", "kl", "rkl", "ece")
 # the first of these that was measured stands for a model's quality
+NUMBERS = {f"{name}?": float for name in ROWS if "." not in name}
+EVALUATION = NUMBERS | {
+    "by_source?": {...: {...: float}},
+    "data?": str,
+    "weights?": str,
+}  # eval.json
+SCORES = {  # answers.scores.json
+    "metrics": {...: {"value": float, "low?": float, "high?": float}},
+    "count": range(1 << 62),
+    "settings?": dict,
+    "speed?": {"prompt_tok_per_s?": float, "tok_per_s?": float, "memory_bytes?": float},
+    "labels?": [str],
+    "confusion?": [[int]],
+    "per_class?": {...: {...: float}},
+    "prompts?": (None, str),
+    "weights?": str,
+}
 PRIMARY = ("exact", "accuracy", "rougeL", "acc1")
 
 
@@ -109,6 +127,11 @@ def present(models: dict[str, dict]) -> list[str]:
     ]
 
 
+def named(folder: Path) -> Path:
+    """Return a folder by a path that ends in its name: named(".") is the current folder's."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
 def there(folder: Path) -> bool:
     """Return whether a folder holds measures of a model."""
     measured = ("eval.json", "answers.jsonl", "answers.scores.json")
@@ -119,7 +142,9 @@ def answers_in(folder: Path) -> list[dict]:
     """Return the answered prompts of an evaluation folder, in their order; none where there are
     none."""
     path = Path(folder) / "answers.jsonl"
-    return files.read_jsonl(path, torn=True) if path.exists() else []
+    rows = files.read_jsonl(path, torn=True) if path.exists() else []
+    files.expect(path, rows, [{"answer?": str, "reference?": (str, None)}])
+    return rows
 
 
 def question(row: dict) -> tuple:
@@ -132,8 +157,11 @@ def read_evaluation(folder: Path) -> dict:
     "intervals" {measure: [low, high]} (95 %), "by_source", "labels", "confusion", "per_class",
     "speed", "settings" of the answers, and "answers", how many there are.
     """
-    folder = Path(folder)
-    model = files.read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    folder, model = Path(folder), {}
+    if (measured := folder / "eval.json").exists():
+        model = files.read_json(measured, "--eval-only once more", EVALUATION)
+        for name in ("seal", "checksums"):
+            model.pop(name, None)
     if "accuracy" in model and model["accuracy"] == model.get("acc1"):
         del model["acc1"]  # of classes it is the same, under the name people look for
     model.setdefault("by_source", {})
@@ -154,12 +182,15 @@ def read_evaluation(folder: Path) -> dict:
     return model
 
 
-def read_scores(folder: Path) -> dict:
+def read_scores(folder: Path, name: str = "answers.scores.json") -> dict:
     """Return what answers.scores.json holds; of answers that chat.py --prompts wrote, unscored, the
     exact matches where all have a reference; else {}."""
-    scores, made = folder / "answers.scores.json", folder / "answers.jsonl.meta.json"
+    scores, made = folder / name, folder / "answers.jsonl.meta.json"
     if scores.exists():
-        return files.read_json(scores)
+        mend = "delete it, and the same chat.py --score"
+        known = files.read_json(scores, mend, SCORES)
+        files.check(folder, known, False, "chat.py --score with --fresh")
+        return known
     rows = answers_in(folder)
     if not rows or not all("reference" in row for row in rows):
         return {}

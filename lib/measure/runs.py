@@ -27,6 +27,26 @@ DEPTH = 3  # folders below the given one in which runs are looked for
 SORTS = ("when", "name", "steps", "ce", "kl", "exact", "tok_per_s")
 INSIDE = ("best", "final", "last")  # of a run: checkpoints, no runs
 HEAD = ["run", "stage", "state", "steps", "best", "ce", "kl", "exact", "tokens/s", "when"]
+SETTINGS = dict.fromkeys(("data?", "logits?", "teacher?"), (str, None)) | {
+    "stage?": str,
+    "best?": str,
+    "steps?": range(1 << 62),
+}
+CONFIG = {  # of a run's config.json, or of last/state.json
+    "settings": SETTINGS,
+    "best_by?": str,
+    "best?": (None, files.number),
+    "steps?": range(1 << 62),
+    "step?": range(1 << 62),
+    "stopped_early?": range(1 << 62),
+    "updates?": range(1 << 62),
+    "trained_s?": float,
+    "versions?": dict,
+    "git?": (str, None),
+}
+LINE = {"event": str, "step": range(1 << 62), "tok_per_s?": float} | {
+    f"{name}?": (None, files.number) for name in results.ROWS
+}
 YELLOW, PLAIN = "\033[33m", "\033[0m"
 
 
@@ -35,7 +55,7 @@ def is_run(folder: Path) -> bool:
     settings."""
     config = folder / "config.json"
     written = (folder / "history.jsonl").exists()
-    return written or config.exists() and "settings" in files.read_json(config)
+    return written or config.is_file() and "settings" in files.read_json(config)
 
 
 def evaluations(history: list[dict]) -> list[dict]:
@@ -66,7 +86,13 @@ def read_run(folder: Path) -> dict:
     config = read_there("config.json", files.read_json, {})
     config = config if "settings" in config else {}
     known = config or read_there("last/state.json", files.read_json, {})
+    if known:
+        where = folder / ("config.json" if config else "last/state.json")
+        files.expect(where, known, CONFIG)
+        # what is going on changes under our eyes: a trainer checks its own state
+        files.check(folder, config, False, "the file as it was, or delete it")
     history = read_there("history.jsonl", lambda path: files.read_jsonl(path, torn=True), [])
+    files.expect(folder / "history.jsonl", history, [LINE])
     settings = known.get("settings", {})
     best_by = config.get("best_by") or settings.get("best") or "ce"
     if not config and not any(best_by in line for line in evaluations(history)):
@@ -175,6 +201,7 @@ def main(argv=None):
         files.fail(
             f"{args.folder} is no folder", mend="make demo, or the folder where your runs are"
         )
+    args.folder = results.named(args.folder)
     under = [summary(folder, args.folder) for folder in runs_under(args.folder)]
     runs = ordered(under, args.sort)
     if args.json:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import data, files, flags, models
-from lib.head import wide
-from lib.losses import FLOOR
+from lib.head import FLOOR, wide
 from lib.options.attention import listen
 from lib.options.capture import Side, layer_pairs
 from lib.options.gradnorm import Balance

@@ -122,9 +122,8 @@ def load(
 ) -> Classifier:
     """Load a classifier of the data's labels, as models.load does (rows are never packed).
 
-    rows: the splits as a teacher's own tokenizer reads them; it must have a head trained for these
-    labels. Without, the model is a student: it shares the data's tokenizer, and gets a new head
-    where it has none of these labels.
+    rows: the splits as a teacher's own tokenizer reads them; it must have a head for these labels.
+    Without: a student, which shares the data's tokenizer and gets a new head where it has none.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 

@@ -89,5 +89,5 @@ def goes_on(path: Path, same: Callable[[dict], bool]) -> bool:
     """Return whether an unfinished run is of the `same` settings, or died before it saved any."""
     for name in ("last", ".last.old"):
         if (state := path / name / "state.json").exists():
-            return same(files.read_json(state)["settings"])
+            return same(files.read_json(state, schema={"settings": object})["settings"])
     return (path / ".lock").exists() and not files.locked(path)

@@ -168,7 +168,7 @@ def teacher_here(args) -> tuple:
 
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     tokenizer = template.load_tokenizer(checkpoints.with_tokenizer(folder), args.trust_remote_code)
-    template.ensure_template(tokenizer)
+    template.make_ready(tokenizer, args.chat_template, args.template_args, beside=True)
     return folder, tokenizer
 
 
@@ -200,6 +200,8 @@ def settings(args) -> dict | None:
     if args.teacher_url:
         how = {"temperature": args.teacher_temperature, "top_p": args.teacher_top_p}
         host = urllib.parse.urlsplit(args.teacher_url).hostname
+        if args.template_args:
+            how["chat_template_kwargs"] = args.template_args
         return {"teacher": args.teacher_model, "host": host, "sampling": how} | common
     from lib import generate
 

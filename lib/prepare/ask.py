@@ -12,6 +12,7 @@ The key comes from the environment, goes into the header of a request and nowher
 that quotes it is quoted without it.
 """
 
+import json
 import os
 import queue
 import random
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import NoReturn
 
-from lib import files
+from lib import files, template
 
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")
 FIRST, LONGEST = 0.5, 30.0  # seconds of pause
@@ -151,7 +152,7 @@ class Client:
         """Ask once. Raises Down where another try may succeed."""
         body = {
             "model": self.model,
-            "messages": request.messages,
+            **spoken(request.messages),
             "seed": request.seed % 2**31,
             **self.how,
         }
@@ -218,6 +219,25 @@ class Client:
                 f"a reply that is no chat completion ({type(garbage).__name__}):"
                 f" {self.clean(reply.text)[:80]!r}"
             ) from None
+
+
+def spoken(messages: list[dict]) -> dict:
+    """Return the messages, and tools if there are some, in OpenAI's form: the arguments of a call
+    are text."""
+    found, tools = [], []
+    for message in messages:
+        own = {name: value for name, value in message.items() if name not in template.ASIDE}
+        tools += own.pop("tools", [])
+        if "tool_calls" in own:
+            own["tool_calls"] = []
+            for number, call in enumerate(message["tool_calls"]):
+                inner = dict(call["function"])
+                if not isinstance(inner.get("arguments", ""), str):
+                    inner["arguments"] = json.dumps(inner["arguments"], ensure_ascii=False)
+                named = {"id": f"call{number:05d}", "type": "function"} | call
+                own["tool_calls"].append(named | {"function": inner})
+        found.append(own)
+    return {"messages": found} | ({"tools": tools, "tool_choice": "none"} if tools else {})
 
 
 def retry_after(value: str | None) -> float:

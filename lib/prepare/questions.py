@@ -34,9 +34,11 @@ class Question:
 
 def key_of(prompt: list[dict]) -> str:
     """Return 64 bits of a prompt, in hex."""
-    text = json.dumps(
-        [[message["role"], message["content"]] for message in prompt], ensure_ascii=False
-    )
+    said = []
+    for message in prompt:
+        more = template.beside_text(message)
+        said.append([message["role"], message["content"], *([more] if more else ())])
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -127,7 +129,7 @@ def within_memory(written: Iterator):
         return next(written, None)
     except torch.OutOfMemoryError as full:
         files.fail(
-            "the GPU has too little memory",
+            "the teacher has too little memory",
             str(full).splitlines()[0],
             "room for the weights and the cache of --teacher-batch answers",
             "the same command with a smaller --teacher-batch: it continues",
@@ -140,6 +142,7 @@ def by_server(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
         "max_tokens": args.max_new_tokens,
         "temperature": args.teacher_temperature,
         "top_p": args.teacher_top_p,
+        "chat_template_kwargs": args.template_args,
     }
     client = ask.Client(args.teacher_url, args.teacher_model, how, args.concurrency, args.timeout)
 

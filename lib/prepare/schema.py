@@ -1,10 +1,12 @@
-"""Which column plays which part: the schemas that are known by the names of their columns, and the
---columns that a user writes for others."""
+"""Which column plays which part: the schemas that are known by the names of their columns, what
+else may stand beside them, and the --columns that a user writes for others."""
+
+from collections.abc import Iterable
+from typing import NoReturn
 
 import pyarrow as pa
 
 from lib import files
-from lib.prepare import formats
 from lib.prepare.places import Place
 
 # name, then the part a column plays -> the names it is known by; the first schema whose columns are
@@ -20,7 +22,15 @@ SCHEMAS = {
         "prompt": ("prompt",),
         "answer": ("completion", "response", "answer", "output"),
     },
-    "question/answer": {"prompt": ("question", "query"), "answer": ("answer", "response")},
+    "question/answer": {
+        "prompt": ("question", "query"),
+        "answer": ("answer", "response", "answers", "answerKey"),
+    },
+    "prompt/chosen": {
+        "prompt": ("prompt", "question", "instruction", "query"),
+        "answer": ("chosen",),
+    },
+    "chosen": {"messages": ("chosen",)},
     "text": {"text": ("text",)},
 }
 # for --task classify
@@ -30,15 +40,45 @@ LABELLED = {
         "label": ("label", "labels", "class", "category"),
     }
 }
-# `input` is read beside a prompt only, `system` in every conversation
-OPTIONAL = {"input": "prompt", "system": None}
+LETTERS = "ABCDEFGH"  # choices in columns of their own
+# what may stand beside a schema -> its names. All belong to a prompt, and these to messages too
+PARTS = {
+    "input": ("input",),
+    **{
+        f"context {name}": (name,)
+        for name in (
+            *("context", "contexts", "passage", "passages", "document", "documents", "article"),
+            *("paragraph", "background", "knowledge"),
+        )
+    },
+    "choices": ("choices", "options"),
+    **{letter: (letter, f"option_{letter.lower()}", f"op{letter.lower()}") for letter in LETTERS},
+    "system": ("system", "system_prompt", "system_message"),
+    "reasoning": (
+        *("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts"),
+        *("chain_of_thought", "cot", "complex_cot", "Complex_CoT", "rationale", "think"),
+        "reasoning_trace",
+    ),
+    "tools": ("tools", "functions"),
+    "history": ("history",),
+}
+BESIDE_MESSAGES = ("system", "reasoning", "tools")
+# what a row cannot be without: not used, it ends the program unless --columns ignores it
+MEANING = {
+    *(name for part, names in PARTS.items() if part not in (*LETTERS, "input") for name in names),
+    *("tool_calls", "function_call", "refusal", "images", "image", "videos", "video", "audios"),
+    "audio",
+}
+SWITCHES = ("on", "off", "true", "false", "yes", "no", "low", "medium", "high")
 KNOWN = (
     "messages; conversations; instruction[+input]+output; prompt+completion|response|answer;"
-    " question+answer; text"
+    " question+answer; prompt+chosen; text"
 )
+SPOKEN_BY = ("user", "assistant")  # what a role of the data is called here
 COLUMNS_HELP = (
-    "[SOURCE:]prompt=COL,answer=COL[,input=COL][,system=COL], or messages=COL[,system=COL], or"
-    " text=COL; to classify: text=COL,label=COL"
+    "[SOURCE:]prompt=COL,answer=COL or messages=COL, with any of input, context, choices, system,"
+    " reasoning, tools, history=COL; or text=COL; to classify: text=COL,label=COL; ignore=NAME"
+    " leaves a column or message key out, user=NAME,assistant=NAME name the speakers"
 )
 
 
@@ -46,28 +86,99 @@ def parse_columns(
     text: str, need_answer: bool = True, labelled: bool = False
 ) -> tuple[str, dict[str, str]]:
     """Read one --columns: parse_columns("fin:prompt=q,answer=a") == ("fin", {"prompt": "q",
-    "answer": "a"}); "" where no source is named.
+    "answer": "a"}); "" where no source is named. What is ignored is under "ignore NAME", and who
+    speaks under "user NAME": both leave the columns to be found.
 
     Raises ValueError, one line. Where no answer is needed (a teacher will write it), prompt=COL
     alone will do; labelled: text and label it is.
     """
     owner, colon, rest = text.partition(":")
     owner, rest = (owner.strip(), rest) if colon and "=" not in owner else ("", text)
-    pairs = [part.partition("=")[::2] for part in rest.split(",")]
-    columns = {part.strip(): column.strip() for part, column in pairs}
+    columns, pairs = {}, [part.partition("=")[::2] for part in rest.split(",")]
+    for part, column in pairs:
+        part, column = part.strip(), column.strip()
+        columns[f"{part} {column}" if part in ("ignore", *SPOKEN_BY) else part] = column
+    named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *SPOKEN_BY)}
+    beside = {"context", *(part for part in PARTS if not part.startswith("context "))}
     allowed = (
-        ({"prompt", "answer"} if need_answer else {"prompt"}, {"input", "system", "answer"}),
-        ({"messages"}, {"system"}),
+        ({"prompt", "answer"} if need_answer else {"prompt"}, {"answer"} | beside),
+        ({"messages"}, {*BESIDE_MESSAGES}),
         ({"text"}, set()),
+        (set(), beside),  # the rest is found
     )
     allowed = (({"text", "label"}, set()),) if labelled else allowed
     if (
         len(columns) != len(pairs)
         or not all(columns.values())
-        or not any(need <= set(columns) <= need | may for need, may in allowed)
+        or (named and not any(need <= named <= need | may for need, may in allowed))
     ):
         raise ValueError(f"saw {text!r}, wanted {COLUMNS_HELP}")
     return owner, columns
+
+
+def among(names: Iterable[str], there: Iterable[str]) -> str | None:
+    """Return the first column that has one of the names: as it stands, else whatever its case and
+    the blanks around it."""
+    there = list(there)
+    plain = {name.strip().casefold(): name for name in there} | {name: name for name in there}
+    found = (plain.get(name, plain.get(name.casefold())) for name in names)
+    return next((name for name in found if name is not None), None)
+
+
+def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
+    """Take a --columns apart: the columns, the names ignored, and what its speakers are called."""
+    kept, ignored, roles = {}, set(), {}
+    for part, column in columns.items():
+        word = part.split()[0]
+        if word == "ignore":
+            ignored.add(column)
+        elif word in SPOKEN_BY:
+            roles[column] = word
+        else:
+            kept["context context" if part == "context" else part] = column
+    return kept, frozenset(ignored), roles
+
+
+def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
+    """Return the parts that may stand beside these."""
+    if "prompt" in columns:
+        return tuple(PARTS)
+    return BESIDE_MESSAGES if "messages" in columns else ()
+
+
+def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict[str, str]:
+    """Return the columns among the names `there` that stand beside those known already."""
+    found, taken = {}, {*columns.values(), *ignored}
+    for part in parts_beside(columns):
+        if part not in columns:
+            name = among(PARTS[part], (name for name in there if name not in taken))
+            if name is not None:
+                found[part] = name
+    if not {"A", "B"} <= found.keys() | columns.keys():
+        found = {part: name for part, name in found.items() if part not in LETTERS}
+    return found
+
+
+def describe(columns: dict[str, str]) -> str:
+    """Return in words which column plays which part, and where a context stands."""
+    told = []
+    for part, column in columns.items():
+        word = part.partition(" ")[0]
+        told.append(f"{word}={column}{' after the prompt' * (word in ('context', 'choices'))}")
+    return ", ".join(told)
+
+
+def carries(name: str, ignored: frozenset[str]) -> bool:
+    """Return whether a column that is not used is one that a conversation cannot be without."""
+    return name not in ignored and among(MEANING, [name]) is not None
+
+
+def refuse(where: object, name: str) -> NoReturn:
+    files.fail(
+        f"{where}: {name} carries meaning, and would not be used",
+        wanted="a part that it plays, or that it is left out",
+        mend=f"--columns with PART={name}, or ignore={name} ({COLUMNS_HELP})",
+    )
 
 
 def guess(
@@ -79,17 +190,13 @@ def guess(
     if not need_answer and not labelled:
         for parts in SCHEMAS.values():
             if "prompt" in parts:
-                known[f"{parts['prompt'][0]} only"] = {"prompt": parts["prompt"]}
+                known.setdefault(f"{parts['prompt'][0]} only", {"prompt": parts["prompt"]})
     for schema, parts in sorted(known.items(), key=lambda item: item[0] == "text"):
         columns = {}
         for part, names in parts.items():
-            columns[part] = next((name for name in names if name in kind), None)
-        if None in columns.values():
-            continue
-        for part, beside in OPTIONAL.items() if schema != "text" else ():
-            if beside in (None, *columns) and (part in kind or path.suffix in formats.JSON):
-                columns[part] = part
-        return schema, columns
+            columns[part] = among(names, kind)
+        if None not in columns.values():
+            return schema, columns
     files.fail(
         f"{path} follows no schema known here",
         seen=f"columns {', '.join(kind)}",
@@ -98,30 +205,33 @@ def guess(
     )
 
 
-def check_type(path: Place, part: str, column: str, kind) -> None:
+def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) -> None:
     """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is
-    checked row by row."""
+    checked row by row. chosen: the answer is among choices, and may be a number."""
     if kind is None or pa.types.is_null(kind):
         return
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = (
+    good = (
         pa.types.is_string(value)
         or pa.types.is_large_string(value)
         or pa.types.is_string_view(value)
     )
-    text |= part == "label" and (pa.types.is_integer(value) or pa.types.is_boolean(value))
-    listed = (
-        part == "messages"
-        and (pa.types.is_list(kind) or pa.types.is_large_list(kind))
-        and pa.types.is_struct(kind.value_type)
-    )
-    if not text and not listed:
+    if part == "label":
+        good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
+    elif part == "reasoning" or chosen and part == "answer":
+        good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if part == "prompt":
+        good |= listed and pa.types.is_struct(kind.value_type)  # messages
+    elif part not in ("text", "label", "input", "system"):
+        good |= listed or pa.types.is_struct(kind)
+    if not good:
         wanted = {
             "messages": "a list of {role, content} or {from, value}",
             "label": "text, whole numbers or true and false",
         }.get(part, "text")
         files.fail(
-            f"{path}: column {column} cannot be the {part}",
+            f"{path}: column {column} cannot be the {part.split()[0]}",
             seen=f"type {kind}",
             wanted=wanted,
             mend=f"--columns {COLUMNS_HELP}",

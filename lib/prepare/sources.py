@@ -9,31 +9,22 @@ yielded all the same, for the caller to count.
 """
 
 import argparse
+import codecs
 import collections
-import glob
-import json
+import dataclasses
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lib import data, files
-from lib.prepare import formats, hub, places, schema
+from lib.prepare import conversations, formats, hub, kinds, places, schema
 from lib.prepare.places import Place
 
-ROLE_NAMES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "developer": "system",
-}
+MOST_SHAPES = 1000  # sets of columns of JSON rows that are remembered, and names that are noted
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,9 @@ class File:
     and its rows if the file says.
 
     names: of the labels, where the file's are numbers and it says what they mean (the ClassLabel of
-    Hugging Face's data sets).
+    Hugging Face's data sets). found: columns that only later rows have are looked for too. ignored,
+    roles: see schema.aside. unused: (kind, name) of what was met and is not used; passed: (role,
+    key) of what a template may write or not; both grow as rows are read.
     """
 
     place: Place
@@ -51,6 +44,16 @@ class File:
     columns: dict[str, str]
     count: int | None
     names: tuple[str, ...] = ()
+    found: bool = False
+    ignored: frozenset[str] = frozenset()
+    roles: dict[str, str] = field(default_factory=dict)
+    unused: dict[tuple[str, str], None] = field(default_factory=dict, compare=False)
+    passed: dict[tuple[str, str], None] = field(default_factory=dict, compare=False)
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is null in it was written so (arrow's structs have nulls of their own)."""
+        return self.place.suffix in formats.JSON
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="how text files are written: gb18030, cp1252, ... (default: utf-8, or as found)",
+    )
+    parser.add_argument(
         "--columns",
         action="append",
         metavar="MAP",
@@ -100,6 +108,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse (exit code 2) sources of one name, and columns of no source. Sets args.wanted, (name,
     where) of each source with its secrets, and args.named, the columns by source name ("": of the
     others); args.source and args.columns become what is stored."""
+    try:
+        codecs.lookup(args.encoding or "utf-8")
+    except LookupError:
+        parser.error(f"--encoding is {args.encoding}, wanted one that Python knows")
     args.wanted = [name_and_where(text) for text in args.source]
     names = [name for name, _ in args.wanted]
     for name, count in collections.Counter(names).items():
@@ -134,7 +146,7 @@ def name_and_where(text: str) -> tuple[str, str]:
     "b", and "a" for a/*.parquet. What exists as it stands is a WHERE, though it has a "=" in it.
     """
     found = re.fullmatch(r"([\w.+-]+)=(.+)", text, re.DOTALL)
-    if found and not Path(text).exists() and not glob.glob(text, recursive=True):
+    if found and not os.path.exists(text) and not places.matches(text):
         return found[1], found[2]
     if hub.is_id(text):
         return hub.ID.fullmatch(text)["repo"].split("/")[1], text
@@ -182,11 +194,19 @@ def open_all(args: argparse.Namespace) -> list[Source]:
                     seen=f"{other} and {name}",
                     wanted="every file in one source",
                 )
-        columns = args.named.get(name, args.named.get(""))
-        looked = [
-            look(place, columns, args.answers == "given", args.task == "classify")
-            for place in found
-        ]
+        columns, looked, empty = args.named.get(name, args.named.get("")), [], []
+        for place in found:
+            try:
+                place = kinds.recognised(place, args.encoding)
+                looked.append(
+                    look(place, columns, args.answers == "given", args.task == "classify")
+                )
+            except formats.NoRow as one:
+                empty.append(one)
+        if not looked:
+            raise empty[0]
+        if empty:
+            print(f"prepare left out of {name}: {len(empty)} without a row ({empty[0].place})")
         result.append(Source(name, places.redact(where), looked))
     return result
 
@@ -205,22 +225,44 @@ def look(
     """
     found = formats.columns_of(path)
     name = "--columns"
-    if not columns:
-        name, columns = schema.guess(path, found.types, need_answer, labelled)
+    columns, ignored, roles = schema.aside(columns or {})
+    guessed = not {"prompt", "messages", "text"} & {*columns}
+    if guessed:
+        name, known = schema.guess(path, found.types, need_answer, labelled)
+        columns = known | columns
+        columns |= schema.find_beside(columns, found.types, ignored)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
-        later = part in schema.OPTIONAL and path.suffix in formats.JSON
+        later = part in schema.PARTS and path.suffix in formats.JSON
         if column not in found.types and not later:
             files.fail(
                 f"{path} has no column {column}",
                 seen=", ".join(found.types),
                 mend=f"--columns {schema.COLUMNS_HELP}",
             )
-        schema.check_type(path, part, column, found.types.get(column))
-    there = [f"{part}={column}" for part, column in columns.items() if column in found.types]
+        chosen = bool({"choices", "A"} & {*columns})
+        schema.check_type(path, part, column, found.types.get(column), chosen)
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
-    described = f"{name} ({', '.join(there)})"
-    return File(path, name, described, columns, found.count, tuple(names))
+    there = {part: column for part, column in columns.items() if column in found.types}
+    described = f"{name} ({schema.describe(there)})"
+    looked = File(
+        *(path, name, described, columns, found.count, tuple(names), guessed, ignored, roles)
+    )
+    if not looked.exact:
+        note_unused(looked, found.types)
+    return looked
+
+
+def note_unused(file: File, names: Iterable[str], where: str = "") -> None:
+    """Note which of these columns are not used; end the program where one of them carries what a
+    conversation cannot be without."""
+    used = {*file.columns.values()}
+    for name in names:
+        if name not in used and ("columns", name) not in file.unused:
+            if schema.parts_beside(file.columns) and schema.carries(name, file.ignored):
+                schema.refuse(f"{file.place}{where}", name)
+            if len(file.unused) < MOST_SHAPES:
+                file.unused["columns", name] = None
 
 
 def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str | tuple[str, str]]:
@@ -231,49 +273,86 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
     """
     number = 0
     records = formats.records(source.place, list(dict.fromkeys(source.columns.values())))
+    known: dict[tuple[str, ...], File] = {}  # by the columns that a JSON row has
     try:
         for number, record in enumerate(records, 1):
-            parts = {part: record.get(column) for part, column in source.columns.items()}
-            yield _row(source, parts, number, system)
+            file = source
+            if source.exact:
+                there = tuple(name for name, value in record.items() if said(value))
+                if there not in known:
+                    known = known if len(known) < MOST_SHAPES else {}
+                    known[there] = of_row(source, there, number)
+                file = known[there]
+            parts = {part: record.get(column) for part, column in file.columns.items()}
+            yield _row(file, parts, number, system)
     except places.UNREADABLE as broken:
         formats.cannot_be_read(source.place, f" past row {number}", broken)
     if not number:
         formats.no_row(source.place)
 
 
-def all_rows(inputs: list[Source], system: str | None = None) -> Iterator[tuple]:
-    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers."""
+def of_row(source: File, there: tuple[str, ...], number: int) -> File:
+    """Return a JSON file as a row with these columns shows it."""
+    columns = {}
+    for part, name in source.columns.items():
+        if part not in schema.PARTS or name in there:
+            columns[part] = name
+    if source.found:
+        columns |= schema.find_beside(columns, there, source.ignored)
+    file = dataclasses.replace(source, columns=columns)
+    note_unused(file, there, f", row {number}")
+    return file
+
+
+def all_rows(
+    inputs: list[Source],
+    system: str | None = None,
+    full: Container[int] = (),
+    done: Mapping[tuple[int, int], int] | None = None,
+) -> Iterator[tuple]:
+    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers. full:
+    sources of which no more are wanted; done: how many rows of each file are left out."""
+    left = collections.Counter(done)
     for number, source in enumerate(inputs):
         for f, file in enumerate(source.files):
             for row in rows(file, system):
-                yield (number, f), row
+                if left[number, f]:
+                    left[number, f] -= 1
+                elif number in full:
+                    break
+                else:
+                    yield (number, f), row
 
 
-def characters(row: list[dict] | str | tuple[str, str]) -> int:
-    """Return how long a row is, to cut many into pieces of like work."""
-    if isinstance(row, str):
-        return len(row)
-    if isinstance(row, tuple):
-        return len(row[0])
-    return sum(len(message["content"] or "") for message in row)
+def quotas(inputs: list[Source], args: argparse.Namespace) -> list[int]:
+    """Divide --limit among the sources: by --mix, else by their rows where every file says how many
+    it has, else evenly; -1: all of it."""
+    if not args.limit:
+        return [-1] * len(inputs)
+    counts = [[file.count for file in source.files] for source in inputs]
+    shares = [args.weights[source.name] for source in inputs]
+    if None in shares:
+        known = not any(None in each for each in counts)
+        shares = [float(sum(each)) if known else 1.0 for each in counts]
+    ends = np.rint(np.cumsum(shares) / sum(shares) * args.limit).astype(int)
+    each = np.diff(ends, prepend=0).tolist()
+    if len(each) > 1:
+        told = ", ".join(f"{source.name} {n:,}" for source, n in zip(inputs, each))
+        print(f"prepare limit: {told}", flush=True)
+    return each
+
+
+def said(value: object) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
 
 
 def _row(
     source: File, parts: dict, number: int, system: str | None
 ) -> list[dict] | str | tuple[str, str]:
-    def text(part):
-        value = parts.get(part)
-        if value is not None and not isinstance(value, str):
-            files.fail(
-                f"{source.place}, row {number}: column {source.columns[part]} is not text",
-                seen=type(value).__name__,
-                wanted="a string",
-                mend=f"--columns {schema.COLUMNS_HELP}",
-            )
-        return value or ""
-
-    if "label" in parts:
-        label = parts["label"]
+    parts = {part: value for part, value in parts.items() if said(value)}
+    row = conversations.SourceRow(source, parts, number)
+    if "label" in source.columns:
+        label = parts.get("label")
         if not isinstance(label, str | int | None):  # a bool is an int
             files.fail(
                 f"{source.place}, row {number}: column {source.columns['label']} is no label",
@@ -282,56 +361,5 @@ def _row(
             )
         if source.names and isinstance(label, int):  # -1: held back, as in GLUE's test files
             label = source.names[label] if 0 <= label < len(source.names) else ""
-        return text("text"), "" if label is None else str(label).strip()
-    if "text" in parts:
-        return text("text")
-    if "messages" in parts:
-        messages = _messages(source, parts["messages"], number)
-    else:
-        prompt = "\n\n".join(part for part in (text("prompt"), text("input")) if part.strip())
-        messages = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": text("answer")},
-        ]
-    system = text("system") if text("system").strip() else system
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def _messages(source: File, value: object, number: int) -> list[dict]:
-    """Bring OpenAI's (role, content) and ShareGPT's (from, value) to one form; content that is not
-    text becomes None."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)  # csv, and some parquet files, hold the list as JSON text
-        except ValueError:
-            pass
-    if not isinstance(value, list | None) or not all(
-        isinstance(item, dict) for item in value or []
-    ):
-        files.fail(
-            f"{source.place}, row {number}: column {source.columns['messages']} is not a"
-            " conversation",
-            seen=repr(value)[:60],
-            wanted="a list of {role, content} or {from, value}",
-            mend=f"--columns {schema.COLUMNS_HELP}",
-        )
-    messages = []
-    for item in value or []:
-        role, content = (
-            item.get(a) if item.get(a) is not None else item.get(b)
-            for a, b in (("role", "from"), ("content", "value"))
-        )
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-        ):
-            content = "".join(part["text"] for part in content)
-        role = str(role).strip().lower()
-        messages.append(
-            {
-                "role": ROLE_NAMES.get(role, role),
-                "content": content if isinstance(content, str) else None,
-            }
-        )
-    return messages
+        return row.text("text"), "" if label is None else str(label).strip()
+    return row.text("text") if "text" in source.columns else row.conversation(system)

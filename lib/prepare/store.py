@@ -4,10 +4,11 @@ whatever is killed when.
 Answers made with other settings lie in another folder, and --fresh of prepare_data.py deletes none.
 OUT/answers/HASH/ (HASH of the settings, all that an answer depends on) holds
 - settings.json   the teacher, its weights' hash or (of the first run) its server's host, the
-                  sampling settings, the seed
+                  sampling settings, the seed; sealed (lib/files.py)
+- checksums.json  of all parts
 - part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set
-- journal.jsonl   the newest answers, one a line, until they are a part; its last line may be torn
-                  by a kill, and is then ignored
+- journal.jsonl   the newest answers, one a line with its CRC-32, until they are a part; its last
+                  line may be torn by a kill, and is then ignored, as a damaged one is
 """
 
 import hashlib
@@ -22,7 +23,11 @@ import pyarrow.parquet as pq
 from lib import files
 
 PART_ROWS = 1000
+AGAIN = f"move it away; its {PART_ROWS} are asked again"
+ROW = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# more: as JSON what a message says beside its text, in parts that have such messages
+MESSAGE_AND_MORE = pa.struct([*MESSAGE, ("more", pa.string())])
 # an answer, for those it is passed on to
 ABOUT = pa.schema(
     [
@@ -46,12 +51,54 @@ SCHEMA = pa.schema(
 )
 
 
+def flattened(messages: list[dict]) -> list[dict]:
+    """Return messages as columns of texts."""
+    found = []
+    for message in messages:
+        own = {"role": message["role"], "content": message["content"]}
+        if more := {n: message[n] for n in message if n not in (*own, "written")}:
+            own["more"] = json.dumps(more, ensure_ascii=False)
+        found.append(own)
+    return found
+
+
+def unflattened(messages: list[dict]) -> list[dict]:
+    """Return messages as `flattened` had them."""
+    found = []
+    for message in messages:
+        more = message.pop("more", None)
+        found.append(message | json.loads(more) if more else message)
+    return found
+
+
 def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
     where = "teacher" if "weights" in made else "host"
     told = {name: value for name, value in made.items() if name != where}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Return a part; one that is none is a one-line error."""
+    try:
+        return pq.read_table(path, columns=columns or SCHEMA.names, schema=SCHEMA)
+    except (pa.ArrowException, OSError, KeyError) as broken:
+        files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", AGAIN)
+
+
+def read_line(line: bytes) -> dict | None:
+    """Return a line of the journal, None where it is damaged. (Older ones have no checksum.)"""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if files.misfit(row, ROW):
+        return None
+    if files.LINE_SUM in line and not files.is_whole(line):
+        return None
+    row.pop("crc32", None)
+    return row
 
 
 class Store:
@@ -61,8 +108,10 @@ class Store:
         self.folder, self.made = folder / folder_name(made), made
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(folder)
-        if not (self.folder / "settings.json").exists():
-            files.write_json(self.folder / "settings.json", made)
+        if (settings := self.folder / "settings.json").exists():
+            files.read_json(settings, f"rm {settings}: it is written again")
+        else:
+            files.write_json(settings, made | {"checksums": {}})
             others = [path.parent for path in sorted(folder.glob("*/settings.json"))]
             others = [str(other) for other in others if other != self.folder]
             if others:
@@ -76,40 +125,44 @@ class Store:
         self.journal = self.folder / "journal.jsonl"
         self.have: set[tuple[str, int]] = set()
         self.parts = sorted(self.folder.glob("part-*.parquet"))
+        self.sums = self._check_parts()
         for path in self.parts:
-            try:
-                table = pq.read_table(path, columns=["key", "generation"])
-            except (pa.ArrowException, OSError, KeyError) as broken:
-                files.fail(
-                    f"{path} cannot be read",
-                    broken,
-                    "answers as this program wrote them",
-                    f"move it away; its {PART_ROWS} are asked again",
-                )
+            table = read_part(path, ["key", "generation"])
             self.have.update(zip(table["key"].to_pylist(), table["generation"].to_pylist()))
         self.fresh: list[dict] = []  # what is in the journal and in no part
         self._read_journal()
         self.file = open(self.journal, "ab")
 
+    def _check_parts(self) -> dict:
+        """Return the parts' checksums, once all were checked; those without, of an older state or
+        after a kill, get theirs."""
+        path, known = self.folder / "checksums.json", {}
+        if path.exists():
+            known = files.read_json(path, f"rm {path}: it is written again")["checksums"]
+        for part in self.parts:
+            if part.name in known and (seen := files.damage(part, known[part.name])):
+                files.fail(f"{part} is damaged", seen, "answers as this program wrote them", AGAIN)
+        there = {part.name: known.get(part.name) or files.sums(part) for part in self.parts}
+        if there != known:
+            files.write_json(path, {"checksums": there})
+        return there
+
     def _read_journal(self) -> None:
-        """Take the whole lines of the journal, and cut off what follows them."""
-        whole = 0
-        lines = self.journal.read_bytes().splitlines(keepends=True) if self.journal.exists() else ()
-        for line in lines:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if row is None:
-                break  # torn, or what a power cut left of the end
-            whole += len(line)
-            name = row["key"], row["generation"]
-            # it is in both where the kill came between part and journal
-            if name not in self.have:
-                self.have.add(name)
-                self.fresh.append(row)
-        if lines:
-            os.truncate(self.journal, whole)
+        """Take the whole lines of the journal, and cut off what a kill left of the last one; what
+        is damaged among them is asked again."""
+        lines = self.journal.read_bytes().split(b"\n") if self.journal.exists() else [b""]
+        whole = [line for line in lines[:-1] if (row := read_line(line)) and self._take(row)]
+        if lost := len(lines) - len(whole) - (not lines[-1]):
+            said = f"answers: {lost} lines of {self.journal} are torn or damaged: asked again"
+            print(said, flush=True)
+            files.write_text(self.journal, b"".join(line + b"\n" for line in whole).decode())
+
+    def _take(self, row: dict) -> bool:
+        """Keep a line of the journal, unless a part has it: the kill came between the two."""
+        if (name := (row["key"], row["generation"])) not in self.have:
+            self.have.add(name)
+            self.fresh.append(row)
+        return True
 
     def add(self, row: dict) -> None:
         """Keep an answer: once this returns, no kill loses it."""
@@ -117,7 +170,7 @@ class Store:
         assert name not in self.have, name
         # half a surrogate pair becomes "?"
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
-        self.file.write(line + b"\n")
+        self.file.write(files.with_sum(line) + b"\n")
         self.file.flush()
         self.have.add(name)
         self.fresh.append(json.loads(line))
@@ -136,14 +189,16 @@ class Store:
             told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
             same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
-            pq.write_table(
-                pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA),
-                partial,
-                compression="zstd",
-            )
+            rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
+            kind = SCHEMA
+            if any("more" in message for row in rows for message in row["prompt"]):
+                kind = kind.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+            pq.write_table(pa.Table.from_pylist(rows, kind), partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
             files.sync(self.folder)
+            self.sums[path.name] = files.sums(path)
+            files.write_json(self.folder / "checksums.json", {"checksums": self.sums})
         self.fresh = []
         os.ftruncate(self.file.fileno(), 0)
 
@@ -156,4 +211,5 @@ class Store:
         """Yield all answers, a part at a time. (The newest are among them once the store is
         closed.)"""
         for path in self.parts:
-            yield from pq.read_table(path).to_pylist()
+            for row in read_part(path).to_pylist():
+                yield row | {"prompt": unflattened(row["prompt"])}

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from lib import files
-from lib.prepare import sources
+from lib.prepare import conversations
 
 # one piece of work for a worker ends at whichever comes first
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 19
@@ -35,7 +35,7 @@ def batches(numbered: Iterator[tuple]) -> Iterator[list[tuple]]:
     batch, size = [], 0
     for number, row in numbered:
         batch.append((number, row))
-        size += sources.characters(row)
+        size += conversations.characters(row)
         if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

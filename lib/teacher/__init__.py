@@ -7,6 +7,7 @@ which it is. `open_teacher` chooses by the flags.
     logits.py   a logits folder, read          writer.py   its chunks, written (dump_logits.py)
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
+    verify.py   records held against their checksums, and against the teacher
 """
 
 import argparse
@@ -15,7 +16,7 @@ import typing
 import numpy as np
 import torch
 
-from lib import data, flags, losses, models
+from lib import data, losses, models
 from lib.teacher import live, logits
 
 
@@ -73,13 +74,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         metavar="DIR|ID",
         help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
-    )
-    flags.option(
-        group,
-        "--verify",
-        free=True,
-        action="store_true",
-        help="check the logits' checksums first (default: their sizes and identities alone)",
     )
     live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
 

@@ -180,6 +180,11 @@ def load(path: Path, mend: str) -> tuple[Basis, dict]:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in TENSORS}
+        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+        (vocab,), (width,) = tensors["mean"].shape, tensors["center"].shape
+        rank = len(tensors["bits"])
+        if shapes != [(vocab,), (rank, vocab), (rank,), (rank,), (width,), (width, rank)]:
+            raise ValueError(f"tensors of shapes {shapes}")
     except FileNotFoundError:
         files.fail(
             f"{path} is missing",
@@ -187,8 +192,9 @@ def load(path: Path, mend: str) -> tuple[Basis, dict]:
             "the file that the dump made, or copied",
             mend,
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as broken:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as broken:
         files.fail(f"{path} is not a basis", broken, mend=mend)
+    files.expect(path, about, {"format": int, "softcap": float}, mend)
     if about["format"] != FORMAT:
         files.fail(f"{path} has another format", about["format"], FORMAT, mend)
     return Basis(softcap=about["softcap"], **tensors), about

@@ -83,8 +83,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.k, args.teacher_dtype = args.k or 0, args.teacher_dtype or "auto"
     if args.k < 0:
         parser.error(f"--k is {args.k}, wanted 0 or more")
-    if args.verify:
-        parser.error("--verify checks logits: it goes with --logits, not with --teacher")
     if args.teacher_quant and args.teacher_offload:
         parser.error("--teacher-quant and --teacher-offload do not go together: wanted one of them")
     if args.teacher.endswith(".gguf") and (args.teacher_quant or args.teacher_offload):

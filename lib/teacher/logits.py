@@ -42,14 +42,20 @@ class Chunk:
     """One finished chunk (or val) of a logits folder, checked against the data it is to be used
     with."""
 
-    def __init__(self, folder: Path, dataset: data.Dataset, verify: bool = False) -> None:
-        self.folder, self.meta = folder, files.read_json(folder / "meta.json")
-        number = self.meta.get("chunk")
-        again = dump_command(self.meta, dataset, folder.parent, f"--chunk {number} --fresh")
+    def __init__(
+        self, folder: Path, chunk: int | str, dataset: data.Dataset, verify: bool = False
+    ) -> None:
+        self.folder, path = folder, folder / "meta.json"
+        what = f"--chunk {chunk} --fresh"
+        self.meta = files.read_json(path, f"dump_logits.py with {what}")
         if self.meta.get("format") != record.FORMAT:
-            files.fail(
-                f"{folder} has another format", self.meta.get("format"), record.FORMAT, again
-            )
+            files.fail(f"{folder} has another format", self.meta.get("format"), record.FORMAT, what)
+        files.expect(path, self.meta, record.META, f"dump_logits.py with {what}")
+        if self.meta["tail_rank"]:
+            files.expect(path, self.meta, {"basis": str, "tail_bytes": int}, what)
+        again = dump_command(self.meta, dataset, folder.parent, what)
+        if self.meta["chunk"] != chunk:
+            files.fail(f"{folder} holds another chunk", self.meta["chunk"], chunk, again)
         own, wanted = self.meta["identities"], dataset.identities
         for name, what in (
             ("data", "other data"),
@@ -63,27 +69,30 @@ class Chunk:
                     again,
                 )
         size, size_wanted = self.meta["rows_per_chunk"], dataset.meta["rows_per_chunk"]
-        if number != "val" and size != size_wanted:
+        if chunk != "val" and size != size_wanted:
             files.fail(
                 f"{folder} was cut otherwise than the data",
                 f"{size} rows a chunk",
                 size_wanted,
                 again,
             )
-        self._open(again, verify)
+        rows = dataset.val.rows
+        if chunk != "val":
+            rows = dataset.train.rows[dataset.chunk_rows(int(chunk))]
+        self._open(int(rows["targets"].sum()), again, verify)
 
-    def _open(self, again: str, verify: bool) -> None:
+    def _open(self, targets: int, again: str, verify: bool) -> None:
         """Map the records; refuse those that are broken, and name the command `again`."""
         path = self.folder / "topk.npy"
-        try:
-            self.records = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as broken:
-            files.fail(f"{path} cannot be read", broken, mend=again)
-        there, wanted = len(self.records), self.meta["targets"]
-        if there != wanted:
-            files.fail(f"{path} is not whole", f"{there} records", wanted, again)
-        if verify and files.sha256(path) != self.meta["sha256"]:
+        self.records = files.read_npy(path, record.dtype_of(self.meta), again)
+        there = len(self.records)
+        if {there, self.meta["targets"]} != {targets}:
+            files.fail(f"{path} is not whole", f"{there} records", targets, again)
+        self.checked = files.check(self.folder, self.meta, verify, again)
+        if not self.checked and verify and files.sha256(path) != self.meta["sha256"]:
             files.fail(f"{path} is damaged", "another checksum than its meta.json", mend=again)
+        if wrong := record.impossible(self.records, self.meta["vocab"]):
+            files.fail(f"{path} holds what no teacher says", wrong, mend=again)
 
 
 class Records:
@@ -137,7 +146,9 @@ class Records:
         for chunk in (*range(self.dataset.chunks), "val"):
             folder = record.chunk_folder(self.folder, chunk)
             if (folder / "meta.json").exists():
-                found[chunk] = Chunk(folder, self.dataset, verify)
+                found[chunk] = Chunk(folder, chunk, self.dataset, verify)
+        if not all(part.checked for part in found.values()):
+            files.say_none(self.folder)
         self.val = found.pop("val", None)
         self.parts = {int(chunk): part for chunk, part in found.items()}
         self.missing = [c for c in range(self.dataset.chunks) if c not in self.parts]

@@ -3,8 +3,9 @@
     logits/NAME/chunk-0003/topk.npy   structured (targets of the chunk,); fields of `record_dtype`
                            done.npy   DONE (rows of the chunk,): which rows are written, with the
                                       teacher's own score on them
-                           meta.json  written last: identities, k, temperatures, V, sha256 of
-                                      topk.npy, the teacher's figures
+                           meta.json  written last and sealed (lib/files.py): identities, k,
+                                      temperatures, V, the teacher's figures, sha256 of topk.npy;
+                                      checksums of both, and of the basis
     logits/NAME/val/       the same for the val split
     logits/NAME/basis.safetensors    the basis that all of them share, unless --tail-rank is 0
                                      (lib/teacher/basis.py)
@@ -32,6 +33,26 @@ from lib.teacher.basis import Basis
 FORMAT = 1
 DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
 LARGEST_GAP = 60_000.0  # float16 ends at 65,504
+META = {  # of meta.json
+    "identities": {"data": str, "vocabulary": str},
+    "chunk": (range(1 << 62), {"val"}),
+    "targets": range(1 << 62),
+    "rows_per_chunk": range(1, 1 << 62),
+    "k": range(1, (1 << 20) + 1),
+    "temperatures": [float],
+    "values": {"u8", "fp16"},
+    "vocab": range(1, (1 << 20) + 1),
+    "tail_rank": range(1 << 20),
+    "tail_bytes?": range(1 << 20),
+    "basis?": str,
+    "teacher": str,
+    "teacher_folder": str,
+    "teacher_ce": float,
+    "teacher_acc1": float,
+    "coverage": {...: float},
+    "sha256": str,
+}
+LOOKED_AT = 1 << 24  # bytes of records up to which every one is looked at when a chunk is opened
 
 
 def high_bits(vocab: int) -> int:
@@ -54,6 +75,29 @@ def record_dtype(
     if tail_bytes:
         fields.append(("coef", "u1", (tail_bytes,)))
     return np.dtype([*fields, ("tail", "<f4", (len(temperatures),))])
+
+
+def dtype_of(settings: dict) -> np.dtype:
+    """Return the dtype of the records that a dump's settings, or a meta.json, tell of."""
+    k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
+    return record_dtype(k, temperatures, vocab, settings["values"], settings.get("tail_bytes", 0))
+
+
+def impossible(records: np.ndarray, vocab: int) -> str | None:
+    """Return what no teacher can have said among records (of the first LOOKED_AT bytes), in words;
+    None where there is nothing."""
+    size = max(1, (1 << 22) // records.dtype.itemsize)
+    for start in range(0, min(len(records), LOOKED_AT // records.dtype.itemsize), size):
+        part = records[start : start + size]
+        known = unpack(part, vocab, 0)
+        if int(known.ids.max()) >= vocab:
+            return f"token {int(known.ids.max())} of {vocab}"
+        falls = known.gap[:, 0].any() or (known.gap.diff(dim=1) < 0).any()
+        if falls or not torch.isfinite(known.gap).all():
+            return "logits that are no numbers, or not in their order"
+        if np.isnan(part["tail"]).any() or np.isposinf(part["tail"]).any():
+            return "a tail that is no number"
+    return None
 
 
 def pack(

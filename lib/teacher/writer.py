@@ -2,6 +2,7 @@
 (record.py says what lies on the disk)."""
 
 import argparse
+import hashlib
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from lib.run import versions
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
 
+ANEW = "--fresh to dump it anew"
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 WINDOW = 4096  # rows that are sorted by length at once
 # settings that a finished chunk may have otherwise: they change records by rounding at most
@@ -108,26 +110,20 @@ def dump_settings(
     return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
 
 
-def dtype_of(settings: dict) -> np.dtype:
-    """Return the dtype of the records that a dump's settings ask for."""
-    k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
-    return record.record_dtype(
-        k, temperatures, vocab, settings["values"], settings.get("tail_bytes", 0)
-    )
-
-
 def is_finished(folder: Path, settings: dict) -> bool:
-    """Return whether a chunk is finished; one of other settings is refused."""
+    """Return whether a chunk is finished; one of other settings, or damaged, is refused."""
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    if differ := record.differing(files.read_json(folder / "meta.json"), wanted):
+    meta = files.read_json(folder / "meta.json", ANEW)
+    if differ := record.differing(meta, wanted):
         files.fail(
             f"{folder} is finished with other settings",
             differ,
             "the same command",
             "--fresh to dump it anew, or another --out",
         )
+    files.check(folder, meta, False, ANEW)
     return True
 
 
@@ -144,7 +140,7 @@ def check_disk(
     out: Path, dataset: data.Dataset, missing: list, settings: dict, teacher: models.Model
 ) -> None:
     """Say how many bytes the chunks `missing` will take, and refuse a disk that is too small."""
-    size, rank = dtype_of(settings).itemsize, settings["tail_rank"]
+    size, rank = record.dtype_of(settings).itemsize, settings["tail_rank"]
     shape = basis.file_bytes(rank, settings["vocab"], teacher.head().weight.shape[1])
     need, have = 0, files.free_bytes(out)
     if missing and not (out / basis.FILE).exists():
@@ -232,7 +228,7 @@ class Writer:
     ) -> None:
         self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
         self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
-        self.targets, self.dtype = int(self.counts[rows].sum()), dtype_of(settings)
+        self.targets, self.dtype = int(self.counts[rows].sum()), record.dtype_of(settings)
         if (folder / "done.npy").exists():
             self._continue()
         else:
@@ -245,15 +241,20 @@ class Writer:
 
     def _continue(self) -> None:
         """Open the files of a dump that was killed, refused if its settings were others."""
-        if (seen := files.read_json(self.folder / "settings.json")) != self.settings:
+        if (seen := files.read_json(self.folder / "settings.json", ANEW)) != self.settings:
             files.fail(
                 f"{self.folder} was started with other settings",
                 record.differing(seen, self.settings),
                 "the same command",
                 "--fresh to start it anew, or another --out",
             )
-        self.topk = np.lib.format.open_memmap(self.folder / "topk.npy", mode="r+")
-        self.done = np.lib.format.open_memmap(self.folder / "done.npy", mode="r+")
+        self.topk = files.read_npy(self.folder / "topk.npy", self.dtype, ANEW, "r+")
+        self.done = files.read_npy(self.folder / "done.npy", record.DONE, ANEW, "r+")
+        for array, wanted in ((self.topk, self.targets), (self.done, len(self.rows))):
+            if len(array) != wanted:
+                files.fail(f"{array.filename} is not whole", len(array), wanted, ANEW)
+        if not np.isfinite(self.done["ce_sum"]).all() or self.done["done"].view(np.uint8).max() > 1:
+            files.fail(f"{self.done.filename} is damaged", "no numbers in it", mend=ANEW)
 
     def _begin(self) -> None:
         """Make the files. done.npy appears last: once it is there, all three are whole."""
@@ -305,7 +306,10 @@ class Writer:
         """Write meta.json, which says that the chunk is whole, and return it."""
         self.flush()
         assert self.done["done"].all(), "rows are missing"
-        settings = self.settings
+        settings, digest = self.settings, hashlib.sha256()
+        checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
+        for name in ("done.npy", f"../{basis.FILE}")[: 1 + ("basis" in settings)]:
+            checksums[name] = files.sums(self.folder / name)
         meta = {
             "format": record.FORMAT,
             "chunk": self.chunk,
@@ -317,8 +321,9 @@ class Writer:
             "teacher_ce": float(self.done["ce_sum"].sum() / self.targets),
             "teacher_acc1": float(self.done["hits"].sum() / self.targets),
             "coverage": record.coverage(self.topk, settings["temperatures"], settings["vocab"]),
-            "sha256": files.sha256(self.folder / "topk.npy"),
+            "sha256": digest.hexdigest(),
             "versions": versions(),
+            "checksums": checksums,
         }
         files.write_json(self.folder / "meta.json", meta)
         (self.folder / "settings.json").unlink()

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import make
 import openai
 import pytest
@@ -38,6 +39,9 @@ from lib.chat.text import Text
 from lib.prepare import demo
 
 ROOT = Path(__file__).parents[2]
+TEMPLATES = sorted(path.name for path in (ROOT / "tests/templates").iterdir())
+# they write the system message into the user's, with special tokens alone between messages
+GLUED = ("gemma3.jinja", "mistral.jinja")
 ASKED = [
     "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
     "Leo has 69 eggs.",
@@ -994,7 +998,7 @@ def test_settings_at_the_edge_of_what_is_allowed_are_answered(server, model):
     # of the likeliest token alone; below float32's smallest number it was the least likely
     for top_p in (1e-30, 1e-300):
         assert say(temperature=100, top_p=top_p) == say(temperature=0)
-    for seed in (-1, -(2**63), 2**63 - 1):
+    for seed in (-1, -(2**63), 2**63 - 1, 1e18, -1e18, float(2**53), -0.0):
         assert say(temperature=1.5, seed=seed, n=2) == say(temperature=1.5, seed=seed, n=2)
     assert ask(server.url, "/healthz")[0] == 200
 
@@ -1134,6 +1138,36 @@ def test_what_a_run_has_is_found_from_within_its_folder(run, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("name", ["", *TEMPLATES])
+def test_a_prompt_of_the_samples_is_shown_as_it_was_asked(tmp_path, name):
+    """The rendered one ("System: ... Assistant:"), sent, was wrapped twice."""
+    tokenizer = tiny_tokenizers.tiny()
+    if name:
+        tokenizer.chat_template = (ROOT / "tests/templates" / name).read_text()
+        marks = re.findall(r"<[|a-z_]\w+[|a-z_]?>|\[/?INST\]", tokenizer.chat_template)
+        tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks})})
+    template.ensure_template(tokenizer)
+    talks = [user("How many eggs?\n\nSay a number."), user("Why?")]
+    talks.append([{"role": "assistant", "content": "Because."}, *user("Oh?")])
+    talks[2] = [*user("Why?"), *talks[2]]
+    try:
+        system = [{"role": "system", "content": "You count."}, *user("Why?")]
+        template.render(tokenizer, system, add_generation_prompt=True)
+        talks.insert(1, system)
+    except jinja2.TemplateError:
+        pass
+    with open(tmp_path / "samples.md", "w") as out:
+        for number, talk in enumerate(talks, 1):
+            ids = template.prompt_ids(tokenizer, talk)
+            asked = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            out.write(f"## Prompt {number}\n\n{asked}\n\nreference:\n\n    8\n\n")
+    found = routes.sampled_prompts(tmp_path / "samples.md", tokenizer)
+    assert {"user": "How many eggs?\n\nSay a number."} == found[0]
+    if len(talks) == 4 and name not in GLUED:
+        assert found[1] == {"system": "You count.", "user": "Why?"}
+    assert all("Because" not in asked["user"] for asked in found) or name in GLUED
+
+
 def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model):
     with other_server(run) as made:
         eng = made.sides[0].engine
@@ -1148,18 +1182,99 @@ def test_a_model_that_runs_out_of_memory_says_so_and_answers_the_next(run, model
         assert ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 200
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_model_that_fails_ends_the_server_and_nobody_waits(run, model):
+def test_a_cpu_without_memory_is_out_of_memory_and_any_other_error_is_not():
+    with pytest.raises(torch.OutOfMemoryError), generate.one_memory_error():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError) as other, generate.one_memory_error():
+        torch.zeros(2) + torch.zeros(3)
+    assert not isinstance(other.value, torch.OutOfMemoryError)
+
+
+def test_a_request_that_breaks_a_pass_fails_alone_and_the_log_says_which(run, model, caplog):
+    """`seed: 1e18` was a float to numpy, and ended the server for all."""
+    bodies = [{"model": model, "prompt": [place] * 9, "max_tokens": 12} for place in (5, 6, 7, 8)]
+    with other_server(run) as made:
+        eng, inner = made.sides[0].engine, made.sides[0].chat.module
+        alone = [ask(made.url, "/v1/completions", body)[2] for body in bodies]
+        forward, poison = inner.forward, 200
+
+        def broken(input_ids, **more):
+            if input_ids.shape[1] > 1 and poison in input_ids[:, -1]:
+                raise RuntimeError("a bug")
+            return forward(input_ids=input_ids, **more)
+
+        inner.forward = broken
+        bad = {"model": model, "prompt": [poison] * 7}
+        bodies[1:1], bodies[3:3] = [bad], [bad | {"stream": True}]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            with frozen(made):
+                futures = [pool.submit(ask, made.url, "/v1/completions", b) for b in bodies]
+                until(lambda: len(eng.waiting) + len(eng.working) == 6)
+            answers = [future.result() for future in futures]
+        for place in (1, 3):
+            error = json.loads(answers[place][2].removeprefix("data: "))["error"]
+            assert error["type"] == "server_error" and "failed" in error["message"]
+            assert f"{error['message'].split()[-1]} failed (7 tokens)" in caplog.text
+        assert [answers[place][0] for place in range(6)] == [200, 500, 200, 200, 200, 200]
+        said = [json.loads(answers[place][2])["choices"] for place in (0, 2, 4, 5)]
+        assert said == [json.loads(text)["choices"] for text in alone]
+        assert not made.failed() and ask(made.url, "/healthz")[0] == 200
+        assert not eng.working and not eng.waiting and not eng.fresh
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.5, "repetition_penalty": 1.3, "seed": 3}])
+def test_answers_go_on_where_they_were_when_a_pass_failed(run, model, caplog, how):
+    """Nobody is to blame: each is tried alone, and says what it would have said."""
+    body = {"model": model, "max_tokens": 30, "logprobs": True, **how}
+    bodies = []
+    for place, text in enumerate(ASKED):
+        bodies.append(body | {"messages": user(text), "stream": place % 2 == 1})
     with other_server(run) as made:
         eng = made.sides[0].engine
+        wanted = [ask(made.url, "/v1/chat/completions", one)[2] for one in bodies]
+        step, steps = eng.batch.step, []
 
-        def broken(new):
-            raise RuntimeError("a bug")
+        def fails_once():
+            steps.append(len(eng.working))
+            if len(steps) == 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step()
 
-        eng.batch.admit = broken
+        eng.batch.step = fails_once
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            with frozen(made):
+                futures = [pool.submit(ask, made.url, "/v1/chat/completions", b) for b in bodies]
+                until(lambda: len(eng.waiting) + len(eng.working) == 4)
+            answers = [future.result() for future in futures]
+    assert max(steps) > 1 and "each alone" in caplog.text
+    for (status, _, text), before in zip(answers, wanted):
+        assert status == 200 and content(text) == content(before)
+
+
+def content(text):
+    """Return what an answer says, streamed or whole, its tokens, and how it ended."""
+    said = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+    choices = [value["choices"][0] for value in said or [json.loads(text)]]
+    parts = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    tokens = [entry for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]]
+    return (
+        "".join(part.get("content", "") for part in parts),
+        [entry["token"] for entry in tokens],
+        choices[-1]["finish_reason"],
+    )
+
+
+def test_a_model_that_fails_ends_the_server_and_nobody_waits(run, model, caplog):
+    with other_server(run) as made:
+
+        def broken(*_, **more):
+            raise RuntimeError("device-side assert triggered")
+
+        made.sides[0].chat.module.forward = broken
         status, _, text = ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)
-        assert status == 503 and "failed" in json.loads(text)["error"]["message"]
+        assert status in (500, 503) and "failed" in json.loads(text)["error"]["message"]
         until(made.failed)
+        assert "the model failed" in caplog.text and "device-side assert" in caplog.text
         assert (
             ask(made.url, "/healthz")[0] == 503
             and ask(made.url, "/v1/chat/completions", {"model": model} | GOOD)[0] == 503
@@ -1295,6 +1410,48 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_ask
         ask(server.url, "/v1/heatmap", heat)[2]
         == ask(server.url, "/v1/heatmap", {"answer": "6", "messages": kept})[2]
     )
+
+
+def test_fit_finds_the_first_turn_that_fits_in_a_few_tries(server, monkeypatch):
+    """999 messages, 1 MB, were tokenized once for every turn: no answer in 200 s."""
+    made, tries = server.sides[0].chat, []
+
+    def ids(messages):
+        tries.append(len(messages))
+        return [0] * sum(len(message["content"]) for message in messages)
+
+    monkeypatch.setattr(made, "ids", ids)
+    room = made.context - min(made.how.max_new_tokens, made.context // 4)
+    for count in (1, 2, 3, 4, 5, 8, 9, 50, 51):
+        for system in (False, True):
+            for size in (1, 20, 90, 2 * room):
+                messages = [{"role": "user", "content": "x" * size} for _ in range(count)]
+                messages[:0] = [{"role": "system", "content": "sys"}] * system
+                kept, first = list(messages), int(system)  # one turn after the other
+                while len(ids(kept)) > room and len(kept) > first + 2:
+                    del kept[first : first + 2]
+                assert made.fit(messages) == (ids(kept), len(messages) - len(kept))
+    tries.clear()
+    made.fit([{"role": "user", "content": "x" * 1000}] * 999)
+    assert len(tries) < 13
+
+
+def test_idle_connections_make_room_for_others(run, model):
+    """600 that said nothing kept /healthz out until they were a minute old."""
+    with other_server(run, "--slots", "1", "--queue", "0") as made:
+        adj, place = made.server.adj, made.url.removeprefix("http://").split(":")
+        assert adj.connection_limit < 150
+        with contextlib.ExitStack() as held:
+            for number in range(adj.connection_limit + 20):
+                one = held.enter_context(socket.create_connection(place))
+                one.sendall(b"POST /v1/completions HTTP/1.1\r\nHo" * (number % 2))
+            assert ask(made.url, "/healthz")[0] == 200  # or `ask` has waited for 20 s
+        until(lambda: len(made.server.active_channels) <= 1)
+        with socket.create_connection(place) as quiet:  # with room left, a minute is allowed
+            until(lambda: made.server.active_channels)
+            made.close_idle(time.time() + 50)
+            quiet.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert quiet.recv(12) == b"HTTP/1.1 200"
 
 
 def test_many_heatmaps_at_once_leave_the_servers_threads_to_others(run, server):

@@ -440,7 +440,7 @@ def test_a_diff_that_does_not_fit_into_memory_ends_no_conversation(world, monkey
     talk.obey(here, "/diff")
     assert (
         capsys.readouterr().out.splitlines()[-1]
-        == "the GPU has too little memory for /diff (CUDA out of memory)"
+        == "too little memory for /diff (CUDA out of memory)"
     )
 
 

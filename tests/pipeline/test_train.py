@@ -330,6 +330,30 @@ def test_trap_25_a_divergence_that_is_not_finite_ends_the_run_and_names_step_and
 # --- measures
 
 
+def test_a_student_with_more_tokens_than_the_teacher_knows_is_measured_over_its_own_too(
+    world, tmp_path, capsys
+):
+    """ce is over those that both know, alone; own_ce is what transformers says of the checkpoint."""
+    wide = make.model(tmp_path / "wide", seed=3, vocab=make.V + 7)
+    argv = ["--data", world / "data", "--student", wide, "--logits", world / "logits", *make.CPU]
+    make.call(stage2_kd.main, *argv, "--eval-only", "--out", tmp_path / "eval")
+    seen, val = files.read_json(tmp_path / "eval" / "eval.json"), data.Dataset(world / "data").val
+    assert f"over the first 61 of its {make.V + 7} tokens; own_ce" in capsys.readouterr().out
+    known = own = 0.0
+    for row in range(12):
+        ids, answer, s = own_logits(wide, val, row)
+        places = answer.nonzero()[:, 0]
+        label = ids[places].long()
+        for logits_ in (s, s[:, : make.V]):
+            ce = torch.nn.functional.cross_entropy(logits_[places - 1], label, reduction="sum")
+            own, known = (own + ce, known) if logits_ is s else (own, known + ce)
+    assert seen["own_ce"] == pytest.approx(own.item() / val.targets, rel=1e-5)
+    assert seen["ce"] == pytest.approx(known.item() / val.targets, rel=1e-5)
+    assert seen["own_ce"] > seen["ce"] + 1e-3
+    student = models.load(str(wide), CPU)
+    assert "own_ce" not in evaluate.evaluate(student, val, student.vocab, 64)
+
+
 @pytest.mark.parametrize("tokens", (1, 50, 4096))
 def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store, student, tokens):
     seen = evaluate.evaluate(student, dataset.val, make.V, tokens, teacher=store)
@@ -526,7 +550,7 @@ def test_trap_21_a_run_that_was_stopped_goes_on_with_the_rows_that_were_next(
 
 
 def test_a_step_that_the_scaler_skips_changes_no_weight_and_does_not_advance_the_schedule(
-    world, tmp_path, monkeypatch
+    world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(
         torch.amp,
@@ -541,11 +565,51 @@ def test_a_step_that_the_scaler_skips_changes_no_weight_and_does_not_advance_the
     )
     first, second, *_ = make.history(tmp_path / "run", "train")
     before, after = make.history(tmp_path / "run", "eval")[:2]
-    assert not np.isfinite(first["grad_norm"]) and np.isfinite(second["grad_norm"]), (
+    assert "grad_norm" not in first and np.isfinite(second["grad_norm"]), (
         "the example must overflow once"
     )
     assert first["lr"] == second["lr"] and before["ce"] == after["ce"]
-    assert files.read_json(tmp_path / "run" / "config.json")["updates"] == 3
+    config = files.read_json(tmp_path / "run" / "config.json")
+    assert config["updates"] == 3 and config["skipped"] == 1
+    said = capsys.readouterr().out
+    assert "1 of 4 steps were skipped" in said
+    assert "grad_norm nan" in said or "grad_norm inf" in said
+
+
+def no_constant(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Scale the loss so that no gradient fits into float16, whatever is taken back."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**120, backoff_factor=0.999)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    monkeypatch.setattr(Run, "export", lambda *_: None)
+
+
+@pytest.mark.parametrize("script, arguments", ((stage1_sft, make.stage1), (stage2_kd, make.stage2)))
+def test_a_run_whose_steps_are_all_skipped_stops_after_twenty(
+    world, tmp_path, script, arguments, overflowing
+):
+    out = tmp_path / "run"
+    argv = arguments(world, "--steps", 50, "--amp", "fp16", "--eval-every", 15, "--out", out)
+    code, words = make.ends(script.main, *argv)
+    assert code == 1 and "skipped 20 optimizer steps in a row, up to step 19;" in words
+    assert "float16" in words and "--amp" in words and not (out / "config.json").exists()
+    for line in (out / "history.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=no_constant)
+    # last/ is of step 15: what was skipped before it counts
+    code, words = make.ends(script.main, *argv)
+    assert code == 1 and "in a row, up to step 19;" in words
+
+
+def test_a_short_run_that_took_no_step_does_not_end_as_a_success(world, tmp_path, overflowing):
+    argv = make.stage1(world, "--steps", 4, "--amp", "fp16", "--out", tmp_path / "run")
+    for _ in range(2):
+        code, words = make.ends(stage1_sft.main, *argv)
+        assert code == 1 and "has learnt nothing; saw 4 of 4 steps were skipped" in words
+        assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("amp", ("fp16", "bf16"))

@@ -20,6 +20,7 @@ from references import (
     gradients,
     keep,
     ours,
+    power,
     problem,
     reference_divergence,
 )
@@ -100,9 +101,8 @@ def dense_loss(p, s, labels, method):
     definition."""
     t = method.temperature
     kd = reference_divergence(p, torch.softmax(s / t, 1), method.divergence, method.beta).sum()
-    return method.alpha * t * t * kd + (1 - method.alpha) * torch.nn.functional.cross_entropy(
-        s, labels, reduction="sum"
-    )
+    ce = torch.nn.functional.cross_entropy(s, labels, reduction="sum")
+    return method.alpha * power(method.divergence, t) * kd + (1 - method.alpha) * ce
 
 
 def teacher(n=600, v=97, d=12, seed=3, bias=False, **head):
@@ -1155,9 +1155,8 @@ def test_a_tail_that_underflows_at_one_temperature_spoils_no_other(t):
     head.bias[17] = 150.0  # certain of one token
     shape, z = double(fit.fit_basis(head, hidden, 5, 12, 12)[0]), logits_of(head, hidden)
     ids, _, tails = heads.topk_and_tails(z.float(), 5, [1.0, 2.0, 4.0])
-    assert torch.isinf(tails[:, 0]).any() and torch.isfinite(tails[:, 1:]).all(), (
-        "the example must be one that underflows at T = 1 alone"
-    )
+    assert (tails[:, 0] < -104).all() and (tails[:, 1] > -104).all()
+    tails[:, 0] = -torch.inf  # as a dump has it that was made before lib/head.py lifted
     seen = basis.tail_between(shape, ids, shape.encode(hidden), tails, [1.0, 2.0, 4.0], t)
     torch.testing.assert_close(seen, keep(z, 5, t).tail, rtol=0, atol=1e-2)
 

@@ -1,0 +1,418 @@
+"""What a row says, in any of the shapes that people have, as one conversation.
+
+Contract: everything that a row says reaches the conversation, or its name is noted in File.unused;
+what carries meaning and has no place ends the program with one line. A conversation is a list of
+{"role", "content"}, with what else lib/template.py knows of a message: reasoning_content,
+tool_calls, tool_call_id, name, "learn": False (an answer that is context only), and in the first
+message the conversation's tools.
+"""
+
+import ast
+import json
+from collections.abc import Iterable
+
+from lib import files, template
+from lib.prepare import schema
+
+ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "developer": "system",
+}
+CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift whose text is a call
+ROLE = ("role", "from", "speaker", "author")
+CONTENT = ("content", "value", "text", "message", "utterance")
+LEARNT = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "learn",
+)  # whether an answer is learnt
+# of a turn without a role: who says what its keys hold (XTuner, Firefly)
+SPEAKERS = {
+    "system": ("system", "system_prompt"),
+    "user": ("input", "human", "user", "question", "prompt", "instruction", "query"),
+    "assistant": ("output", "assistant", "gpt", "bot", "response", "answer", "completion"),
+}
+PASSED = ("name", "tool_call_id")  # as they are; a template may write them
+WANTED = "a list of {role, content}, of {from, value}, of {input, output}, or of pairs"
+
+
+def characters(row: list[dict] | str | tuple[str, str]) -> int:
+    """Return how long a row is, to cut many into pieces of like work."""
+    if isinstance(row, str):
+        return len(row)
+    if isinstance(row, tuple):
+        return len(row[0])
+    more = sum(len(str(template.beside_text(message))) for message in row)
+    return more + sum(len(message["content"] or "") for message in row)
+
+
+def parsed(value: object) -> object:
+    """Return what a text that is JSON (or a Python literal) says; csv, and some parquet files, hold
+    lists so."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass
+    return value
+
+
+def without_none(value: object) -> object:
+    """Return a value without the fields that are null: an arrow struct gives every tool the
+    parameters of all others."""
+    if isinstance(value, dict):
+        return {name: without_none(inner) for name, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
+class SourceRow:
+    """One row of a file (sources.File). parts: part -> value, blank ones left out."""
+
+    def __init__(self, file, parts: dict, number: int) -> None:
+        self.file, self.parts, self.number = file, parts, number
+
+    def wrong(self, part: str, seen: object, wanted: str, mend: str = "") -> None:
+        column = self.file.columns.get(part, part)
+        files.fail(
+            f"{self.file.place}, row {self.number}: column {column} is not {wanted}",
+            seen=repr(seen)[:60],
+            wanted=wanted,
+            mend=mend or f"--columns {schema.COLUMNS_HELP}",
+        )
+
+    def unused(self, names: Iterable[str], kind: str = "message keys") -> None:
+        """Note names that are not used; end the program where one carries meaning."""
+        for name in names:
+            if name in schema.MEANING and name not in self.file.ignored:
+                schema.refuse(f"{self.file.place}, row {self.number}", name)
+            self.file.unused[kind, name] = None
+
+    def text(self, part: str) -> str:
+        value = self.parts.get(part)
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            if part.startswith("context"):
+                return "\n\n".join(value)
+        if value is not None and not isinstance(value, str):
+            column = self.file.columns.get(part, part)
+            files.fail(
+                f"{self.file.place}, row {self.number}: column {column} is not text",
+                seen=type(value).__name__,
+                wanted="a string",
+                mend=f"--columns {schema.COLUMNS_HELP}",
+            )
+        return value or ""
+
+    # --- the whole row
+
+    def conversation(self, system: str | None) -> list[dict]:
+        """Return the row's messages; `system` opens those that have no system message."""
+        if "messages" in self.parts or "messages" in self.file.columns:
+            messages = self.messages("messages")
+        else:
+            messages = [*self.messages("history"), *self.question_and_answer()]
+        if (thought := self.reasoning()) and messages and messages[-1]["role"] == "assistant":
+            messages[-1].setdefault("reasoning_content", thought)
+        own = self.text("system")
+        if own.strip() and messages and messages[0]["role"] == "system":
+            if messages[0]["content"] != own:  # said twice, in two ways
+                column = self.file.columns.get("system", "system")
+                self.file.unused["columns", f"{column} (beside a system message)"] = None
+        elif (own.strip() or system) and messages:
+            messages.insert(0, {"role": "system", "content": own if own.strip() else system})
+        if messages and (tools := self.tools(self.parts.get("tools"))):
+            messages[0]["tools"] = tools
+        return messages
+
+    def reasoning(self) -> str:
+        """Return the trace in a column of its own; a mere switch ("on", "high") is none."""
+        value = self.parts.get("reasoning")
+        if value is None:
+            return ""
+        if isinstance(value, bool) or str(value).strip().lower() in schema.SWITCHES:
+            column = self.file.columns.get("reasoning", "reasoning")
+            self.file.unused["columns", f"{column} (a switch)"] = None
+            return ""
+        self.file.passed["assistant", "reasoning_content"] = None
+        return self.text("reasoning")
+
+    def tools(self, value: object) -> list[dict]:
+        """Return tools as {"type": "function", "function": {...}}, whatever they are wrapped in."""
+        value = parsed(value)
+        if isinstance(value, dict):
+            value = [value]
+        if value is None or value == "":
+            return []
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            self.wrong("tools", value, "a list of tools")
+        found = []
+        for tool in value if self.file.exact else without_none(value):
+            bare = "function" not in tool and "name" in tool
+            found.append({"type": "function", "function": tool} if bare else tool)
+            self.file.passed["user", "tools"] = None
+        return found
+
+    # --- a prompt and its answer
+
+    def question_and_answer(self) -> list[dict]:
+        """Return the messages of a prompt, what stands beside it, and its answer; each may be
+        messages itself, as TRL has them."""
+        prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
+        whole = self.messages_of("answer", answer) if listed(answer) else None
+        if whole and any(message["role"] == "user" for message in whole):
+            # `chosen` with its question, as TRL's preference rows may have it
+            said = [message["content"] for message in whole]
+            if isinstance(prompt, str) and not any(prompt.strip() in text for text in said if text):
+                self.wrong(
+                    "prompt", prompt, "in the conversation beside it", "--columns messages=COL"
+                )
+            return whole
+        options = options_of(self.choices())
+        if listed(prompt):
+            asked = self.messages_of("prompt", prompt)
+            more = self.beside_prompt(options)
+            if more and asked:
+                last = asked[-1]
+                last["content"] = "\n\n".join(filter(None, [last["content"], *more]))
+        else:
+            texts = [self.text("prompt"), *self.beside_prompt(options)]
+            content = "\n\n".join(text for text in texts if text.strip())
+            asked = [{"role": "user", "content": content}]
+        if whole is None:
+            whole = [{"role": "assistant", "content": self.answer(answer, options)}]
+        return asked + whole
+
+    def beside_prompt(self, options: list[tuple[str, str]] | str) -> list[str]:
+        """Return what follows the prompt: its input, its context, its choices."""
+        contexts = [part for part in self.parts if part.startswith("context")]
+        told = [self.text(part) for part in ("input", *contexts)]
+        if isinstance(options, list):
+            options = "\n".join(f"{label}. {text}" for label, text in options)
+        return [text for text in (*told, options) if text.strip()]
+
+    def choices(self) -> object:
+        letters = {part: self.parts[part] for part in schema.LETTERS if part in self.parts}
+        return letters if "A" in letters and "B" in letters else self.parts.get("choices")
+
+    def answer(self, value: object, options: list[tuple[str, str]] | str) -> str:
+        """Return the answer's text: an index among choices becomes their label (the first is 0)."""
+        if isinstance(value, dict) and "text" in value:  # SQuAD's answers
+            self.unused(f"{self.file.columns['answer']}.{name}" for name in value if name != "text")
+            value = value["text"]
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if texts and self.file.columns["answer"] == "answers":
+            if len(set(value)) > 1:
+                self.file.unused["columns", f"{self.file.columns['answer']} past the first"] = None
+            value = value[0] if value else ""
+        index = value
+        if isinstance(value, str) and value.strip().isdecimal() and isinstance(options, list):
+            known = [word for option in options for word in option]
+            index = value if value.strip() in known else int(value)
+        if isinstance(options, list) and options and type(index) is int:
+            if not 0 <= index < len(options):
+                self.wrong(
+                    "answer", value, f"an index of {len(options)} choices, the first being 0"
+                )
+            return options[index][0]
+        self.parts["answer"] = value
+        return self.text("answer")
+
+    # --- messages
+
+    def messages(self, part: str) -> list[dict]:
+        return self.messages_of(part, parsed(self.parts.get(part)))
+
+    def messages_of(self, part: str, value: object) -> list[dict]:
+        """Bring conversations of all known shapes to one form; content that is not text becomes
+        None."""
+        if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+            value = [dict(zip(value, item)) for item in zip(*value.values())]  # columns of a list
+        if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            value = [value]
+        if not isinstance(value, list | None):
+            self.wrong(part, value, f"a conversation: {WANTED}")
+        messages: list[dict] = []
+        for item in value or []:
+            if isinstance(item, list) and all(isinstance(text, str | None) for text in item):
+                for place, text in enumerate(item):  # [question, answer]
+                    role = ("user", "assistant")[place % 2]
+                    messages.append({"role": role, "content": text})
+            elif not isinstance(item, dict):
+                self.wrong(part, value, f"a conversation: {WANTED}")
+            elif any(item.get(name) is not None for name in ROLE):
+                messages.append(self.message(item))
+            else:
+                messages += self.turn(item)
+        for message in messages[1:]:
+            if "tools" in message:
+                messages[0].setdefault("tools", []).extend(message.pop("tools"))
+        return messages
+
+    def turn(self, item: dict) -> list[dict]:
+        """Return the messages of a turn whose keys say who speaks, {"input": ..., "output": ...};
+        what else it says belongs to the last of them."""
+        spoken = {}
+        for role, names in SPEAKERS.items():
+            if name := next((name for name in names if item.get(name) is not None), None):
+                spoken[name] = {"role": role, "content": item[name]}
+        rest = {name: value for name, value in item.items() if name not in spoken}
+        *first, last = [*spoken.values()] or [{}]
+        return [self.message(message) for message in (*first, rest | last)]
+
+    def message(self, item: dict) -> dict:
+        """Return one message of whatever keys; content that is not text becomes None."""
+        rest = {name: value for name, value in item.items() if value not in (None, "", [], {})}
+
+        def take(names: Iterable[str]) -> object:
+            found = next((name for name in names if name in rest), None)
+            return None if found is None else rest.pop(found)
+
+        said = str(take(ROLE) or "").strip()
+        role = self.file.roles.get(said) or ROLE_NAMES.get(said.lower(), said.lower())
+        content = next((item[name] for name in CONTENT if item.get(name) is not None), None)
+        take(CONTENT)
+        text, thoughts = self.content(content)
+        message = {"role": role, "content": text}
+        calls = take(["tool_calls"]) or take(["function_call"])
+        if role in CALLS:
+            message["role"] = role = "assistant"
+            calls = parsed(text)
+            if not isinstance(calls, dict | list):  # learnt as it stands
+                calls = None
+        if calls := self.calls(calls):
+            message["tool_calls"] = calls
+            if role in CALLS or said.lower() in CALLS or text is None:
+                message["content"] = ""
+        thought = take(schema.PARTS["reasoning"]) or thoughts
+        if isinstance(thought, str) and thought.strip():
+            message["reasoning_content"] = thought
+            message["content"] = message["content"] or ""
+            self.file.passed["assistant", "reasoning_content"] = None
+        elif thought:
+            self.wrong("messages", thought, "a conversation whose reasoning is text")
+        for name in PASSED:
+            if isinstance(value := take([name]), str):
+                message[name] = value
+                self.file.passed[role, name] = None
+        if tools := self.tools(take(["tools", "functions"])):
+            message["tools"] = tools
+        for name in LEARNT:
+            if name in item and name not in self.file.ignored and role == "assistant":
+                rest.pop(name, None)
+                if not self.learnt(name, item[name]):
+                    message["learn"] = False
+        self.unused(rest)
+        return message
+
+    def content(self, value: object) -> tuple[str | None, str]:
+        """Return (text, reasoning) of a message's content; None where a part of it is no text."""
+        if not isinstance(value, list):
+            return value if isinstance(value, str) else None, ""
+        text, thoughts = [], []
+        for part in value:
+            part = {"text": part} if isinstance(part, str) else part
+            if not isinstance(part, dict):
+                return None, ""
+            part = without_none(part)
+            if part.get("type") in ("thinking", "reasoning"):
+                name = next(
+                    (name for name in ("thinking", "reasoning", "text") if name in part), ""
+                )
+                thoughts.append(part.pop(name, None))
+            else:
+                text.append(part.pop("text", None))
+            part.pop("type", None)
+            if all(isinstance(said, str) for said in (*text, *thoughts)):
+                self.unused(f"content.{name}" for name in part)
+        if not all(isinstance(said, str) for said in (*text, *thoughts)):
+            return None, ""
+        return "".join(text), "".join(thoughts)
+
+    def calls(self, value: object) -> list[dict]:
+        """Return calls as {"type": "function", "function": {"name", "arguments"}, ...}."""
+        value = parsed(value)
+        value = [value] if isinstance(value, dict) else value
+        if not value:
+            return []
+        if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+            self.wrong("messages", value, "a conversation whose tool calls are objects")
+        found = []
+        for call in value if self.file.exact else without_none(value):
+            if not isinstance(call.get("function"), dict):
+                call = {"type": "function", "function": call}
+            self.file.passed["assistant", "tool_calls"] = None
+            for name in call.keys() - {"type", "function"}:
+                self.file.passed["assistant", f"tool_calls.{name}"] = None
+            self.unused(f"tool_calls.{n}" for n in call["function"].keys() - {"name", "arguments"})
+            found.append(call)
+        return found
+
+    def learnt(self, name: str, value: object) -> bool:
+        """Return whether a mark says that an answer is learnt; a share of an answer cannot be."""
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.strip().lower(), value)
+            value = float(value) if value in ("0", "1", "0.0", "1.0") else value
+        if value is None:
+            return True
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            self.wrong(
+                "messages",
+                f"{name} {value!r}",
+                f"a conversation whose {name} is 0 or 1, true or false",
+                f"--columns ignore={name}",
+            )
+        return bool(value)
+
+
+def listed(value: object) -> bool:
+    """Return whether a value is a list of objects, as messages are."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
+
+
+def parsed_messages(value: object) -> object:
+    """Return a prompt or an answer; messages where it is JSON text of some."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        found = parsed(value)
+        if isinstance(found, list) and all(
+            isinstance(item, dict) and {*ROLE} & {*item} for item in found
+        ):
+            return found
+    return value
+
+
+def options_of(value: object) -> list[tuple[str, str]] | str:
+    """Return the (label, text) of choices; a text that is no list stays a text.
+
+    options_of(["wood", "iron"]) == [("A", "wood"), ("B", "iron")], and so are {"A": "wood", ...},
+    {"label": ["A", ...], "text": ["wood", ...]} and [{"label": "A", "text": "wood"}, ...].
+    """
+    value = parsed(value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        texts = value["text"]
+        labels = value.get("label") or schema.LETTERS[: len(texts)]
+    elif isinstance(value, dict):
+        value = without_none(value)
+        labels, texts = list(value), list(value.values())
+    else:
+        labels, texts = list(schema.LETTERS[: len(value)]), []
+        for place, option in enumerate(value):
+            if isinstance(option, dict):
+                labels[place] = next((option[n] for n in ("label", "key", "id") if n in option), "")
+                option = next((option[n] for n in ("text", "value", "content") if n in option), "")
+            texts.append(option)
+    return [(str(label), str(text)) for label, text in zip(labels, texts, strict=True)]
