@@ -437,6 +437,7 @@ def some_logits(module: Any) -> Tensor:
 
 def far(seen: Tensor, wanted: Tensor) -> float:
     """Return the relative difference of two tensors."""
+    seen, wanted = seen.float(), wanted.float()
     return ((seen - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
 
 
