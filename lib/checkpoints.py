@@ -440,6 +440,7 @@ def some_logits(module: Any) -> Tensor:
 
 def difference(seen: Tensor, wanted: Tensor) -> float:
     """Return the relative difference of two tensors."""
+    seen, wanted = seen.float(), wanted.float()
     return ((seen - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
 
 

@@ -23,7 +23,7 @@ from lib import checkpoints, data, files, generate
 from lib.head import Head
 
 # what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
-# float32's rounding), 9e-4 and more in those that leak: docs/fidelity.md has the table
+# float32's rounding), 9e-4 and more in those that leak: docs/real-models.md has the table
 LEAK = 3e-5
 PACKAGES = {  # what transformers needs to read weights that are quantised by a method
     "awq": "gptqmodel",
@@ -472,7 +472,7 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         own = model.module(input_ids=first[None, :8], position_ids=straight, use_cache=False)
     limit = 1e-3 if is_exact(model, amp) else 0.1
-    if (error := far(ours, own.logits[0, : len(ours)])) > limit:
+    if (error := checkpoints.far(ours, own.logits[0, : len(ours)])) > limit:
         files.fail(
             f"{name} changes its logits in a way this project does not know",
             f"a relative difference of {error:.2g}",
@@ -490,7 +490,7 @@ def packs(model: Model, amp: torch.dtype | None = None) -> bool:
     if amp is not None and not flash and is_exact(model, None):
         moved = max(moved, influence(model, None, second, first, other))
     packed = states(model, amp, [first, second])[0, len(first) :]
-    apart = far(packed, states(model, amp, [second])[0])
+    apart = checkpoints.far(packed, states(model, amp, [second])[0])
     if moved <= LEAK and apart <= (1e-3 if is_exact(model, amp) else 0.1):
         return True
     print(
@@ -518,10 +518,10 @@ def influence(
         line = [row, neighbour] if behind else [neighbour, row]
         return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
 
-    moved = far(seen(other, False), seen(beside, False))
+    moved = checkpoints.far(seen(other, False), seen(beside, False))
     if moved <= LEAK:
         return moved
-    return max(0.0, moved - 10 * far(seen(other, True), seen(beside, True)))
+    return max(0.0, moved - 10 * checkpoints.far(seen(other, True), seen(beside, True)))
 
 
 def rows_to_probe(model: Model) -> list[Tensor]:
@@ -555,11 +555,6 @@ def states(model: Model, amp: torch.dtype | None, *lines: list[Tensor]) -> Tenso
             use_cache=False,
         )
     return output.last_hidden_state
-
-
-def far(a: Tensor, b: Tensor) -> float:
-    """Return the norm of a difference, relative to that of `b`."""
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
 
 
 def is_exact(model: Model, amp: torch.dtype | None) -> bool:
