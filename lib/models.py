@@ -11,11 +11,13 @@ packed (`Model.packs`). An adapter is merged into its base in memory.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
@@ -182,10 +184,19 @@ def check_window(folder: Path, longest: int, trust_remote_code: bool = False) ->
 
 
 def body_of(module: Any) -> Any:
-    """Return a causal LM's decoder, which makes hidden states (Llama 4's text model calls it
-    otherwise than its class says)."""
+    """Return a causal LM's decoder, which makes hidden states. The classes of some (Llama 4's text
+    model) call it otherwise than they say."""
     body = module.base_model
-    return module.get_decoder() if body is module else body
+    if body is not module:
+        return body
+    for part in module.children():
+        if hasattr(part, "layers"):
+            return part
+    files.fail(
+        f"{type(module).__name__} has no body that this project knows",
+        "neither .base_model nor a part with .layers",
+        "a decoder and an output layer",
+    )
 
 
 def check_attention(attn: str, dtype: torch.dtype) -> None:
@@ -258,6 +269,9 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         config = config or AutoConfig.from_pretrained(base, trust_remote_code=trust)
         return auto.from_config(config, **options), {"missing_keys": ()}
     if checkpoints.is_gguf(base):
+        from transformers import modeling_gguf_pytorch_utils as gguf
+
+        gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
         base, options = base.parent, options | {"gguf_file": base.name}
     else:
         options = whole(base) | options | {"generation_config": generate.read_config(base)}

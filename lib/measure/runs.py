@@ -185,6 +185,7 @@ def printed_row(run: dict) -> list[str]:
     ]
 
 
+@files.script
 def main(argv=None):
     parser = flags.new_parser(__doc__)
     parser.add_argument(
