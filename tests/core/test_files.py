@@ -398,7 +398,7 @@ def test_mutations_of_a_resume_state_without_checksums_end_in_one_line(world):
     for _ in range(20):
         good = (last / "state.json").read_bytes()
         damage.damage(last / "state.json", rng)
-        refusal(files.read_json, last / "state.json", None, run.STATE)
+        refusal(files.read_json, last / "state.json", None, run.RESUME_STATE)
         (last / "state.json").write_bytes(good)
     for path in (last / "weights.safetensors", last / "optimizer.safetensors"):
         good = path.read_bytes()
