@@ -48,7 +48,7 @@ WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
 BLOCK = 1 << 22  # bytes that one checksum stands for
 WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
-SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
+BLOCKS_LOOKED_AT = 8  # blocks that are checked of a larger one, beside its first and its last
 LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
 SUMS = {...: {"bytes": range(1 << 62), "crc32": str, "grows?": bool}}  # a schema: see `misfit`
@@ -347,7 +347,7 @@ def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     else:
         seen, dice = {}, random.Random()  # other blocks every time
         with open(path, "rb") as source:
-            for n in {0, blocks - 1, *dice.sample(range(blocks), min(SAMPLED, blocks))}:
+            for n in {0, blocks - 1, *dice.sample(range(blocks), min(BLOCKS_LOOKED_AT, blocks))}:
                 source.seek(n * BLOCK)
                 seen[n] = f"{zlib.crc32(source.read(BLOCK)):08x}"
     wrong = min((n for n in seen if seen[n] != wanted[n]), default=None)

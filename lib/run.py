@@ -40,7 +40,7 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", files.LOCK)
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
-STATE = {  # of last/state.json
+RESUME_STATE = {  # of last/state.json
     "step": range(1 << 62),
     "updates": range(1 << 62),
     "best": (None, files.is_number),
@@ -182,7 +182,7 @@ class Run:
         state = self.out / "last" / "state.json"
         if not state.exists():
             return
-        self.state = files.read_json(state, START_ANEW, STATE)
+        self.state = files.read_json(state, START_ANEW, RESUME_STATE)
         if not files.check(state.parent, self.state, True, START_ANEW):
             files.say_none(state.parent)
         before = self.state.get("checksums", {}).get("../history.jsonl")
