@@ -68,16 +68,16 @@ def fail(
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
 
 
-AGAIN = "then the same command: it goes on from what was whole"
+GO_ON = "then the same command: it goes on from what was whole"
 MEND = {  # what a file system may answer to anyone at any moment, and what mends it
-    "ENOSPC EDQUOT": f"more room on that disk, {AGAIN}",
-    "EFBIG": f"a larger limit (ulimit -f), or a disk that takes larger files, {AGAIN}",
+    "ENOSPC EDQUOT": f"more room on that disk, {GO_ON}",
+    "EFBIG": f"a larger limit (ulimit -f), or a disk that takes larger files, {GO_ON}",
     "EROFS EACCES EPERM": "a place that this user may write to, or its rights changed",
-    "EIO ESTALE ENXIO ENODEV ETIMEDOUT": f"a look at that disk or network drive, {AGAIN}",
+    "EIO ESTALE ENXIO ENODEV ETIMEDOUT": f"a look at that disk or network drive, {GO_ON}",
     "ENAMETOOLONG ENOTDIR EISDIR EEXIST ELOOP EILSEQ": "another name",
     "EBUSY EXDEV": "a folder below it: what is mounted cannot be renamed",
-    "EMFILE ENFILE": f"a larger limit of open files (ulimit -n), {AGAIN}",
-    "EPIPE": f"a reader that stays, {AGAIN}",
+    "EMFILE ENFILE": f"a larger limit of open files (ulimit -n), {GO_ON}",
+    "EPIPE": f"a reader that stays, {GO_ON}",
 }
 MENDS = {getattr(errno, name): mend for names, mend in MEND.items() for name in names.split()}
 
@@ -94,7 +94,7 @@ def disk_error(error: Exception) -> tuple[str, str, str] | None:
         number, name = int(code[1]) if code else errno.ENOSPC if half else 0, None
     what = "a file" if name is None else os.fsdecode(name)
     if number == errno.ENOENT and name is not None and not Path(what).absolute().parent.exists():
-        return f"{what} is out of reach", "that its folder is gone", f"that folder, {AGAIN}"
+        return f"{what} is out of reach", "that its folder is gone", f"that folder, {GO_ON}"
     if number not in MENDS:
         return None
     what = "the standard output" if number == errno.EPIPE else what
