@@ -211,7 +211,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
 
 def look_again(args, dataset, wanted, out, device):
     """--verify: check what is there by its checksums, and N targets by the teacher."""
-    there = verify.finished(out, wanted, dataset)
+    there = verify.check_chunks(out, wanted, dataset)
     if args.verify:
         folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         checkpoints.check_written(folder, verify=True)

@@ -40,9 +40,9 @@ with --val as a share, rows added later change no other row's side (of rows with
 for the shares of the classes are kept).
 """
 
-import collections
 import contextlib
 import functools
+import itertools
 import shutil
 import sys
 import time
@@ -57,9 +57,11 @@ from lib.prepare import answers, classes, describe, export, rows, sources, split
 from lib.prepare.store import Store
 
 SHAPING = (
-    "task source tokenizer chat_template template_args columns system max_len long turns think val"
-    " limit rows_per_chunk mix seed"
+    "task source tokenizer chat_template template_args encoding columns system max_len long turns"
+    " think val limit rows_per_chunk mix seed"
 ).split()
+# a killed run goes on after the last whole shard; what is said meanwhile
+SHARD_ROWS, SHARD_TOKENS, SAY_EVERY_S = 10_000, 1 << 24, 8
 
 
 def parse_args(argv=None):
@@ -90,7 +92,10 @@ def parse_args(argv=None):
         type=int,
         default=0,
         metavar="N",
-        help="stop after N kept rows; 0 = off (default: %(default)s)",
+        help=(
+            "stop after N kept rows, of several sources each its share (--mix, else by their rows"
+            " where all files say how many, else evenly); 0 = off (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--rows-per-chunk",
@@ -137,43 +142,87 @@ def parse_args(argv=None):
             f"--mix: saw the names {', '.join(shares)}, wanted those of the sources:"
             f" {', '.join(names)}"
         )
+    args.weights = {name: pair and pair[0] for name, pair in shares.items()}
     return args
 
 
-def stage(partial, numbered, encode, args, total, texts):
+def stage(partial, numbered, encode, args, total, texts, progress, quotas):
     """Encode all rows, numbered (source, file), into temporary files in their order, and the kept
-    ones as text into `texts`, if given. Return what was staged."""
-    seen, val_rows, staging = split.Seen(), split.ValRows(args.val), split.Staging(partial)
-    read, lost, begun = collections.Counter(), collections.Counter(), time.time()
+    ones as text into `texts`, if given; note now and then how far it has come. Return what was
+    staged."""
+    seen, val_rows = split.Seen(), split.ValRows(args.val)
+    staging, said = split.Staging(partial, progress.sizes), time.time()
+    staging.replay(seen, val_rows)
+    read, lost, saved, begun = progress.read, progress.lost, staging.tokens.count, time.time()
     bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
+    bar.update(read.total())
     with bar, contextlib.closing(workers.encoded_rows(numbered, encode, args.workers)) as encoded:
         for number, row, result in encoded:
+            if number[0] in progress.full:
+                continue
             read[number] += 1
             bar.update()
-            if bar.disable and read.total() % 50_000 == 0:
+            if bar.disable and (read.total() % 50_000 == 0 or time.time() - said > SAY_EVERY_S):
+                said = time.time()
                 print(
                     f"prepare rows={read.total()} kept={staging.count}"
-                    f" tokens={staging.tokens.count} time_s={time.time() - begun:.1f}",
+                    f" tokens={staging.tokens.count} time_s={said - begun:.1f}",
                     flush=True,
                 )
-            if not isinstance(result, str) and not seen.add(result.digest):
-                result = "duplicate"
-            if isinstance(result, str):
-                lost[number[0], result] += 1
-                continue
-            staging.append(result.ids, result.answer, number[0], result.prompt)
-            if args.think == "drop" and not isinstance(row, str):
-                row = template.without_think(row)
-            if val_rows.candidate(result.prompt) and not isinstance(row, str):
-                staging.append_prompt(row, result.reference)
-            if texts:
-                texts.append(row, args.wanted[number[0]][0])
-            if staging.count == args.limit:
+            several = isinstance(result, list)
+            if several:
+                progress.cut[0] += 1
+                progress.cut[1] += len(result)
+            for one in result if several else [result]:
+                if not isinstance(one, str) and not seen.add(one.digest):
+                    one = "duplicate"
+                if isinstance(one, str):
+                    lost[number[0], one] += 1
+                    continue
+                staging.append(one.ids, one.answer, number[0], one.prompt)
+                if args.think == "drop" and not isinstance(row, str):
+                    row = template.without_think(row)
+                if val_rows.candidate(one.prompt) and not isinstance(row, str):
+                    staging.append_prompt(row, one.reference)
+                if texts:
+                    texts.append(one.reference if several else row, args.wanted[number[0]][0])
+                if staging.kept[number[0]] == quotas[number[0]]:
+                    progress.full.add(number[0])
+                    break
+            if len(progress.full) == len(quotas):
                 break
+            if read.total() % SHARD_ROWS == 0 or staging.tokens.count - saved > SHARD_TOKENS:
+                saved = staging.tokens.count
+                staging.save(progress)
     if texts:
         texts.close()
     staged = staging.close()
-    return split.Staged(staged, val_rows.mask(staged["prompt"]), read, lost)
+    return split.Staged(staged, val_rows.mask(staged["prompt"]), read, lost, progress.cut)
+
+
+def write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts):
+    """Divide the staged rows into train and val; the folder is whole once meta.json is in it.
+    Return what that says."""
+    if texts:
+        export.write_splits(
+            partial / "staged.texts.parquet", partial / "rows", staged.is_val, sorted(texts.keys)
+        )
+    split.write_sides(partial, staged)
+
+    meta = describe.facts_of_rows(inputs, staged, args, shaping)
+    parts = split.on_both_sides(partial, split.FILES)
+    if args.task == "classify":
+        meta |= classes.facts_of_classes(partial, staged.labels)
+        parts += split.on_both_sides(partial, classes.LABEL_FILES)
+    meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
+    meta |= {"date": dated} if dated else {}
+    meta |= rows.told_of(tokenizer, inputs)
+    if written:
+        meta["teacher"] = written.meta
+    meta["checksums"] = files.checksums(partial)
+    files.write_json(partial / "meta.json", meta)
+    plots.prepared(partial)
+    return meta
 
 
 def hand_over(out, args, meta):
@@ -181,6 +230,7 @@ def hand_over(out, args, meta):
     say."""
     describe.show_rows(out, args.show)
     describe.print_table(out, meta)
+    describe.say_small(meta)
     export.deliver(out / "rows", args)
 
 
@@ -195,13 +245,14 @@ def main(argv=None):
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
     holding = files.lock_beside(out)  # from the first moment: two would empty each other's folder
-    files.recover(out)
+    files.recover(out, split.STATE)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
         return hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
-    inputs = sources.open_all(args)
+    with describe.phase("looking at the sources"):
+        inputs = sources.open_all(args)
     for source in inputs:
         commit = f" commit={source.commit}" if source.commit else ""
         print(
@@ -210,7 +261,8 @@ def main(argv=None):
             flush=True,
         )
     export.begin(args, inputs)
-    tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    with describe.phase("loading the tokenizer"):
+        tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     dated = rows.make_template_ready(tokenizer, inputs, args)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
@@ -218,16 +270,25 @@ def main(argv=None):
     written = answers.answer_all(store, inputs, args, tokenizer) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
-    partial = files.partial_folder(out)
+    key = describe.key_of(inputs, written, args, shaping, tokenizer)
+    progress = split.Progress.found(partial := files.beside(out, "part"), key)
+    if progress.sizes:
+        print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
+    else:
+        partial = files.partial_folder(out)
     tokenizer.save_pretrained(partial / "tokenizer")
     rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     # later stages load this one: so does this run
     tokenizer = rows.saved_tokenizer(partial / "tokenizer", args.trust_remote_code)
     every = [file for source in inputs for file in source.files]
     counts = [file.count for file in every]
-    numbered, total = sources.all_rows(inputs, args.system), None if None in counts else sum(counts)
+    numbered = sources.all_rows(inputs, args.system, progress.full, progress.read)
+    total = None if None in counts else sum(counts)
     if written:
-        numbered, total = written.rows, written.count
+        done = progress.read.total()
+        numbered, total = itertools.islice(written.rows, done, None), written.count
+    numbered = rows.short_of(numbered, tokenizer, args)
+    quotas = sources.quotas(inputs, args)
     texts = None
     if args.export or args.push_to_hub:
         texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
@@ -236,31 +297,16 @@ def main(argv=None):
             staged = classes.stage(partial, numbered, inputs, tokenizer, args)
         else:
             encode = functools.partial(rows.encode_batch, partial / "tokenizer", args)
-            staged = stage(partial, numbered, encode, args, total, texts)
+            staged = stage(partial, numbered, encode, args, total, texts, progress, quotas)
         if written:
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)
     except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
-        shutil.rmtree(partial)
+        if not (partial / split.STATE).exists():
+            shutil.rmtree(partial)
         raise
-    if texts:
-        export.write_splits(partial / "staged.texts.parquet", partial / "rows", staged.is_val)
-    split.write_sides(partial, staged)
-
-    # --- the folder is whole once meta.json is in it
-    meta = describe.facts_of_rows(inputs, staged, args, shaping)
-    parts = split.on_both_sides(partial, split.FILES)
-    if args.task == "classify":
-        meta |= classes.facts_of_classes(partial, staged.labels)
-        parts += split.on_both_sides(partial, classes.LABEL_FILES)
-    meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
-    meta |= {"date": dated} if dated else {}
-    meta |= rows.told_of(tokenizer, inputs)
-    if written:
-        meta["teacher"] = written.meta
-    meta["checksums"] = files.checksums(partial)
-    files.write_json(partial / "meta.json", meta)
-    plots.prepared(partial)
+    with describe.phase("writing train and val"):
+        meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     files.publish(partial, out)
     holding.release()
     ends = set(data.Split(out, "train").end_tokens())

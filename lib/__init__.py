@@ -31,9 +31,9 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
                teach?)
     options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples
-    prepare/   for prepare_data.py: sources, places, hub, formats, schema, rows, classes, workers,
-               split, quality, export, describe, demo; answers that a teacher writes: answers,
-               questions, ask (of a server), store
+    prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, rows, classes,
+               workers, split, quality, export, describe, demo; answers that a teacher writes:
+               answers, questions, ask (of a server), store
     measure/   for chat.py --score and `make compare`: score, labels, prompts; results, runs,
                compare, entries, page, panels, plots
     chat/      for chat.py: model, talk, terminal, heat; its server: serve, routes, api, engine,

@@ -45,8 +45,9 @@ LOCK = ".lock"
 LOOK_S = 0.5  # before a folder that is held is refused
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 BLOCK = 1 << 22  # bytes that one checksum stands for
-SMALL = 64_000_000  # bytes up to which a file is checked whole wherever it is read
+WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
 LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
@@ -128,6 +129,16 @@ def need(package: str, what: str) -> None:
     """Refuse `what` where the package that it needs is not installed."""
     if importlib.util.find_spec(package) is None:
         fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
+
+
+def refuse_pointers(*places: Path) -> None:
+    """Refuse a file, or a file in a folder, that only says where Git LFS has the real one."""
+    for place in places:
+        for path in sorted(place.glob("*")) if os.path.isdir(place) else [place]:
+            if os.path.isfile(path) and path.stat().st_size < 1000:
+                with open(path, "rb") as file:
+                    if file.read(len(POINTER)) == POINTER:
+                        fail(f"{path} is a Git LFS pointer, not the file", mend="git lfs pull")
 
 
 def sync(path: Path) -> None:
@@ -217,6 +228,8 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     elif schema in (int, float):  # no bool is one
         fits = type(value) is int and abs(value) < 1 << 63
         fits = fits or schema is float and type(value) is float and math.isfinite(value)
+    elif schema is str:  # no half of a surrogate pair, which nothing can write
+        fits = isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
     elif isinstance(schema, range):  # of a text it would look at every number
         fits = type(value) is int and value in schema
     elif isinstance(schema, set):
@@ -232,7 +245,7 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     return next(filter(None, found), None)
 
 
-def number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a JSON value is a number that a float holds; NaN and infinity may be one."""
     return type(value) is float or type(value) is int and abs(value) < 1 << 63
 
@@ -274,7 +287,7 @@ def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
         desc=f"checksums of {path.name}",
         unit="B",
         unit_scale=True,
-        disable=size < 16 * SMALL or not sys.stderr.isatty(),
+        disable=size < 16 * WHOLE_UP_TO or not sys.stderr.isatty(),
     )
     with open(path, "rb") as source, ThreadPoolExecutor() as pool, bar:
         for first in range(0, len(starts), at_once):
@@ -307,7 +320,7 @@ def checksums(folder: Path) -> dict:
 
 def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     """Return what tells a file from the one that its checksums are of, None where nothing does. Of
-    a file above SMALL bytes blocks here and there alone are looked at, unless it is asked for
+    a file above WHOLE_UP_TO bytes blocks here and there alone are looked at, unless it is asked for
     `whole`."""
     if not path.is_file():
         return "no such file"
@@ -317,7 +330,7 @@ def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     if size != known["bytes"] or 8 * blocks != len(known["crc32"]):
         return f"{size} bytes instead of {known['bytes']}"
     wanted = [known["crc32"][8 * n : 8 * n + 8] for n in range(blocks)]
-    if whole or size <= SMALL:
+    if whole or size <= WHOLE_UP_TO:
         made = sums(path, size=size)["crc32"]
         seen = {n: made[8 * n : 8 * n + 8] for n in range(blocks)}
     else:
@@ -357,7 +370,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 
@@ -414,14 +427,15 @@ def publish(partial: Path, folder: Path) -> None:
     _drop(old, folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, state: str | None = None) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
-    need be) or absent."""
+    need be) or absent. An unfinished self that holds the file `state` stays."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     _drop(old, folder)
-    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
+    if state is None or not (beside(folder, "part") / state).exists():
+        shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -581,10 +595,13 @@ class NpyWriter:
     place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.dtype, self.count = np.dtype(dtype), 0
-        self.file = open(path, "wb")
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values."""
+        self.dtype, self.count = np.dtype(dtype), count
+        self.file = open(path, "r+b" if count else "wb")
         self._header()
+        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)

@@ -18,7 +18,7 @@ from lib.run import versions
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
 
-ANEW = "--fresh to dump it anew"
+DUMP_ANEW = "--fresh to dump it anew"
 # that a folder is a chunk's
 CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
@@ -118,7 +118,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    meta = files.read_json(folder / "meta.json", ANEW)
+    meta = files.read_json(folder / "meta.json", DUMP_ANEW)
     if differ := record.differing(meta, wanted):
         files.fail(
             f"{folder} is finished with other settings",
@@ -126,7 +126,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
             "the same command",
             "--fresh to dump it anew, or another --out",
         )
-    files.check(folder, meta, False, ANEW)
+    files.check(folder, meta, False, DUMP_ANEW)
     # a kill after the last rename may have left it
     (folder / "settings.json").unlink(missing_ok=True)
     return True
@@ -249,20 +249,20 @@ class Writer:
 
     def _continue(self) -> None:
         """Open the files of a dump that was killed, refused if its settings were others."""
-        if (seen := files.read_json(self.folder / "settings.json", ANEW)) != self.settings:
+        if (seen := files.read_json(self.folder / "settings.json", DUMP_ANEW)) != self.settings:
             files.fail(
                 f"{self.folder} was started with other settings",
                 record.differing(seen, self.settings),
                 "the same command",
                 "--fresh to start it anew, or another --out",
             )
-        topk = files.read_npy(self.folder / "topk.npy", self.dtype, ANEW)
-        done = files.read_npy(self.folder / "done.npy", record.DONE, ANEW)
+        topk = files.read_npy(self.folder / "topk.npy", self.dtype, DUMP_ANEW)
+        done = files.read_npy(self.folder / "done.npy", record.DONE, DUMP_ANEW)
         for array, wanted in ((topk, self.targets), (done, len(self.rows))):
             if len(array) != wanted:
-                files.fail(f"{array.filename} is not whole", len(array), wanted, ANEW)
+                files.fail(f"{array.filename} is not whole", len(array), wanted, DUMP_ANEW)
         if not np.isfinite(done["ce_sum"]).all() or done["done"].view(np.uint8).max() > 1:
-            files.fail(f"{done.filename} is damaged", "no numbers in it", mend=ANEW)
+            files.fail(f"{done.filename} is damaged", "no numbers in it", mend=DUMP_ANEW)
         self.there = np.array(done)
         self.topk, self.done = Placed(topk), Placed(done)
 

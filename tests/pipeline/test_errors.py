@@ -466,8 +466,8 @@ ACTIONS = [
     for flag in action.option_strings
 ]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
-OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}
-# not the model to train; not a folder; stored, not used; seconds
+OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix"), ("dump", "--verify")}
+# not the model to train; not a folder; stored, not used; instead of dumping
 
 
 @pytest.mark.parametrize("flag", flags.SHARED)
@@ -495,6 +495,7 @@ def test_flags_of_one_name_have_one_default_and_one_type(flag):
         "--tokenizer",
         "--system",
         "--max-new-tokens",
+        "--verify",
     ):  # these mean two things
         assert (
             len(
