@@ -34,7 +34,7 @@ import argparse
 
 import torch
 
-from lib import checkpoints, files, flags
+from lib import checkpoints, files, flags, template
 from lib.chat import model, serve, talk
 from lib.measure import prompts
 from lib.options import classifier
@@ -67,7 +67,14 @@ def parse_args(argv=None):
     serve.add_flags(parser)
     # the run
     flags.add(
-        parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code"
+        parser,
+        "--seed",
+        "--device",
+        "--dtype",
+        "--threads",
+        "--fresh",
+        "--dry-run",
+        "--trust-remote-code",
     )
     args = parser.parse_args(argv)
 
@@ -83,6 +90,9 @@ def parse_args(argv=None):
     model.check_flags(parser, args)
     prompts.check_flags(parser, args)
     serve.check_flags(parser, args)
+    for name in ("prompt", "system", "labels", "api_key"):
+        if template.BROKEN.search(getattr(args, name) or ""):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)!r}, wanted UTF-8")
     return args
 
 
@@ -102,6 +112,8 @@ def run(args):
     folder = local_folder(args, args.ckpt)
     if classifier.is_classifier(folder):
         return classify(args, folder)
+    if args.dry_run:
+        return model.describe(args)
     if args.out is not None:
         return prompts.answer_file(args, model.load)
     # a port that is taken is said before the models are loaded

@@ -80,7 +80,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
-    flags.add(group, "--compile", "--fresh", "--trust-remote-code")
+    flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     args = parser.parse_args(argv)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
@@ -234,6 +234,7 @@ def main(argv=None):
         return look_again(args, dataset, wanted, out, device)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
+    writer.say_memory(folder, dtype, device, args)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
 
@@ -256,6 +257,8 @@ def main(argv=None):
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
+    if args.dry_run:
+        return print("--dry-run: nothing was written")
     held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:

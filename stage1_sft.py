@@ -22,7 +22,7 @@ from lib.options import classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
 
 STAGE = "stage1"
-NEXT = "Next: make logits, make stage2; or talk to it"
+NEXT = "Next: the teacher's logits of the same data (make logits), then make stage2; or talk to it"
 OPTIONS = (mix, sampling, lora, samples, tags, track)
 METHOD = losses.Method(alpha=0.0)
 
@@ -129,7 +129,7 @@ def main(argv=None):
     print(train.described(student, amp))
     rows.say(eval_every)
     trained = student.module
-    train.make_room(args, student, amp, merge=args.merge)
+    train.make_room(args, student, amp, dataset, merge=args.merge)
 
     run.begin()
     track.start(run, args.track)

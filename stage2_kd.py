@@ -118,6 +118,8 @@ def measure_only(args, dataset, device, amp):
         student = teacher.join(student, args, amp)
     teacher.say()
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+    if teacher.compares:
+        about["kl_is_over"] = teacher.over
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
     holding.release()
 
@@ -167,7 +169,8 @@ def main(argv=None):
         args,
         student,
         amp,
-        teacher.memory_bytes(device),
+        dataset,
+        teacher.memory_bytes(device, train.largest(args, dataset.train).targets),
         near.memory_bytes(args.tokens_per_microbatch, rows.line),
         merge=args.merge,
     )

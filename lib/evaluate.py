@@ -259,6 +259,13 @@ def alone(
 ) -> None:
     """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about:
     what else eval.json is to hold."""
+    if args.dry_run:
+        print(
+            f"eval: {model.folder}, {model.parameters:,} parameters, {model.vocab:,} tokens, on"
+            f" {len(dataset.val.rows):,} val rows, {dataset.val.targets:,} targets; --dry-run:"
+            f" nothing was measured, and nothing is written to {args.out}"
+        )
+        return
     measures = measure(
         model, dataset.val, vocab, args.tokens_per_microbatch, amp, teacher, dataset.sources
     )

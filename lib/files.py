@@ -41,11 +41,11 @@ from tqdm import tqdm
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
 NEVER_DELETED = "answers"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
 LOOK_S = 0.5  # before a folder that is held is refused
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
-POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 BLOCK = 1 << 22  # bytes that one checksum stands for
 WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
@@ -69,16 +69,16 @@ def fail(
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
 
 
-GO_ON = "then the same command: it goes on from what was whole"
+AGAIN = "then the same command: it goes on from what was whole"
 MEND = {  # what a file system may answer to anyone at any moment, and what mends it
-    "ENOSPC EDQUOT": f"more room on that disk, {GO_ON}",
-    "EFBIG": f"a larger limit (ulimit -f), or a disk that takes larger files, {GO_ON}",
+    "ENOSPC EDQUOT": f"more room on that disk, {AGAIN}",
+    "EFBIG": f"a larger limit (ulimit -f), or a disk that takes larger files, {AGAIN}",
     "EROFS EACCES EPERM": "a place that this user may write to, or its rights changed",
-    "EIO ESTALE ENXIO ENODEV ETIMEDOUT": f"a look at that disk or network drive, {GO_ON}",
+    "EIO ESTALE ENXIO ENODEV ETIMEDOUT": f"a look at that disk or network drive, {AGAIN}",
     "ENAMETOOLONG ENOTDIR EISDIR EEXIST ELOOP EILSEQ": "another name",
     "EBUSY EXDEV": "a folder below it: what is mounted cannot be renamed",
-    "EMFILE ENFILE": f"a larger limit of open files (ulimit -n), {GO_ON}",
-    "EPIPE": f"a reader that stays, {GO_ON}",
+    "EMFILE ENFILE": f"a larger limit of open files (ulimit -n), {AGAIN}",
+    "EPIPE": f"a reader that stays, {AGAIN}",
 }
 MENDS = {getattr(errno, name): mend for names, mend in MEND.items() for name in names.split()}
 
@@ -95,7 +95,7 @@ def disk_error(error: Exception) -> tuple[str, str, str] | None:
         number, name = int(code[1]) if code else errno.ENOSPC if half else 0, None
     what = "a file" if name is None else os.fsdecode(name)
     if number == errno.ENOENT and name is not None and not Path(what).absolute().parent.exists():
-        return f"{what} is out of reach", "that its folder is gone", f"that folder, {GO_ON}"
+        return f"{what} is out of reach", "that its folder is gone", f"that folder, {AGAIN}"
     if number not in MENDS:
         return None
     what = "the standard output" if number == errno.EPIPE else what

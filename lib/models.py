@@ -11,11 +11,13 @@ packed (`Model.packs`). An adapter is merged into its base in memory.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
@@ -267,6 +269,9 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         config = config or AutoConfig.from_pretrained(base, trust_remote_code=trust)
         return auto.from_config(config, **options), {"missing_keys": ()}
     if checkpoints.is_gguf(base):
+        from transformers import modeling_gguf_pytorch_utils as gguf
+
+        gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
         base, options = base.parent, options | {"gguf_file": base.name}
     else:
         options = whole(base) | options | {"generation_config": generate.read_config(base)}

@@ -143,10 +143,12 @@ class Run:
             files.refuse_foreign(self.out, MARKS)
         else:
             self._leave_if_finished()
-        self.lock = files.lock(self.out)
+        if not args.dry_run:
+            self.lock = files.lock(self.out)
         if not args.fresh:
-            self._leave_if_finished()  # by another process, before we held it
-            self._recover()
+            if not args.dry_run:
+                self._leave_if_finished()  # by another process, before we held it
+                self._recover()
             self._continue()
         self.interrupt = Interrupt(self.say)
 
@@ -163,8 +165,8 @@ class Run:
                 "another --out",
             )
         self._same(settings, "is finished")
-        # a kill after config.json may have left it
-        shutil.rmtree(self.out / "last", ignore_errors=True)
+        if not self.args.dry_run:  # a kill after config.json may have left it
+            shutil.rmtree(self.out / "last", ignore_errors=True)
         print(f"{self.stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
         raise SystemExit(0)
 

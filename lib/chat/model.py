@@ -6,10 +6,10 @@ import math
 import os
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from lib import checkpoints, flags, generate, models, template
+from lib import checkpoints, files, flags, generate, models, template
 
 # flags that go before the checkpoint's generation_config, which has them under the same names
 SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -66,12 +66,14 @@ class Chat:
         self.module, self.device, self.tokenizer = module, module.device, tokenizer
         self.context = generate.context_of(module)
         self.past = ([], DynamicCache())  # tokens of the last turn of a conversation, and its cache
+        # transformers would fill what we leave out from the module's own
+        self.own, module.generation_config = module.generation_config, GenerationConfig()
         self.choose(args)
 
     def choose(self, args):
         """Sample as these arguments say, and where they say nothing as the checkpoint's
         generation_config does."""
-        how = copy.deepcopy(self.module.generation_config)
+        how = copy.deepcopy(self.own)
         for name in SETTINGS:
             if getattr(args, name) is not None:
                 setattr(how, name, getattr(args, name))
@@ -143,6 +145,8 @@ class Chat:
         """Return the answer to a prompt's token ids. With a streamer it is a turn of a
         conversation: heard of token by token, and remembered."""
         how = copy.deepcopy(self.how)
+        if not how.do_sample:
+            how.min_p = None  # or it is warned of
         if self.context:
             how.max_new_tokens = min(how.max_new_tokens, self.context - len(ids))
         cache = self.remembered(ids) if streamer is not None else None
@@ -183,3 +187,24 @@ def both(args):
     """Return the Chat of --ckpt, and that of --teacher or None."""
     student = load(args)
     return student, None if args.teacher is None else load(args, args.teacher, student)
+
+
+def describe(args):
+    """--dry-run: load what would answer, and say what it is and what it takes. Memory is that of
+    one answer of the longest kind; several at once take as many caches."""
+    for chat in both(args):
+        if chat is None:
+            continue
+        module, config = chat.module, chat.module.config.get_text_config()
+        weights = sum(p.nbytes for p in module.parameters())
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * size * module.dtype.itemsize
+        tokens = chat.context or chat.how.max_new_tokens
+        print(
+            f"chat: {module.config._name_or_path}, {sum(p.numel() for p in module.parameters()):,}"
+            f" parameters, on {chat.device}, {module.dtype}\n"
+            f"memory: {files.human(weights)} of weights, and at most {files.human(each)} a token of"
+            f" the conversation, {files.human(each * tokens)} for {tokens:,} of them"
+        )
+    print("--dry-run: nothing was written")

@@ -12,16 +12,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, files, flags, models, plan
+from lib import checkpoints, data, files, flags, models, plan, train
 from lib import head as heads
 from lib.run import versions
-from lib.teacher import basis, record
+from lib.teacher import basis, fit, live, record
 from lib.teacher.basis import Basis
 
 DUMP_ANEW = "--fresh to dump it anew"
 # that a folder is a chunk's
 CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
+RANK = 384  # of the basis, unless --tail-rank says otherwise
+# the default rank is lowered where the basis would be larger than so many bytes, and than so many
+# times all records of the data
+SMALL_BASIS, TIMES_RECORDS = 1 << 24, 4
 WINDOW = 4096  # rows that are sorted by length at once
 # settings that a finished chunk may have otherwise: they change records by rounding at most
 MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch")
@@ -47,11 +51,11 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tail-rank",
         type=int,
-        default=384,
+        default=None,
         metavar="R",
         help=(
             "dimensions kept of the shape of the rest; 0 = its mass alone, one bucket (default:"
-            " %(default)s)"
+            f" {RANK}, fewer where the basis would outweigh the records)"
         ),
     )
     group.add_argument(
@@ -74,7 +78,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--temperatures is {args.temperatures}, wanted numbers like 1,2,4")
     if min(args.temperatures) <= 0 or not all(map(math.isfinite, args.temperatures)):
         parser.error("--temperatures must be above 0")
-    if args.tail_rank < 0 or args.tail_rank and args.tail_bytes < 1:
+    if (args.tail_rank or 0) < 0 or args.tail_rank != 0 and args.tail_bytes < 1:
         parser.error(
             f"--tail-rank is {args.tail_rank} and --tail-bytes {args.tail_bytes}, wanted 0 or more,"
             " and at least 1"
@@ -93,6 +97,14 @@ def dump_settings(
     head = teacher.head()
     # a rest of one token has no shape; logits move in no more dimensions than hidden states have
     most = 0 if args.k >= head.vocab - 1 else min(head.weight.shape[1], head.vocab - 1)
+    if args.tail_rank is None:
+        args.tail_rank = min(RANK, most)
+        if (fits := rank_that_fits(args, dataset, head)) < args.tail_rank:
+            print(
+                f"dump: the data is small, so its basis has rank {fits} and not {args.tail_rank}"
+                " (--tail-rank says otherwise)"
+            )
+            args.tail_rank = fits
     if args.tail_rank > most:
         print(f"dump: --tail-rank {args.tail_rank} is cut to {most}: no more is there to be kept")
         args.tail_rank = most
@@ -111,6 +123,15 @@ def dump_settings(
         "tokens_per_microbatch": args.tokens_per_microbatch,
     }
     return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
+
+
+def rank_that_fits(args: argparse.Namespace, dataset: data.Dataset, head: heads.Head) -> int:
+    """Return the largest rank whose basis does not outweigh all records of the data."""
+    size = record.record_dtype(args.k, args.temperatures, head.vocab, args.values, args.tail_bytes)
+    records = (dataset.train.targets + dataset.val.targets) * size.itemsize
+    room, width = max(SMALL_BASIS, TIMES_RECORDS * records), head.weight.shape[1]
+    each = basis.file_bytes(2, head.vocab, width) - basis.file_bytes(1, head.vocab, width)
+    return max(1, (room - basis.file_bytes(1, head.vocab, width)) // each + 1)
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
@@ -180,6 +201,28 @@ def empty_chunks(out: Path, chunks: list) -> dict[int | str, files.Lock]:
     for folder in folders.values():
         files.remove_ours(folder, CHUNK_FILES)
     return held
+
+
+def say_memory(
+    folder: Path, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
+) -> None:
+    """Say, before the teacher is loaded, about how much memory the dump takes."""
+    shapes = checkpoints.shapes(checkpoints.base_of(folder))
+    vocab, width = live.output_layer(shapes)
+    weights = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    logits = 4 * args.tokens_per_microbatch * vocab
+    more = live.activation_bytes(shapes, args.tokens_per_microbatch, dtype)
+    more += 3 * min(heads.CHUNK_BYTES, logits)  # a chunk, sorted, and what is widened for it
+    if (rank := min(RANK if args.tail_rank is None else args.tail_rank, width)) > 0:
+        # fitting: the rows in float32 and float16, the sample three times, what is (D, D)
+        more += 6 * rank * vocab + 3 * 4 * fit.SAMPLE * width + 6 * 8 * width**2
+    have = train.available_bytes(device)
+    print(
+        f"memory: about {files.human(weights)} for the teacher's weights and {files.human(more)}"
+        f" more, {files.human(have)} free on {device}"
+    )
+    if weights + more > have:
+        print("memory: WARNING, this may not fit: lower --tokens-per-microbatch or --tail-rank")
 
 
 @torch.inference_mode()
