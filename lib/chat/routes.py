@@ -47,7 +47,7 @@ POLICY = (
 )
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
 SAMPLES_CHARS = 100_000  # of samples.md, where the prompts of the first evaluation stand
-SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
+PROMPT_SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
 FRAMED = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
@@ -428,7 +428,7 @@ def sampled_prompts(path: Path, tokenizer) -> list[dict]:
     with open(path, encoding="utf-8", errors="replace") as source:
         text = source.read(SAMPLES_CHARS)
     found = []
-    for match in islice(re.finditer(SAMPLED, text, re.DOTALL | re.MULTILINE), 3):
+    for match in islice(re.finditer(PROMPT_SAMPLED, text, re.DOTALL | re.MULTILINE), 3):
         for form, answers in forms:
             asked = form.fullmatch(match[1])
             # of several turns there is no one message
