@@ -50,7 +50,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
+.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -131,6 +131,9 @@ test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those 
 
 test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 14 minutes on 2 cores)
 	$(PY) tests/machines.py $(ARGS)
+
+torture: .venv/ready-test ## kill, starve and disturb every stage ROUNDS=200 times, and hold what it leaves against an undisturbed run (ARGS="--stages dump --kinds twice")
+	$(PY) tests/torture.py --rounds $(or $(ROUNDS),200) $(ARGS)
 
 lint: .venv/ready-test ## ruff's rules, its format at 100 columns, and mypy on the core and the teacher
 	.venv/bin/ruff check .

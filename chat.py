@@ -67,7 +67,14 @@ def parse_args(argv=None):
     serve.add_flags(parser)
     # the run
     flags.add(
-        parser, "--seed", "--device", "--dtype", "--threads", "--fresh", "--trust-remote-code"
+        parser,
+        "--seed",
+        "--device",
+        "--dtype",
+        "--threads",
+        "--fresh",
+        "--dry-run",
+        "--trust-remote-code",
     )
     args = parser.parse_args(argv)
 
@@ -89,6 +96,7 @@ def parse_args(argv=None):
     return args
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -104,6 +112,8 @@ def run(args):
     folder = local_folder(args, args.ckpt)
     if classifier.is_classifier(folder):
         return classify(args, folder)
+    if args.dry_run:
+        return model.describe(args)
     if args.out is not None:
         return prompts.answer_file(args, model.load)
     # a port that is taken is said before the models are loaded

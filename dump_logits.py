@@ -80,7 +80,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
-    flags.add(group, "--compile", "--fresh", "--trust-remote-code")
+    flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     args = parser.parse_args(argv)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
@@ -155,11 +155,10 @@ def pick_vocab(args, teacher, dataset):
     return vocab
 
 
-def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
-    """Write one chunk (or val), or what is missing of it."""
+def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holding):
+    """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
     folder = record.chunk_folder(out, chunk)
-    folder.mkdir(parents=True, exist_ok=True)
-    holding = files.lock(folder)
+    holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
@@ -212,7 +211,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
 
 def look_again(args, dataset, wanted, out, device):
     """--verify: check what is there by its checksums, and N targets by the teacher."""
-    there = verify.finished(out, wanted, dataset)
+    there = verify.check_chunks(out, wanted, dataset)
     if args.verify:
         folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         checkpoints.check_written(folder, verify=True)
@@ -224,6 +223,7 @@ def look_again(args, dataset, wanted, out, device):
     print(f"verify: {out} is in order")
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -234,6 +234,7 @@ def main(argv=None):
         return look_again(args, dataset, wanted, out, device)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
+    writer.say_memory(folder, dtype, device, args)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
 
@@ -256,8 +257,9 @@ def main(argv=None):
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
-    if args.fresh:
-        writer.remove_chunks(out, missing)
+    if args.dry_run:
+        return print("--dry-run: nothing was written")
+    held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:
         shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)
@@ -267,7 +269,7 @@ def main(argv=None):
     interrupt = Interrupt()
     for chunk in missing:
         split = splits["val" if chunk == "val" else "train"]
-        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt)
+        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
     print(f"dump: {out} holds what was asked for. Next: make stage2")
 
 

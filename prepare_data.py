@@ -121,7 +121,7 @@ def parse_args(argv=None):
         help="processes; 0 = one a core, at most 16 (default: %(default)s)",
     )
     describe.add_flags(parser)
-    flags.add(parser, "--seed", "--fresh", "--trust-remote-code")
+    flags.add(parser, "--seed", "--fresh", "--dry-run", "--trust-remote-code")
     answers.add_flags(parser)
     args = parser.parse_args(argv)
     for option in (answers, classes, rows, export, sources):
@@ -234,6 +234,7 @@ def hand_over(out, args, meta):
     export.deliver(out / "rows", args)
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -243,13 +244,14 @@ def main(argv=None):
         out = out.resolve()
     settings = answers.settings(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
-    if (partial := files.beside(out, "part")).exists():
-        # refused while another process fills it; a killed one left it behind
-        files.lock(partial).release()
-    files.recover(out, split.STATE)
+    partial = files.beside(out, "part")
+    if not args.dry_run:
+        # from the first moment: two would empty each other's folder
+        holding = files.lock_beside(out)
+        files.recover(out, split.STATE)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
-        return hand_over(out, args, meta)
+        return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
     with describe.phase("looking at the sources"):
@@ -261,10 +263,13 @@ def main(argv=None):
             f" schema={source.described}",
             flush=True,
         )
-    export.begin(args, inputs)
+    if not args.dry_run:
+        export.begin(args, inputs)
     with describe.phase("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     dated = rows.make_template_ready(tokenizer, inputs, args)
+    if args.dry_run:
+        return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
@@ -277,7 +282,6 @@ def main(argv=None):
         print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
     else:
         partial = files.partial_folder(out)
-    lock = files.lock(partial)
     tokenizer.save_pretrained(partial / "tokenizer")
     rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     # later stages load this one: so does this run
@@ -309,9 +313,8 @@ def main(argv=None):
         raise
     with describe.phase("writing train and val"):
         meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
-    lock.release()
-    (partial / ".lock").unlink(missing_ok=True)
     files.publish(partial, out)
+    holding.release()
     ends = set(data.Split(out, "train").end_tokens())
     if args.task == "language" and not ends & template.special_ids(tokenizer):
         print(

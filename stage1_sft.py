@@ -12,6 +12,8 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
         optimizer step.
 """
 
+from pathlib import Path
+
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
@@ -20,7 +22,7 @@ from lib.options import classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
 
 STAGE = "stage1"
-NEXT = "Next: make logits, make stage2; or talk to it"
+NEXT = "Next: the teacher's logits of the same data (make logits), then make stage2; or talk to it"
 OPTIONS = (mix, sampling, lora, samples, tags, track)
 METHOD = losses.Method(alpha=0.0)
 
@@ -74,14 +76,17 @@ def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    holding = files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:
         student = models.load(args.student, device, **train.loading(args, dataset, amp))
     evaluate.alone(args, student, dataset, student.head().vocab, amp)
+    holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -124,7 +129,7 @@ def main(argv=None):
     print(train.described(student, amp))
     rows.say(eval_every)
     trained = student.module
-    train.make_room(args, student, amp, merge=args.merge)
+    train.make_room(args, student, amp, dataset, merge=args.merge)
 
     run.begin()
     track.start(run, args.track)

@@ -21,6 +21,8 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy (tvd: T, not T^2)
         with --k, over the top k and one bucket.
 """
 
+from pathlib import Path
+
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
@@ -107,6 +109,7 @@ def measure_only(args, dataset, device, amp):
     teacher = teachers.open_teacher(args, dataset)
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    holding = files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
@@ -115,9 +118,13 @@ def measure_only(args, dataset, device, amp):
         student = teacher.join(student, args, amp)
     teacher.say()
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+    if teacher.compares:
+        about["kl_is_over"] = teacher.over
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
+    holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -162,7 +169,8 @@ def main(argv=None):
         args,
         student,
         amp,
-        teacher.memory_bytes(device),
+        dataset,
+        teacher.memory_bytes(device, train.largest(args, dataset.train).targets),
         near.memory_bytes(args.tokens_per_microbatch, rows.line),
         merge=args.merge,
     )

@@ -9,7 +9,8 @@ a small one (the student): five scripts, and files on disk are all that passes b
 
 The core, flat: what every reader of a trainer needs, from the floor up.
 
-    files        files that are whole or absent, locks, JSON lines, errors of one line
+    files        files that are whole or absent, locks, JSON lines, errors of one line (`script`:
+                 also those of the disk)
     flags        flags that several scripts share: one name, one default, one text
     template     a conversation -> token ids and which of them are answer tokens
     data         the prepared data set: memory maps, rows, batches

@@ -259,6 +259,13 @@ def alone(
 ) -> None:
     """--eval-only: measure a checkpoint on val, write eval.json to args.out, and say it. about:
     what else eval.json is to hold."""
+    if args.dry_run:
+        print(
+            f"eval: {model.folder}, {model.parameters:,} parameters, {model.vocab:,} tokens, on"
+            f" {len(dataset.val.rows):,} val rows, {dataset.val.targets:,} targets; --dry-run:"
+            f" nothing was measured, and nothing is written to {args.out}"
+        )
+        return
     measures = measure(
         model, dataset.val, vocab, args.tokens_per_microbatch, amp, teacher, dataset.sources
     )
@@ -276,7 +283,6 @@ def alone(
         if len(dataset.labels) > MOST_CONFUSED:
             del of_classes["confusion"]
     by_source = {"by_source": measures.get("by_source", {})}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
     if "own_ce" in line:
         print(f"eval: {cut(model)}; own_ce is over all its rows")

@@ -173,6 +173,14 @@ SHARED: dict[str, dict[str, Any]] = {
         free=True,
     ),
     "--compile": dict(action="store_true", help="torch.compile the model's body"),
+    "--dry-run": dict(
+        action="store_true",
+        help=(
+            "print what a run would read, take and need (memory, disk), and stop; nothing is"
+            " written"
+        ),
+        free=True,
+    ),
     "--fresh": dict(
         action="store_true",
         help="throw away what --out holds and start anew (default: continue it)",
@@ -202,7 +210,7 @@ TRAINER = {  # the trainers' flags under the headings they appear with, in this 
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
     "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
-        --verify""",
+        --verify --dry-run""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }

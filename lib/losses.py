@@ -250,25 +250,27 @@ def pieces(z: Tensor) -> list[slice]:
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 
-def dense_bytes(device: torch.device) -> int:
+def dense_bytes(device: torch.device, logits: int) -> int:
     """Return the memory that a divergence over all tokens takes beside the student's logits: a
-    second buffer, and a piece's temporaries."""
-    return 6 * piece_bytes(device) + 2 * CHUNK_BYTES
+    second buffer, and a piece's temporaries. logits: of all targets of a micro-batch, in bytes."""
+    chunk = min(CHUNK_BYTES, logits)
+    return 6 * min(piece_bytes(device), chunk) + chunk * (2 if device.type == "cuda" else 1)
 
 
 def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's
     likeliest token, and the sum of exp(z) over all tokens, each (n,).
 
-    z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a teacher
-    that is there whole, over all tokens.
+    z (n, V) holds s - s_max and is overwritten. Over the top k and a bucket, or, with a basis or a
+    teacher that is there whole, over all tokens.
     """
-    if isinstance(teacher, TopK):
+    if isinstance(teacher, TopK) and teacher.basis is None:
         logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0, z)
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
     other = teacher.logits(torch.empty_like(z))
-    top, (total, kl, rkl) = other.argmax(1), z.new_empty(3, len(z))
+    top = teacher.ids[:, 0] if isinstance(teacher, TopK) else other.argmax(1)
+    total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
         logp, logq = teacher.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
         student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both

@@ -184,10 +184,19 @@ def check_window(folder: Path, longest: int, trust_remote_code: bool = False) ->
 
 
 def body_of(module: Any) -> Any:
-    """Return a causal LM's decoder, which makes hidden states (Llama 4's text model calls it
-    otherwise than its class says)."""
+    """Return a causal LM's decoder, which makes hidden states. The classes of some (Llama 4's text
+    model) call it otherwise than they say."""
     body = module.base_model
-    return module.get_decoder() if body is module else body
+    if body is not module:
+        return body
+    for part in module.children():
+        if hasattr(part, "layers"):
+            return part
+    files.fail(
+        f"{type(module).__name__} has no body that this project knows",
+        "neither .base_model nor a part with .layers",
+        "a decoder and an output layer",
+    )
 
 
 def check_attention(attn: str, dtype: torch.dtype) -> None:

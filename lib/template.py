@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ OPEN, CLOSE = "<think>", "</think>"
 EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
+
+# what a chat template may take for two words
+TEMPLATE_BYTES, TEMPLATE_SECONDS = 2 << 30, 5
 
 # For a tokenizer without a template of its own: plain headings, and eos_token as the end of an
 # assistant's turn. Every heading ends in a line break, which no common tokenizer merges with the
@@ -135,53 +139,57 @@ def as_stored(name, trust_remote_code: bool = False):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    def cut(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-
-    made, why = None, ""
+    kind, why = "that is named", ""
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # the plain class reads the file as it is, and a maker's own code is what it means
+        if not made.is_fast or not type(made).__module__.startswith("transformers.models."):
+            return made
+        kind = type(made).__name__
     except (OSError, ValueError, KeyError):
         raise
     except Exception as broken:  # the library has no other for a class that does not fit the file
-        why = f"cannot be built of it ({str(broken)[:80]})"
-    # another class than the plain one, of transformers' own code (a maker's own is what it means)
-    foreign = made is not None and type(made).__module__.startswith("transformers.models.")
-    if made is not None and not (foreign and made.is_fast):
-        return made
+        made, why = None, f"cannot be built of it ({str(broken)[:80]})"
     file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         if made is None:
-            raise ValueError(why)
+            raise ValueError(f"the class {kind} {why}")
         return made
     stored = Tokenizer.from_file(file)
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
     wanted = cut(stored, texts)
-    if made is not None:
-        seen = cut(made.backend_tokenizer, texts)
-        if seen == wanted:
-            return made
-        place = next(i for i, ids in enumerate(seen) if ids != wanted[i])
-        why = f"makes {len(seen[place])} tokens of {texts[place]!r}, not {len(wanted[place])}"
-        if '"WordPiece"' in str(type(stored.model)) or type(stored.model).__name__ == "WordPiece":
-            files.fail(
-                f"{name} has two tokenizers: tokenizer_config.json's settings (do_lower_case,"
-                " strip_accents) and tokenizer.json",
-                f"the class {type(made).__name__}, which {why}",
-                "files that agree",
-                "the settings that the model was trained with, in both",
-            )
+    seen = cut(made.backend_tokenizer, texts) if made else None
+    if seen == wanted:
+        return made
+    if seen is not None and wanted is not None:
+        text, ids, own = next(parts for parts in zip(texts, seen, wanted) if parts[1] != parts[2])
+        why = f"makes {len(ids)} tokens of {text!r} where its tokenizer.json makes {len(own)}"
+    if made and type(stored.model).__name__ == "WordPiece":
+        files.fail(
+            f"the tokenizer {name} means two things",
+            f"tokenizer_config.json's {kind} {why}",
+            "one meaning",
+            "the do_lower_case and strip_accents that the model was trained with, in both files",
+        )
     plain = PreTrainedTokenizerFast.from_pretrained(name)
-    if made is not None and cut(plain.backend_tokenizer, texts) == seen:
-        return made  # as its tokenizer_config.json sets it (add_prefix_space), whatever the class
-    named = files.read_json(Path(file).parent / "tokenizer_config.json").get("tokenizer_class")
+    if seen is not None and cut(plain.backend_tokenizer, texts) == seen:
+        return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
     print(
-        f"tokenizer: the class {named} that {name}'s tokenizer_config.json names {why}:"
-        " its tokenizer.json is followed"
+        f"tokenizer: {name}: tokenizer_config.json's class {kind} {why or 'does not read it'}:"
+        " tokenizer.json is followed",
+        flush=True,
     )
     return plain
+
+
+def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
+    """Return the ids of texts, without what is added around them; None where it cannot."""
+    try:
+        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    except Exception:  # the library has no other: no unknown token, where one is needed
+        return None
 
 
 def say_misread(tokenizer, folder: Path, model_type: str) -> None:
@@ -244,6 +252,7 @@ def ensure_template(tokenizer) -> bool:
                 seen=several,
                 wanted="one named default",
             )
+        check_template(tokenizer)
         return False
     if tokenizer.eos_token is None:
         files.fail(
@@ -460,13 +469,55 @@ def render(
     tokenizer, messages: list[dict], add_generation_prompt: bool = False, **more: object
 ) -> str:
     """Return the conversation as the text that the chat template makes of it; `more`: its
-    arguments."""
+    arguments. Whatever the template raises is a jinja2.TemplateError, or a TypeError."""
     tools = None
     if any(beside_text(message) for message in messages):
         messages, tools = spelled_out(tokenizer, messages)
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **more
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **more,
+        )
+    except (jinja2.TemplateError, TypeError):
+        raise
+    # a template is a program of others: 1 // 0, a macro that calls itself, 'x' * 10**10
+    except Exception as broken:
+        raise jinja2.TemplateError(f"{type(broken).__name__}: {broken}") from None
+
+
+def check_template(tokenizer) -> None:
+    """Refuse a chat template that takes more than TEMPLATE_BYTES or TEMPLATE_SECONDS of processor
+    time for two words: it is tried in a child, which may be killed."""
+    if not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + TEMPLATE_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+            render(tokenizer, [{"role": role, "content": "x"} for role in ("user", "assistant")])
+            code = 0
+        except (jinja2.TemplateError, TypeError) as refused:  # which is told where rows are read
+            code = 2 if "MemoryError" in str(refused) else 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 2:
+        long = os.WIFSIGNALED(status)
+        files.fail(
+            f"the chat template of {tokenizer.name_or_path} does not end",
+            f"more than {TEMPLATE_SECONDS} s"
+            if long
+            else f"{files.human(TEMPLATE_BYTES)} and more",
+            "a conversation of two words rendered at once",
+            "another chat_template in tokenizer_config.json (or chat_template.jinja)",
+        )
 
 
 def spelled_out(tokenizer, messages: list[dict]) -> tuple[list[dict], list[dict] | None]:

@@ -4,17 +4,19 @@ clipping, and fp16's scaler; and before the first step, whether it will fit in m
 
 import math
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib import data, evaluate, files, head, models
 
-# floats kept a token and layer, in hidden widths (Korthikanti et al., arXiv:2205.05198, section 4;
-# no attention maps)
-ACTIVATION_WIDTHS = 34
+PROBE_TOKENS = 512  # of a line by which it is measured what a forward pass keeps
+# on the CPU: pages of code that a first step touches (oneDNN, torch._dynamo), and what the C
+# library's heap takes for what is kept, holes between it included (tests/pipeline/test_memory.py)
+CODE_BYTES, HEAP = 60_000_000, 1.5
 
 
 def available_bytes(device: torch.device) -> int:
@@ -30,21 +32,78 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The largest micro-batch of a run: its tokens, its targets (on average), and how many of them
+    there are in a step."""
+
+    tokens: int
+    targets: int
+    batches: int
+
+
+def largest(args, split: data.Split) -> Largest:
+    """Return the Largest of a run on a split."""
+    lengths = split.rows["length"]
+    there, longest = int(lengths.sum()), int(lengths.max(initial=1))
+    step = max(longest, min(args.tokens_per_step, there))
+    tokens = min(args.tokens_per_microbatch, step)
+    targets = math.ceil(tokens * split.targets / max(1, there))
+    return Largest(tokens, targets, math.ceil(step / tokens))
+
+
+def kept_bytes(model: models.Model, split: data.Split, amp: torch.dtype | None) -> float:
+    """Return how many bytes a token a forward pass keeps for the backward one, beside the weights:
+    measured, by passes over one line of tokens and over two."""
+    module, training = model.module, model.module.training
+    plain = replace(model, body=getattr(model.body, "_orig_mod", model.body))  # not compiled
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: dict[int, Tensor] = {}  # by where it lies
+
+    def keep(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    line = split.batch([[0]])
+    length, sizes, nothing = min(PROBE_TOKENS, line.tokens.shape[1]), [], line.where[:0]
+    parts = [part[:, :length] for part in (line.tokens, line.positions, line.row_of)]
+    module.train()
+    for lines in (1, 2):
+        tokens, positions, row_of = (part.repeat(lines, 1) for part in parts)
+        batch = data.Batch(tokens, positions, nothing, nothing, nothing, [0] * lines, row_of)
+        batch = batch.to(model.device)
+        with (
+            torch.random.fork_rng(enabled=model.device.type == "cpu"),
+            torch.autocast(model.device.type, amp, enabled=amp is not None),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            plain.hidden(batch)
+        new = [t.untyped_storage() for t in seen.values()]
+        sizes.append(sum(one.nbytes() for one in new if one.data_ptr() not in weights))
+        seen.clear()
+    module.train(training)
+    return (sizes[1] - sizes[0]) / length
+
+
 def training_bytes(
-    model: models.Model, tokens: int, amp: torch.dtype | None, checkpointing: bool
+    model: models.Model, most: Largest, each: float, amp: torch.dtype | None, checkpointing: bool
 ) -> int:
     """Return about how many more bytes training takes once float32 weights are loaded: gradients,
-    AdamW, activations, the head's buffers."""
+    AdamW, activations (`each`: bytes a token), the head's buffers."""
     config, half = model.module.config.get_text_config(), 2 if amp else 4
-    if checkpointing:  # the layer being recomputed is whole
-        widths = config.num_hidden_layers + ACTIVATION_WIDTHS
-    else:
-        widths = config.num_hidden_layers * ACTIVATION_WIDTHS
-    activations = tokens * config.hidden_size * widths * half
+    if checkpointing:  # the states between layers, and one layer that is recomputed
+        layers = max(1, config.num_hidden_layers)
+        each = each / layers + layers * config.hidden_size * half
+    gradients, moments = 4 * model.trained, 8 * model.trained
+    kept = int(most.tokens * each * (HEAP if model.device.type == "cpu" else 1))
     if (output := model.module.get_output_embeddings()) is None:  # a classifier
-        return 12 * model.trained + activations
-    buffers = output.weight.numel() * (4 * output.weight.requires_grad + half * bool(amp))
-    return 12 * model.trained + activations + 3 * head.CHUNK_BYTES + buffers
+        return moments + gradients + kept
+    weight = output.weight
+    # in float32, beside what is there of it; and the operand of the products
+    kept += weight.numel() * (4 * weight.requires_grad + half * bool(amp))
+    kept += min(head.CHUNK_BYTES, 4 * most.targets * len(weight))
+    # gradients grow while activations go, unless those of earlier micro-batches are there
+    return moments + (gradients + kept if most.batches > 1 else max(gradients, kept))
 
 
 def loading(args, dataset: data.Dataset, amp: torch.dtype | None) -> dict[str, Any]:
@@ -70,19 +129,23 @@ def described(student: models.Model, amp: torch.dtype | None) -> str:
 
 
 def make_room(
-    args, model: models.Model, amp: torch.dtype | None, *more: int, merge: bool = False
+    args,
+    model: models.Model,
+    amp: torch.dtype | None,
+    dataset: data.Dataset,
+    *more: int,
+    merge: bool = False,
 ) -> None:
     """Say what memory and disk are needed and there; switch gradient checkpointing on, on request
-    or when memory is short without.
+    or when memory is short without. With --dry-run that is all, and the program ends.
 
     more   bytes that are taken beside the student's own
     merge  whole weights are saved, even where few are trained
     """
     have = available_bytes(model.device)
-    plain, saved = (
-        sum(more) + training_bytes(model, args.tokens_per_microbatch, amp, on)
-        for on in (False, True)
-    )
+    most, each = largest(args, dataset.train), kept_bytes(model, dataset.train, amp)
+    more += (CODE_BYTES,) if model.device.type == "cpu" else ()
+    plain, saved = (sum(more) + training_bytes(model, most, each, amp, on) for on in (False, True))
     use = args.checkpointing or plain > have
     if plain > have and not args.checkpointing:
         print("memory: short, so gradient checkpointing is on (or lower --tokens-per-microbatch)")
@@ -95,6 +158,9 @@ def make_room(
     if use:
         model.module.activation_checkpointing_enable({"use_reentrant": False})
     check_space(args.out, model, whole=merge or model.trained == model.parameters)
+    if args.dry_run:
+        print("--dry-run: nothing was written")
+        raise SystemExit(0)
 
 
 def check_space(out: str, model: models.Model, whole: bool = True) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from lib import checkpoints, flags, generate, models, template
+from lib import checkpoints, files, flags, generate, models, template
 
 # flags that go before the checkpoint's generation_config, which has them under the same names
 SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -187,3 +187,24 @@ def both(args):
     """Return the Chat of --ckpt, and that of --teacher or None."""
     student = load(args)
     return student, None if args.teacher is None else load(args, args.teacher, student)
+
+
+def describe(args):
+    """--dry-run: load what would answer, and say what it is and what it takes. Memory is that of
+    one answer of the longest kind; several at once take as many caches."""
+    for chat in both(args):
+        if chat is None:
+            continue
+        module, config = chat.module, chat.module.config.get_text_config()
+        weights = sum(p.nbytes for p in module.parameters())
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * heads * size * module.dtype.itemsize
+        tokens = chat.context or chat.how.max_new_tokens
+        print(
+            f"chat: {module.config._name_or_path}, {sum(p.numel() for p in module.parameters()):,}"
+            f" parameters, on {chat.device}, {module.dtype}\n"
+            f"memory: {files.human(weights)} of weights, and at most {files.human(each)} a token of"
+            f" the conversation, {files.human(each * tokens)} for {tokens:,} of them"
+        )
+    print("--dry-run: nothing was written")

@@ -215,11 +215,59 @@ def verdict(result: dict) -> str:
             text += f" with {share(1 / result['compression']['parameters'])} of its parameters"
         if "tok_per_s" in result["speedup"]:
             text += f", at {result['speedup']['tok_per_s']:.1f} times its speed"
+    if "teacher" in roles and "kl" in models[student]:
+        text += f", at a KL of {shown('kl', models[student]['kl'])} nats to it"
     text += "."
     for role, words in (("before", "Before"), ("control", "Answers alone")):
         if role in roles and name in models[roles[role]]:
             text += f" {words} ({roles[role]}): {value(role)}."
-    return text
+    return " ".join([*failures(models, roles, name), text])
+
+
+def failures(models: dict, roles: dict, name: str) -> list[str]:
+    """Return in words what makes a praise of the student wrong, by the measure `name`: a teacher
+    that is below what it was to teach, a student below what it began from, or below the control."""
+    first = next((one for one in models if entries.role_word(one) == "stage1"), None)
+    student, said = roles["student"], []
+    started = dict.fromkeys([first, roles.get("before"), roles.get("control")])
+    of_teacher = {roles.get("teacher"): [first or roles.get("before")]}
+    for below, others in (of_teacher | {student: list(started)}).items():
+        for other in others:
+            pair = [models[one].get(name) for one in (below, other) if one in models]
+            if below == other or len(pair) < 2 or None in pair:
+                continue
+            worse = pair[0] < pair[1] if name in HIGHER else pair[0] > pair[1]
+            if worse:
+                values = " against ".join(shown(name, value) for value in pair)
+                cannot = "" if below == student else ": it has nothing to teach"
+                said.append(
+                    f"FAILED: {below} is below {other} in {ROWS[name][0]}, {values}{cannot}."
+                )
+    return said
+
+
+def starts(models: dict, read: dict[str, dict]) -> list[str]:
+    """Return a line for each run whose best/ is its start, since no step improved on it: what was
+    measured is then the model that it began from; and what its final/ has."""
+    lines = []
+    for name in models:
+        run = read.get(name)
+        evaluations = runs.evaluations(run["history"]) if run else []
+        best = run["at_best"].get("step") if run else None
+        if len(evaluations) < 2 or best != 0 or models[name].get("ckpt") == "final":
+            continue
+        last = evaluations[-1]
+        known = [one for one in ("ce", "acc1", "kl") if one in last and one in evaluations[0]]
+        pairs = (
+            f"{ROWS[one][0]} {shown(one, last[one])} (best/ {shown(one, evaluations[0][one])})"
+            for one in known
+        )
+        lines.append(
+            f"{name}: its best/, which is measured here, is step 0, the model it began from, for no"
+            f" evaluation had a better {run['best_by']}. Its final/, step {last['step']:,}, has"
+            f" {', '.join(pairs)}."
+        )
+    return lines
 
 
 def comparison(
@@ -244,6 +292,7 @@ def comparison(
         "speedup": ratios(student, teacher, speeds) if alike else {},
         "paired": differences_by_prompt(models, rows, roles) if student else {},
         "control": control_says(models, roles, read) if student else None,
+        "starts": starts(models, read),
         "settings_that_differ": settings_that_differ(read, models),
         "data": next((m["data"] for m in models.values() if "data" in m), None),
     }
@@ -338,6 +387,7 @@ def parse_args(argv=None):
     return parser, parser.parse_args(argv)
 
 
+@files.script
 def main(argv=None):
     parser, args = parse_args(argv)
     folders = entries.named_models(args.runs, parser)
@@ -354,12 +404,12 @@ def main(argv=None):
     first = next(iter(folders.values()))[1]
     out = Path(args.out) if args.out else first.parent / "comparison"
     files.check_out(f"{out}.html", file=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(Path(f"{out}.json"), result)
     text = page.markdown(result)
-    files.write_text(Path(f"{out}.md"), text)
-    panels.png(result, Path(f"{out}.png"))
-    files.write_text(Path(f"{out}.html"), page.html(result, read, rows))
+    with files.lock_beside(out):
+        files.write_json(Path(f"{out}.json"), result)
+        files.write_text(Path(f"{out}.md"), text)
+        panels.png(result, Path(f"{out}.png"))
+        files.write_text(Path(f"{out}.html"), page.html(result, read, rows))
     print(f"{text}\nreport: {out}.html, .md, .png and .json")
     if failed := unmet(result, args.fail_under):
         raise SystemExit("error: --fail-under " + "; ".join(failed))

@@ -32,6 +32,7 @@ def markdown(result: dict) -> str:
     parts = [[result["verdict"]], results.table([["", *models], *rows])]
     if result["control"]:
         parts.append([f"{result['roles']['control']}: {result['control']}."])
+    parts.append([f"- {line}" for line in result["starts"]])
     if compared:
         rows = [["", "teacher", "student", "difference", "retention"]]
         for measure, one in compared.items():
@@ -190,7 +191,7 @@ def notes(result: dict) -> list[str]:
     if where := {f"{one.get('device')}, threads {one.get('threads')}" for one in speeds}:
         machines = " / ".join(sorted(where))
         about.append(f"Speed: one prompt at a time, {machines}; what else the machine did shows.")
-    return [" ".join(about), *(f"{line}." for line in paired_lines(result))]
+    return [" ".join(about), *result["starts"], *(f"{line}." for line in paired_lines(result))]
 
 
 def is_heat(model: dict) -> bool:

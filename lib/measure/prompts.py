@@ -172,24 +172,16 @@ def read_prompts(path: Path, system: str | None) -> list[Prompt]:
 
 def fault_of(fields: object) -> str | None:
     """Return why a line's value cannot be answered, or None."""
-    try:
-        whole = json.dumps(fields)  # as it will be written again, with the answer
-    except RecursionError:
-        return "JSON that is nested too deep"
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-        return whole[:60]
+        return json.dumps(fields, ensure_ascii=False)[:60]
     if "answer" in fields:
         return 'a field "answer", which the answer would overwrite'
-    if "prompt" in fields and not isinstance(fields["prompt"], str):
-        return f"the prompt {fields['prompt']!r:.60}"
-    if "messages" in fields and not template.is_conversation(fields["messages"]):
+    if "prompt" in fields:
+        return None if isinstance(fields["prompt"], str) else f"the prompt {fields['prompt']!r:.60}"
+    if not template.is_conversation(fields["messages"]):
         return f"the messages {fields['messages']!r:.60}"
-    messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
-    if messages[-1]["role"] == "assistant":
+    if fields["messages"][-1]["role"] == "assistant":
         return "messages that end with an answer"
-    said = [message[part] for message in messages for part in ("role", "content")]
-    if any(map(template.BROKEN.search, [*said, str(fields.get("reference"))])):
-        return f"half a character (\\ud800 to \\udfff) in {whole[:60]}"
     return None
 
 
@@ -230,7 +222,7 @@ def what_to_score(args, path: Path, prompts: list[Prompt]) -> tuple[list[str], l
 
 def open_out(out, settings, fresh):
     """Return the lines that are there already, of a file made with the same settings, or None if it
-    is finished; refuse another one."""
+    is finished; refuse another one. (Its lock is the caller's to hold.)"""
     part, meta = out.with_name(out.name + ".part"), out.with_name(out.name + ".meta.json")
     if out.is_dir() or (out.exists() and not meta.exists()):
         files.fail(
@@ -251,7 +243,6 @@ def open_out(out, settings, fresh):
             )
     if out.exists():
         return None
-    out.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists():
         files.write_json(meta, settings | {"checksums": {}})
         part.touch()
@@ -285,7 +276,10 @@ def answer_file(args, load) -> None:
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
     settings = answer_settings(args, path, metrics, names)
-    lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
+    summary = out.with_suffix(".scores.json")
+    done = out.exists() and (not args.score or summary.exists()) and not args.fresh
+    holding = None if done else files.lock_beside(out)
+    lines = open_out(out, settings, args.fresh)
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         if args.score:
@@ -317,6 +311,8 @@ def answer_file(args, load) -> None:
         made = {"speed": timed, "checksums": {out.name: files.sums(out)}}
         files.write_json(summary, shown | made)
         say_scores(out, shown)
+    if holding:
+        holding.release()
 
 
 def encode_prompts(chat, path: Path, prompts: list[Prompt], names: list[str] | None) -> list:
@@ -404,9 +400,8 @@ def write_answers(
             row = prompt.fields | fields
             if scores:
                 row["scores"] = scores(row["reference"], row["answer"])
-            part_file.write(
-                (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-            )
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            part_file.write(line.encode("utf-8", "backslashreplace"))
             part_file.flush()
             bar.update()
     files.sync(part)
@@ -475,6 +470,7 @@ def classify_file(args, read, folder):
         "prompts": files.sha256(Path(args.prompts)),
         "limit": args.limit,
     }
+    holding = files.lock_beside(out)
     if open_out(out, made, args.fresh) is None:
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         return
@@ -485,4 +481,5 @@ def classify_file(args, read, folder):
         lines.append({**prompt.fields, "answer": classes[0]["label"], "p": p})
     files.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     out.with_name(out.name + ".part").unlink(missing_ok=True)
+    holding.release()
     print(f"chat: {len(lines)} classes in {args.out}")

@@ -294,3 +294,14 @@ def show_rows(folder: Path, count: int) -> None:
             )
             text += f"{green}{part}{end}" if answer[begin] else f"{grey}{part}{plain}"
         print(text.rstrip("\n"))
+
+
+def dry_run(out: Path, args, inputs: list[sources.Source], tokenizer) -> None:
+    """--dry-run: say what would be read, as far as it is known before a row is."""
+    counts = [file.count for source in inputs for file in source.files]
+    known = "a number that is known at the end" if None in counts else f"{sum(counts):,}"
+    print(
+        f"prepare tokenizer={args.tokenizer} tokens={len(tokenizer):,}\n"
+        f"prepare rows={known} at most 5 bytes a token and 26 a row are written to {out},"
+        f" {files.human(files.free_bytes(out))} free there\n--dry-run: nothing was written"
+    )

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from lib import files
 
 PART_ROWS = 1000
-AGAIN = f"move it away; its {PART_ROWS} are asked again"
-ROW = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
+ASK_AGAIN = f"move it away; its {PART_ROWS} are asked again"
+JOURNAL_LINE = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 # more: as JSON what a message says beside its text, in parts that have such messages
 MESSAGE_AND_MORE = pa.struct([*MESSAGE, ("more", pa.string())])
@@ -84,7 +84,9 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns or SCHEMA.names, schema=SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as broken:
-        files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", AGAIN)
+        files.fail(
+            f"{path} cannot be read", broken, "answers as this program wrote them", ASK_AGAIN
+        )
 
 
 def read_line(line: bytes) -> dict | None:
@@ -93,7 +95,7 @@ def read_line(line: bytes) -> dict | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if files.misfit(row, ROW):
+    if files.misfit(row, JOURNAL_LINE):
         return None
     if files.LINE_SUM in line and not files.is_whole(line):
         return None
@@ -141,7 +143,9 @@ class Store:
             known = files.read_json(path, f"rm {path}: it is written again")["checksums"]
         for part in self.parts:
             if part.name in known and (seen := files.damage(part, known[part.name])):
-                files.fail(f"{part} is damaged", seen, "answers as this program wrote them", AGAIN)
+                files.fail(
+                    f"{part} is damaged", seen, "answers as this program wrote them", ASK_AGAIN
+                )
         there = {part.name: known.get(part.name) or files.sums(part) for part in self.parts}
         if there != known:
             files.write_json(path, {"checksums": there})

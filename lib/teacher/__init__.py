@@ -32,6 +32,10 @@ class Teacher(typing.Protocol):
         """Whether `val_at` knows it at T=1, so that KL and agreement can be measured."""
 
     @property
+    def over(self) -> str:
+        """In words, what KL to it is summed over."""
+
+    @property
     def model(self) -> models.Model | None:
         """The model itself, where it is live: for what else is taken of it (hidden states, its own
         answers)."""
@@ -51,9 +55,9 @@ class Teacher(typing.Protocol):
     def say(self) -> None:
         """Print what it is, how much of it is compared, and what is missing."""
 
-    def memory_bytes(self, device: torch.device) -> int:
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
         """Return what training with it takes on the student's device, beside weights that are
-        there."""
+        there; targets: of a micro-batch."""
 
     def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return its distribution at a train batch's targets, on the device of their labels."""

@@ -126,6 +126,13 @@ class LiveTeacher:
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
+    @property
+    def over(self) -> str:
+        """What KL is summed over."""
+        if self.k:
+            return f"the top {self.k} and one bucket of all others (a lower bound)"
+        return f"all {self.vocab:,} tokens"
+
     def identity(self) -> dict:
         """Return what a run that is continued must find again."""
         return {"teacher": checkpoints.identity(self.folder)}
@@ -163,13 +170,17 @@ class LiveTeacher:
     def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
         and the student; say them, and warn where they are too few."""
-        more = self.activation_bytes()
-        if self.device == student.device and not self.args.eval_only:
-            more += train.training_bytes(student, self.args.tokens_per_microbatch, amp, True)
+        tokens, train_split = self.args.tokens_per_microbatch, self.dataset.train
+        more = activation_bytes(self.shapes, tokens, self.dtype)
+        if self.device == numbered(student.device) and not self.args.eval_only:
+            most = train.largest(self.args, train_split)
+            each, on = train.kept_bytes(student, train_split, amp), self.args.checkpointing
+            more = self.memory_bytes(student.device, most.targets)
+            more += train.training_bytes(student, most, each, amp, on)
         weights, have = self.weight_bytes(), train.available_bytes(self.device)
         print(
             f"memory: the teacher's weights take about {files.human(weights)}, the rest of it and"
-            f" the student at least {files.human(more)} more; {files.human(have)} free on"
+            f" the student about {files.human(more)} more; {files.human(have)} free on"
             f" {self.device}"
         )
         if weights + more > have and not self.args.teacher_offload:
@@ -244,20 +255,19 @@ class LiveTeacher:
 
         return int(sum(math.prod(shape) * each(shape) for shape in self.shapes))
 
-    def activation_bytes(self) -> int:
-        """Return about how many bytes one layer's activations take: nothing is kept for a backward
-        pass."""
-        matrices = [shape for shape in self.shapes if len(shape) == 2]
-        vocab = max(map(max, matrices), default=0)
-        width = max((min(shape) for shape in matrices if vocab in shape), default=0)
-        inner = max((max(shape) for shape in matrices if vocab not in shape), default=0)
-        return self.args.tokens_per_microbatch * (6 * width + 3 * inner) * self.dtype.itemsize
-
-    def memory_bytes(self, device: torch.device) -> int:
-        """Return what it takes on the student's device while it trains, its weights apart: these
-        are there already."""
-        own = self.activation_bytes() if self.device == numbered(device) else 0
-        return own + losses.dense_bytes(device)
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
+        """Return what it takes on the student's device while it trains, its weights apart: one
+        layer's activations, the output layer where it is copied (`join`), what is remembered of
+        val, and the buffers of the loss."""
+        vocab, width = output_layer(self.shapes)
+        here, half = self.device == numbered(device), self.dtype.itemsize < 4
+        tokens = self.args.tokens_per_microbatch
+        own = activation_bytes(self.shapes, tokens, self.dtype) if here else 0
+        if not here or half and device.type != "cuda":
+            own += vocab * width * (4 if device.type != "cuda" else self.dtype.itemsize)
+        kept = 12 * self.k or width * self.dtype.itemsize  # a target: ids and gaps, or hidden
+        own += min(VAL_BYTES, self.dataset.val.targets * kept)
+        return own + losses.dense_bytes(device, 4 * targets * vocab)
 
     def say(self) -> None:
         """Print what the teacher is and how much of it is compared."""
@@ -317,6 +327,21 @@ class LiveTeacher:
             self.args.tokens_per_microbatch,
             sources=self.dataset.sources,
         )
+
+
+def output_layer(shapes: list) -> tuple[int, int]:
+    """Return about how many rows and columns a model's output layer has, by its tensors' shapes."""
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    vocab = max(map(max, matrices), default=0)
+    return vocab, max((min(shape) for shape in matrices if vocab in shape), default=0)
+
+
+def activation_bytes(shapes: list, tokens: int, dtype: torch.dtype) -> int:
+    """Return about how many bytes one layer's activations take: nothing is kept for a backward
+    pass."""
+    vocab, width = output_layer(shapes)
+    others = (max(shape) for shape in shapes if len(shape) == 2 and vocab not in shape)
+    return tokens * (6 * width + 3 * max(others, default=0)) * dtype.itemsize
 
 
 def numbered(device: torch.device) -> torch.device:

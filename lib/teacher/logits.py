@@ -50,7 +50,7 @@ class Chunk:
         self.meta = files.read_json(path, f"dump_logits.py with {what}")
         if self.meta.get("format") != record.FORMAT:
             files.fail(f"{folder} has another format", self.meta.get("format"), record.FORMAT, what)
-        files.expect(path, self.meta, record.META, f"dump_logits.py with {what}")
+        files.expect(path, self.meta, record.CHUNK_META, f"dump_logits.py with {what}")
         if self.meta["tail_rank"]:
             files.expect(path, self.meta, {"basis": str, "tail_bytes": int}, what)
         again = dump_command(self.meta, dataset, folder.parent, what)
@@ -126,8 +126,7 @@ class Records:
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
         # nothing is left for a tail: any temperature is exact
         self.whole = self.meta["k"] == self.vocab
-        # measuring asks for the top k and their rest alone
-        self.shape = None if temperature is None else self._basis(every)
+        self.shape = self._basis(every if temperature is not None or not self.val else [self.val])
         self.placed: torch.device | None = None  # the device that it has been moved to
         # (temperature, mean, max): how far the tail's mass is off where it is computed and not
         # read, measured
@@ -242,16 +241,25 @@ class Records:
         return self.val is not None and (1 in self.temperatures or self.whole)
 
     @property
+    def over(self) -> str:
+        """What KL is summed over."""
+        if self.shape is not None:
+            return f"all {self.vocab:,} tokens, those outside the top k in the basis' shape"
+        if self.whole:
+            return f"all {self.vocab:,} tokens"
+        return f"the top {self.meta['k']} and one bucket of all others (a lower bound)"
+
+    @property
     def chunks(self) -> list[int]:
         return sorted(self.parts)
 
-    def memory_bytes(self, device: torch.device) -> int:
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
         """Return what the basis takes on a device, with the temporaries of a divergence over all
         tokens."""
         if self.shape is None:
             return 0
         each = 2 if device.type == "cuda" else 4
-        return each * self.shape.rows.numel() + losses.dense_bytes(device)
+        return each * self.shape.rows.numel() + losses.dense_bytes(device, 4 * targets * self.vocab)
 
     def identity(self) -> dict:
         """Return what a run that is continued must find again: the teacher, and the train records
@@ -298,7 +306,9 @@ class Records:
                 f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be"
                 f" trained on; {self.mend()}"
             )
-        if not self.compares:
+        if self.compares:
+            print(f"val: kl and rkl are over {self.over}")
+        else:
             print(
                 "logits: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with"
                 " 1 in TEMPERATURES"
@@ -333,26 +343,24 @@ class Records:
             start = int(numbers[at]) - self.starts[chunk] if count else 0
             slices.append(self.parts[chunk].records[start : start + count])
             at += count
-        device = batch.labels.device
-        if self.shape is not None and self.placed != device:  # once
-            self.shape, self.placed = self.shape.to(device), device
-        return self._topk(np.concatenate(slices), temperature, batch, self.shape)
+        return self._topk(np.concatenate(slices), temperature, batch)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | None:
         """Return the teacher at a val batch's targets and a temperature, or None if it was not
         dumped."""
         if self.val is None or temperature not in self.temperatures and not self.whole:
             return None
-        return self._topk(self.val.records[batch.numbers.numpy()], temperature, batch, None)
+        return self._topk(self.val.records[batch.numbers.numpy()], temperature, batch)
 
-    def _topk(
-        self, records: np.ndarray, temperature: float, batch: data.Batch, shape: Basis | None
-    ) -> losses.TopK:
+    def _topk(self, records: np.ndarray, temperature: float, batch: data.Batch) -> losses.TopK:
         """Return unpacked records on the device of the batch's labels. The tail at a temperature
         that was not dumped is computed from the others."""
+        device = batch.labels.device
+        if self.shape is not None and self.placed != device:  # once
+            self.shape, self.placed = self.shape.to(device), device
         dumped = temperature in self.temperatures
         column = self.temperatures.index(temperature) if dumped else 0
-        topk = record.unpack(records, self.vocab, column, shape)
+        topk = record.unpack(records, self.vocab, column, self.shape)
 
         def move(tensor):
             return tensor.to(batch.labels.device, non_blocking=True)

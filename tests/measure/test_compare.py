@@ -250,9 +250,39 @@ def test_the_verdict_says_quality_size_and_speed(demo, tmp_path, no_pictures):
     assert (
         said
         == "stage2 keeps 81.9 % of the teacher's exact match of the answer (0.816 of 0.996) with"
-        " 14.1 % of its parameters, at 2.5 times its speed. Before (stage1): 0.122. Answers"
-        " alone (control): 0.608."
+        " 14.1 % of its parameters, at 2.5 times its speed, at a KL of 0.0310 nats to it. Before"
+        " (stage1): 0.122. Answers alone (control): 0.608."
     )
+
+
+def test_a_failure_is_the_headline(demo, tmp_path, no_pictures):
+    for name, exact in (("teacher", 0.094), ("stage1", 0.372), ("stage2", 0.162)):
+        path = demo / f"{name}-eval" / "answers.scores.json"
+        made = json.loads(path.read_text())
+        made["metrics"]["exact"] = {"value": exact}
+        path.write_text(json.dumps(made))
+    said = compared(tmp_path / "out", demo)["verdict"]
+    assert said.startswith(
+        "FAILED: teacher is below stage1 in exact match of the answer, 0.094 against 0.372: it has"
+        " nothing to teach. FAILED: stage2 is below stage1 in exact match of the answer, 0.162"
+        " against 0.372. FAILED: stage2 is below control in exact match of the answer, 0.162"
+        " against 0.608. stage2 keeps 172.3 %"
+    )
+
+
+def test_a_control_whose_best_is_its_start_is_said_with_its_final(demo, tmp_path, no_pictures):
+    history = demo / "control" / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    evaluations = [line for line in lines if line["event"] == "eval"]
+    assert len(evaluations) > 1
+    for number, line in enumerate(evaluations):
+        line["ce"] = 1.0 + number
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (said,) = compared(tmp_path / "out", demo)["starts"]
+    assert said.startswith("control: its best/") and "step 0, the model it began from" in said
+    assert f"CE, nats a target {len(evaluations)}.0000 (best/ 1.0000)" in said
+    assert said in (tmp_path / "out.md").read_text()
+    assert "is step 0, the model it began from" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -233,11 +233,15 @@ def test_the_figures_before_the_run_count_the_adapter_alone(world):
         seed=0,
     )
     model = models.load(str(world / "student"), CPU)
-    whole, plain = model.parameters, train.training_bytes(model, 64, None, False)
+    most = train.Largest(tokens=64, targets=20, batches=2)
+    whole, plain = model.parameters, train.training_bytes(model, most, 0.0, None, False)
     lora.attach(args, model)
     assert model.trained == 4096 and model.parameters == whole + 4096
     head = model.module.get_output_embeddings().weight.numel()
-    assert plain - train.training_bytes(model, 64, None, False) == 12 * (whole - 4096) + 4 * head
+    assert (
+        plain - train.training_bytes(model, most, 0.0, None, False)
+        == 12 * (whole - 4096) + 4 * head
+    )
 
 
 @pytest.mark.parametrize(

@@ -363,9 +363,7 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
         z = own_logits(world / "teacher", dataset.val, row)[2]
         for t in answer.nonzero()[:, 0].tolist():
             logq, logp = torch.log_softmax(s[t - 1], 0), torch.log_softmax(z[t - 1], 0)
-            top = logp.topk(8).indices
-            others = torch.ones(make.V, dtype=torch.bool).index_fill(0, top, False)
-            p, q = (torch.cat([x.exp()[top], x.exp()[others].sum()[None]]) for x in (logp, logq))
+            p, q = logp.exp(), logq.exp()  # over all tokens: the dump has a basis
             ce.append(-logq[ids[t]].item())
             hits.append(float(logq.argmax() == ids[t]))
             hits5.append(float(ids[t] in logq.topk(5).indices))
@@ -385,7 +383,10 @@ def test_measures_equal_plain_ones_whatever_the_batch_size(world, dataset, store
     }
     wanted |= {"kl": np.mean(kl), "rkl": np.mean(rkl), "agree": np.mean(agree)}
     assert seen.pop("targets") == len(ce) == dataset.val.targets
-    assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and seen["kl"] > 0.02
+    # coefficients of the basis are stored in 8 bits
+    both = {name: seen.pop(name) for name in ("kl", "rkl")}
+    assert both == pytest.approx({name: wanted.pop(name) for name in both}, rel=5e-3)
+    assert seen == pytest.approx(wanted, rel=2e-4, abs=2e-4) and both["kl"] > 0.02
     assert seen["ce"] == pytest.approx(
         own_loss(world / "student", dataset.val, range(12)), rel=1e-5
     )
@@ -408,18 +409,13 @@ def test_measures_by_source_are_those_of_its_own_targets_alone(
                 own_logits(world / "student", split, row),
                 own_logits(world / "teacher", split, row)[2],
             )
-            logq, p = (torch.log_softmax(x[answer.nonzero()[:, 0] - 1], 1) for x in (s, z))
-            top = p.topk(8).indices
-            p, q = (
-                torch.cat([inside := x.exp().gather(1, top), 1 - inside.sum(1, keepdim=True)], 1)
-                for x in (p, logq)
-            )
+            q, p = (torch.softmax(x[answer.nonzero()[:, 0] - 1], 1) for x in (s, z))
             kl += (p * (p / q).log()).sum(1).tolist()
         assert seen[f"ce_{name}"] == pytest.approx(
             own_loss(world / "student", split, rows), rel=1e-5
         )
         assert seen[f"kl_{name}"] == pytest.approx(
-            np.mean(kl), abs=3e-4
+            np.mean(kl), rel=5e-3
         )  # the dump rounds its logits
     assert abs(seen["ce_a"] - seen["ce_c"]) > 0.01 and {name for name in seen if "_" in name} == {
         "ce_a",
@@ -436,7 +432,7 @@ def test_a_teacher_has_no_distance_to_its_own_dump(world, dataset, store):
     teacher = models.load(str(world / "teacher"), CPU)
     seen = evaluate.evaluate(teacher, dataset.val, make.V, 64, teacher=store)
     assert (
-        0 <= seen["kl"] < 1e-5
+        0 <= seen["kl"] < 2e-4
         and seen["agree"] == 1
         and seen["ce"] == pytest.approx(store.val.meta["teacher_ce"], rel=1e-5)
     )

@@ -570,7 +570,9 @@ def test_fresh_never_deletes_a_folder_that_is_not_ours(tmp_path, prepare):
 def test_fresh_throws_the_old_folder_away_before_it_writes(prepare, monkeypatch):
     old = prepare(PAIRS).folder
     monkeypatch.setattr(
-        prepare_data, "stage", lambda *_: pytest.fail("stop here") if not old.exists() else None
+        prepare_data,
+        "stage",
+        lambda *_: pytest.fail("stop here") if not any(old.iterdir()) else None,
     )
     with pytest.raises(pytest.fail.Exception, match="stop here"):
         prepare(PAIRS, "--fresh")
@@ -584,10 +586,10 @@ def test_wrong_input_with_fresh_leaves_the_old_folder(prepare):
 
 
 def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
-    (tmp_path / ".out.part").mkdir()
-    with files.lock(tmp_path / ".out.part"), pytest.raises(SystemExit, match="another process"):
+    with files.lock_beside(tmp_path / "out"), pytest.raises(SystemExit, match="another process"):
         prepare(PAIRS)
     assert len(prepare(PAIRS).train.rows)
+    assert not list(tmp_path.glob(".*")), "the lock goes with its release"
 
 
 def test_show_marks_the_targets(prepare, capsys):

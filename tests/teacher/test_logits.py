@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import types
 
 import make
 import numpy as np
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import dump_logits
 from lib import data, files, losses, models
+from lib.head import Head
 from lib.losses import Method
-from lib.teacher import logits, record
+from lib.teacher import basis, logits, record, writer
 
 CPU = torch.device("cpu")
 
@@ -75,9 +77,10 @@ def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
         16,
         [1, 2, 4],
         "u8",
-        384,
+        None,
         128,
     )
+    assert writer.RANK == 384
     assert (
         record.record_dtype(
             args.k, args.temperatures, 151_936, args.values, args.tail_bytes
@@ -335,7 +338,7 @@ def test_a_damaged_record_is_found_by_verify(mine):
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
-    make.store(mine)
+    assert "chunk-0001/topk.npy is damaged" in refused(mine)  # a small file: at the door too
     assert "chunk-0001/topk.npy is damaged" in refused(mine, verify=True) and "--fresh" in refused(
         mine, verify=True
     )
@@ -377,3 +380,20 @@ def test_a_folder_without_one_finished_chunk_is_refused(mine):
 
 def test_a_missing_folder_is_refused(world):
     assert "nowhere is missing; mend it with: make logits" in refused(world, name="nowhere")
+
+
+def test_the_basis_does_not_outweigh_small_data(world, capsys):
+    """262,144 tokens and 2,200 targets: 203 MB of basis for 0.43 MB of records it was."""
+    dataset, head = data.Dataset(world / "data"), Head(torch.empty(262144, 640), None, 262144)
+    args = dump_logits.parse_args(["--data", "d", "--teacher", "t", "--out", "o"])
+    rank = writer.rank_that_fits(args, dataset, head)
+    assert 0.9 * writer.SMALL_BASIS < basis.file_bytes(rank, 262144, 640) <= writer.SMALL_BASIS
+    teacher = types.SimpleNamespace(head=lambda: head)
+    settings = writer.dump_settings(args, dataset, "hash", teacher, torch.float32)
+    assert settings["tail_rank"] == rank and f"rank {rank} and not 384" in capsys.readouterr().out
+    args.tail_rank = 384
+    settings = writer.dump_settings(args, dataset, "hash", teacher, torch.float32)
+    assert settings["tail_rank"] == 384, "what was asked for is not lowered"
+    many = types.SimpleNamespace(targets=10**6)
+    dataset.train = dataset.val = many
+    assert writer.rank_that_fits(args, dataset, head) > 384

@@ -1,0 +1,100 @@
+"""What a trainer says of memory before the first step, and what it takes."""
+
+import re
+from pathlib import Path
+
+import make
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import chat
+import dump_logits
+import prepare_data
+import stage1_sft
+import stage2_kd
+from lib import files, train
+
+
+def resident(key: str) -> int:
+    """Return a figure of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measured(argv: list, log: Path, out: Path) -> None:
+    """Run two steps, and write by how many bytes the process grew at most, from the moment on that
+    the figures were said."""
+    from lib.run import Run
+
+    plain = train.check_space
+    base = []
+
+    def noted(*args, **more):
+        plain(*args, **more)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        base.append(resident("VmRSS"))
+
+    train.check_space = noted
+    Run.save = Run.export = lambda *_: None  # what is under test is the steps
+    make.script("stage1_sft", argv, log)
+    out.write_text(str(resident("VmHWM") - base[0]))
+
+
+def test_memory_is_told_to_within_a_fifth_before_the_first_step(tmp_path):
+    words = make.tokenizer(size=8192)
+    make.dataset(tmp_path / "data", rows=160, val=2, longest=60, maker=words)
+    shape = dict(vocab=8192, width=256, layers=4, intermediate_size=682)
+    make.config(**shape).save_pretrained(tmp_path / "student")
+    words.save_pretrained(tmp_path / "student")
+    size = ("--steps", 2, "--tokens-per-step", 4096, "--tokens-per-microbatch", 2048)
+    argv, log, peak = make.stage1(tmp_path, *size), tmp_path / "log", tmp_path / "peak"
+    process = make.processes().Process(target=measured, args=(argv, log, peak))
+    process.start()
+    process.join()
+    (said,) = re.findall(r"memory: about ([0-9.]+) MB more needed", log.read_text())
+    assert 0.8 < float(said) * 1e6 / int(peak.read_text()) < 1.2, (said, peak.read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make.world(tmp_path_factory.mktemp("world"))
+    make.call(dump_logits.main, *make.dump(folder))
+    (folder / "rows.jsonl").write_text('{"instruction": "w1 w2", "output": "w3"}\n')
+    return folder
+
+
+def state(folder: Path) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("fresh", ((), ("--fresh",)))
+def test_a_dry_run_says_the_figures_and_writes_nothing(world, capsys, fresh):
+    before, new = state(world), ("--out", world / "new")
+    prepare = ["--source", world / "rows.jsonl", "--tokenizer", world / "student", *new]
+    for main, argv, wanted in (
+        (prepare_data.main, prepare, "prepare rows="),
+        (stage1_sft.main, make.stage1(world, "--steps", 2), "memory: about"),
+        (dump_logits.main, make.dump(world, *new), "memory: about"),
+        (stage2_kd.main, make.stage2(world, "--steps", 2), "memory: about"),
+        (stage2_kd.main, make.live(world, "--eval-only"), "--dry-run"),
+        (chat.main, ["--ckpt", world / "student", *make.CPU, "--serve"], "memory: "),
+    ):
+        try:
+            make.call(main, *argv, "--dry-run", *fresh)
+        except SystemExit as end:
+            assert not end.code
+        said = capsys.readouterr().out
+        assert wanted in said and "--dry-run: nothing" in said, said
+        assert state(world) == before, main.__module__
+
+
+def test_the_disk_that_a_dry_run_says_is_what_the_dump_takes(world, capsys):
+    argv = make.dump(world, "--out", world / "exact")
+    make.call(dump_logits.main, *argv, "--dry-run")
+    said = capsys.readouterr().out
+    make.call(dump_logits.main, *argv)
+    taken = sum(np.load(path).nbytes for path in (world / "exact").rglob("topk.npy"))
+    taken += sum(one.nbytes for one in load_file(world / "exact" / "basis.safetensors").values())
+    size = taken  # but for the files' heads
+    assert f"disk: {files.human(size)} to be written" in said, (size, said)
