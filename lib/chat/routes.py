@@ -146,9 +146,12 @@ def guard(app, args, counts: Counts) -> None:
     from werkzeug.exceptions import HTTPException
 
     @app.before_request
-    def admit() -> None:
+    def admit():
         request = flask.request
         if args.api_key:
+            # what a browser asks before it lets a page send its key; it never brings the key itself
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                return "", 204
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             if request.path not in ("/", "/healthz", "/openapi.json") and not hmac.compare_digest(
                 given.encode(), args.api_key.encode()
@@ -159,7 +162,7 @@ def guard(app, args, counts: Counts) -> None:
                     code="invalid_api_key",
                     **{"WWW-Authenticate": "Bearer"},
                 )
-            return
+            return None
         if not is_local(host_of(request.host)):
             raise Refused(
                 403,
@@ -168,12 +171,20 @@ def guard(app, args, counts: Counts) -> None:
             )
         if (origin := request.headers.get("Origin")) and origin.partition("//")[2] != request.host:
             raise Refused(403, f"a page of {origin[:100]} may not ask here")
+        return None
 
     @app.after_request
     def sign(response):
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
+        if args.api_key:  # whoever has the key may ask, from any page
+            response.headers["Access-Control-Allow-Origin"] = "*"
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
+            if flask.request.method == "OPTIONS":
+                response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+                response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+                response.headers["Access-Control-Max-Age"] = "600"
         counts.request(
             flask.request.url_rule.rule if flask.request.url_rule else "other", response.status_code
         )
