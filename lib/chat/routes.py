@@ -48,6 +48,14 @@ POLICY = (
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
 SAMPLES_CHARS = 100_000  # of samples.md, where the prompts of the first evaluation stand
 PROMPT_SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
+# with a key: whoever has it may ask, from any page
+ANY_PAGE = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "Retry-After",
+    "Access-Control-Max-Age": "600",
+}
 FRAMED = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
@@ -178,13 +186,8 @@ def guard(app, args, counts: Counts) -> None:
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
-        if args.api_key:  # whoever has the key may ask, from any page
-            response.headers["Access-Control-Allow-Origin"] = "*"
-            response.headers["Access-Control-Expose-Headers"] = "Retry-After"
-            if flask.request.method == "OPTIONS":
-                response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-                response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-                response.headers["Access-Control-Max-Age"] = "600"
+        if args.api_key:
+            response.headers.extend(ANY_PAGE)
         counts.request(
             flask.request.url_rule.rule if flask.request.url_rule else "other", response.status_code
         )
