@@ -814,6 +814,33 @@ def test_a_key_is_asked_for_on_every_path_but_three(run):
             assert own.models.list().data
 
 
+def test_a_page_elsewhere_that_has_the_key_may_ask(run, model):
+    """A browser asks first (a preflight), without the key: that was 401."""
+    elsewhere = {"Origin": "http://localhost:5173"}
+    before = elsewhere | {"Access-Control-Request-Method": "POST"}
+    before |= {"Access-Control-Request-Headers": "authorization,content-type"}
+    body = {"model": model, "max_tokens": 2} | GOOD
+    path = "/v1/chat/completions"
+    with other_server(run, "--api-key", "abc") as made:
+        status, headers, text = ask(made.url, path, None, before, "OPTIONS")
+        assert status == 204 and not text and headers["Access-Control-Allow-Origin"] == "*"
+        assert "authorization" in headers["Access-Control-Allow-Headers"].lower()
+        for key, wanted in (("abc", 200), ("abd", 401)):
+            key_ = elsewhere | {"Authorization": f"Bearer {key}"}
+            status, headers, _ = ask(made.url, path, body, key_)
+            assert status == wanted and headers["Access-Control-Allow-Origin"] == "*"
+        assert ask(made.url, "/v1/models", None, elsewhere, "OPTIONS")[0] == 401
+    with other_server(run) as made:  # without a key no page of another site may
+        status, headers, _ = ask(made.url, path, None, before, "OPTIONS")
+        assert status == 403 and "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", ""])
+def test_a_body_may_come_without_its_type(server, model, kind):
+    body = {"model": model, "max_tokens": 2} | GOOD
+    assert ask(server.url, "/v1/chat/completions", body, {"Content-Type": kind})[0] == 200
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
