@@ -31,8 +31,12 @@ from lib.run import Run, clock
 from lib.teacher import worth
 
 STAGE = "stage2"
-NEXT = "Talk to it"
 OPTIONS = (beside, mix, sampling, lora, samples, tags, track)
+
+
+def next_step(args):
+    """Return what comes next."""
+    return "Talk to it"
 
 
 def parse_args(argv=None):
@@ -246,7 +250,9 @@ def main(argv=None):
 
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
-    print(f"{STAGE}: wrote {run.out}/best and final. {NEXT}: python chat.py --ckpt {run.out}")
+    print(
+        f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}: python chat.py --ckpt {run.out}"
+    )
 
 
 if __name__ == "__main__":
