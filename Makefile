@@ -39,6 +39,9 @@ endif
 ifneq ($(and $(ARGS),$(word 2,$(MAKECMDGOALS))),)
 $(info ARGS="$(ARGS)" goes to each of: $(MAKECMDGOALS). For one of them alone: STAGE1_ARGS, STAGE2_ARGS ... (make help))
 endif
+# a value with a blank in it (My Drive) is one word to the shell, unless it comes with quotes of its own; SOURCE may also be several
+one = $(if $(findstring ',$(1))$(findstring ",$(1)),$(1),$(if $(word 2,$(1)),"$(1)",$(1)))
+some = $(if $(wildcard $(subst $(eval) ,\ ,$(1))),$(call one,$(1)),$(1))
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
@@ -50,7 +53,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines lint bench fidelity clean
+.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity clean
 .DEFAULT_GOAL := help
 
 help: ## this text
@@ -70,30 +73,30 @@ setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-in
 	touch $@
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
-	$(PY) prepare_data.py --source $(SOURCE) --tokenizer $(TOKENIZER) --out $(DATA) $(DATA_ARGS) $(ARGS)
+	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --tokenizer $(call one,$(TOKENIZER)) --out $(call one,$(DATA)) $(DATA_ARGS) $(ARGS)
 
 stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
-	$(PY) stage1_sft.py --data $(DATA) --student $(STUDENT) --out $(RUNS)/stage1 $(STAGE1_ARGS) $(ARGS)
+	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(STUDENT)) --out $(call one,$(RUNS)/stage1) $(STAGE1_ARGS) $(ARGS)
 
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
-	$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --student $(STUDENT) --out $(LOGITS) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
+	$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
 	$(PY) -m lib.files $(wildcard $(DATA) $(LOGITS) $(RUNS))
-	$(if $(VERIFY),$(PY) dump_logits.py --data $(DATA) --teacher $(TEACHER) --out $(LOGITS) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
+	$(if $(VERIFY),$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
-	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/stage2 --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
+	$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/stage2) --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
 
 control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control
-	$(PY) stage1_sft.py --data $(DATA) --student $(RUNS)/stage1 --out $(RUNS)/control $(CONTROL_ARGS) $(ARGS)
+	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/control) $(CONTROL_ARGS) $(ARGS)
 
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
 	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))
-	$(PY) -m lib.measure.runs $(RUNS)/sweep
+	$(PY) -m lib.measure.runs $(call one,$(RUNS)/sweep)
 
 define sweep_run
-$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(RUNS)/stage1 --out $(RUNS)/sweep/T$(subst ->,-,$(1))-a$(subst ->,-,$(2)) --alpha "$(2)" --temperature "$(1)" $(STAGE2_ARGS) $(ARGS)
+$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/sweep/T$(subst ->,-,$(1))-a$(subst ->,-,$(2))) --alpha "$(2)" --temperature "$(1)" $(STAGE2_ARGS) $(ARGS)
 
 endef
 
@@ -101,38 +104,41 @@ domain: .venv/ready ## into a domain in three stages, TEACHER beside STUDENT (ST
 	$(foreach s,$(wordlist $(START_STAGE),$(END_STAGE),1 2 3),$(call domain_stage,$(s),$(word $(s),0 1 2)))
 
 define domain_stage
-$(PY) stage2_kd.py --data $(DATA) --teacher $(TEACHER) --student $(if $(filter 1,$(1)),$(DOMAIN_STUDENT),$(RUNS)/domain$(2)) --out $(RUNS)/domain$(1) $(DOMAIN$(1)) $(DOMAIN_ARGS) $(ARGS)
+$(PY) stage2_kd.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --student $(call one,$(if $(filter 1,$(1)),$(DOMAIN_STUDENT),$(RUNS)/domain$(2))) --out $(call one,$(RUNS)/domain$(1)) $(DOMAIN$(1)) $(DOMAIN_ARGS) $(ARGS)
 
 endef
 
 eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
-	$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(CKPT) --out $(CKPT)-eval --eval-only $(ARGS)
+	$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(CKPT)) --out $(call one,$(CKPT)-eval) --eval-only $(ARGS)
 
 measure: .venv/ready ## TEACHER, untouched STUDENT, stage1, control, stage2, on the held-out rows, with answers scored -> runs/NAME/*-eval
-	$(foreach m,$(filter teacher base,$(MODELS)) $(foreach m,$(filter-out teacher base,$(MODELS)),$(if $(wildcard $(RUNS)/$(m)/config.json),$(m))),$(call measure_one,$(m),$(if $(filter teacher,$(m)),$(TEACHER),$(if $(filter base,$(m)),$(STUDENT),$(RUNS)/$(m)))))
+	$(foreach m,$(filter teacher base,$(MODELS)) $(foreach m,$(filter-out teacher base,$(MODELS)),$(if $(wildcard $(subst $(eval) ,\ ,$(RUNS))/$(m)/config.json),$(m))),$(call measure_one,$(m),$(if $(filter teacher,$(m)),$(TEACHER),$(if $(filter base,$(m)),$(STUDENT),$(RUNS)/$(m)))))
 
 define measure_one
-$(PY) stage2_kd.py --data $(DATA) --logits $(LOGITS) --student $(2) --out $(RUNS)/$(1)-eval --eval-only $(MEASURE_ARGS)
-	$(if $(SCORE),$(PY) chat.py --ckpt $(2) --score $(DATA) --out $(RUNS)/$(1)-eval/answers.jsonl $(SCORE_ARGS))
+$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(2)) --out $(call one,$(RUNS)/$(1)-eval) --eval-only $(MEASURE_ARGS)
+	$(if $(SCORE),$(PY) chat.py --ckpt $(call one,$(2)) --score $(call one,$(DATA)) --out $(call one,$(RUNS)/$(1)-eval/answers.jsonl) $(SCORE_ARGS))
 
 endef
 compare: .venv/ready ## teacher, student before and after, control: what is measured in runs/NAME -> runs/NAME/comparison.html .md .png .json
-	$(PY) -m lib.measure.compare $(RUNS) --out $(RUNS)/comparison $(ARGS)
+	$(PY) -m lib.measure.compare $(call one,$(RUNS)) --out $(call one,$(RUNS)/comparison) $(ARGS)
 
 runs: .venv/ready ## all runs under runs/ with their best numbers (ARGS="--sort ce")
 	$(PY) -m lib.measure.runs $(ARGS)
 
 chat: .venv/ready ## talk to CKPT
-	$(PY) chat.py --ckpt $(CKPT) $(ARGS)
+	$(PY) chat.py --ckpt $(call one,$(CKPT)) $(ARGS)
 
 serve: .venv/ready ## the page and OpenAI's API for CKPT, on http://127.0.0.1:8000 (ARGS="--teacher DIR": its teacher beside it)
-	$(PY) chat.py --ckpt $(CKPT) --serve $(ARGS)
+	$(PY) chat.py --ckpt $(call one,$(CKPT)) --serve $(ARGS)
 
 test: .venv/ready-test lint ## all tests (CPU, no network); ROOM=teacher: those of one room
 	$(PY) -m pytest tests/$(ROOM) -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-machines: .venv/ready-test ## the tests that train, as other processors, libraries and numbers of threads run them (about 14 minutes on 2 cores)
 	$(PY) tests/machines.py $(ARGS)
+
+torture: .venv/ready-test ## kill, starve and disturb every stage ROUNDS=200 times, and hold what it leaves against an undisturbed run (ARGS="--stages dump --kinds twice")
+	$(PY) tests/torture.py --rounds $(or $(ROUNDS),200) $(ARGS)
 
 lint: .venv/ready-test ## ruff's rules, its format at 100 columns, and mypy on the core and the teacher
 	.venv/bin/ruff check .

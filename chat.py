@@ -34,7 +34,7 @@ import argparse
 
 import torch
 
-from lib import checkpoints, files, flags
+from lib import checkpoints, files, flags, template
 from lib.chat import model, serve, talk
 from lib.measure import prompts
 from lib.options import classifier
@@ -90,9 +90,13 @@ def parse_args(argv=None):
     model.check_flags(parser, args)
     prompts.check_flags(parser, args)
     serve.check_flags(parser, args)
+    for name in ("prompt", "system", "labels", "api_key"):
+        if template.BROKEN.search(getattr(args, name) or ""):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)!r}, wanted UTF-8")
     return args
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     try:

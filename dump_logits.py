@@ -156,11 +156,10 @@ def pick_vocab(args, teacher, dataset):
     return vocab
 
 
-def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
-    """Write one chunk (or val), or what is missing of it."""
+def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holding):
+    """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
     folder = record.chunk_folder(out, chunk)
-    folder.mkdir(parents=True, exist_ok=True)
-    holding = files.lock(folder)
+    holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
@@ -213,7 +212,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt):
 
 def look_again(args, dataset, wanted, out, device):
     """--verify: check what is there by its checksums, and N targets by the teacher."""
-    there = verify.finished(out, wanted, dataset)
+    there = verify.check_chunks(out, wanted, dataset)
     if args.verify:
         folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         checkpoints.check_written(folder, verify=True)
@@ -225,6 +224,7 @@ def look_again(args, dataset, wanted, out, device):
     print(f"verify: {out} is in order")
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -260,8 +260,7 @@ def main(argv=None):
         fit.check_basis(out, settings, missing, anew)
     if args.dry_run:
         return print("--dry-run: nothing was written")
-    if args.fresh:
-        writer.remove_chunks(out, missing)
+    held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:
         shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)
@@ -271,7 +270,7 @@ def main(argv=None):
     interrupt = Interrupt()
     for chunk in missing:
         split = splits["val" if chunk == "val" else "train"]
-        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt)
+        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists() and args.student:

@@ -40,9 +40,9 @@ with --val as a share, rows added later change no other row's side (of rows with
 for the shares of the classes are kept).
 """
 
-import collections
 import contextlib
 import functools
+import itertools
 import shutil
 import sys
 import time
@@ -57,9 +57,11 @@ from lib.prepare import answers, classes, describe, export, rows, sources, split
 from lib.prepare.store import Store
 
 SHAPING = (
-    "task source tokenizer chat_template template_args columns system max_len long turns think val"
-    " limit rows_per_chunk mix seed"
+    "task source tokenizer chat_template template_args encoding columns system max_len long turns"
+    " think val limit rows_per_chunk mix seed"
 ).split()
+# a killed run goes on after the last whole shard; what is said meanwhile
+SHARD_ROWS, SHARD_TOKENS, SAY_EVERY_S = 10_000, 1 << 24, 8
 
 
 def parse_args(argv=None):
@@ -90,7 +92,10 @@ def parse_args(argv=None):
         type=int,
         default=0,
         metavar="N",
-        help="stop after N kept rows; 0 = off (default: %(default)s)",
+        help=(
+            "stop after N kept rows, of several sources each its share (--mix, else by their rows"
+            " where all files say how many, else evenly); 0 = off (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--rows-per-chunk",
@@ -137,123 +142,73 @@ def parse_args(argv=None):
             f"--mix: saw the names {', '.join(shares)}, wanted those of the sources:"
             f" {', '.join(names)}"
         )
+    args.weights = {name: pair and pair[0] for name, pair in shares.items()}
     return args
 
 
-def stage(partial, numbered, encode, args, total, texts):
+def stage(partial, numbered, encode, args, total, texts, progress, quotas):
     """Encode all rows, numbered (source, file), into temporary files in their order, and the kept
-    ones as text into `texts`, if given. Return what was staged."""
-    seen, val_rows, staging = split.Seen(), split.ValRows(args.val), split.Staging(partial)
-    read, lost, begun = collections.Counter(), collections.Counter(), time.time()
+    ones as text into `texts`, if given; note now and then how far it has come. Return what was
+    staged."""
+    seen, val_rows = split.Seen(), split.ValRows(args.val)
+    staging, said = split.Staging(partial, progress.sizes), time.time()
+    staging.replay(seen, val_rows)
+    read, lost, saved, begun = progress.read, progress.lost, staging.tokens.count, time.time()
     bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
+    bar.update(read.total())
     with bar, contextlib.closing(workers.encoded_rows(numbered, encode, args.workers)) as encoded:
         for number, row, result in encoded:
+            if number[0] in progress.full:
+                continue
             read[number] += 1
             bar.update()
-            if bar.disable and read.total() % 50_000 == 0:
+            if bar.disable and (read.total() % 50_000 == 0 or time.time() - said > SAY_EVERY_S):
+                said = time.time()
                 print(
                     f"prepare rows={read.total()} kept={staging.count}"
-                    f" tokens={staging.tokens.count} time_s={time.time() - begun:.1f}",
+                    f" tokens={staging.tokens.count} time_s={said - begun:.1f}",
                     flush=True,
                 )
-            if not isinstance(result, str) and not seen.add(result.digest):
-                result = "duplicate"
-            if isinstance(result, str):
-                lost[number[0], result] += 1
-                continue
-            staging.append(result.ids, result.answer, number[0], result.prompt)
-            if args.think == "drop" and not isinstance(row, str):
-                row = template.without_think(row)
-            if val_rows.candidate(result.prompt) and not isinstance(row, str):
-                staging.append_prompt(row, result.reference)
-            if texts:
-                texts.append(row, args.wanted[number[0]][0])
-            if staging.count == args.limit:
+            several = isinstance(result, list)
+            if several:
+                progress.cut[0] += 1
+                progress.cut[1] += len(result)
+            for one in result if several else [result]:
+                if not isinstance(one, str) and not seen.add(one.digest):
+                    one = "duplicate"
+                if isinstance(one, str):
+                    lost[number[0], one] += 1
+                    continue
+                staging.append(one.ids, one.answer, number[0], one.prompt)
+                if args.think == "drop" and not isinstance(row, str):
+                    row = template.without_think(row)
+                if val_rows.candidate(one.prompt) and not isinstance(row, str):
+                    staging.append_prompt(row, one.reference)
+                if texts:
+                    texts.append(one.reference if several else row, args.wanted[number[0]][0])
+                if staging.kept[number[0]] == quotas[number[0]]:
+                    progress.full.add(number[0])
+                    break
+            if len(progress.full) == len(quotas):
                 break
+            if read.total() % SHARD_ROWS == 0 or staging.tokens.count - saved > SHARD_TOKENS:
+                saved = staging.tokens.count
+                staging.save(progress)
     if texts:
         texts.close()
     staged = staging.close()
-    return split.Staged(staged, val_rows.mask(staged["prompt"]), read, lost)
+    return split.Staged(staged, val_rows.mask(staged["prompt"]), read, lost, progress.cut)
 
 
-def hand_over(out, args, meta):
-    """Tell what is in the finished folder, and write its rows where --export and --push-to-hub
-    say."""
-    describe.show_rows(out, args.show)
-    describe.print_table(out, meta)
-    export.deliver(out / "rows", args)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    files.check_out(args.out)
-    out = Path(args.out)
-    # to another disk, perhaps: renames must stay on one; and beside "." there is nothing
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
-    settings = answers.settings(args)
-    shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
-    if (partial := files.beside(out, "part")).exists():
-        # refused while another process fills it; a killed one left it behind
-        files.lock(partial).release()
-    if not args.dry_run:
-        files.recover(out)
-    if (meta := describe.finished(out, args, shaping)) is not None:
-        print(f"prepare done: {out} is finished already (--fresh makes it anew)")
-        return None if args.dry_run else hand_over(out, args, meta)
-
-    # --- look at everything that can be wrong before anything is written
-    inputs = sources.open_all(args)
-    for source in inputs:
-        commit = f" commit={source.commit}" if source.commit else ""
-        print(
-            f"prepare source={source.name} where={source.where}{commit} files={len(source.files)}"
-            f" schema={source.described}",
-            flush=True,
-        )
-    if not args.dry_run:
-        export.begin(args, inputs)
-    tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    dated = rows.make_template_ready(tokenizer, inputs, args)
-    if args.dry_run:
-        return describe.dry_run(out, args, inputs, tokenizer)
-    store = Store(out / files.NEVER_DELETED, settings) if settings else None
-    if args.fresh:
-        files.remove_ours(out, ("train.rows.npy",))
-    written = answers.answer_all(store, inputs, args, tokenizer) if store else None
-
-    # --- tokenize into temporary files, then divide them into train and val
-    partial = files.partial_folder(out)
-    lock = files.lock(partial)
-    tokenizer.save_pretrained(partial / "tokenizer")
-    rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
-    # later stages load this one: so does this run
-    tokenizer = rows.saved_tokenizer(partial / "tokenizer", args.trust_remote_code)
-    every = [file for source in inputs for file in source.files]
-    counts = [file.count for file in every]
-    numbered, total = sources.all_rows(inputs, args.system), None if None in counts else sum(counts)
-    if written:
-        numbered, total = written.rows, written.count
-    texts = None
-    if args.export or args.push_to_hub:
-        texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
-    try:
-        if args.task == "classify":
-            staged = classes.stage(partial, numbered, inputs, tokenizer, args)
-        else:
-            encode = functools.partial(rows.encode_batch, partial / "tokenizer", args)
-            staged = stage(partial, numbered, encode, args, total, texts)
-        if written:
-            staged.read, staged.lost = written.read, staged.lost + written.lost
-        split.refuse_empty(staged)
-    except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
-        shutil.rmtree(partial)
-        raise
+def write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts):
+    """Divide the staged rows into train and val; the folder is whole once meta.json is in it.
+    Return what that says."""
     if texts:
-        export.write_splits(partial / "staged.texts.parquet", partial / "rows", staged.is_val)
+        export.write_splits(
+            partial / "staged.texts.parquet", partial / "rows", staged.is_val, sorted(texts.keys)
+        )
     split.write_sides(partial, staged)
 
-    # --- the folder is whole once meta.json is in it
     meta = describe.facts_of_rows(inputs, staged, args, shaping)
     parts = split.on_both_sides(partial, split.FILES)
     if args.task == "classify":
@@ -267,9 +222,99 @@ def main(argv=None):
     meta["checksums"] = files.checksums(partial)
     files.write_json(partial / "meta.json", meta)
     plots.prepared(partial)
-    lock.release()
-    (partial / ".lock").unlink(missing_ok=True)
+    return meta
+
+
+def hand_over(out, args, meta):
+    """Tell what is in the finished folder, and write its rows where --export and --push-to-hub
+    say."""
+    describe.show_rows(out, args.show)
+    describe.print_table(out, meta)
+    describe.say_small(meta)
+    export.deliver(out / "rows", args)
+
+
+@files.script
+def main(argv=None):
+    args = parse_args(argv)
+    files.check_out(args.out)
+    out = Path(args.out)
+    # to another disk, perhaps: renames must stay on one; and beside "." there is nothing
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    settings = answers.settings(args)
+    shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
+    partial = files.beside(out, "part")
+    if not args.dry_run:
+        # from the first moment: two would empty each other's folder
+        holding = files.lock_beside(out)
+        files.recover(out, split.STATE)
+    if (meta := describe.finished(out, args, shaping)) is not None:
+        print(f"prepare done: {out} is finished already (--fresh makes it anew)")
+        return None if args.dry_run else hand_over(out, args, meta)
+
+    # --- look at everything that can be wrong before anything is written
+    with describe.phase("looking at the sources"):
+        inputs = sources.open_all(args)
+    for source in inputs:
+        commit = f" commit={source.commit}" if source.commit else ""
+        print(
+            f"prepare source={source.name} where={source.where}{commit} files={len(source.files)}"
+            f" schema={source.described}",
+            flush=True,
+        )
+    if not args.dry_run:
+        export.begin(args, inputs)
+    with describe.phase("loading the tokenizer"):
+        tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    dated = rows.make_template_ready(tokenizer, inputs, args)
+    if args.dry_run:
+        return describe.dry_run(out, args, inputs, tokenizer)
+    store = Store(out / files.NEVER_DELETED, settings) if settings else None
+    if args.fresh:
+        files.remove_ours(out, ("train.rows.npy",))
+    written = answers.answer_all(store, inputs, args, tokenizer) if store else None
+
+    # --- tokenize into temporary files, then divide them into train and val
+    key = describe.key_of(inputs, written, args, shaping, tokenizer)
+    progress = split.Progress.found(partial, key)
+    if progress.sizes:
+        print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
+    else:
+        partial = files.partial_folder(out)
+    tokenizer.save_pretrained(partial / "tokenizer")
+    rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
+    # later stages load this one: so does this run
+    tokenizer = rows.saved_tokenizer(partial / "tokenizer", args.trust_remote_code)
+    every = [file for source in inputs for file in source.files]
+    counts = [file.count for file in every]
+    numbered = sources.all_rows(inputs, args.system, progress.full, progress.read)
+    total = None if None in counts else sum(counts)
+    if written:
+        done = progress.read.total()
+        numbered, total = itertools.islice(written.rows, done, None), written.count
+    numbered = rows.short_of(numbered, tokenizer, args)
+    quotas = sources.quotas(inputs, args)
+    texts = None
+    if args.export or args.push_to_hub:
+        texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
+    try:
+        if args.task == "classify":
+            staged = classes.stage(partial, numbered, inputs, tokenizer, args)
+        else:
+            encode = functools.partial(rows.encode_batch, partial / "tokenizer", args)
+            staged = stage(partial, numbered, encode, args, total, texts, progress, quotas)
+        if written:
+            staged.read, staged.lost = written.read, staged.lost + written.lost
+        split.refuse_empty(staged)
+    except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
+        if not (partial / split.STATE).exists():
+            shutil.rmtree(partial)
+        raise
+    with describe.phase("writing train and val"):
+        meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     files.publish(partial, out)
+    holding.release()
     ends = set(data.Split(out, "train").end_tokens())
     if args.task == "language" and not ends & template.special_ids(tokenizer):
         print(

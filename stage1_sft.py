@@ -90,14 +90,17 @@ def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    holding = None if args.dry_run else files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
     else:
         student = models.load(args.student, device, **train.loading(args, dataset, amp))
     evaluate.alone(args, student, dataset, student.head().vocab, amp)
+    holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -209,9 +212,8 @@ def main(argv=None):
 
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
-    print(
-        f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}: python chat.py --ckpt {run.out}"
-    )
+    said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
+    print(f"{said}: python chat.py --ckpt {run.out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ Loss    alpha * T^2 * divergence + (1 - alpha) * cross-entropy (tvd: T, not T^2)
         with --k, over the top k and one bucket.
 """
 
+from pathlib import Path
+
 import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
@@ -111,6 +113,7 @@ def measure_only(args, dataset, device, amp):
     teacher = teachers.open_teacher(args, dataset)
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
+    holding = None if args.dry_run else files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
@@ -122,8 +125,10 @@ def measure_only(args, dataset, device, amp):
     if teacher.compares:
         about["kl_is_over"] = teacher.over
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
+    holding.release()
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
@@ -250,9 +255,8 @@ def main(argv=None):
 
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
-    print(
-        f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}: python chat.py --ckpt {run.out}"
-    )
+    said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
+    print(f"{said}: python chat.py --ckpt {run.out}")
 
 
 if __name__ == "__main__":

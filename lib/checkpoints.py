@@ -17,15 +17,15 @@ An adapter folder holds
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from lib import data, files, template
+from lib import data, files, generate, template
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -43,6 +43,7 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
     allows a look at it.
     """
     path = Path(name)
+    files.refuse_pointers(path, path / "best", path / "final")
     if is_gguf(path):
         files.need("gguf", f"the GGUF file {name}")
         return path
@@ -82,8 +83,10 @@ def local_folder(name: str, trust_remote_code: bool = False, unfinished: bool = 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + [
         "*.py"
     ] * trust_remote_code
+    # of weights that lie there twice: Mistral's and gpt-oss's own form beside transformers'
+    twice = ["consolidated*.safetensors", "*/*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=twice))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as missing:
         files.fail(
             f"the model {name} is neither a folder here nor to be had from the hub",
@@ -141,6 +144,42 @@ def has_weights(folder: Path) -> bool:
     return is_gguf(folder) or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder that transformers reads: others (Mistral's
+    consolidated.safetensors) are the same weights once more."""
+    index = folder / "model.safetensors.index.json"
+    if (whole := folder / "model.safetensors").exists():
+        return [whole]
+    if index.exists():
+        named = files.read_json(index)
+        places = named.get("weight_map") if isinstance(named, dict) else None
+        if not isinstance(places, dict):
+            files.fail(f"{index} names no weights", wanted="a weight_map")
+        return [folder / name for name in sorted({*map(str, places.values())})]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def quantised(folder: Path) -> str | None:
+    """Return the method that a checkpoint's weights are quantised by, or None."""
+    if is_gguf(folder):
+        return None
+    config = files.read_json(base_of(folder) / "config.json")
+    how = config.get("quantization_config") or {} if isinstance(config, dict) else {}
+    return str(how.get("quant_method", "an unknown method")) if how else None
+
+
+def check_whole(source: Path) -> None:
+    """Refuse to train weights that stay quantised: those of 8 or 4 bits that transformers widens
+    are whole in memory, and saved whole."""
+    if (how := quantised(source)) not in (None, "fp8", "mxfp4"):
+        files.fail(
+            f"{source} cannot be trained",
+            f"weights quantised by {how}",
+            "whole weights, or FP8 or MXFP4, which are widened",
+            "the checkpoint that it was made of as --student",
+        )
+
+
 def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists()
 
@@ -186,7 +225,7 @@ def identity(folder: Path) -> str:
         return files.sha256(folder)
     base = base_of(folder)
     there = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
-    weights = sorted(base.glob("*.safetensors"))
+    weights = filter(Path.exists, weight_files(base))
     return files.sha256(*filter(Path.exists, there), base / "config.json", *weights)
 
 
@@ -223,7 +262,7 @@ def weight_bytes(folder: Path) -> int:
     adapter = [folder / ADAPTER_WEIGHTS] if is_adapter(folder) else []
     return sum(
         path.stat().st_size
-        for path in [*filter(Path.exists, adapter), *base_of(folder).glob("*.safetensors")]
+        for path in filter(Path.exists, [*adapter, *weight_files(base_of(folder))])
     )
 
 
@@ -231,7 +270,7 @@ def shards(folder: Path) -> Iterator:
     """Yield a checkpoint's safetensors files, each opened."""
     from safetensors import SafetensorError, safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 yield file
@@ -241,6 +280,17 @@ def shards(folder: Path) -> Iterator:
                 broken,
                 "config.json and *.safetensors that belong together",
             )
+
+
+def heads(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in safetensors files by name, read from their heads."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return found
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -277,7 +327,7 @@ def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
     tokens = field.contents() if field else None
     if tokens is None:
         return False
-    # more tokens than ours it often has: invented ones; and llama.cpp writes some of sentencepiece's
+    # more tokens than ours it often has: invented ones; llama.cpp writes some of sentencepiece's
     # blanks, U+2581, as they are meant
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         same = number < len(tokens)
@@ -361,29 +411,103 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
+def grow(module: Any, folder: Path) -> None:
+    """Give a base the rows that its adapter's own embeddings have: it was resized before it was
+    trained, as PEFT wants it done again."""
+    layers = {layer: name for name, layer in module.named_modules()}
+    name = "base_model.model." + layers[module.get_input_embeddings()]
+    rows = module.get_input_embeddings().weight.shape[0]
+    for key, shape in heads([folder / ADAPTER_WEIGHTS]).items():
+        if key in (f"{name}.weight", f"{name}.base_layer.weight") and shape[0] != rows:
+            print(
+                f"adapter: {folder} holds {shape[0]:,} tokens, so its base of {rows:,} gets as many"
+            )
+            module.resize_token_embeddings(shape[0], mean_resizing=False)
+            return
+
+
+@torch.no_grad()
+def some_logits(module: Any) -> Tensor:
+    """Return a model's logits of eight tokens, the first and the last that it knows."""
+    tokens = (
+        torch.arange(-4, 4, device=module.device)[None] % module.config.get_text_config().vocab_size
+    )
+    return module(input_ids=tokens, use_cache=False).logits.float()
+
+
+def far(seen: Tensor, wanted: Tensor) -> float:
+    """Return the relative difference of two tensors."""
+    return ((seen - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
+
+
+def part(adapted: Any, shared: Tensor) -> None:
+    """Give each layer of an adapted model that holds the shared (tied) weight one of its own: PEFT
+    would merge what it adds to one of them into all."""
+    owners = [m for m in adapted.modules() if m._parameters.get("weight") is shared]
+    for layer in owners[1:]:
+        layer.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+
+
+def tie_again(module: Any) -> None:
+    """Tie embeddings and output layer where they are still equal; else say, and write into the
+    configuration, that they are two."""
+    inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+    if torch.equal(inner.weight, outer.weight):
+        outer.weight = inner.weight
+        return
+    print("adapter: it parts the tied embeddings and output layer, which are two from here on")
+    for config in (module.config, module.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
 def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
-    """Return the ordinary model that a base model and the adapter in a folder amount to."""
+    """Return the ordinary model that a base model and the adapter in a folder amount to: its logits
+    are PEFT's own."""
     check_base(folder, base)
     peft = peft_library()
     if not (folder / ADAPTER_WEIGHTS).exists():  # PEFT would read a pickle instead
         files.fail(
             f"{folder} has no weights", f"{ADAPTER_CONFIG} alone", f"{ADAPTER_WEIGHTS} beside it"
         )
+    # merged into few bits it is rounded; flash attention needs the device
+    compared = not getattr(module, "is_quantized", False)
+    compared = compared and module.config._attn_implementation in ("sdpa", "eager")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # PEFT would leave them random
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            module = peft.PeftModel.from_pretrained(module, folder).merge_and_unload()
+            grow(module, folder)
+            inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+            tied = outer is not None and outer.weight is inner.weight
+            adapted = peft.PeftModel.from_pretrained(module, folder).eval()
+            own = some_logits(adapted) if compared else None
+            tied = tied and (module.get_input_embeddings(), module.get_output_embeddings()) != (
+                inner,
+                outer,
+            )
+            if tied:
+                part(adapted, inner.weight)
+            module = adapted.merge_and_unload()
+            if tied:
+                tie_again(module)
             module.requires_grad_(True)  # PEFT froze them
-        if (folder / "generation_config.json").exists():
-            module.generation_config = type(module.generation_config).from_pretrained(folder)
+            error = far(some_logits(module), own) if compared else 0.0
+        if how := generate.read_config(folder):
+            module.generation_config = how
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
     except Exception as broken:
         files.fail(
             f"the adapter {folder} cannot be put on its base",
             f"{type(broken).__name__}: {str(broken)[:300]}",
             f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} that belong together",
+        )
+    if error > (limit := 1e-3 if module.dtype == torch.float32 else 0.1):
+        files.fail(
+            f"the adapter {folder} cannot be merged into its base",
+            f"logits that differ from PEFT's own by {error:.2g}",
+            f"at most {limit:g}",
+            "merge it with PEFT (merge_and_unload) and give that folder",
         )
     return module
 
@@ -417,6 +541,32 @@ def save(module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) ->
     tokenizer.save_pretrained(folder)
     for_other_readers(folder)
     template.say_misread(tokenizer, folder, module.config.model_type)
+
+
+@torch.no_grad()
+def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Refuse a saved checkpoint from which plain transformers would not read the model that is in
+    memory: loaded from its file it must give the same logits of eight tokens.
+
+    At an evaluation there are no gradients: it takes no more than their memory.
+    """
+    attn, training = module.config._attn_implementation, module.training
+    loading = dict(output_loading_info=True, use_safetensors=True, attn_implementation=attn)
+    again, info = type(module).from_pretrained(folder, dtype=module.dtype, **loading)
+    other = [name for kind in info.values() for name in kind]
+    if not other:
+        module.eval()
+        again.to(module.device).eval()
+        with torch.autocast(module.device.type, amp, enabled=amp is not None):
+            error = far(some_logits(again), some_logits(module))
+        module.train(training)
+    if other or not error <= (1e-3 if dtype == torch.float32 else 0.1):
+        files.fail(
+            f"{folder} is not the model in memory: {type(module).__name__} cannot be saved",
+            f"{other[0]}, which does not belong" if other else f"logits that differ by {error:.2g}",
+            "a checkpoint that transformers reads as it was evaluated",
+            "another student, or another version of transformers",
+        )
 
 
 def for_other_readers(folder: Path) -> None:

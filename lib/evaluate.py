@@ -263,9 +263,9 @@ def alone(
         print(
             f"eval: {model.folder}, {model.parameters:,} parameters, {model.vocab:,} tokens, on"
             f" {len(dataset.val.rows):,} val rows, {dataset.val.targets:,} targets; --dry-run:"
-            f" nothing was measured, and nothing is written to {args.out}"
+            f" nothing was written to {args.out}"
         )
-        return
+        raise SystemExit(0)
     measures = measure(
         model, dataset.val, vocab, args.tokens_per_microbatch, amp, teacher, dataset.sources
     )
@@ -283,7 +283,6 @@ def alone(
         if len(dataset.labels) > MOST_CONFUSED:
             del of_classes["confusion"]
     by_source = {"by_source": measures.get("by_source", {})}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
     if "own_ce" in line:
         print(f"eval: {cut(model)}; own_ce is over all its rows")

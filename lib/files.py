@@ -1,5 +1,5 @@
 """Files that are whole or absent: atomic writes, folders published by rename, growing .npy files,
-checksums, what is read held against a schema, one-line errors.
+checksums, what is read held against a schema, locks, one-line errors (also of the disk).
 
     python -m lib.files data/demo logits/demo runs/demo     # `make verify`: every byte that has a
                                                             # checksum; exit code 1 if one is wrong
@@ -15,16 +15,21 @@ files: small ones whole, of large ones some blocks, or every byte. "seal": null 
 edited the file and means it; a file without both was made before there were any.
 """
 
+import contextlib
+import errno
+import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
+import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,8 +41,13 @@ from tqdm import tqdm
 # inside a folder: what neither --fresh nor a new version of the folder deletes, for a teacher's
 # answers cost money
 NEVER_DELETED = "answers"
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+LOCK = ".lock"
+LOOK_S = 0.5  # before a folder that is held is refused
+WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
 BLOCK = 1 << 22  # bytes that one checksum stands for
-SMALL = 64_000_000  # bytes up to which a file is checked whole wherever it is read
+WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
 SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
 LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
@@ -59,10 +69,76 @@ def fail(
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
 
 
+AGAIN = "then the same command: it goes on from what was whole"
+MEND = {  # what a file system may answer to anyone at any moment, and what mends it
+    "ENOSPC EDQUOT": f"more room on that disk, {AGAIN}",
+    "EFBIG": f"a larger limit (ulimit -f), or a disk that takes larger files, {AGAIN}",
+    "EROFS EACCES EPERM": "a place that this user may write to, or its rights changed",
+    "EIO ESTALE ENXIO ENODEV ETIMEDOUT": f"a look at that disk or network drive, {AGAIN}",
+    "ENAMETOOLONG ENOTDIR EISDIR EEXIST ELOOP EILSEQ": "another name",
+    "EBUSY EXDEV": "a folder below it: what is mounted cannot be renamed",
+    "EMFILE ENFILE": f"a larger limit of open files (ulimit -n), {AGAIN}",
+    "EPIPE": f"a reader that stays, {AGAIN}",
+}
+MENDS = {getattr(errno, name): mend for names, mend in MEND.items() for name in names.split()}
+
+
+def disk_error(error: Exception) -> tuple[str, str, str] | None:
+    """Return (what is wrong, what was seen, what mends it) of an error that the disk made, or None
+    for any other: a bug must show its traceback. The libraries in Rust say it by words alone, and
+    numpy says how much of an array was written."""
+    if isinstance(error, OSError) and error.errno:
+        number, name = error.errno, error.filename
+    else:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        half = re.search(r"\d+ requested and \d+ written", str(error))
+        number, name = int(code[1]) if code else errno.ENOSPC if half else 0, None
+    what = "a file" if name is None else os.fsdecode(name)
+    if number == errno.ENOENT and name is not None and not Path(what).absolute().parent.exists():
+        return f"{what} is out of reach", "that its folder is gone", f"that folder, {AGAIN}"
+    if number not in MENDS:
+        return None
+    what = "the standard output" if number == errno.EPIPE else what
+    return f"{what} cannot be read or written", os.strerror(number), MENDS[number]
+
+
+def script(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Make of a script's main one that ends in one line where the disk fails it: the one place
+    where that is done, for it may happen in any line. Words that a terminal cannot show (a file
+    name that is not UTF-8) are printed with escapes."""
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return main(argv)
+        except Exception as error:
+            if (found := disk_error(error)) is None:
+                raise
+            if isinstance(error, BrokenPipeError):  # else Python complains once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            wrong, seen, mend = found
+            fail(wrong, seen, mend=mend)
+
+    return guarded
+
+
 def need(package: str, what: str) -> None:
     """Refuse `what` where the package that it needs is not installed."""
     if importlib.util.find_spec(package) is None:
         fail(f"{what} needs {package}", "no such package", mend=f"pip install {package}")
+
+
+def refuse_pointers(*places: Path) -> None:
+    """Refuse a file, or a file in a folder, that only says where Git LFS has the real one."""
+    for place in places:
+        for path in sorted(place.glob("*")) if os.path.isdir(place) else [place]:
+            if os.path.isfile(path) and path.stat().st_size < 1000:
+                with open(path, "rb") as file:
+                    if file.read(len(POINTER)) == POINTER:
+                        fail(f"{path} is a Git LFS pointer, not the file", mend="git lfs pull")
 
 
 def sync(path: Path) -> None:
@@ -79,7 +155,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
+    # a lone surrogate (of a file name, of a prompt) becomes the escape by which JSON writes it
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(partial)
     os.replace(partial, path)
 
@@ -151,6 +228,8 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     elif schema in (int, float):  # no bool is one
         fits = type(value) is int and abs(value) < 1 << 63
         fits = fits or schema is float and type(value) is float and math.isfinite(value)
+    elif schema is str:  # no half of a surrogate pair, which nothing can write
+        fits = isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
     elif isinstance(schema, range):  # of a text it would look at every number
         fits = type(value) is int and value in schema
     elif isinstance(schema, set):
@@ -166,7 +245,7 @@ def misfit(value: Any, schema: Any, name: str = "") -> tuple[str, str] | None:
     return next(filter(None, found), None)
 
 
-def number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Return whether a JSON value is a number that a float holds; NaN and infinity may be one."""
     return type(value) is float or type(value) is int and abs(value) < 1 << 63
 
@@ -208,7 +287,7 @@ def sums(path: Path, digest: Any = None, size: int | None = None) -> dict:
         desc=f"checksums of {path.name}",
         unit="B",
         unit_scale=True,
-        disable=size < 16 * SMALL or not sys.stderr.isatty(),
+        disable=size < 16 * WHOLE_UP_TO or not sys.stderr.isatty(),
     )
     with open(path, "rb") as source, ThreadPoolExecutor() as pool, bar:
         for first in range(0, len(starts), at_once):
@@ -241,7 +320,7 @@ def checksums(folder: Path) -> dict:
 
 def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     """Return what tells a file from the one that its checksums are of, None where nothing does. Of
-    a file above SMALL bytes blocks here and there alone are looked at, unless it is asked for
+    a file above WHOLE_UP_TO bytes blocks here and there alone are looked at, unless it is asked for
     `whole`."""
     if not path.is_file():
         return "no such file"
@@ -251,7 +330,7 @@ def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     if size != known["bytes"] or 8 * blocks != len(known["crc32"]):
         return f"{size} bytes instead of {known['bytes']}"
     wanted = [known["crc32"][8 * n : 8 * n + 8] for n in range(blocks)]
-    if whole or size <= SMALL:
+    if whole or size <= WHOLE_UP_TO:
         made = sums(path, size=size)["crc32"]
         seen = {n: made[8 * n : 8 * n + 8] for n in range(blocks)}
     else:
@@ -291,7 +370,7 @@ def json_lines(
             continue
         try:
             yield number, json.loads(line)
-        except ValueError as broken:
+        except (ValueError, RecursionError) as broken:
             fail(f"{name} line {number} is not JSON", f"{line[:60].rstrip()!r} ({broken})", wanted)
 
 
@@ -348,71 +427,123 @@ def publish(partial: Path, folder: Path) -> None:
     _drop(old, folder)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, state: str | None = None) -> None:
     """Finish or undo a `publish` that was killed: after it, `folder` is whole (the older one, if
-    need be) or absent."""
+    need be) or absent. An unfinished self that holds the file `state` stays."""
     old = beside(folder, "old")
     if not folder.exists() and old.exists():
         os.replace(old, folder)
     _drop(old, folder)
-    shutil.rmtree(beside(folder, "part"), ignore_errors=True)
+    if state is None or not (beside(folder, "part") / state).exists():
+        shutil.rmtree(beside(folder, "part"), ignore_errors=True)
 
 
 def partial_folder(folder: Path) -> Path:
     """Return an empty folder beside `folder`, to be filled and then given to `publish`."""
     partial = beside(folder, "part")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()  # a parent that is gone took what lay there with it: no new one in silence
     return partial
 
 
-def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
-    """Delete a folder that one of our scripts made (it holds one of `marks`, or nothing), all but
-    what is NEVER_DELETED; refuse any other one."""
-    if not folder.exists():
-        return
-    inside = [path for path in folder.iterdir() if path.name != NEVER_DELETED]
+def refuse_foreign(folder: Path, marks: tuple[str, ...]) -> None:
+    """Refuse to delete a folder that no script of ours made: one that holds none of `marks`, but
+    something."""
+    inside = (
+        [path for path in folder.iterdir() if path.name != NEVER_DELETED] if folder.exists() else []
+    )
     if inside and not any((folder / mark).exists() for mark in marks):
         fail(
             f"--fresh would delete {folder}",
             seen="a folder that no script of ours made",
             wanted=f"one that holds {' or '.join(marks)}",
         )
-    if (folder / ".lock").exists():
-        lock(folder).release()  # refused while another process writes there
-    if (folder / NEVER_DELETED).exists():
-        old = beside(folder, "old")
-        os.replace(folder, old)  # a kill in between is undone by `recover`
-        folder.mkdir()
-        _drop(old, folder)
-    else:
-        shutil.rmtree(folder)
 
 
-def lock(folder: Path, wait: bool = False) -> FileLock:
-    """Hold a folder for this process until it ends or calls `.release()`; a second process is
-    refused, or waits. Keep the value that is returned."""
-    holding = FileLock(folder / ".lock", timeout=-1 if wait else 0)
-    try:
-        holding.acquire()
-    except Timeout:
-        fail(
-            f"{folder} is being written by another process",
-            wanted="one process a folder",
-            mend="wait for it, or choose another --out",
-        )
-    return holding
+def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
+    """Empty a folder that one of our scripts made (see `refuse_foreign`), and whose lock, which
+    stays, the caller holds; what is NEVER_DELETED stays as well."""
+    refuse_foreign(folder, marks)
+    inside = list(folder.iterdir()) if folder.exists() else []
+    # what says that it is whole goes first, and what says that it is ours last: killed in between,
+    # it is an unfinished one of ours
+    for path in sorted(inside, key=lambda path: (path.name not in WHOLE, path.name in marks)):
+        if path.name in (LOCK, NEVER_DELETED):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            os.replace(path, beside(path, "part"))  # gone at once, not file by file
+            shutil.rmtree(beside(path, "part"))
+        else:
+            path.unlink()
+
+
+class Lock:
+    """A lock file that this process holds until `release`, or until it ends, however it ends; as a
+    context until its block ends. what: it is for; passing: the file goes with its release."""
+
+    def __init__(self, path: Path, what: Path, wait: bool = False, passing: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # `locked` holds it too, for the time of a look
+        inner = FileLock(path, timeout=LOOK_S, thread_local=False, fallback_to_soft=False)
+        try:
+            inner.acquire()
+        except Timeout:
+            busy = f"{what} is being written by another process"
+            if not wait:
+                mend = "wait for it, or choose another --out"
+                fail(busy, wanted="one process a folder or file", mend=mend)
+            print(f"{busy}: waiting for it", flush=True)
+            inner.acquire(timeout=-1)
+        except OSError as broken:
+            if broken.errno not in NO_LOCKS:
+                raise
+            _say_no_locks(path.parent, broken.strerror)
+        self.release = weakref.finalize(self, _let_go, inner, path if passing else None)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+
+@functools.cache
+def _say_no_locks(folder: Path, why: str) -> None:
+    print(
+        f"WARNING: the file system of {folder} keeps no locks (flock: {why}): see to it that one"
+        " process alone writes there"
+    )
+
+
+def _let_go(inner: FileLock, gone: Path | None) -> None:
+    if gone:
+        with contextlib.suppress(OSError):  # a file that stays does no harm
+            gone.unlink()
+    inner.release()
+
+
+def lock(folder: Path, wait: bool = False) -> Lock:
+    """Hold a folder, made if need be, for this process; a second process is refused, or waits. Keep
+    the value that is returned."""
+    return Lock(folder / LOCK, folder, wait)
+
+
+def lock_beside(path: Path) -> Lock:
+    """Hold a file or folder that is put in its place by renames: its lock lies beside it."""
+    return Lock(beside(Path(os.path.abspath(path)), "lock"), path, passing=True)
 
 
 def locked(folder: Path) -> bool:
     """Return whether a process holds a folder by `lock`."""
-    if not (folder / ".lock").exists():
+    if not (folder / LOCK).exists():
         return False
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / LOCK, timeout=0, fallback_to_soft=False):
             return False
     except Timeout:
         return True
+    except OSError:  # a file system without locks, or one that may not be written to
+        return False
 
 
 def check_out(out: str | Path, file: bool = False) -> None:
@@ -424,7 +555,7 @@ def check_out(out: str | Path, file: bool = False) -> None:
         there = next(one for one in (path, *path.parents) if os.path.lexists(one))
         if not path.name:
             seen = "the root of the disk"
-        elif len(os.fsencode(path.name)) > 200:  # others beside it get longer names
+        elif max(len(os.fsencode(part)) for part in path.parts) > 200:  # others get longer ones
             seen = "a name of more than 200 bytes"
         elif there != path and not there.is_dir():
             seen = f"{there}, which is no folder"
@@ -464,10 +595,13 @@ class NpyWriter:
     place.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.dtype, self.count = np.dtype(dtype), 0
-        self.file = open(path, "wb")
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values."""
+        self.dtype, self.count = np.dtype(dtype), count
+        self.file = open(path, "r+b" if count else "wb")
         self._header()
+        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)
@@ -528,6 +662,7 @@ def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
     return count, size, wrong
 
 
+@script
 def main(argv: list[str] | None = None) -> None:
     """Check the folders that are named: one line each, and one for each file that is wrong."""
     folders, failed = sys.argv[1:] if argv is None else argv, False

@@ -22,15 +22,18 @@ transformers' own continuous batching (5.23, `generate_batch`) has one seed for 
 sampled answer depends on its company.
 """
 
+import copy
+import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lib import files
@@ -132,6 +135,59 @@ def pad_token(how, tokenizer) -> int:
     """Return what fills a row up: the generation_config's token, the tokenizer's, or any."""
     known = (how.pad_token_id, tokenizer.pad_token_id, *end_tokens(how, tokenizer.eos_token_id), 0)
     return next(token for token in known if token is not None)
+
+
+def read_config(folder: Path):
+    """Return a folder's generation_config as transformers can write it again, or None where there
+    is no file. What it sets beyond that is left out, and said; greedy is what a temperature or
+    top_p of 0 means."""
+    if not (path := folder / "generation_config.json").exists():
+        return None
+    told = files.read_json(path, "a whole one, or none")
+    if not isinstance(told, dict):
+        files.fail(f"{path} holds no settings", type(told).__name__, "a JSON object")
+    plain = {name: as_meant(name, value) for name, value in told.items()}
+    if 0 in (plain.get("temperature"), plain.get("top_p")):
+        plain["do_sample"] = False
+    if plain == told and (whole := fits(GenerationConfig(), told)):
+        return whole
+    # what others depend on comes first
+    first = ("do_sample", "num_beams", "return_dict_in_generate")
+    kept, left_out = GenerationConfig(), []
+    for name in sorted(told, key=lambda name: (name not in first, name)):
+        if trial := fits(kept, {name: plain[name]}):
+            kept = trial
+        if not trial or plain[name] != told[name]:
+            left_out.append(f"{name} {told[name]!r}")
+    if left_out:
+        print(f"model: of {path} these are left out or mended: {', '.join(left_out)}")
+    return kept
+
+
+def as_meant(name: str, value: Any) -> Any:
+    """Return a setting whose number or truth value was written as a text, or whose tokens are not
+    all numbers of tokens, without that."""
+    if name.endswith("_token_id"):
+        some = value if isinstance(value, list) else [value]
+        good = [token for token in some if type(token) is int and token >= 0]
+        return value if len(good) == len(some) else good or None
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return read if isinstance(read, bool | int | float) else value
+
+
+def fits(how: GenerationConfig, more: dict[str, Any]) -> GenerationConfig | None:
+    """Return a generation_config with more settings, or None where it could not be saved."""
+    trial = copy.deepcopy(how)
+    try:
+        trial.update(allow_custom_entries=True, **more)
+        trial.validate(strict=True)
+        json.loads(trial.to_json_string())
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return trial
 
 
 def unknown_settings(how) -> dict[str, object]:

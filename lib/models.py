@@ -8,13 +8,16 @@ that reads what follows a token. Where packed rows would see each other it says 
 packed (`Model.packs`). An adapter is merged into its base in memory.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
@@ -22,6 +25,10 @@ from lib.head import Head
 # what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
 # float32's rounding), 9e-4 and more in those that leak: docs/fidelity.md has the table
 LEAK = 3e-5
+# tensors inside layers that older checkpoints hold, and that say nothing: buffers made anew
+HARMLESS = re.compile(
+    r"inv_freq|masked_bias|attn\.bias$|attention\.bias$|_scale|rotary|position_ids"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def load(
         AutoModelForCausalLM, folder, "a causal LM", seed=seed if from_scratch else None, **options
     )
     check_complete(base, loaded["missing_keys"])
+    check_used(module, base, loaded.get("unexpected_keys", ()))
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
     keep_only_layers(module, keep_layers)
@@ -176,10 +184,19 @@ def check_window(folder: Path, longest: int, trust_remote_code: bool = False) ->
 
 
 def body_of(module: Any) -> Any:
-    """Return a causal LM's decoder, which makes hidden states (Llama 4's text model calls it
-    otherwise than its class says)."""
+    """Return a causal LM's decoder, which makes hidden states. The classes of some (Llama 4's text
+    model) call it otherwise than they say."""
     body = module.base_model
-    return module.get_decoder() if body is module else body
+    if body is not module:
+        return body
+    for part in module.children():
+        if hasattr(part, "layers"):
+            return part
+    files.fail(
+        f"{type(module).__name__} has no body that this project knows",
+        "neither .base_model nor a part with .layers",
+        "a decoder and an output layer",
+    )
 
 
 def check_attention(attn: str, dtype: torch.dtype) -> None:
@@ -252,15 +269,34 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         config = config or AutoConfig.from_pretrained(base, trust_remote_code=trust)
         return auto.from_config(config, **options), {"missing_keys": ()}
     if checkpoints.is_gguf(base):
+        from transformers import modeling_gguf_pytorch_utils as gguf
+
+        gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
         base, options = base.parent, options | {"gguf_file": base.name}
-    elif auto is AutoModelForCausalLM:
+    else:
+        options = whole(base) | options | {"generation_config": generate.read_config(base)}
+    if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
         if known not in auto._model_mapping and known in AutoModelForImageTextToText._model_mapping:
             auto = AutoModelForImageTextToText  # read with text alone
-    return auto.from_pretrained(
+    module, loaded = auto.from_pretrained(
         base, config=config, use_safetensors=True, output_loading_info=True, **options
     )
+    if not getattr(module, "is_quantized", False) and hasattr(module, "_weight_conversions"):
+        if checkpoints.quantised(base):
+            del module._weight_conversions  # save_pretrained would quantise the weights again
+    return module, loaded
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where
+    it can."""
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(checkpoints.quantised(folder) or "")
+    return {"quantization_config": kind(dequantize=True)} if kind else {}
 
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
@@ -286,6 +322,34 @@ def check_complete(folder: Path, missing: Iterable[str]) -> None:
             ", ".join(missing[:3]) + " missing",
             "every tensor of its config.json",
         )
+
+
+def check_used(module: Any, folder: Path, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with tensors that its config.json gives no place inside the layers that
+    the model has: more layers, a bias, other norms. Name what else is left out: a part that the
+    model does not have at all (a tower for images, heads that guess further tokens)."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name)
+
+    config, known = module.config.get_text_config(), {kind(n) for n, _ in module.named_modules()}
+    layers = config.num_hidden_layers
+    guessing = range(layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    aside = []
+    for name in sorted(unexpected):
+        layer = re.search(r"(.*\.layers?|.*\.h|.*\.blocks)\.(\d+)\.", f".{name}")
+        inside = layer and kind(layer[0].strip(".")) in known
+        if not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
+            aside.append(name)
+        elif not getattr(module, "is_quantized", False):
+            files.fail(
+                f"{folder} holds weights that its config.json gives no place",
+                name,
+                f"a config.json of these weights (it asks for {layers} layers of"
+                f" {type(module).__name__})",
+            )
+    if aside:
+        print(f"model: {len(aside)} tensors of {folder} are not used: {', '.join(aside[:3])} ...")
 
 
 def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -38,12 +38,12 @@ from tqdm import tqdm
 from lib import checkpoints, files, models
 
 # that a folder is a run's; not config.json, which any model has
-MARKS = ("last", ".last.part", ".last.old", "history.jsonl", ".lock")
+MARKS = ("last", ".last.part", ".last.old", "history.jsonl", files.LOCK)
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
 STATE = {  # of last/state.json
     "step": range(1 << 62),
     "updates": range(1 << 62),
-    "best": (None, files.number),
+    "best": (None, files.is_number),
     "trained_s": float,
     "measures": dict,
     "more": dict,
@@ -51,7 +51,7 @@ STATE = {  # of last/state.json
     "scaler": dict,
     "settings": dict,
 }
-ANEW = "--fresh to start anew"
+START_ANEW = "--fresh to start anew"
 MOST_SKIPPED = 20  # optimizer steps in a row that fp16's scaler may skip
 MORE_IS_BETTER = ("acc1", "acc5", "agree", "macro_f1")  # of the measures; of all others less
 
@@ -138,10 +138,17 @@ class Run:
         self.bar: tqdm | None = None
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
-        if not args.fresh:  # else what is there goes in `begin`, once all else has been looked at
+        self.read_back: dict[str, Any] = {}  # the shapes of the saved checkpoint that was read back
+        if args.fresh:  # what is there goes in `begin`, once all else has been looked at
+            files.refuse_foreign(self.out, MARKS)
+        else:
             self._leave_if_finished()
+        if not args.dry_run:
+            self.lock = files.lock(self.out)
+        if not args.fresh:
             if not args.dry_run:
-                self._open()
+                self._leave_if_finished()  # by another process, before we held it
+                self._recover()
             self._continue()
         self.interrupt = Interrupt(self.say)
 
@@ -163,9 +170,7 @@ class Run:
         print(f"{self.stage}: {self.out} is already finished; nothing to do (--fresh starts anew)")
         raise SystemExit(0)
 
-    def _open(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = files.lock(self.out)
+    def _recover(self) -> None:
         for name in ("last", "best", "final"):
             files.recover(self.out / name)
 
@@ -173,8 +178,8 @@ class Run:
         state = self.out / "last" / "state.json"
         if not state.exists():
             return
-        self.state = files.read_json(state, ANEW, STATE)
-        if not files.check(state.parent, self.state, True, ANEW):
+        self.state = files.read_json(state, START_ANEW, STATE)
+        if not files.check(state.parent, self.state, True, START_ANEW):
             files.say_none(state.parent)
         before = self.state.get("checksums", {}).get("../history.jsonl")
         if before and self.history.exists() and (seen := files.damage(self.history, before, True)):
@@ -200,7 +205,7 @@ class Run:
         will log again, a new one all lines."""
         if self.args.fresh:
             files.remove_ours(self.out, MARKS)
-            self._open()
+            self._recover()
         sizes = self.state["sizes"] if self.state else {}
         for name in GROWING:
             if (path := self.out / name).exists():
@@ -404,6 +409,11 @@ class Run:
             checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
         if not adapter or merge:
             checkpoints.save(model.module, tokenizer, partial, dtype)
+            heads = checkpoints.heads(sorted(partial.glob("*.safetensors")))
+            if heads != self.read_back:  # the first of this process; all others have its shape
+                amp = models.pick_amp(self.args.amp, model.device)
+                checkpoints.check_saved(model.module, partial, amp, dtype)
+            self.read_back = heads
         else:
             library = "peft"
         task = "text-generation" if model.module.can_generate() else "text-classification"
@@ -493,10 +503,10 @@ def read_tensors(
             if not other:
                 return {name: file.get_tensor(name) for name in seen}
     except (OSError, SafetensorError, ValueError, OverflowError) as broken:
-        files.fail(f"{path} cannot be read", broken, mend=ANEW)
+        files.fail(f"{path} cannot be read", broken, mend=START_ANEW)
     name = other[0]
     shapes = [tuple(one[name]) if name in one else "none" for one in (seen, wanted)]
-    files.fail(f"{path} does not fit the model", f"{name} {shapes[0]}", shapes[1], ANEW)
+    files.fail(f"{path} does not fit the model", f"{name} {shapes[0]}", shapes[1], START_ANEW)
 
 
 def versions() -> dict:

@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,12 @@ Span = tuple[int, int]  # the first character of a part of a text, and the one a
 ROLES = ("system", "user", "assistant", "tool")
 # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 OPEN, CLOSE = "<think>", "</think>"
+EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
+
+# what a chat template may take for two words
+TEMPLATE_BYTES, TEMPLATE_SECONDS = 2 << 30, 5
 
 # For a tokenizer without a template of its own: plain headings, and eos_token as the end of an
 # assistant's turn. Every heading ends in a line break, which no common tokenizer merges with the
@@ -117,6 +122,7 @@ def load_tokenizer(name, trust_remote_code: bool = False):
             wanted="a checkpoint's folder, or a hub id",
             mend="--teacher of stage2_kd.py for it, and no other flag",
         )
+    files.refuse_pointers(Path(name))
     try:
         return as_stored(name, trust_remote_code)
     except (OSError, ValueError, KeyError) as missing:
@@ -133,53 +139,57 @@ def as_stored(name, trust_remote_code: bool = False):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
-    def cut(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-
-    made, why = None, ""
+    kind, why = "that is named", ""
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        # the plain class reads the file as it is, and a maker's own code is what it means
+        if not made.is_fast or not type(made).__module__.startswith("transformers.models."):
+            return made
+        kind = type(made).__name__
     except (OSError, ValueError, KeyError):
         raise
     except Exception as broken:  # the library has no other for a class that does not fit the file
-        why = f"cannot be built of it ({str(broken)[:80]})"
-    # another class than the plain one, of transformers' own code (a maker's own is what it means)
-    foreign = made is not None and type(made).__module__.startswith("transformers.models.")
-    if made is not None and not (foreign and made.is_fast):
-        return made
+        made, why = None, f"cannot be built of it ({str(broken)[:80]})"
     file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if file is None:
         if made is None:
-            raise ValueError(why)
+            raise ValueError(f"the class {kind} {why}")
         return made
     stored = Tokenizer.from_file(file)
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
     wanted = cut(stored, texts)
-    if made is not None:
-        seen = cut(made.backend_tokenizer, texts)
-        if seen == wanted:
-            return made
-        place = next(i for i, ids in enumerate(seen) if ids != wanted[i])
-        why = f"makes {len(seen[place])} tokens of {texts[place]!r}, not {len(wanted[place])}"
-        if '"WordPiece"' in str(type(stored.model)) or type(stored.model).__name__ == "WordPiece":
-            files.fail(
-                f"{name} has two tokenizers: tokenizer_config.json's settings (do_lower_case,"
-                " strip_accents) and tokenizer.json",
-                f"the class {type(made).__name__}, which {why}",
-                "files that agree",
-                "the settings that the model was trained with, in both",
-            )
+    seen = cut(made.backend_tokenizer, texts) if made else None
+    if seen == wanted:
+        return made
+    if seen is not None and wanted is not None:
+        text, ids, own = next(parts for parts in zip(texts, seen, wanted) if parts[1] != parts[2])
+        why = f"makes {len(ids)} tokens of {text!r} where its tokenizer.json makes {len(own)}"
+    if made and type(stored.model).__name__ == "WordPiece":
+        files.fail(
+            f"the tokenizer {name} means two things",
+            f"tokenizer_config.json's {kind} {why}",
+            "one meaning",
+            "the do_lower_case and strip_accents that the model was trained with, in both files",
+        )
     plain = PreTrainedTokenizerFast.from_pretrained(name)
-    if made is not None and cut(plain.backend_tokenizer, texts) == seen:
-        return made  # as its tokenizer_config.json sets it (add_prefix_space), whatever the class
-    named = files.read_json(Path(file).parent / "tokenizer_config.json").get("tokenizer_class")
+    if seen is not None and cut(plain.backend_tokenizer, texts) == seen:
+        return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
     print(
-        f"tokenizer: the class {named} that {name}'s tokenizer_config.json names {why}:"
-        " its tokenizer.json is followed"
+        f"tokenizer: {name}: tokenizer_config.json's class {kind} {why or 'does not read it'}:"
+        " tokenizer.json is followed",
+        flush=True,
     )
     return plain
+
+
+def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
+    """Return the ids of texts, without what is added around them; None where it cannot."""
+    try:
+        return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    except Exception:  # the library has no other: no unknown token, where one is needed
+        return None
 
 
 def say_misread(tokenizer, folder: Path, model_type: str) -> None:
@@ -242,6 +252,7 @@ def ensure_template(tokenizer) -> bool:
                 seen=several,
                 wanted="one named default",
             )
+        check_template(tokenizer)
         return False
     if tokenizer.eos_token is None:
         files.fail(
@@ -264,11 +275,11 @@ def make_ready(
     (--template-args). Return what is to be said of it, and the line of the text that has the
     date. beside: the flags are about another tokenizer: this one keeps the template that it has,
     and is given the arguments that it knows."""
-    notes = []
+    notes, args = [], args or {}
     if beside:
         chat_template = chat_template if tokenizer.chat_template is None else None
         source = str(tokenizer.chat_template)
-        args = {name: args[name] for name in args or () if re.search(rf"\b{name}\b", source)}
+        args = {name: args[name] for name in args if re.search(rf"\b{name}\b", source)}
     if chat_template is not None:
         tokenizer.chat_template = find_template(tokenizer, chat_template)
     if ensure_template(tokenizer):
@@ -280,7 +291,7 @@ def make_ready(
             notes[-1] += f" (--chat-template {fitting[0]} would use the turn tokens that it has)"
     if dated := pin_date(tokenizer):
         notes.append(f"the chat template writes a date; it is pinned, for good: {dated!r}")
-    set_arguments(tokenizer, args or {})
+    set_arguments(tokenizer, args)
     try:
         render(tokenizer, [{"role": "user", "content": "x"}])
     except jinja2.TemplateSyntaxError as broken:
@@ -305,6 +316,7 @@ def find_template(tokenizer, name: str) -> str:
     """Return the chat template that --chat-template names: one of the tokenizer's own, one of
     `TURNS`, a file, or that of another tokenizer (a folder or a hub id)."""
     own = tokenizer.chat_template
+    text: object = None
     if isinstance(own, dict) and name in own:
         return own[name]
     if name in TURNS:
@@ -322,8 +334,8 @@ def find_template(tokenizer, name: str) -> str:
     path = Path(name)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
-            text = json.loads(text).get("chat_template") if path.suffix == ".json" else text
+            read = path.read_text(encoding="utf-8")
+            text = json.loads(read).get("chat_template") if path.suffix == ".json" else read
         except (OSError, ValueError, AttributeError) as broken:
             files.fail(f"--chat-template {name} cannot be read", broken, "a UTF-8 Jinja file")
     elif path.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -457,13 +469,55 @@ def render(
     tokenizer, messages: list[dict], add_generation_prompt: bool = False, **more: object
 ) -> str:
     """Return the conversation as the text that the chat template makes of it; `more`: its
-    arguments."""
+    arguments. Whatever the template raises is a jinja2.TemplateError, or a TypeError."""
     tools = None
     if any(beside_text(message) for message in messages):
         messages, tools = spelled_out(tokenizer, messages)
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **more
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **more,
+        )
+    except (jinja2.TemplateError, TypeError):
+        raise
+    # a template is a program of others: 1 // 0, a macro that calls itself, 'x' * 10**10
+    except Exception as broken:
+        raise jinja2.TemplateError(f"{type(broken).__name__}: {broken}") from None
+
+
+def check_template(tokenizer) -> None:
+    """Refuse a chat template that takes more than TEMPLATE_BYTES or TEMPLATE_SECONDS of processor
+    time for two words: it is tried in a child, which may be killed."""
+    if not hasattr(os, "fork"):
+        return
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + TEMPLATE_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+            render(tokenizer, [{"role": role, "content": "x"} for role in ("user", "assistant")])
+            code = 0
+        except (jinja2.TemplateError, TypeError) as refused:  # which is told where rows are read
+            code = 2 if "MemoryError" in str(refused) else 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 2:
+        long = os.WIFSIGNALED(status)
+        files.fail(
+            f"the chat template of {tokenizer.name_or_path} does not end",
+            f"more than {TEMPLATE_SECONDS} s"
+            if long
+            else f"{files.human(TEMPLATE_BYTES)} and more",
+            "a conversation of two words rendered at once",
+            "another chat_template in tokenizer_config.json (or chat_template.jinja)",
+        )
 
 
 def spelled_out(tokenizer, messages: list[dict]) -> tuple[list[dict], list[dict] | None]:
@@ -632,9 +686,8 @@ def texts_of(role: str, messages: list[dict]) -> list[str]:
 
 def fault(messages: list[dict], think: str = "keep") -> str | None:
     """Return why a conversation cannot be used (the reason it is counted under), or None."""
-    for message in messages:
-        if message["role"] not in ROLES:
-            return f"unknown role {message['role'][:40]}".rstrip()
+    if unknown := {message["role"] for message in messages} - {*ROLES}:
+        return f"unknown role {', '.join(sorted(unknown))[:60]}".rstrip()
     if any(not isinstance(message["content"], str) for message in messages):
         return "not text"
     for message in messages:
@@ -724,6 +777,10 @@ def answer_spans(
         # writes it after its question alone
         question, both = ask(messages[last - 1 : last]), show(messages[last - 1 :])
         whole = prompt + both.removeprefix(question) if both.startswith(question) else whole
+    if not whole.startswith(prompt) and (opened := EMPTY_TRACE.search(prompt)):
+        # enable_thinking=False, of a template that shows the empty trace in its prompt alone
+        head = prompt[: opened.start()]
+        whole = prompt + whole[len(head) :] if whole.startswith(head) else whole
     spans = []
     for turn in [last] if turns == "last" else range(1, last + 1):
         if turn == 0 or not is_answer(messages[turn]):

@@ -241,7 +241,7 @@ def completion_prompts(side: ServedModel, asked) -> list[list[int]]:
                 400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt"
             )
     return [
-        side.chat.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        side.chat.tokenizer(prompt, verbose=False).input_ids if isinstance(prompt, str) else prompt
         for prompt in several
     ]
 

@@ -6,7 +6,7 @@ import math
 import os
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from lib import checkpoints, files, flags, generate, models, template
@@ -66,12 +66,14 @@ class Chat:
         self.module, self.device, self.tokenizer = module, module.device, tokenizer
         self.context = generate.context_of(module)
         self.past = ([], DynamicCache())  # tokens of the last turn of a conversation, and its cache
+        # transformers would fill what we leave out from the module's own
+        self.own, module.generation_config = module.generation_config, GenerationConfig()
         self.choose(args)
 
     def choose(self, args):
         """Sample as these arguments say, and where they say nothing as the checkpoint's
         generation_config does."""
-        how = copy.deepcopy(self.module.generation_config)
+        how = copy.deepcopy(self.own)
         for name in SETTINGS:
             if getattr(args, name) is not None:
                 setattr(how, name, getattr(args, name))
@@ -143,6 +145,8 @@ class Chat:
         """Return the answer to a prompt's token ids. With a streamer it is a turn of a
         conversation: heard of token by token, and remembered."""
         how = copy.deepcopy(self.how)
+        if not how.do_sample:
+            how.min_p = None  # or it is warned of
         if self.context:
             how.max_new_tokens = min(how.max_new_tokens, self.context - len(ids))
         cache = self.remembered(ids) if streamer is not None else None

@@ -380,7 +380,7 @@ def heatmap_tokens(
     mine, kept, _ = api.chat_prompt(student, messages, args.system, fit, more)
     prompts = [mine, api.chat_prompt(teacher, kept, None, template_args=more)[0]]
     tokenizer, stops = student.chat.tokenizer, student.engine.how.stops
-    ids = tokenizer(body["answer"], add_special_tokens=False).input_ids
+    ids = tokenizer(body["answer"], add_special_tokens=False, verbose=False).input_ids
     if body.get("finished") and stops:
         ids.append(tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0])
     if not ids:

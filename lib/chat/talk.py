@@ -279,8 +279,11 @@ def load_conversation(here: Conversation, name: str) -> None:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not template.is_conversation(messages):
         return print(f"not loaded: {name} holds no messages; wanted {wanted}")
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+    tools = messages[0].get("tools")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    messages = [dict(message) for message in messages[system is not None :]]
+    if tools and messages:
+        messages[0]["tools"] = tools
     roles = [message["role"] for message in messages]
     if "user" not in roles or "system" in roles or not {*roles} <= {*template.ROLES}:
         return print(

@@ -387,6 +387,7 @@ def parse_args(argv=None):
     return parser, parser.parse_args(argv)
 
 
+@files.script
 def main(argv=None):
     parser, args = parse_args(argv)
     folders = entries.named_models(args.runs, parser)
@@ -403,12 +404,12 @@ def main(argv=None):
     first = next(iter(folders.values()))[1]
     out = Path(args.out) if args.out else first.parent / "comparison"
     files.check_out(f"{out}.html", file=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(Path(f"{out}.json"), result)
     text = page.markdown(result)
-    files.write_text(Path(f"{out}.md"), text)
-    panels.png(result, Path(f"{out}.png"))
-    files.write_text(Path(f"{out}.html"), page.html(result, read, rows))
+    with files.lock_beside(out):
+        files.write_json(Path(f"{out}.json"), result)
+        files.write_text(Path(f"{out}.md"), text)
+        panels.png(result, Path(f"{out}.png"))
+        files.write_text(Path(f"{out}.html"), page.html(result, read, rows))
     print(f"{text}\nreport: {out}.html, .md, .png and .json")
     if failed := unmet(result, args.fail_under):
         raise SystemExit("error: --fail-under " + "; ".join(failed))

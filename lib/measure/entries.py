@@ -82,7 +82,7 @@ def split_entry(entry: str, parser: argparse.ArgumentParser) -> tuple[str, Path]
 def models_in(folder: Path) -> list[tuple[str, Path | None, Path]]:
     """Return (name, run's folder or None, evaluation folder) of the models that a RUN stands for:
     one, or those of a folder of stages."""
-    folder = results.named(folder)
+    folder = results.with_name(folder)
     beside = evaluation_folder(folder) if folder.name else folder
     where = folder if results.there(folder) else beside
     if results.there(where):

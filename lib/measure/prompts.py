@@ -222,7 +222,7 @@ def what_to_score(args, path: Path, prompts: list[Prompt]) -> tuple[list[str], l
 
 def open_out(out, settings, fresh):
     """Return the lines that are there already, of a file made with the same settings, or None if it
-    is finished; refuse another one."""
+    is finished; refuse another one. (Its lock is the caller's to hold.)"""
     part, meta = out.with_name(out.name + ".part"), out.with_name(out.name + ".meta.json")
     if out.is_dir() or (out.exists() and not meta.exists()):
         files.fail(
@@ -243,7 +243,6 @@ def open_out(out, settings, fresh):
             )
     if out.exists():
         return None
-    out.parent.mkdir(parents=True, exist_ok=True)
     if not part.exists():
         files.write_json(meta, settings | {"checksums": {}})
         part.touch()
@@ -277,7 +276,10 @@ def answer_file(args, load) -> None:
     prompts = read_prompts(path, args.system)[: args.limit or None]
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
     settings = answer_settings(args, path, metrics, names)
-    lines, summary = open_out(out, settings, args.fresh), out.with_suffix(".scores.json")
+    summary = out.with_suffix(".scores.json")
+    done = out.exists() and (not args.score or summary.exists()) and not args.fresh
+    holding = None if done else files.lock_beside(out)
+    lines = open_out(out, settings, args.fresh)
     if lines is None and (not args.score or summary.exists()):
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         if args.score:
@@ -309,6 +311,8 @@ def answer_file(args, load) -> None:
         made = {"speed": timed, "checksums": {out.name: files.sums(out)}}
         files.write_json(summary, shown | made)
         say_scores(out, shown)
+    if holding:
+        holding.release()
 
 
 def encode_prompts(chat, path: Path, prompts: list[Prompt], names: list[str] | None) -> list:
@@ -396,7 +400,8 @@ def write_answers(
             row = prompt.fields | fields
             if scores:
                 row["scores"] = scores(row["reference"], row["answer"])
-            part_file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            part_file.write(line.encode("utf-8", "backslashreplace"))
             part_file.flush()
             bar.update()
     files.sync(part)
@@ -465,6 +470,7 @@ def classify_file(args, read, folder):
         "prompts": files.sha256(Path(args.prompts)),
         "limit": args.limit,
     }
+    holding = files.lock_beside(out)
     if open_out(out, made, args.fresh) is None:
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         return
@@ -475,4 +481,5 @@ def classify_file(args, read, folder):
         lines.append({**prompt.fields, "answer": classes[0]["label"], "p": p})
     files.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     out.with_name(out.name + ".part").unlink(missing_ok=True)
+    holding.release()
     print(f"chat: {len(lines)} classes in {args.out}")

@@ -49,8 +49,8 @@ OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "roug
 HIGHER = ("acc1", "acc5", "agree", *OF_ANSWERS)
 LOWER = ("ce", "own_ce", "ppl", "kl", "rkl", "ece")
 # the first of these that was measured stands for a model's quality
-NUMBERS = {f"{name}?": float for name in ROWS if "." not in name}
-EVALUATION = NUMBERS | {
+MEASURED = {f"{name}?": float for name in ROWS if "." not in name}
+EVALUATION = MEASURED | {
     "by_source?": {...: {...: float}},
     "data?": str,
     "weights?": str,
@@ -127,8 +127,8 @@ def present(models: dict[str, dict]) -> list[str]:
     ]
 
 
-def named(folder: Path) -> Path:
-    """Return a folder by a path that ends in its name: named(".") is the current folder's."""
+def with_name(folder: Path) -> Path:
+    """Return a folder by a path that ends in its name: with_name(".") is the current folder's."""
     return folder if folder.name not in ("", "..") else folder.resolve()
 
 

@@ -27,25 +27,26 @@ DEPTH = 3  # folders below the given one in which runs are looked for
 SORTS = ("when", "name", "steps", "ce", "kl", "exact", "tok_per_s")
 INSIDE = ("best", "final", "last")  # of a run: checkpoints, no runs
 HEAD = ["run", "stage", "state", "steps", "best", "ce", "kl", "exact", "tokens/s", "when"]
-SETTINGS = dict.fromkeys(("data?", "logits?", "teacher?"), (str, None)) | {
+RUN_SETTINGS = dict.fromkeys(("data?", "logits?", "teacher?"), (str, None)) | {
     "stage?": str,
     "best?": str,
     "steps?": range(1 << 62),
 }
 CONFIG = {  # of a run's config.json, or of last/state.json
-    "settings": SETTINGS,
+    "settings": RUN_SETTINGS,
     "best_by?": str,
-    "best?": (None, files.number),
+    "best?": (None, files.is_number),
     "steps?": range(1 << 62),
     "step?": range(1 << 62),
     "stopped_early?": range(1 << 62),
     "updates?": range(1 << 62),
     "trained_s?": float,
     "versions?": dict,
+    "command?": (None, [str]),
     "git?": (str, None),
 }
 LINE = {"event": str, "step": range(1 << 62), "tok_per_s?": float} | {
-    f"{name}?": (None, files.number) for name in results.ROWS
+    f"{name}?": (None, files.is_number) for name in results.ROWS
 }
 YELLOW, PLAIN = "\033[33m", "\033[0m"
 
@@ -182,6 +183,7 @@ def printed_row(run: dict) -> list[str]:
     ]
 
 
+@files.script
 def main(argv=None):
     parser = flags.new_parser(__doc__)
     parser.add_argument(
@@ -201,7 +203,7 @@ def main(argv=None):
         files.fail(
             f"{args.folder} is no folder", mend="make demo, or the folder where your runs are"
         )
-    args.folder = results.named(args.folder)
+    args.folder = results.with_name(args.folder)
     under = [summary(folder, args.folder) for folder in runs_under(args.folder)]
     runs = ordered(under, args.sort)
     if args.json:

@@ -391,6 +391,7 @@ def read_answers(path: str) -> list[dict]:
     return rows
 
 
+@files.script
 def main(argv=None):
     parser = flags.new_parser(__doc__)
     parser.add_argument(

@@ -80,7 +80,7 @@ def check_start(args, source: Path) -> None:
     """Refuse to train an adapter on anything but whole weights on the disk: what its folder names
     as its base must be what it was trained on."""
     if not args.lora_rank:
-        return
+        return checkpoints.check_whole(source)
     if checkpoints.is_adapter(source):
         files.fail(
             f"--lora-rank cannot start from {source}",

@@ -3,7 +3,8 @@
 sources      files and data sets -> conversations, by the names of their columns
 places       where files lie: on this disk, on S3 and the like, on the hub
 hub          data sets of the Hugging Face hub: find, download, push
-formats      what a file holds: columns and records of parquet, csv, json, jsonl
+kinds        what a file is by its first bytes: packed, encoded, or no data at all
+formats      what a file holds: columns and records of parquet, arrow, csv, json, txt
 schema       which column is the prompt, which the answer
 rows         conversations -> token ids and masks, what is dropped and why
 classes      rows that have a class each (--task classify)

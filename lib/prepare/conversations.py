@@ -31,9 +31,16 @@ ROLE_NAMES = {
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift whose text is a call
 ROLE = ("role", "from", "speaker", "author")
 CONTENT = ("content", "value", "text", "message", "utterance")
-MARKS = ("weight", "train", "training", "trainable", "loss", "learn")  # whether an answer is learnt
+LEARNT = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "learn",
+)  # whether an answer is learnt
 # of a turn without a role: who says what its keys hold (XTuner, Firefly)
-TURN = {
+SPEAKERS = {
     "system": ("system", "system_prompt"),
     "user": ("input", "human", "user", "question", "prompt", "instruction", "query"),
     "assistant": ("output", "assistant", "gpt", "bot", "response", "answer", "completion"),
@@ -72,7 +79,7 @@ def without_none(value: object) -> object:
     return [without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
-class Row:
+class SourceRow:
     """One row of a file (sources.File). parts: part -> value, blank ones left out."""
 
     def __init__(self, file, parts: dict, number: int) -> None:
@@ -164,7 +171,7 @@ class Row:
         """Return the messages of a prompt, what stands beside it, and its answer; each may be
         messages itself, as TRL has them."""
         prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
-        whole = self.messages_of("answer", answer) if isinstance(answer, list) else None
+        whole = self.messages_of("answer", answer) if listed(answer) else None
         if whole and any(message["role"] == "user" for message in whole):
             # `chosen` with its question, as TRL's preference rows may have it
             said = [message["content"] for message in whole]
@@ -174,7 +181,7 @@ class Row:
                 )
             return whole
         options = options_of(self.choices())
-        if isinstance(prompt, list):
+        if listed(prompt):
             asked = self.messages_of("prompt", prompt)
             more = self.beside_prompt(options)
             if more and asked:
@@ -205,7 +212,8 @@ class Row:
         if isinstance(value, dict) and "text" in value:  # SQuAD's answers
             self.unused(f"{self.file.columns['answer']}.{name}" for name in value if name != "text")
             value = value["text"]
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if texts and self.file.columns["answer"] == "answers":
             if len(set(value)) > 1:
                 self.file.unused["columns", f"{self.file.columns['answer']} past the first"] = None
             value = value[0] if value else ""
@@ -257,7 +265,7 @@ class Row:
         """Return the messages of a turn whose keys say who speaks, {"input": ..., "output": ...};
         what else it says belongs to the last of them."""
         spoken = {}
-        for role, names in TURN.items():
+        for role, names in SPEAKERS.items():
             if name := next((name for name in names if item.get(name) is not None), None):
                 spoken[name] = {"role": role, "content": item[name]}
         rest = {name: value for name, value in item.items() if name not in spoken}
@@ -301,7 +309,7 @@ class Row:
                 self.file.passed[role, name] = None
         if tools := self.tools(take(["tools", "functions"])):
             message["tools"] = tools
-        for name in MARKS:
+        for name in LEARNT:
             if name in item and name not in self.file.ignored and role == "assistant":
                 rest.pop(name, None)
                 if not self.learnt(name, item[name]):
@@ -367,6 +375,11 @@ class Row:
                 f"--columns ignore={name}",
             )
         return bool(value)
+
+
+def listed(value: object) -> bool:
+    """Return whether a value is a list of objects, as messages are."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
 
 
 def parsed_messages(value: object) -> object:

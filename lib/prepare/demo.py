@@ -315,13 +315,14 @@ def parse_args(argv=None):
     return args
 
 
+@files.script
 def main(argv=None):
     args = parse_args(argv)
     out, done = Path(args.out), {key: value for key, value in vars(args).items() if key != "out"}
     if (out / "meta.json").exists() and files.read_json(out / "meta.json").get("demo") == done:
         print(f"{out} is finished already")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    holding = files.lock(out)
     (out / "meta.json").unlink(missing_ok=True)
 
     rng, rows = random.Random(args.seed), {}
@@ -335,6 +336,7 @@ def main(argv=None):
     for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
         config(sizes).save_pretrained(out / f"{name}-config")
     files.write_json(out / "meta.json", {"demo": done})
+    holding.release()
     lengths = [
         len(words(instruction + output).input_ids) + 3 for instruction, output in rows[-1000:]
     ]

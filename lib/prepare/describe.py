@@ -2,8 +2,15 @@
 the table at the end, and rows with their targets marked (--show)."""
 
 import argparse
+import contextlib
+import hashlib
 import itertools
+import json
+import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +31,11 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
         {"name": str, "read": int, "rows": BOTH, "dropped": {...: int}, "files": [{"name": str}]}
     ],
 }
+
+
+SAY_EVERY_S = 8
+FEW_VAL, FEW_STEPS = 20, 20
+STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,12 +97,33 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
         "targets": both(rows["targets"]),
         "tokens": both(rows["length"]),
         "dropped": reasons,
+        **({"cut": dict(zip(("texts", "rows"), staged.cut))} if staged.cut[0] else {}),
         "lengths": {"rows": percentiles(rows["length"]), "targets": percentiles(rows["targets"])},
         "rows_per_chunk": args.rows_per_chunk,
         "chunks": -(-counts["train"] // args.rows_per_chunk),
         "seed": args.seed,
         "tokenizer": args.tokenizer,
     }
+
+
+def key_of(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
+    """Return a hash of all that staged rows depend on, "" where a killed run starts over: rows with
+    a class, and rows that are exported too."""
+    if args.fresh or args.task == "classify" or args.export or args.push_to_hub:
+        return ""
+    import tokenizers
+    import transformers
+
+    told = [shaping, template.identities(tokenizer), transformers.__version__]
+    told += [tokenizers.__version__, data.FORMAT, written and (written.count, written.meta)]
+    for file in (file for source in inputs for file in source.files):
+        place = file.place
+        if place.is_local:
+            now = os.stat(place.path)
+            told.append([str(place), file.described, now.st_size, now.st_mtime_ns])
+        else:
+            told.append([str(place), file.described, places.stamp(place)])
+    return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def finished(out: Path, args, shaping: dict) -> dict | None:
@@ -113,6 +146,8 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
     files.check(out, meta, False, again)
     before, differs = meta.get("args", {}), []
     for name, value in shaping.items():
+        if name == "long" and value == "split" and "text (" not in str(meta.get("schema")):
+            value = before.get("long") if before.get("long") == "drop" else value  # the same there
         if before.get(name) != value:
             differs.append(f"{name} {before.get(name)!r} -> {value!r}")
     if meta.get("format") != data.FORMAT:
@@ -137,6 +172,43 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
 # --- for people
 
 
+@contextlib.contextmanager
+def phase(what: str) -> Iterator[None]:
+    """While what is inside runs, say so every ten seconds: nobody should ask whether it hangs."""
+    ended, begun = threading.Event(), time.monotonic()
+
+    def tell():
+        while not ended.wait(SAY_EVERY_S):
+            print(f"prepare {what} time_s={time.monotonic() - begun:.0f}", flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def say_small(meta: dict) -> None:
+    """Warn of a data set that is so small that its figures say little."""
+    rows, tokens = meta["rows"], meta["tokens"]
+    if 0 < rows["val"] < FEW_VAL and rows["train"] > rows["val"]:
+        print(
+            f"prepare warning: val is {rows['val']} rows: its figures are noise; --val"
+            f" {min(100, max(1, rows['train'] // 5))} takes more",
+            flush=True,
+        )
+    steps = round(tokens["train"] / STEP_TOKENS)
+    if steps < FEW_STEPS:
+        print(
+            f"prepare warning: an epoch is {tokens['train']:,} tokens, {max(1, steps)} steps of the"
+            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, tokens['train'] // 50)} and"
+            " --epochs give them more",
+            flush=True,
+        )
+
+
 def print_table(folder: Path, meta: dict) -> None:
     """Print the table of what was kept, and the next command."""
     print(f"\n{folder}   {meta['schema']}")
@@ -144,6 +216,11 @@ def print_table(folder: Path, meta: dict) -> None:
         print(f"{name:<10}train {meta[name]['train']:,}   val {meta[name]['val']:,}")
     drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
+    if cut := meta.get("cut"):
+        print(
+            f"{'cut':<10}{cut['texts']:,} texts longer than --max-len into {cut['rows']:,} rows"
+            " (--long drop leaves them out)"
+        )
     what = "read"
     if meta.get("teacher"):
         what = f"prompts, answered {meta['teacher']['generations']} times"

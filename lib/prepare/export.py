@@ -3,7 +3,9 @@
 On disk, in data/NAME/rows/ when --export or --push-to-hub asked for it: train.parquet and, if there
 are any, validation.parquet, with the columns
 
-    messages  list<struct<role, content>>   or, of plain texts: text
+    messages  list<struct<role, content>>   or, of plain texts: text. What messages say beside
+              their text (reasoning_content, tool_calls, tools, ...) has fields of its own, JSON
+              where it is no text
     source    the name of the row's source
     split     train or validation, like the file
 
@@ -12,6 +14,7 @@ finish_reason, token counts, teacher, sampling.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +28,6 @@ from lib.prepare import conversations, hub, places, sources, store
 SPLITS = ("train", "validation")
 GROUP_ROWS, GROUP_CHARACTERS = 1024, 1 << 22  # one row group ends at whichever comes first
 MADE_HERE = {b"made by": b"prepare_data.py"}
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def schema(plain_text: bool, written: bool) -> pa.Schema:
     """Return the columns of conversations, or of plain texts; of answers `written` by a teacher."""
-    first = ("text", pa.string()) if plain_text else ("messages", MESSAGES)
+    first = ("text", pa.string()) if plain_text else ("messages", pa.list_(store.MESSAGE_AND_MORE))
     return pa.schema(
         [first, ("source", pa.string()), ("split", pa.string()), *(store.ABOUT if written else ())],
         metadata=MADE_HERE,
@@ -72,10 +74,15 @@ class RowWriter:
     def __init__(self, path: Path, inputs: list[sources.Source], written: bool) -> None:
         plain_text = "text" in inputs[0].files[0].columns
         self.schema, self.rows, self.size = schema(plain_text, written), [], 0
+        self.keys: set[str] = set()  # of messages, beside role and content
         self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
 
     def append(self, row: list[dict] | str, source: str) -> None:
         about = {} if isinstance(row, str) else row[-1].get("written", {})
+        if not isinstance(row, str):
+            row, whole = store.flattened(row), row
+            for message in whole:
+                self.keys |= message.keys() - {"role", "content", "written"}
         self.rows.append({self.schema.names[0]: row, "source": source, **about})
         self.size += conversations.characters(row)
         if len(self.rows) == GROUP_ROWS or self.size > GROUP_CHARACTERS:
@@ -91,26 +98,50 @@ class RowWriter:
         self.file.close()
 
 
-def _side(path: Path, mask: np.ndarray, split: str) -> Iterator[pa.RecordBatch]:
+def _with_keys(messages: list[dict], keys: list[str]) -> list[dict]:
+    """Return messages with what they say beside their text in fields of its own, JSON where it is
+    no text."""
+    found = []
+    for message in store.unflattened(messages):
+        for name in keys:
+            if not isinstance(value := message.get(name), str | None):
+                message[name] = json.dumps(value, ensure_ascii=False)
+        found.append(message)
+    return found
+
+
+def _side(path: Path, mask: np.ndarray, split: str, keys: list[str]) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=places.BUFFER) as file:
         start = 0
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
             kept = table.filter(pa.array(mask[start : start + len(table)]))
             start += len(table)
+            if kept.schema.names[0] == "messages":
+                own = [_with_keys(row, keys) for row in kept["messages"].to_pylist()]
+                kept = kept.set_column(0, "messages", pa.array(own, _messages(keys)))
             yield kept.set_column(
                 2, file.schema_arrow.field("split"), pa.array([split] * len(kept), pa.string())
             )
     assert start == len(mask), (start, len(mask))
 
 
-def write_splits(staged: Path, folder: Path, is_val: np.ndarray) -> None:
-    """Turn the staged rows into `folder`/{train,validation}.parquet, a row group at a time."""
+def _messages(keys: list[str]) -> pa.DataType:
+    return pa.list_(pa.struct([*store.MESSAGE, *((name, pa.string()) for name in keys)]))
+
+
+def write_splits(staged: Path, folder: Path, is_val: np.ndarray, keys: list[str]) -> None:
+    """Turn the staged rows into `folder`/{train,validation}.parquet, a row group at a time. keys:
+    of their messages, beside role and content."""
     folder.mkdir()
     wanted = pq.read_schema(staged)
+    if wanted.names[0] == "messages":
+        wanted = wanted.set(0, pa.field("messages", _messages(keys)))
     for split, mask in zip(SPLITS, (~is_val, is_val)):
         if mask.any():
-            places.write_table(_side(staged, mask, split), wanted, str(folder / f"{split}.parquet"))
+            places.write_table(
+                _side(staged, mask, split, keys), wanted, str(folder / f"{split}.parquet")
+            )
     staged.unlink()
 
 

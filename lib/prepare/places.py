@@ -8,13 +8,15 @@ whole or not at all. No name, message or record made here holds a secret: what p
 """
 
 import contextlib
+import fnmatch
 import glob
 import io
+import itertools
 import lzma
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,9 +27,24 @@ from pyarrow import fs
 
 from lib import files
 
-SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
-PACKED = (".gz", ".bz2", ".zst", ".xz")  # behind the suffix of a json, jsonl or csv file
-READ = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(PACKED)})"
+SAME = {".ndjson": ".jsonl", ".feather": ".arrow"}  # two names of one kind
+STREAMS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+SUFFIXES = (".parquet", *STREAMS, ".arrow", *SAME)
+PACKED = (".gz", ".bz2", ".zst", ".xz")  # behind the suffix of one of STREAMS
+READ = f"{', '.join(SUFFIXES)} (text also with {', '.join(PACKED)})"
+# what data sets and other tools leave beside the data: no rows are in them
+METADATA = re.compile(
+    r"(dataset_(infos?|dict)|state|meta|config|croissant|schema|package|readme|license"
+    r"|(tokenizer|generation|special_tokens|preprocessor)\w*|requirements\S*|vocab|merges)"
+    r"\.(json|txt)",
+    re.IGNORECASE,
+)
+SPLITS = {
+    "train": {"train", "training"},
+    "test": {"test", "testing"},
+    "validation": {"validation", "valid", "val", "dev", "eval"},
+}
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 BUFFER = 1 << 20
 # gs:// would try again for a quarter of an hour
 PATIENCE = {"gs": "retry_limit_seconds=20", "gcs": "retry_limit_seconds=20"}
@@ -48,18 +65,22 @@ def suffix(path: str) -> str:
     name = path.rsplit("/", 1)[-1]
     stem = re.sub(r"\.(gz|bz2|zst|xz)$", "", name)
     end = Path(stem).suffix.lower()
-    return "" if end == ".parquet" != Path(name).suffix.lower() else end
+    return "" if stem != name and end not in STREAMS and end not in SAME else end
 
 
 @dataclass(frozen=True)
 class Place:
     """A file: its name for people and records (no secrets in it), the file system, the path there;
-    of a hub's file the commit."""
+    of a hub's file the commit; how its text is written, and what it is where its name says another
+    thing (lib/prepare/kinds.py)."""
 
     name: str
     system: fs.FileSystem
     path: str
     revision: str | None = None
+    encoding: str = "utf-8-sig"
+    kind: str | None = None
+    packed: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -67,8 +88,8 @@ class Place:
     @property
     def suffix(self) -> str:
         """What it is, packed or not: ".jsonl" of a.jsonl.gz; "" of a kind that is not read."""
-        found = suffix(self.path)
-        return found if found in SUFFIXES else ""
+        found = self.kind or suffix(self.path)
+        return SAME.get(found, found) if found in SUFFIXES else ""
 
     @property
     def is_local(self) -> bool:
@@ -139,17 +160,94 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(address)
 
 
-def _inside(system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
-    """Return the data files under a folder of a file system, hidden ones left out, in the order of
-    their names."""
+def chosen(paths: list[str], root: str, split: str | None = None, hidden: str = ".") -> list[str]:
+    """Return the data files among the paths below a folder: none that is hidden or holds metadata,
+    plain text only where there is nothing else, and of files whose names say a split those of
+    `split` ("all": of every one; None: train, where some other is said) alone. What is left out is
+    said."""
+    left: dict[str, list[str]] = {}
+    groups: dict[str | None, list[str]] = {}
+    data = [path for path in paths if suffix(path) in SUFFIXES]
+    only_text = all(suffix(path) == ".txt" for path in data)
+    for path in data:
+        *folders, name = os.path.relpath(path, root).split("/")
+        aside = next((part for part in folders if part[:1] in "._"), None)
+        if aside:
+            left.setdefault(f"in {aside}", []).append(path)
+        elif name[:1] in hidden:
+            left.setdefault("hidden", []).append(path)
+        elif METADATA.fullmatch(name):
+            left.setdefault("metadata", []).append(path)
+        elif suffix(name) == ".txt" and not only_text:
+            left.setdefault("text beside data", []).append(path)
+        else:
+            groups.setdefault(split_of([*folders, name]), []).append(path)
+    told = [name for name in groups if name]
+    wanted = split or ("train" if "train" in groups else None)
+    if split and split != "all" and split not in groups:
+        seen = ", ".join(told) or "no file whose name says one"
+        files.fail(f"{redact(root)} has no split {split}", seen, "one that its file names say")
+    if split != "all" and len(groups) > 1:
+        for name in [name for name in groups if name != wanted]:
+            left[f"split {name}" if name else "of no split"] = groups.pop(name)
+    if left:
+        said = [f"{len(paths)} {why} ({paths[0]})" for why, paths in left.items()]
+        hint = f"; {root}:all takes every split" if any("split" in why for why in left) else ""
+        print(f"prepare left out of {redact(root)}: {', '.join(said)}{hint}", flush=True)
+    kept = {path for inside in groups.values() for path in inside}
+    return [path for path in data if path in kept]
 
-    def hidden(path):
-        return any(part[:1] in "._" for part in path[len(root) :].strip("/").split("/"))
 
-    there = system.get_file_info(fs.FileSelector(root, recursive=True))
-    found = [info for info in there if info.is_file and suffix(info.path) in SUFFIXES]
-    found = [info for info in found if not hidden(info.path)]
-    return sorted(found, key=lambda info: info.path)
+def split_of(parts: list[str]) -> str | None:
+    """Return the split that a path's name says, or its folders: "train" of ["data",
+    "train-00000-of-00002.parquet"] and ["train", "0.parquet"], "test" of ["gsm8k_test.jsonl"]; the
+    name goes first. Only the first and the last word of a name count."""
+    for part in reversed(parts):
+        words = re.split(r"[._-]+", re.sub(r"[-_.]\d.*$", "", part.split(".")[0].lower()))
+        found = {SPLIT_OF[word] for word in (words[0], words[-1]) if word in SPLIT_OF}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yield the files below a folder, each real folder once: links may lead in circles."""
+    seen: set[tuple[int, int]] = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(at)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders.sort()
+        for name in sorted(names):
+            yield os.path.join(at, name)
+
+
+def matches(where: str) -> list[str]:
+    """Return the files that a local glob names, in order (a ** that meets a loop of links ends)."""
+    parts = where.split("/")
+    if "**" not in parts:
+        return sorted(path for path in glob.glob(where) if os.path.isfile(path))
+    first = parts.index("**")
+    wanted = [part for part, _ in itertools.groupby(parts[first:])]
+    begin, found = "/".join(parts[:first]), set()
+    for root in glob.glob(begin) if begin else ["/" if first else "."]:
+        for path in _walk(root):
+            inside = os.path.relpath(path, root)
+            if _fits(inside.split("/"), wanted):
+                found.add(os.path.join(root, inside) if first else inside)
+    return sorted(found)
+
+
+def _fits(parts: list[str], wanted: list[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_fits(parts[place:], wanted[1:]) for place in range(len(parts) + 1))
+    hidden = parts[:1] and parts[0][:1] == "." != wanted[0][:1]
+    named = parts and not hidden and fnmatch.fnmatchcase(parts[0], wanted[0])
+    return bool(named) and _fits(parts[1:], wanted[1:])
 
 
 def _pattern(text: str) -> re.Pattern:
@@ -176,46 +274,61 @@ def find_by_uri(uri: str) -> list[Place]:
     with one_line_error(uri):
         info = system.get_file_info(path)
         if info.is_file:
-            inside = [info]
+            inside = [path]
         elif info.type == fs.FileType.Directory:
-            inside = _inside(system, path.rstrip("/"))
-    if "*" in body:
-        wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
-        inside = [found for found in inside if wanted.fullmatch(found.path)]
+            if isinstance(system, fs.LocalFileSystem):
+                inside = list(_walk(path))
+            else:
+                there = system.get_file_info(fs.FileSelector(path, recursive=True))
+                inside = [info.path for info in there if info.is_file]
+            if "*" in body:
+                wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
+                inside = sorted(found for found in inside if _matched(found, path, wanted))
+            else:
+                inside = chosen(sorted(inside), path.rstrip("/"), hidden="._")
     if not inside:
         files.fail(
             f"{redact(uri)} is missing",
             seen="no such file, folder of data or match",
             wanted="data: a file, a folder or a glob with *",
         )
-    for found in inside:
-        if not found.size:
-            files.fail(f"{name(found.path)} is empty", seen="0 bytes", wanted="a file with rows")
-    return [Place(name(found.path), system, found.path) for found in inside]
+    return [Place(name(found), system, found) for found in inside]
+
+
+def _matched(path: str, root: str, wanted: re.Pattern) -> bool:
+    """Return whether a path below a folder is data, not hidden, and matches."""
+    inside = path[len(root) :].strip("/").split("/")
+    shown = not any(part[:1] in "._" for part in inside)
+    return shown and suffix(path) in SUFFIXES and wanted.fullmatch(path) is not None
 
 
 def find_by_path(where: str) -> list[Place]:
     """Return the data files of this disk that `where` names (a file, a folder, or a glob), in
     order; one line where there are none."""
-    path = Path(where)
-    if path.is_dir():
-        shown = (p for p in path.rglob("*") if not p.name.startswith("."))
-        inside = sorted(p for p in shown if suffix(p.name) in SUFFIXES and p.is_file())
-        if not inside:
-            files.fail(f"the folder {path} holds no data file", wanted=f"one that ends in {READ}")
-    elif path.exists():
-        inside = [path]
+    folder, colon, split = where.rpartition(":")
+    if not os.path.exists(where) and colon and os.path.isdir(folder):
+        split = split if split == "all" else SPLIT_OF.get(split, split)
     else:
-        inside = sorted(p for p in map(Path, glob.glob(where, recursive=True)) if p.is_file())
+        folder, split = where, None
+    if os.path.isdir(folder):
+        folder = str(Path(folder))
+        every = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names)
+        inside = chosen([str(path) for path in every if path.is_file()], folder, split)
+        if not inside:
+            files.fail(f"the folder {folder} holds no data file", wanted=f"one that ends in {READ}")
+    elif os.path.exists(where):
+        inside = [where]
+    else:
+        inside = matches(where)
         if not inside:
             files.fail(
-                f"{where} is missing",
+                f"{where[:200]} is missing",
                 seen="no such file, folder or match",
                 wanted="data: a file, a folder, a glob, a hub id or a URI",
             )
-    for file in inside:
-        if suffix(file.name) in SUFFIXES and not file.stat().st_size:
-            files.fail(f"{file} is empty", seen="0 bytes", wanted="a file with rows")
+    for path in inside:
+        if re.search("[\ud800-\udfff]", path):  # it could stand in no record of what was read
+            files.fail(f"the name of {path!r} is not UTF-8", mend="another name for that file")
     return [on_disk(path) for path in inside]
 
 
@@ -260,15 +373,15 @@ def open_seekable(place: Place) -> pa.NativeFile:
 def open_stream(place: Place) -> BinaryIO:
     """Open a file to be read from its beginning, unpacked if its name says that it is packed. A
     broken one raises one of `UNREADABLE`."""
-    packed = os.path.splitext(place.path)[1].lower()
+    packed = os.path.splitext(place.path)[1].lower() if place.packed is None else place.packed
     codec = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(packed)
     stream = place.system.open_input_stream(place.path, compression=codec, buffer_size=BUFFER)
     return lzma.open(stream) if packed == ".xz" else stream
 
 
 def open_text(place: Place, newline: str | None = None) -> io.TextIOWrapper:
-    """Open a text file (UTF-8, with or without a byte order mark)."""
-    return io.TextIOWrapper(open_stream(place), encoding="utf-8-sig", newline=newline)
+    """Open a text file (UTF-8 with or without a byte order mark, unless another was found)."""
+    return io.TextIOWrapper(open_stream(place), encoding=place.encoding, newline=newline)
 
 
 # --- writing

@@ -8,19 +8,22 @@ the flags alone.
 import argparse
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lib import flags, template
-from lib.prepare import sources, split
+from lib.prepare import conversations, sources, split
+
+LEAST = 1 << 20  # characters: a shorter row is tokenized as it is, whatever --max-len
 
 
 class Encoded(NamedTuple):
     """ids (L,) uint32; answer (L,) bool: the targets. prompt: the hash that decides the side, the
     same for equal prompts; digest: of the ids, the same for duplicates. reference: the last answer,
-    of a conversation."""
+    of a conversation; the text of a piece of a text, to export it."""
 
     ids: np.ndarray
     answer: np.ndarray
@@ -45,9 +48,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--long",
-        choices=["drop", "truncate"],
+        choices=["drop", "truncate", "split"],
         default=None,
-        help="what happens to a longer row (default: drop; to classify: truncate)",
+        help=(
+            "what happens to a longer row; split: a plain text becomes several rows, a conversation"
+            " is dropped (default: split; to classify: truncate)"
+        ),
     )
     parser.add_argument(
         "--turns",
@@ -69,7 +75,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) a length that no row has; --long gets its default."""
     flags.positive(parser, args, "max_len")
-    args.long = args.long or ("truncate" if args.task == "classify" else "drop")
+    args.long = args.long or ("truncate" if args.task == "classify" else "split")
+    if args.task == "classify" and args.long == "split":
+        parser.error("--long split is about plain texts: it does not go with --task classify")
 
 
 def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
@@ -136,19 +144,91 @@ def was_cut(row: list[dict] | str) -> bool:
     return row[-1].get("written", {}).get("finish_reason") == "length"
 
 
-def encode_batch(folder: Path, args: argparse.Namespace, rows: list) -> list[Encoded | str]:
-    """Encode a batch of rows in a worker: of each the encoded row, or the reason it is dropped.
-    folder: of the tokenizer."""
+def short_of(numbered: Iterator[tuple], tokenizer, args: argparse.Namespace) -> Iterator[tuple]:
+    """Yield (number, row); of a row that cannot fit in --max-len, whatever its tokens, no more than
+    what is to be made of it: None where it is dropped, for a tokenizer would need 80 times its
+    size."""
+    longest = max(map(len, tokenizer.get_vocab()))
+    most = max(args.max_len * longest, LEAST) + 1000
+    for number, row in numbered:
+        if conversations.characters(row) > most:
+            if args.think == "drop" and isinstance(row, list):
+                row = template.without_think(row)
+            if isinstance(row, tuple):
+                row = row[0][:most], row[1]
+            elif isinstance(row, str):
+                row = {"drop": None, "truncate": row[:most], "split": row}[args.long]
+            elif args.long == "truncate":
+                row = [one | {"content": (one["content"] or "")[:most]} for one in row]
+            elif conversations.characters(row) > most:
+                row = None
+        yield number, row
+
+
+def encode_text(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray] | str:
+    """Encode a plain text of any length piece by piece; the ends of pieces are no ends of text."""
+    bos = tokenizer.bos_token_id if template.adds_bos(tokenizer) else None
+    parts, start = [np.empty(0, np.uint32)], 0
+    while start < len(text):
+        stop = start + LEAST
+        if stop < len(text):  # where a word begins, for most tokenizers put the blank before it
+            stop = (
+                max(text.rfind(" ", start + 1, stop), text.rfind("\n", start + 1, stop), 0) or stop
+            )
+        (found,) = template.encode(tokenizer, [text[start:stop]])
+        if not isinstance(found, str):
+            ids = found[0]
+            ids = ids[1:] if start and ids[0] == bos else ids
+            last = stop >= len(text)
+            parts.append(ids if last or ids[-1] != tokenizer.eos_token_id else ids[:-1])
+        start = stop
+    whole = np.concatenate(parts)
+    return (whole, np.arange(len(whole)) > 0) if len(whole) > 1 else "empty"
+
+
+def encode_batch(
+    folder: Path, args: argparse.Namespace, rows: list
+) -> list[Encoded | list[Encoded] | str]:
+    """Encode a batch of rows in a worker: of each the encoded row, several of a long text, or the
+    reason it is dropped. folder: of the tokenizer."""
     tokenizer = saved_tokenizer(folder, args.trust_remote_code)
     result = []
-    for row, encoded in zip(rows, template.encode(tokenizer, rows, args.turns, args.think)):
+    texts = [row for row in rows if row is not None and not _is_long(row)]
+    usual = iter(template.encode(tokenizer, texts, args.turns, args.think))
+    for row in rows:
+        if row is None:
+            result.append("too long")
+            continue
+        encoded = encode_text(tokenizer, row) if _is_long(row) else next(usual)
         if not isinstance(encoded, str):
+            if isinstance(row, str) and args.long == "split" and len(encoded[0]) > args.max_len:
+                result.append(_pieces(tokenizer, row, *encoded, args))
+                continue
             encoded = _finish(row, *encoded, args)
         if isinstance(encoded, Encoded) and not isinstance(row, str):
             shown = template.without_think(row) if args.think == "drop" else row
             encoded = encoded._replace(reference=template.reference(tokenizer, shown))
         result.append(encoded)
     return result
+
+
+def _is_long(row: list[dict] | str) -> bool:
+    return isinstance(row, str) and len(row) > LEAST
+
+
+def _pieces(tokenizer, row: str, ids: np.ndarray, answer: np.ndarray, args) -> list[Encoded]:
+    """Cut a text into rows of --max-len tokens, all on the side of the split that the whole of it
+    is on; of those that are exported the text too."""
+    prompt, found = prompt_hash(row, args.seed), []
+    for start in range(0, len(ids), args.max_len):
+        mine = ids[start : start + args.max_len]
+        learnt = answer[start : start + args.max_len] & (np.arange(len(mine)) > 0)
+        text = ""
+        if args.export or args.push_to_hub:
+            text = tokenizer.decode(mine, skip_special_tokens=True)
+        if learnt.any():
+            found.append(Encoded(mine, learnt, prompt, split.hash64(mine.tobytes()), text))
+    return found
 
 
 def _finish(row, ids: np.ndarray, answer: np.ndarray, args) -> Encoded | str:

@@ -1,6 +1,7 @@
 """Which column plays which part: the schemas that are known by the names of their columns, what
 else may stand beside them, and the --columns that a user writes for others."""
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 import pyarrow as pa
@@ -73,7 +74,7 @@ KNOWN = (
     "messages; conversations; instruction[+input]+output; prompt+completion|response|answer;"
     " question+answer; prompt+chosen; text"
 )
-ROLES = ("user", "assistant")  # what a role of the data is called here
+SPOKEN_BY = ("user", "assistant")  # what a role of the data is called here
 COLUMNS_HELP = (
     "[SOURCE:]prompt=COL,answer=COL or messages=COL, with any of input, context, choices, system,"
     " reasoning, tools, history=COL; or text=COL; to classify: text=COL,label=COL; ignore=NAME"
@@ -96,8 +97,8 @@ def parse_columns(
     columns, pairs = {}, [part.partition("=")[::2] for part in rest.split(",")]
     for part, column in pairs:
         part, column = part.strip(), column.strip()
-        columns[f"{part} {column}" if part in ("ignore", *ROLES) else part] = column
-    named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *ROLES)}
+        columns[f"{part} {column}" if part in ("ignore", *SPOKEN_BY) else part] = column
+    named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *SPOKEN_BY)}
     beside = {"context", *(part for part in PARTS if not part.startswith("context "))}
     allowed = (
         ({"prompt", "answer"} if need_answer else {"prompt"}, {"answer"} | beside),
@@ -115,6 +116,15 @@ def parse_columns(
     return owner, columns
 
 
+def among(names: Iterable[str], there: Iterable[str]) -> str | None:
+    """Return the first column that has one of the names: as it stands, else whatever its case and
+    the blanks around it."""
+    there = list(there)
+    plain = {name.strip().casefold(): name for name in there} | {name: name for name in there}
+    found = (plain.get(name, plain.get(name.casefold())) for name in names)
+    return next((name for name in found if name is not None), None)
+
+
 def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
     """Take a --columns apart: the columns, the names ignored, and what its speakers are called."""
     kept, ignored, roles = {}, set(), {}
@@ -122,14 +132,14 @@ def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict
         word = part.split()[0]
         if word == "ignore":
             ignored.add(column)
-        elif word in ROLES:
+        elif word in SPOKEN_BY:
             roles[column] = word
         else:
             kept["context context" if part == "context" else part] = column
     return kept, frozenset(ignored), roles
 
 
-def beside(columns: dict[str, str]) -> tuple[str, ...]:
+def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
     """Return the parts that may stand beside these."""
     if "prompt" in columns:
         return tuple(PARTS)
@@ -139,9 +149,9 @@ def beside(columns: dict[str, str]) -> tuple[str, ...]:
 def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict[str, str]:
     """Return the columns among the names `there` that stand beside those known already."""
     found, taken = {}, {*columns.values(), *ignored}
-    for part in beside(columns):
+    for part in parts_beside(columns):
         if part not in columns:
-            name = next((name for name in PARTS[part] if name in there and name not in taken), None)
+            name = among(PARTS[part], (name for name in there if name not in taken))
             if name is not None:
                 found[part] = name
     if not {"A", "B"} <= found.keys() | columns.keys():
@@ -156,6 +166,11 @@ def describe(columns: dict[str, str]) -> str:
         word = part.partition(" ")[0]
         told.append(f"{word}={column}{' after the prompt' * (word in ('context', 'choices'))}")
     return ", ".join(told)
+
+
+def carries(name: str, ignored: frozenset[str]) -> bool:
+    """Return whether a column that is not used is one that a conversation cannot be without."""
+    return name not in ignored and among(MEANING, [name]) is not None
 
 
 def refuse(where: object, name: str) -> NoReturn:
@@ -179,7 +194,7 @@ def guess(
     for schema, parts in sorted(known.items(), key=lambda item: item[0] == "text"):
         columns = {}
         for part, names in parts.items():
-            columns[part] = next((name for name in names if name in kind), None)
+            columns[part] = among(names, kind)
         if None not in columns.values():
             return schema, columns
     files.fail(
@@ -190,9 +205,9 @@ def guess(
     )
 
 
-def check_type(path: Place, part: str, column: str, kind) -> None:
+def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) -> None:
     """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is
-    checked row by row."""
+    checked row by row. chosen: the answer is among choices, and may be a number."""
     if kind is None or pa.types.is_null(kind):
         return
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -203,7 +218,7 @@ def check_type(path: Place, part: str, column: str, kind) -> None:
     )
     if part == "label":
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
-    elif part in ("answer", "reasoning"):
+    elif part == "reasoning" or chosen and part == "answer":
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if part == "prompt":

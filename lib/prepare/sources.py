@@ -9,18 +9,19 @@ yielded all the same, for the caller to count.
 """
 
 import argparse
+import codecs
 import collections
 import dataclasses
-import glob
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lib import data, files
-from lib.prepare import conversations, formats, hub, places, schema
+from lib.prepare import conversations, formats, hub, kinds, places, schema
 from lib.prepare.places import Place
 
 MOST_SHAPES = 1000  # sets of columns of JSON rows that are remembered, and names that are noted
@@ -88,6 +89,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="how text files are written: gb18030, cp1252, ... (default: utf-8, or as found)",
+    )
+    parser.add_argument(
         "--columns",
         action="append",
         metavar="MAP",
@@ -102,6 +108,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse (exit code 2) sources of one name, and columns of no source. Sets args.wanted, (name,
     where) of each source with its secrets, and args.named, the columns by source name ("": of the
     others); args.source and args.columns become what is stored."""
+    try:
+        codecs.lookup(args.encoding or "utf-8")
+    except LookupError:
+        parser.error(f"--encoding is {args.encoding}, wanted one that Python knows")
     args.wanted = [name_and_where(text) for text in args.source]
     names = [name for name, _ in args.wanted]
     for name, count in collections.Counter(names).items():
@@ -136,7 +146,7 @@ def name_and_where(text: str) -> tuple[str, str]:
     "b", and "a" for a/*.parquet. What exists as it stands is a WHERE, though it has a "=" in it.
     """
     found = re.fullmatch(r"([\w.+-]+)=(.+)", text, re.DOTALL)
-    if found and not Path(text).exists() and not glob.glob(text, recursive=True):
+    if found and not os.path.exists(text) and not places.matches(text):
         return found[1], found[2]
     if hub.is_id(text):
         return hub.ID.fullmatch(text)["repo"].split("/")[1], text
@@ -184,11 +194,19 @@ def open_all(args: argparse.Namespace) -> list[Source]:
                     seen=f"{other} and {name}",
                     wanted="every file in one source",
                 )
-        columns = args.named.get(name, args.named.get(""))
-        looked = [
-            look(place, columns, args.answers == "given", args.task == "classify")
-            for place in found
-        ]
+        columns, looked, empty = args.named.get(name, args.named.get("")), [], []
+        for place in found:
+            try:
+                place = kinds.recognised(place, args.encoding)
+                looked.append(
+                    look(place, columns, args.answers == "given", args.task == "classify")
+                )
+            except formats.NoRow as one:
+                empty.append(one)
+        if not looked:
+            raise empty[0]
+        if empty:
+            print(f"prepare left out of {name}: {len(empty)} without a row ({empty[0].place})")
         result.append(Source(name, places.redact(where), looked))
     return result
 
@@ -222,7 +240,8 @@ def look(
                 seen=", ".join(found.types),
                 mend=f"--columns {schema.COLUMNS_HELP}",
             )
-        schema.check_type(path, part, column, found.types.get(column))
+        chosen = bool({"choices", "A"} & {*columns})
+        schema.check_type(path, part, column, found.types.get(column), chosen)
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
     there = {part: column for part, column in columns.items() if column in found.types}
     described = f"{name} ({schema.describe(there)})"
@@ -240,7 +259,7 @@ def note_unused(file: File, names: Iterable[str], where: str = "") -> None:
     used = {*file.columns.values()}
     for name in names:
         if name not in used and ("columns", name) not in file.unused:
-            if schema.beside(file.columns) and name in schema.MEANING - file.ignored:
+            if schema.parts_beside(file.columns) and schema.carries(name, file.ignored):
                 schema.refuse(f"{file.place}{where}", name)
             if len(file.unused) < MOST_SHAPES:
                 file.unused["columns", name] = None
@@ -285,12 +304,42 @@ def of_row(source: File, there: tuple[str, ...], number: int) -> File:
     return file
 
 
-def all_rows(inputs: list[Source], system: str | None = None) -> Iterator[tuple]:
-    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers."""
+def all_rows(
+    inputs: list[Source],
+    system: str | None = None,
+    full: Container[int] = (),
+    done: Mapping[tuple[int, int], int] | None = None,
+) -> Iterator[tuple]:
+    """Yield ((source, file), row) of all rows of all sources, in order; both are numbers. full:
+    sources of which no more are wanted; done: how many rows of each file are left out."""
+    left = collections.Counter(done)
     for number, source in enumerate(inputs):
         for f, file in enumerate(source.files):
             for row in rows(file, system):
-                yield (number, f), row
+                if left[number, f]:
+                    left[number, f] -= 1
+                elif number in full:
+                    break
+                else:
+                    yield (number, f), row
+
+
+def quotas(inputs: list[Source], args: argparse.Namespace) -> list[int]:
+    """Divide --limit among the sources: by --mix, else by their rows where every file says how many
+    it has, else evenly; -1: all of it."""
+    if not args.limit:
+        return [-1] * len(inputs)
+    counts = [[file.count for file in source.files] for source in inputs]
+    shares = [args.weights[source.name] for source in inputs]
+    if None in shares:
+        known = not any(None in each for each in counts)
+        shares = [float(sum(each)) if known else 1.0 for each in counts]
+    ends = np.rint(np.cumsum(shares) / sum(shares) * args.limit).astype(int)
+    each = np.diff(ends, prepend=0).tolist()
+    if len(each) > 1:
+        told = ", ".join(f"{source.name} {n:,}" for source, n in zip(inputs, each))
+        print(f"prepare limit: {told}", flush=True)
+    return each
 
 
 def said(value: object) -> bool:
@@ -301,7 +350,7 @@ def _row(
     source: File, parts: dict, number: int, system: str | None
 ) -> list[dict] | str | tuple[str, str]:
     parts = {part: value for part, value in parts.items() if said(value)}
-    row = conversations.Row(source, parts, number)
+    row = conversations.SourceRow(source, parts, number)
     if "label" in source.columns:
         label = parts.get("label")
         if not isinstance(label, str | int | None):  # a bool is an int

@@ -5,6 +5,7 @@ import collections
 import hashlib
 import heapq
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,8 @@ import numpy as np
 from lib import data, files, template
 
 FILES = ("tokens.npy", "answer.npy", "rows.npy")  # of each side
+COUNTED = ("read", "lost")
+STATE = "staged.json"  # in a folder that is not finished: how far it has come
 BLOCK_TOKENS = 1 << 22  # tokens copied at once
 # one row before it has a side; prompt: its hash
 STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
@@ -30,27 +33,57 @@ class Staged:
     """Rows that were read and tokenized into a folder, and which of them are validation rows.
 
     rows (N,) STAGED; is_val (N,) bool; read: rows of the sources by (source, file); lost: those
-    dropped by (source, reason); labels: the names of the classes, for rows that have one each.
+    dropped by (source, reason); cut: texts longer than --max-len, and the rows they became;
+    labels: the names of the classes, for rows that have one each.
     """
 
     rows: np.ndarray
     is_val: np.ndarray
     read: collections.Counter
     lost: collections.Counter
+    cut: list[int] = field(default_factory=lambda: [0, 0])
     labels: list[str] = field(default_factory=list)
 
 
 class Staging:
     """The rows that are kept, written to a folder as they come (`staged.*`), before they have a
-    side."""
+    side. What `save` noted, a later process goes on with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, state: dict | None = None) -> None:
         self.folder = folder
+        begun = state or {"rows": 0, "tokens": 0, "prompts": 0}
         self.tokens, self.answer, self.rows = (
-            files.NpyWriter(folder / f"staged.{part}.npy", dtype)
-            for part, dtype in (("tokens", np.uint32), ("answer", bool), ("rows", STAGED))
+            files.NpyWriter(folder / f"staged.{part}.npy", dtype, begun[size])
+            for part, dtype, size in (
+                *(("tokens", np.uint32, "tokens"), ("answer", bool, "tokens")),
+                ("rows", STAGED, "rows"),
+            )
         )
-        self.prompts = open(folder / "staged.prompts.jsonl", "w", encoding="utf-8")
+        self.prompts = open(folder / "staged.prompts.jsonl", "r+b" if state else "wb")
+        self.prompts.truncate(begun["prompts"])
+        self.prompts.seek(begun["prompts"])
+        self.kept: collections.Counter = collections.Counter()  # by source
+
+    def save(self, progress: "Progress") -> None:
+        """Note how far it has come, for a process that is killed from here on."""
+        if not progress.key:
+            return
+        for file in (self.tokens.file, self.answer.file, self.rows.file, self.prompts):
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {"rows": self.count, "tokens": self.tokens.count, "prompts": self.prompts.tell()}
+        files.write_json(self.folder / STATE, {"sizes": sizes} | progress.told())
+
+    def replay(self, seen: "Seen", val_rows: "ValRows") -> None:
+        """Tell both of the rows that are there already."""
+        with open(self.rows.file.name, "rb") as rows, open(self.tokens.file.name, "rb") as tokens:
+            for file in (rows, tokens):
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+            for row in np.fromfile(rows, STAGED, self.count):
+                seen.add(hash64(np.fromfile(tokens, np.uint32, row["length"]).tobytes()))
+                val_rows.candidate(int(row["prompt"]))
+                self.kept[int(row["source"])] += 1
 
     @property
     def count(self) -> int:
@@ -59,6 +92,7 @@ class Staging:
     def append(self, ids: np.ndarray, answer: np.ndarray, source: int, prompt: int) -> None:
         self.tokens.append(ids)
         self.answer.append(answer)
+        self.kept[source] += 1
         self.rows.append(np.array([(len(ids), answer.sum(), source, prompt)], STAGED))
 
     def append_prompt(self, messages: list[dict], reference: str) -> None:
@@ -68,13 +102,48 @@ class Staging:
         for message in messages[: template.last_answer(messages)]:
             shown.append({name: value for name, value in message.items() if name != "learn"})
         said = {"messages": shown, "reference": reference}
-        self.prompts.write(json.dumps([self.count - 1, said], ensure_ascii=False) + "\n")
+        line = json.dumps([self.count - 1, said], ensure_ascii=False) + "\n"
+        self.prompts.write(line.encode())
 
     def close(self) -> np.ndarray:
         """Return the records of all rows, (N,) STAGED."""
         for writer in (self.tokens, self.answer, self.rows, self.prompts):
             writer.close()
         return np.load(self.folder / "staged.rows.npy")
+
+
+@dataclass
+class Progress:
+    """How far the rows of the sources are staged, for a process that goes on with them.
+
+    read, lost, cut: as in Staged; full: sources that --limit takes no more of; key: of all that the
+    rows depend on ("": nothing is noted); sizes: of the staged files, None at the beginning.
+    """
+
+    key: str
+    read: collections.Counter = field(default_factory=collections.Counter)
+    lost: collections.Counter = field(default_factory=collections.Counter)
+    cut: list[int] = field(default_factory=lambda: [0, 0])
+    full: set[int] = field(default_factory=set)
+    sizes: dict | None = None
+
+    @classmethod
+    def found(cls, partial: Path, key: str) -> "Progress":
+        """Return what a killed process of that key noted in its folder, or a beginning."""
+        try:
+            noted = json.loads((partial / STATE).read_text(encoding="utf-8"))
+            if not key or noted["key"] != key:
+                return cls(key)
+            counts = (collections.Counter({(a, b): n for a, b, n in noted[x]}) for x in COUNTED)
+            return cls(key, *counts, noted["cut"], {*noted["full"]}, noted["sizes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(key)
+
+    def told(self) -> dict:
+        counts = {}
+        for name in COUNTED:
+            counts[name] = [[*place, count] for place, count in getattr(self, name).items()]
+        return {"key": self.key, **counts, "cut": self.cut, "full": sorted(self.full)}
 
 
 class Seen:
@@ -140,11 +209,14 @@ def by_reason(lost: collections.Counter) -> dict[str, int]:
 
 def none_left(read: collections.Counter, lost: collections.Counter, wanted: str) -> NoReturn:
     """End with one line that says why no row was kept."""
-    reasons = [f"{reason} {count}" for reason, count in by_reason(lost).items()]
+    counted = by_reason(lost)
+    reasons = [f"{reason} {count}" for reason, count in counted.items()]
+    unknown = any(reason.startswith("unknown role ") for reason in counted)
     files.fail(
         "no row is left",
         seen=f"{read.total()} rows, dropped: {', '.join(reasons) or 'nothing dropped'}",
         wanted=wanted,
+        mend="--columns user=NAME,assistant=NAME" if unknown else None,
     )
 
 
@@ -189,6 +261,7 @@ def write_sides(partial: Path, staged: Staged) -> None:
             for number, prompt in map(json.loads, source):
                 if staged.is_val[number]:
                     target.write(json.dumps(prompt, ensure_ascii=False) + "\n")
+    (partial / STATE).unlink(missing_ok=True)  # first: it speaks of the others
     for path in partial.glob("staged.*"):
         path.unlink()
 

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 from lib import files
 
 PART_ROWS = 1000
-AGAIN = f"move it away; its {PART_ROWS} are asked again"
-ROW = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
+ASK_AGAIN = f"move it away; its {PART_ROWS} are asked again"
+JOURNAL_LINE = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+# more: as JSON what a message says beside its text, in parts that have such messages
+MESSAGE_AND_MORE = pa.struct([*MESSAGE, ("more", pa.string())])
 # an answer, for those it is passed on to
 ABOUT = pa.schema(
     [
@@ -49,6 +51,26 @@ SCHEMA = pa.schema(
 )
 
 
+def flattened(messages: list[dict]) -> list[dict]:
+    """Return messages as columns of texts."""
+    found = []
+    for message in messages:
+        own = {"role": message["role"], "content": message["content"]}
+        if more := {n: message[n] for n in message if n not in (*own, "written")}:
+            own["more"] = json.dumps(more, ensure_ascii=False)
+        found.append(own)
+    return found
+
+
+def unflattened(messages: list[dict]) -> list[dict]:
+    """Return messages as `flattened` had them."""
+    found = []
+    for message in messages:
+        more = message.pop("more", None)
+        found.append(message | json.loads(more) if more else message)
+    return found
+
+
 def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
@@ -62,7 +84,9 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns or SCHEMA.names, schema=SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as broken:
-        files.fail(f"{path} cannot be read", broken, "answers as this program wrote them", AGAIN)
+        files.fail(
+            f"{path} cannot be read", broken, "answers as this program wrote them", ASK_AGAIN
+        )
 
 
 def read_line(line: bytes) -> dict | None:
@@ -71,7 +95,7 @@ def read_line(line: bytes) -> dict | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if files.misfit(row, ROW):
+    if files.misfit(row, JOURNAL_LINE):
         return None
     if files.LINE_SUM in line and not files.is_whole(line):
         return None
@@ -119,7 +143,9 @@ class Store:
             known = files.read_json(path, f"rm {path}: it is written again")["checksums"]
         for part in self.parts:
             if part.name in known and (seen := files.damage(part, known[part.name])):
-                files.fail(f"{part} is damaged", seen, "answers as this program wrote them", AGAIN)
+                files.fail(
+                    f"{part} is damaged", seen, "answers as this program wrote them", ASK_AGAIN
+                )
         there = {part.name: known.get(part.name) or files.sums(part) for part in self.parts}
         if there != known:
             files.write_json(path, {"checksums": there})
@@ -167,11 +193,11 @@ class Store:
             told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
             same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
-            pq.write_table(
-                pa.Table.from_pylist([row | same for row in self.fresh], SCHEMA),
-                partial,
-                compression="zstd",
-            )
+            rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
+            kind = SCHEMA
+            if any("more" in message for row in rows for message in row["prompt"]):
+                kind = kind.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+            pq.write_table(pa.Table.from_pylist(rows, kind), partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
             files.sync(self.folder)
@@ -189,4 +215,5 @@ class Store:
         """Yield all answers, a part at a time. (The newest are among them once the store is
         closed.)"""
         for path in self.parts:
-            yield from read_part(path).to_pylist()
+            for row in read_part(path).to_pylist():
+                yield row | {"prompt": unflattened(row["prompt"])}

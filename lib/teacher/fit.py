@@ -82,7 +82,6 @@ def shared_basis(
 ) -> tuple[Basis, str]:
     """Return the basis of a logits folder, its encoder alone, on the teacher's device, and its
     file's hash: the one that is there, or a new one. Of several dumps, the first makes it."""
-    out.mkdir(parents=True, exist_ok=True)
     path, holding = out / basis.FILE, files.lock(out, wait=True)
     if not check_basis(out, settings, missing, anew):
         started, size = clock(teacher.device), settings["tail_bytes"]

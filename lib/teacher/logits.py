@@ -50,7 +50,7 @@ class Chunk:
         self.meta = files.read_json(path, f"dump_logits.py with {what}")
         if self.meta.get("format") != record.FORMAT:
             files.fail(f"{folder} has another format", self.meta.get("format"), record.FORMAT, what)
-        files.expect(path, self.meta, record.META, f"dump_logits.py with {what}")
+        files.expect(path, self.meta, record.CHUNK_META, f"dump_logits.py with {what}")
         if self.meta["tail_rank"]:
             files.expect(path, self.meta, {"basis": str, "tail_bytes": int}, what)
         again = dump_command(self.meta, dataset, folder.parent, what)

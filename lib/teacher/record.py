@@ -33,7 +33,7 @@ from lib.teacher.basis import Basis
 FORMAT = 1
 DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
 LARGEST_GAP = 60_000.0  # float16 ends at 65,504
-META = {  # of meta.json
+CHUNK_META = {  # of meta.json
     "identities": {"data": str, "vocabulary": str},
     "chunk": (range(1 << 62), {"val"}),
     "targets": range(1 << 62),
@@ -52,7 +52,9 @@ META = {  # of meta.json
     "coverage": {...: float},
     "sha256": str,
 }
-LOOKED_AT = 1 << 24  # bytes of records up to which every one is looked at when a chunk is opened
+LOOKED_AT_BYTES = (
+    1 << 24
+)  # bytes of records up to which every one is looked at when a chunk is opened
 
 
 def high_bits(vocab: int) -> int:
@@ -84,10 +86,10 @@ def dtype_of(settings: dict) -> np.dtype:
 
 
 def impossible(records: np.ndarray, vocab: int) -> str | None:
-    """Return what no teacher can have said among records (of the first LOOKED_AT bytes), in words;
+    """Return what no teacher can have said, in words, among records (their first LOOKED_AT_BYTES);
     None where there is nothing."""
     size = max(1, (1 << 22) // records.dtype.itemsize)
-    for start in range(0, min(len(records), LOOKED_AT // records.dtype.itemsize), size):
+    for start in range(0, min(len(records), LOOKED_AT_BYTES // records.dtype.itemsize), size):
         part = records[start : start + size]
         known = unpack(part, vocab, 0)
         if int(known.ids.max()) >= vocab:

@@ -17,7 +17,7 @@ from lib.teacher.logits import Chunk
 ALLOWED = {"torch.float32": 0.01, "torch.float16": 1.0, "torch.bfloat16": 1.0}
 
 
-def finished(out: Path, wanted: list, dataset: data.Dataset) -> dict[int | str, Chunk]:
+def check_chunks(out: Path, wanted: list, dataset: data.Dataset) -> dict[int | str, Chunk]:
     """Return the finished ones of the chunks `wanted`, each checked byte by byte, and say so."""
     there = {}
     for chunk in wanted:
@@ -39,7 +39,7 @@ def finished(out: Path, wanted: list, dataset: data.Dataset) -> dict[int | str, 
     return there
 
 
-def drawn(parts: dict[int | str, Chunk], count: int) -> dict[int | str, np.ndarray]:
+def draw_targets(parts: dict[int | str, Chunk], count: int) -> dict[int | str, np.ndarray]:
     """Return `count` random targets (all, where there are fewer) as numbers in each chunk."""
     sizes = [len(part.records) for part in parts.values()]
     ends = np.cumsum(sizes)
@@ -105,7 +105,7 @@ def against_teacher(
     """Score `count` random targets again; end with exit code 1 where records are not this
     teacher's."""
     dtype, wrong = str(next(teacher.module.parameters()).dtype), []
-    for chunk, numbers in drawn(parts, count).items():
+    for chunk, numbers in draw_targets(parts, count).items():
         part = parts[chunk]
         if part.meta["teacher"] != identity:
             seen, wanted = identity[:12], part.meta["teacher"][:12]

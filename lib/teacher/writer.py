@@ -2,6 +2,7 @@
 (record.py says what lies on the disk)."""
 
 import argparse
+import errno
 import hashlib
 import math
 import os
@@ -17,7 +18,9 @@ from lib.run import versions
 from lib.teacher import basis, fit, live, record
 from lib.teacher.basis import Basis
 
-ANEW = "--fresh to dump it anew"
+DUMP_ANEW = "--fresh to dump it anew"
+# that a folder is a chunk's
+CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 RANK = 384  # of the basis, unless --tail-rank says otherwise
 # the default rank is lowered where the basis would be larger than so many bytes, and than so many
@@ -136,7 +139,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-    meta = files.read_json(folder / "meta.json", ANEW)
+    meta = files.read_json(folder / "meta.json", DUMP_ANEW)
     if differ := record.differing(meta, wanted):
         files.fail(
             f"{folder} is finished with other settings",
@@ -144,7 +147,9 @@ def is_finished(folder: Path, settings: dict) -> bool:
             "the same command",
             "--fresh to dump it anew, or another --out",
         )
-    files.check(folder, meta, False, ANEW)
+    files.check(folder, meta, False, DUMP_ANEW)
+    # a kill after the last rename may have left it
+    (folder / "settings.json").unlink(missing_ok=True)
     return True
 
 
@@ -186,6 +191,18 @@ def check_disk(
         )
 
 
+def empty_chunks(out: Path, chunks: list) -> dict[int | str, files.Lock]:
+    """Empty chunks, to be made anew: none, where one is not ours, or another process writes there.
+    Return their locks, to be held until each is made."""
+    folders = {chunk: record.chunk_folder(out, chunk) for chunk in chunks}
+    for folder in folders.values():
+        files.refuse_foreign(folder, CHUNK_FILES)
+    held = {chunk: files.lock(folder) for chunk, folder in folders.items()}
+    for folder in folders.values():
+        files.remove_ours(folder, CHUNK_FILES)
+    return held
+
+
 def say_memory(
     folder: Path, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
 ) -> None:
@@ -206,16 +223,6 @@ def say_memory(
     )
     if weights + more > have:
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch or --tail-rank")
-
-
-def remove_chunks(out: Path, chunks: list) -> None:
-    """Delete chunks; none, where another process writes one of them."""
-    folders = [record.chunk_folder(out, chunk) for chunk in chunks]
-    for folder in folders:
-        if (folder / ".lock").exists():
-            files.lock(folder).release()
-    for folder in folders:
-        files.remove_ours(folder, ("meta.json", "settings.json", "topk.npy", "done.npy", ".lock"))
 
 
 @torch.inference_mode()
@@ -253,17 +260,18 @@ class Writer:
     caller.
 
     Contract: killed anywhere, a new Writer of the same settings goes on with the rows that are not
-    there, and the finished file is bit for bit that of a dump left alone. For `add` puts records in
-    their place in the memory map, whatever came before; done.npy says that they are there only
-    after they have reached the disk (`flush`); and a batch is always whole, so that what is
-    computed does not depend on when we were killed.
+    there, and the finished file is bit for bit that of a dump left alone. For `add` writes records
+    to their place, whatever came before; done.npy says that they are there only after they have
+    reached the disk (`flush`); and a batch is always whole, so that what is computed does not
+    depend on when we were killed. Nothing is written through a memory map: a disk that is full
+    after all ends that by a signal, where a write is told.
 
     Worked example: rows 0 to 3 in the batches [2, 0] and [3, 1]. After `add([2, 0], ...)` done.npy
     says that no row is there; after `flush`, that rows 0 and 2 are. A Writer that is opened after a
     kill has `left` == [[3, 1]].
 
-    topk (targets,), done (rows,): the memory maps. batches, left: the rows of each forward pass,
-    all and those that are missing.
+    topk, done: the open files; there (rows,) DONE: what done.npy holds. batches, left: the rows of
+    each forward pass, all and those that are missing.
     """
 
     def __init__(
@@ -277,41 +285,45 @@ class Writer:
         else:
             self._begin()
         self.batches = batches_of(rows, split.rows["length"], settings["tokens_per_microbatch"])
-        there = self.done["done"]
+        there = self.there["done"]
         self.left = [batch for batch in self.batches if not there[batch - rows[0]].all()]
         self.pending: list[tuple] = []  # what has been added since the last flush
         self.flushed = time.monotonic()
 
     def _continue(self) -> None:
         """Open the files of a dump that was killed, refused if its settings were others."""
-        if (seen := files.read_json(self.folder / "settings.json", ANEW)) != self.settings:
+        if (seen := files.read_json(self.folder / "settings.json", DUMP_ANEW)) != self.settings:
             files.fail(
                 f"{self.folder} was started with other settings",
                 record.differing(seen, self.settings),
                 "the same command",
                 "--fresh to start it anew, or another --out",
             )
-        self.topk = files.read_npy(self.folder / "topk.npy", self.dtype, ANEW, "r+")
-        self.done = files.read_npy(self.folder / "done.npy", record.DONE, ANEW, "r+")
-        for array, wanted in ((self.topk, self.targets), (self.done, len(self.rows))):
+        topk = files.read_npy(self.folder / "topk.npy", self.dtype, DUMP_ANEW)
+        done = files.read_npy(self.folder / "done.npy", record.DONE, DUMP_ANEW)
+        for array, wanted in ((topk, self.targets), (done, len(self.rows))):
             if len(array) != wanted:
-                files.fail(f"{array.filename} is not whole", len(array), wanted, ANEW)
-        if not np.isfinite(self.done["ce_sum"]).all() or self.done["done"].view(np.uint8).max() > 1:
-            files.fail(f"{self.done.filename} is damaged", "no numbers in it", mend=ANEW)
+                files.fail(f"{array.filename} is not whole", len(array), wanted, DUMP_ANEW)
+        if not np.isfinite(done["ce_sum"]).all() or done["done"].view(np.uint8).max() > 1:
+            files.fail(f"{done.filename} is damaged", "no numbers in it", mend=DUMP_ANEW)
+        self.there = np.array(done)
+        self.topk, self.done = Placed(topk), Placed(done)
 
     def _begin(self) -> None:
         """Make the files. done.npy appears last: once it is there, all three are whole."""
         files.write_json(self.folder / "settings.json", self.settings)
-        self.topk = np.lib.format.open_memmap(
+        topk = np.lib.format.open_memmap(
             self.folder / "topk.npy", mode="w+", dtype=self.dtype, shape=(self.targets,)
         )
         allocate(self.folder / "topk.npy")
         partial = self.folder / "done.npy.part"
-        self.done = np.lib.format.open_memmap(
-            partial, mode="w+", dtype=record.DONE, shape=(len(self.rows),)
-        )
-        self.done.flush()
+        self.there = np.zeros(len(self.rows), record.DONE)
+        with open(partial, "wb") as file:
+            np.lib.format.write_array(file, self.there)
+        files.sync(partial)
         partial.replace(self.folder / "done.npy")
+        done = np.load(self.folder / "done.npy", mmap_mode="r")
+        self.topk, self.done = Placed(topk), Placed(done)
 
     def add(self, rows: np.ndarray, records: np.ndarray, ce: np.ndarray, hits: np.ndarray) -> None:
         """Put the records of a batch of rows in their place, with the teacher's own cross-entropy
@@ -327,7 +339,7 @@ class Writer:
         ends = np.cumsum(counts)
         for row, count, end in zip(rows, counts, ends):
             place = int(self.starts[row]) - int(self.starts[self.rows[0]])
-            self.topk[place : place + count] = records[end - count : end]
+            self.topk.write(place, records[end - count : end])
         begins = ends - counts
         sums = np.add.reduceat(ce, begins), np.add.reduceat(hits.astype(int), begins)
         self.pending.append((rows - self.rows[0], *sums))
@@ -337,18 +349,22 @@ class Writer:
     def flush(self) -> None:
         """Force what was added to the disk: the records first, then the word that they are
         there."""
-        self.topk.flush()
+        self.topk.sync()
         for index, ce_sum, hits in self.pending:
-            self.done["ce_sum"][index], self.done["hits"][index] = ce_sum, hits
-            self.done["done"][index] = True
-        self.done.flush()
+            self.there["ce_sum"][index], self.there["hits"][index] = ce_sum, hits
+        self.done.write(0, self.there)
+        for index, _, _ in self.pending:
+            self.there["done"][index] = True
+        self.done.write(0, self.there)
+        self.done.sync()
         self.pending.clear()
         self.flushed = time.monotonic()
 
     def finish(self, identities: dict) -> dict:
         """Write meta.json, which says that the chunk is whole, and return it."""
         self.flush()
-        assert self.done["done"].all(), "rows are missing"
+        assert self.there["done"].all(), "rows are missing"
+        topk = np.load(self.folder / "topk.npy", mmap_mode="r")
         settings, digest = self.settings, hashlib.sha256()
         checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
         for name in ("done.npy", f"../{basis.FILE}")[: 1 + ("basis" in settings)]:
@@ -361,9 +377,9 @@ class Writer:
             "bytes_per_target": self.dtype.itemsize,
             **settings,
             "identities": identities | {"teacher": settings["teacher"]},
-            "teacher_ce": float(self.done["ce_sum"].sum() / self.targets),
-            "teacher_acc1": float(self.done["hits"].sum() / self.targets),
-            "coverage": record.coverage(self.topk, settings["temperatures"], settings["vocab"]),
+            "teacher_ce": float(self.there["ce_sum"].sum() / self.targets),
+            "teacher_acc1": float(self.there["hits"].sum() / self.targets),
+            "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"]),
             "sha256": digest.hexdigest(),
             "versions": versions(),
             "checksums": checksums,
@@ -371,6 +387,24 @@ class Writer:
         files.write_json(self.folder / "meta.json", meta)
         (self.folder / "settings.json").unlink()
         return meta
+
+
+class Placed:
+    """A .npy file, as it is mapped, of records that are written to their places."""
+
+    def __init__(self, mapped: np.memmap) -> None:
+        self.file = open(str(mapped.filename), "r+b", buffering=0)
+        self.begin, self.dtype = mapped.offset, mapped.dtype
+
+    def write(self, place: int, records: np.ndarray) -> None:
+        assert records.dtype == self.dtype, (records.dtype, self.dtype)
+        self.file.seek(self.begin + place * self.dtype.itemsize)
+        left = memoryview(records.tobytes())
+        while left:  # a disk takes what fits, and says only then that it is full
+            left = left[self.file.write(left) :]
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
 
 
 def batches_of(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -383,14 +417,17 @@ def batches_of(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.nd
 
 
 def allocate(path: Path) -> None:
-    """Take the disk blocks of a file that was only sized, so that a disk that fills up later cannot
-    kill us in the middle of a write."""
+    """Take the disk blocks of a file that was only sized, where the file system can: what does not
+    fit is known before the teacher runs."""
     if not hasattr(os, "posix_fallocate"):
         return
     with open(path, "r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, max(1, os.fstat(file.fileno()).st_size))
         except OSError as full:
+            if full.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                return
+            path.unlink()  # what it has taken of a full disk helps nobody
             files.fail(
                 f"{path} cannot be allocated",
                 full,

@@ -896,7 +896,25 @@ def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(ch
         ('{"prompt": "x", "answer": "y"}', "overwrite"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "end with an answer"),
         (json.dumps({"prompt": "apples " * 300}), "no room"),
+        ('{"prompt": "x", "y": ' + "[" * 100_000 + "}", "not JSON"),
+        ('{"prompt": "x", "y": ' + "[" * 1000 + "]" * 1000 + "}", "not JSON"),
+        ('{"prompt": "x", "y": ' + "9" * 5000 + "}", "not JSON"),
+        (json.dumps({"prompt": "a\ud800b"}), "half a character"),
+        (json.dumps({"prompt": "a", "reference": "\udfff"}), "half a character"),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "system", "content": "\ud800"},
+                        {"role": "user", "content": "a"},
+                    ]
+                }
+            ),
+            "half a character",
+        ),
+        (json.dumps({"messages": [{"role": "\udfff", "content": "a"}]}), "half a character"),
     ],
+    ids=range(15),
 )
 def test_a_broken_prompts_file_is_refused_by_line_number(checkpoint, tmp_path, capsys, line, says):
     (tmp_path / "p.jsonl").write_text('{"prompt": "How many?"}\n' + line + "\n")
@@ -914,6 +932,45 @@ def test_a_broken_prompts_file_is_refused_by_line_number(checkpoint, tmp_path, c
         1,
     )
     assert "line 2" in said and says in said and not (tmp_path / "o.jsonl").exists()
+
+
+def test_what_is_carried_over_comes_back_whatever_it_is(checkpoint, tmp_path):
+    """Half a character in a field that nobody reads ended the run, after its answers."""
+    for depth in range(900, 1000):
+        if prompts.fault_of({"prompt": "x", "deep": json.loads("[" * depth + "]" * depth)}):
+            break
+    deep = json.loads("[" * (depth - 20) + "]" * (depth - 20))
+    fields = {"prompt": "How many?", "note": "\udfff \ud83d", "\ud800": 1e300, "deep": deep}
+    (tmp_path / "p.jsonl").write_text(json.dumps(fields) + "\n")
+    argv = ["--ckpt", str(checkpoint), "--prompts", str(tmp_path / "p.jsonl"), *SHORT]
+    chat.main([*argv, "--out", str(tmp_path / "o.jsonl")])
+    made = json.loads((tmp_path / "o.jsonl").read_bytes())
+    assert isinstance(made.pop("answer"), str) and made == fields
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--system", "--labels", "--api-key"])
+def test_a_flag_that_is_no_utf_8_is_refused_before_anything_is_loaded(checkpoint, capsys, flag):
+    more = {"--labels": ["--score", "x", "--out", "o"], "--api-key": ["--serve"]}.get(flag, [])
+    said = refused(capsys, ["--ckpt", str(checkpoint), *more, flag, "a\udcffb"], 2)
+    assert f"{flag} is 'a\\udcffb', wanted UTF-8" in said
+
+
+def test_greedy_says_nothing_of_how_the_checkpoint_samples(checkpoint, tmp_path, capfd):
+    """transformers put them back in from the model's own configuration, and warned of each."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sampled))
+    argv = ["--ckpt", str(tmp_path / "model"), "--prompt", QUESTIONS[0], *SHORT]
+    chat.main([*argv, "--greedy"])
+    out, err = capfd.readouterr()
+    assert out.strip() == plain(checkpoint, QUESTIONS[0]).strip() and "flags" not in err
+    for more in ([], ["--temperature", "0.9"]):  # and what it samples by is still the checkpoint's
+        args = chat.parse_args([*argv, *more])
+        made = model.load(args)
+        made.answer(made.ids([{"role": "user", "content": "x"}]))
+        how = made.sampling()
+        assert (how.top_k, how.top_p, how.min_p) == (20, 0.8, 0.05) and how.temperature > 0.6
 
 
 @pytest.mark.parametrize("ckpt", ["none/such/folder", "./none", "empty", "weightless", "torn"])

@@ -5,9 +5,11 @@ FUZZ=500 python -m pytest tests/chat/test_fuzz.py      # that many of each kind 
                                                        takes 12
 """
 
+import importlib.util
 import json
 import os
 import resource
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +18,10 @@ from schemathesis import checks
 from test_serve import GOOD, ask, served
 from test_serve import run as run  # noqa: F401  a fixture
 
+PLACE = Path(__file__).parents[2] / "bench/serving/fuzz.py"
+SPEC = importlib.util.spec_from_file_location("fuzz", PLACE)
+fuzz = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fuzz)
 EXAMPLES = int(os.environ.get("FUZZ", 12))
 MODES = {
     "right": schemathesis.GenerationMode.POSITIVE,
@@ -109,3 +115,13 @@ def test_memory_is_flat_whatever_is_asked(server):
     before = many(15)  # each of the server's threads gets some of its own, once
     assert many(40) - before < 16 << 20  # forty bodies of 500 kB are more
     assert not server.sides[0].engine.working and not server.sides[0].engine.waiting
+
+
+def test_hostile_requests_leave_the_server_and_its_good_answers_as_they_were(server):
+    """bench/serving/fuzz.py sends 10,000 of them."""
+    made = fuzz.Fuzz(server.url.removeprefix("http://"), seed=1, count=10 * EXAMPLES)
+    made.run(clients=4)
+    assert not made.wrong and made.goods and not server.failed()
+    assert sum(made.seen.values()) == 10 * EXAMPLES
+    statuses = {status for _, status in made.seen} - {None}
+    assert {200, 400} <= statuses <= {200, 400, 404, 413, 429, 503}

@@ -465,6 +465,7 @@ def test_a_teacher_of_other_tokens_answers_and_is_not_compared(tmp_path, monkeyp
 
 
 def test_a_gguf_file_is_a_teacher_with_the_students_tokenizer(tmp_path, capsys):
+    """And no progress bar of its reading stands in a log."""
     pytest.importorskip("gguf")
     make.model(tmp_path / "student")
     make.model(tmp_path / "teacher", seed=1)
@@ -485,6 +486,7 @@ def test_a_gguf_file_is_a_teacher_with_the_students_tokenizer(tmp_path, capsys):
         tmp_path / "teacher", tmp_path / "other.gguf", [*WORDS[:7], WORDS[8], WORDS[7], *WORDS[9:]]
     )
     student, teacher = model.both(chat.parse_args(command("teacher.gguf")))
+    assert "de-quantizing" not in capsys.readouterr().err
     assert teacher.tokenizer is student.tokenizer
     _, wanted = model.both(chat.parse_args(command("teacher")))
     places = [

@@ -2,13 +2,16 @@
 mends it."""
 
 import argparse
+import errno
 import json
 import shutil
+import threading
 
 import make
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -18,6 +21,8 @@ import stage1_sft
 import stage2_kd
 from lib import checkpoints, data, files, flags, models
 from lib.measure import plots
+from lib.run import Run
+from lib.teacher import writer
 
 SCRIPTS = {
     "prepare": prepare_data,
@@ -461,8 +466,8 @@ ACTIONS = [
     for flag in action.option_strings
 ]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
-OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix")}
-# not the model to train; not a folder; stored, not used; seconds
+OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix"), ("dump", "--verify")}
+# not the model to train; not a folder; stored, not used; instead of dumping
 
 
 @pytest.mark.parametrize("flag", flags.SHARED)
@@ -490,6 +495,7 @@ def test_flags_of_one_name_have_one_default_and_one_type(flag):
         "--tokenizer",
         "--system",
         "--max-new-tokens",
+        "--verify",
     ):  # these mean two things
         assert (
             len(
@@ -645,3 +651,138 @@ def test_memory_flags_may_change_when_a_run_is_continued(world, capsys):
         *make.stage1(world, "--steps", 1, "--tokens-per-microbatch", 64, "--checkpointing"),
     )
     assert code == 0 or "already finished" in capsys.readouterr().out, said
+
+
+# --- what a disk does
+
+
+def ends_with(error):
+    @files.script
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    (
+        (
+            OSError(errno.ENOSPC, "full", "runs/x"),
+            ["runs/x cannot be", "No space left", "more room"],
+        ),
+        (OSError(errno.EDQUOT, "full"), ["quota", "more room"]),
+        (OSError(errno.EFBIG, "large"), ["File too large", "ulimit -f"]),
+        (OSError(errno.EROFS, "ro", b"x"), ["Read-only", "may write to"]),
+        (PermissionError(errno.EACCES, "no", "x"), ["Permission denied", "may write to"]),
+        (OSError(errno.EIO, "broken"), ["Input/output error", "a look at that disk"]),
+        (NotADirectoryError(errno.ENOTDIR, "no", "a/b"), ["a/b", "another name"]),
+        (FileNotFoundError(errno.ENOENT, "no", "gone/x"), ["gone/x is out of reach"]),
+        (OSError("5 requested and 3 written"), ["No space left"]),  # numpy's
+        (SafetensorError("I/O error: No space left on device (os error 28)"), ["No space left"]),
+        (Exception("Read-only file system (os error 30)"), ["Read-only"]),  # tokenizers'
+    ),
+)
+def test_what_a_disk_does_ends_any_script_in_one_line(error, words):
+    code, said = make.ends(ends_with(error))
+    assert code == 1 and said.startswith("error: ") and "\n" not in said
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    "bug", (KeyError("x"), OSError("x"), FileNotFoundError(errno.ENOENT, "no", __file__ + "x"))
+)
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        ends_with(bug)()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_within_that_boundary(name):
+    assert SCRIPTS[name].main.__wrapped__
+
+
+@pytest.mark.parametrize("number", (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK))
+def test_a_file_system_without_locks_is_said_and_worked_on(tmp_path, monkeypatch, capsys, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(number, "not here")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with files.lock(tmp_path / "run"):
+        assert "keeps no locks (flock: not here)" in capsys.readouterr().out
+    assert not files.locked(tmp_path / "run")
+
+
+def test_a_look_at_a_lock_refuses_nobody(tmp_path, monkeypatch):
+    """`make runs` holds a lock for the time of a look: who comes then waits that long."""
+    assert files.LOOK_S > 0.1
+    monkeypatch.setattr(files, "LOOK_S", 30)
+    threading.Timer(0.1, files.lock(tmp_path).release).start()
+    files.lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("name", ("stage1", "stage2"))
+def test_a_second_evaluation_into_the_same_folder(world, name):
+    held = files.lock_beside(world / "new" / "eval.json")
+    busy = ["eval.json is being written by another process"]
+    refused(name, world, "--out", world / "new", "--eval-only", of=busy)
+    held.release()
+    assert not list((world / "new").iterdir())
+
+
+@pytest.mark.parametrize("door", ("--prompts", "--score"))
+def test_a_second_process_on_the_same_answers(world, door, monkeypatch):
+    monkeypatch.setattr(chat.model, "load", lambda *_: pytest.fail("loaded a model"))
+    asked, out = world / "asked.jsonl", world / "answers.jsonl"
+    asked.write_text('{"prompt": "w1", "reference": "w2"}\n')
+    with files.lock_beside(out):
+        argv = ["--ckpt", world / "student", door, asked, "--out", out, *make.CPU]
+        code, words = make.ends(chat.main, *argv)
+    assert code == 1 and "answers.jsonl is being written by another process" in words
+    assert not list(world.glob("*answers*"))
+
+
+def test_fresh_chunks_are_held_from_before_the_first_is_emptied(whole, tmp_path):
+    """Else a second --fresh would replace the basis, or a chunk, under the first one's hands."""
+    shutil.copytree(whole / "logits", tmp_path / "logits")
+    held = files.lock(tmp_path / "logits" / "val")
+    with pytest.raises(SystemExit, match="val is being written by another process"):
+        writer.empty_chunks(tmp_path / "logits", [0, 1, "val"])
+    assert (tmp_path / "logits" / "chunk-0000" / "meta.json").exists()
+    held.release()
+    locks = writer.empty_chunks(tmp_path / "logits", [0, "val"])
+    assert set(locks) == {0, "val"} and files.locked(tmp_path / "logits" / "val")
+    assert [path.name for path in (tmp_path / "logits" / "val").iterdir()] == [files.LOCK]
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_finished(world, monkeypatch, capsys):
+    argv = make.stage1(world, "--steps", 1)
+    make.call(stage1_sft.main, *argv)
+    plain, seen = Run._leave_if_finished, []
+    # the first look comes before the lock: as if the other one had not been done by then
+    monkeypatch.setattr(
+        Run, "_leave_if_finished", lambda run: seen and plain(run) or seen.append(1)
+    )
+    before = (world / "stage1" / "config.json").read_bytes()
+    assert make.ends(stage1_sft.main, *argv) == (0, "")
+    assert (world / "stage1" / "config.json").read_bytes() == before
+
+
+def test_records_reach_a_disk_that_takes_a_part_at_a_time(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.zeros(9, "<u4"))
+    placed = writer.Placed(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    plain, pieces = placed.file, []
+
+    class Slow:
+        seek = staticmethod(plain.seek)
+
+        def write(self, content):
+            pieces.append(len(content))
+            return plain.write(content[:7])
+
+    placed.file = Slow()
+    placed.write(2, np.arange(5, dtype="<u4"))
+    plain.close()
+    assert np.load(tmp_path / "x.npy").tolist() == [0, 0, 0, 1, 2, 3, 4, 0, 0] and len(pieces) == 3

@@ -226,7 +226,7 @@ def test_csv_values_may_hold_line_breaks_quotes_and_commas(tmp_path, prepare):
 
 
 def test_csv_rows_with_line_breaks_are_read_alike_through_a_small_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "CSV_BLOCK", 100)
+    monkeypatch.setattr(formats, "CSV_BLOCKS", (100,))
     rows = [{"text": f"{i}\n\n" * (i % 9 + 1)} for i in range(200)]
     assert list(sources.rows(sources.look(places.on_disk(write(tmp_path / "data.csv", rows))))) == [
         row["text"] for row in rows
@@ -348,7 +348,7 @@ def test_rows_are_dropped_by_reason_and_counted(prepare):
     assert made.meta["dropped"] == {
         "empty": 2,
         "duplicate": 1,
-        "unknown role": 1,
+        "unknown role judge": 1,
         "too long": 1,
         "no target": 1,
     }
@@ -570,7 +570,9 @@ def test_fresh_never_deletes_a_folder_that_is_not_ours(tmp_path, prepare):
 def test_fresh_throws_the_old_folder_away_before_it_writes(prepare, monkeypatch):
     old = prepare(PAIRS).folder
     monkeypatch.setattr(
-        prepare_data, "stage", lambda *_: pytest.fail("stop here") if not old.exists() else None
+        prepare_data,
+        "stage",
+        lambda *_: pytest.fail("stop here") if not any(old.iterdir()) else None,
     )
     with pytest.raises(pytest.fail.Exception, match="stop here"):
         prepare(PAIRS, "--fresh")
@@ -584,10 +586,10 @@ def test_wrong_input_with_fresh_leaves_the_old_folder(prepare):
 
 
 def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
-    (tmp_path / ".out.part").mkdir()
-    with files.lock(tmp_path / ".out.part"), pytest.raises(SystemExit, match="another process"):
+    with files.lock_beside(tmp_path / "out"), pytest.raises(SystemExit, match="another process"):
         prepare(PAIRS)
     assert len(prepare(PAIRS).train.rows)
+    assert not list(tmp_path.glob(".*")), "the lock goes with its release"
 
 
 def test_show_marks_the_targets(prepare, capsys):
@@ -784,7 +786,7 @@ BAD_FILES = {
     "empty list": (put("a.json", "[]"), ["a.json", "no row"]),
     "header only": (put("a.csv", "prompt,answer\n"), ["a.csv", "no row"]),
     "no rows": (no_rows, ["a.parquet", "no row"]),
-    "other kind": (put("a.txt", "x"), ["a.txt", ".parquet, .json, .jsonl, .csv"]),
+    "other kind": (put("a.xyz", "x"), ["a.xyz", ".parquet, .json, .jsonl, .csv"]),
     "folder without data": (
         lambda folder: (folder / "void").mkdir() or "void",
         ["void", "no data file", ".parquet"],

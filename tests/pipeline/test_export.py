@@ -1,0 +1,305 @@
+"""What is read is what the files hold, and what is saved is what was evaluated: adapters against
+PEFT's own logits, quantised students, settings that cannot be saved, weights without a place."""
+
+import json
+
+import make
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+import stage1_sft
+from lib import checkpoints, files, generate, models
+from lib.measure import plots
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(1, 30)[None]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(plots, "curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make.world(tmp_path_factory.mktemp("world"))
+
+
+@torch.no_grad()
+def logits(module):
+    return module.eval()(TOKENS).logits[0]
+
+
+def edit(path, **values):
+    files.write_json(path, files.read_json(path) | values)
+
+
+def step(world, *more):
+    """Run stage 1 for one step that moves nothing."""
+    make.call(
+        stage1_sft.main,
+        *make.stage1(world, "--steps", 1, "--lr", 1e-30, "--samples", 0, "--no-pack", *more),
+    )
+
+
+# --- adapters
+
+
+def adapter(base, folder, rows=0, **options):
+    """Write an adapter as PEFT does; return its own logits."""
+    import peft
+
+    torch.manual_seed(1)
+    module = AutoModelForCausalLM.from_pretrained(base)
+    if rows:
+        module.resize_token_embeddings(rows, mean_resizing=False)
+    options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | options
+    module = peft.get_peft_model(module, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    module.save_pretrained(folder)
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    return logits(module)
+
+
+LAYERS = {
+    "plain": dict(target_modules=["q_proj"]),
+    "head": dict(target_modules=["q_proj", "lm_head"]),
+    "embed": dict(target_modules=["q_proj", "embed_tokens"]),
+    "both": dict(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "dora": dict(target_modules=["q_proj", "lm_head"], use_dora=True),
+    "one": dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
+    "saved": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "savedhead": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "resized": dict(target_modules=["q_proj"], rows=make.V + 2),
+    "resizedsave": dict(target_modules=["q_proj"], rows=make.V + 2, modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_merged_adapter_has_pefts_logits_in_memory_and_saved(tmp_path, name, tied):
+    base = make.model(tmp_path / "base", tie_word_embeddings=tied)
+    wanted = adapter(base, tmp_path / "adapter", **LAYERS[name])
+    module = models.load(str(tmp_path / "adapter"), CPU, pack=False).module
+    torch.testing.assert_close(logits(module), wanted, rtol=1e-3, atol=1e-3)
+    checkpoints.save(module, make.tokenizer(), tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(saved), wanted, rtol=1e-3, atol=1e-3)
+    both = saved.get_input_embeddings().weight, saved.get_output_embeddings().weight
+    assert saved.config.tie_word_embeddings == (both[0] is both[1])  # other readers go by it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_that_is_not_pefts_is_refused(tmp_path, monkeypatch):
+    base = make.model(tmp_path / "base", tie_word_embeddings=True)
+    adapter(base, tmp_path / "adapter", **LAYERS["head"])
+    monkeypatch.setattr(checkpoints, "part", lambda *_: None)
+    with pytest.raises(SystemExit, match="cannot be merged into its base; saw logits that differ"):
+        models.load(str(tmp_path / "adapter"), CPU, pack=False)
+
+
+# --- quantised students
+
+
+def fp8(folder):
+    """Write weights as Qwen's and DeepSeek's FP8 checkpoints have them; return what they mean."""
+    path, new = folder / "model.safetensors", {}
+    whole = load_file(path)
+    for name, tensor in whole.items():
+        new[name] = tensor
+        if name.endswith("proj.weight"):
+            scale = tensor.abs().max() / 448
+            new[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            new[name + "_scale_inv"] = scale.reshape(1, 1)
+            whole[name] = new[name].float() * scale
+    save_file(new, path, {"format": "pt"})
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    edit(folder / "config.json", quantization_config=how)
+    return whole
+
+
+def mxfp4(folder):
+    config = GptOssConfig(
+        vocab_size=make.V,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    path, new = folder / "model.safetensors", {}
+    for name, tensor in load_file(path).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inner, outer = tensor.shape
+            shape = (experts, outer, inner // 32)
+            new[name + "_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            new[name + "_scales"] = torch.full(shape, 124, dtype=torch.uint8)
+        else:
+            new[name] = tensor.bfloat16()
+    save_file(new, path, {"format": "pt"})
+    how = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.embed_tokens"]}
+    edit(folder / "config.json", quantization_config=how)
+
+
+@pytest.mark.parametrize("kind", ("fp8", "mxfp4"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_best_of_a_quantised_student_is_whole(mine, kind, dtype):
+    """It held float8 weights, or names that transformers does not know."""
+    if kind == "fp8":
+        wanted = fp8(mine / "student")
+    else:
+        mxfp4(mine / "student")
+    step(mine, "--attn", "eager", "--save-dtype", dtype)
+    best = mine / "stage1/best"
+    saved = load_file(best / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
+    assert "quantization_config" not in files.read_json(best / "config.json")
+    module, info = AutoModelForCausalLM.from_pretrained(best, output_loading_info=True)
+    assert not any(info.values()), info
+    if kind == "fp8" and dtype == "float32":
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-2, atol=1e-2)
+    started = models.load(str(mine / "student"), CPU, attn="eager", pack=False).module
+    close = 1e-5 if dtype == "float32" else 0.05
+    assert checkpoints.far(logits(module.float()), logits(started)) < close
+
+
+def test_a_quantised_student_that_cannot_be_widened_is_refused(mine):
+    edit(mine / "student/config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine))
+    assert code == 1 and "gptq" in words and "the checkpoint that it was made of" in words
+
+
+@pytest.mark.parametrize("damage", ("a value", "a name"))
+def test_a_checkpoint_that_is_not_the_model_is_never_published(mine, monkeypatch, damage):
+    plain = checkpoints.save
+
+    def save(module, tokenizer, folder, dtype):
+        plain(module, tokenizer, folder, dtype)
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        name = sorted(weights)[0]
+        if damage == "a value":
+            weights[name] = weights[name] + 0.1
+        else:
+            weights[name + "_scale_inv"] = weights[name].clone()
+        save_file(weights, path, {"format": "pt"})
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine, "--steps", 1))
+    assert code == 1 and "is not the model in memory" in words
+    assert not (mine / "stage1/best").exists()
+
+
+# --- generation_config.json
+
+PUBLISHED = (
+    {"do_sample": False, "temperature": 0.9, "top_p": 0.6},
+    {"do_sample": True, "temperature": 0.0},
+    {"do_sample": False, "temperature": 0.6, "min_p": 0.05, "typical_p": 0.9},
+    {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0},
+    {"do_sample": False, "num_return_sequences": 2},
+    {"pad_token_id": -1, "eos_token_id": 2},
+    {"max_new_tokens": -1},
+    {"do_sample": True, "top_k": 0, "top_p": 0.0, "temperature": 0.7},
+    {"do_sample": True, "top_p": 1.5},
+    {"cache_implementation": "hybrid"},
+    {"return_dict_in_generate": False, "output_scores": True},
+    {"do_sample": "true", "temperature": "0.7"},
+    {"eos_token_id": [3, "<|im_end|>"]},
+    {"eos_token_id": {"a": 1}, "watermarking_config": 3, "early_stopping": "soon"},
+)
+
+
+@pytest.mark.parametrize("settings", PUBLISHED, ids=str)
+def test_a_generation_config_as_published_is_mended_before_the_first_step(
+    mine, monkeypatch, capsys, settings
+):
+    path = mine / "student/generation_config.json"
+    path.write_text(json.dumps(settings))
+    model = models.load(str(mine / "student"), CPU)
+    models.stop_at(model, [3], make.tokenizer())
+    checkpoints.save(model.module, make.tokenizer(), mine / "saved")
+    assert AutoModelForCausalLM.from_pretrained(mine / "saved").generation_config.eos_token_id
+    said = capsys.readouterr().out
+    assert "left out or mended" in said or settings["eos_token_id"] == 2, said
+    if 0.0 in (settings.get("temperature"), settings.get("top_p")):
+        assert model.module.generation_config.do_sample is False, "0 means the likeliest"
+    if settings.get("temperature") == "0.7":
+        assert generate.read_config(mine / "student").temperature == 0.7
+
+
+def test_a_good_generation_config_is_read_as_transformers_reads_it(tmp_path):
+    good = {"do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [3, 5], "mine": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(good))
+    plain = generate.GenerationConfig.from_pretrained(tmp_path)
+    assert generate.read_config(tmp_path).to_json_string() == plain.to_json_string()
+
+
+@pytest.mark.parametrize("text", ('{"eos_token_id": ', "[]", "\xff"))
+def test_a_broken_generation_config_is_refused_by_every_stage(mine, text):
+    (mine / "student/generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(SystemExit, match="generation_config.json"):
+        models.load(str(mine / "student"), CPU)
+
+
+# --- a config.json that is not of these weights
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    (
+        ({"num_hidden_layers": 1}, "model.layers.1."),
+        ({"num_hidden_layers": 3}, "lacks weights"),
+        ({"intermediate_size": 16}, "cannot be loaded"),
+    ),
+)
+def test_a_config_that_asks_for_another_model_than_the_weights_hold(mine, told, words):
+    edit(mine / "student/config.json", **told)
+    with pytest.raises(SystemExit, match=words):
+        models.load(str(mine / "student"), CPU)
+
+
+def add(folder, **tensors):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name, refused",
+    (
+        ("model.layers.0.self_attn.q_proj.bias", True),
+        ("model.layers.1.self_attn.q_norm.weight", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("vision_tower.layers.0.mlp.weight", False),
+        ("mtp.norm.weight", False),
+    ),
+)
+def test_a_tensor_that_has_no_place_is_refused_or_named(mine, capsys, name, refused):
+    add(mine / "student", **{name: torch.ones(32)})
+    if refused:
+        with pytest.raises(SystemExit, match=f"gives no place; saw {name}"):
+            models.load(str(mine / "student"), CPU)
+    else:
+        models.load(str(mine / "student"), CPU)
+
+
+def test_weights_that_lie_twice_are_read_and_counted_once(mine):
+    before = checkpoints.identity(mine / "student"), checkpoints.weight_bytes(mine / "student")
+    path = mine / "student/model.safetensors"
+    (mine / "student/consolidated.safetensors").write_bytes(path.read_bytes())
+    after = checkpoints.identity(mine / "student"), checkpoints.weight_bytes(mine / "student")
+    assert after == before
+    assert len(checkpoints.shapes(mine / "student")) == len(load_file(path))

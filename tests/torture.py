@@ -1,0 +1,604 @@
+"""Kill, starve and disturb every stage, run the same command again, and hold what it leaves against
+what a run left alone leaves: byte for byte, besides times.
+
+    python tests/torture.py --rounds 200                        # of each stage: about an hour
+    python tests/torture.py --rounds 100 --kinds twice          # two at once on one output
+    python tests/torture.py --stages dump --rounds 20 --seed 7 -v
+
+A round: a stage of a tiny world is forked off (everything is imported once), disturbed in one of
+the KINDS of ways, and started again. A table at the end counts, for each stage and kind, rounds,
+differences, tracebacks (also crashes, and errors of other than one line) and hangs; exit code 1
+where there are any. The seed decides every place and moment: a line that reports a fault names the
+command that shows it again (but for moments).
+
+    write   SIGKILL at a write: each in turn (half of its bytes are written), rename, removal, fsync
+    moment  SIGKILL at a random moment
+    fault   from a write on, each fails: no space, over quota, read-only, input/output error
+    full    a disk of which a random share is free (a tmpfs of its own; else as `limit`)
+    limit   a limit on the size of files
+    gone    the output's folder vanishes at a write, and is there again for the second run
+    twice   a second copy starts: it is refused, or waits
+    stop    SIGSTOP at a random moment, a second copy meanwhile, SIGCONT
+    flip    a bit of a file that the stage reads: refused, or used to the same end
+    mutate  a value in one of our own files (json, npy, safetensors): no traceback and no hang
+"""
+
+import argparse
+import builtins
+import collections
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import damage  # noqa: E402
+import make  # noqa: E402
+import numpy as np  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import chat  # noqa: E402
+import dump_logits  # noqa: E402
+import prepare_data  # noqa: E402
+import stage1_sft  # noqa: E402
+import stage2_kd  # noqa: E402
+from lib.measure import plots, prompts  # noqa: E402
+from lib.teacher import writer  # noqa: E402
+
+HANG_S = 120
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# of a result: of the machine, of the tree's moment, and the sums of what holds such
+NOT_OURS = ("trained_s", "speed", "git", "seal")
+BUSY = "is being written by another process"
+STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1".split()
+
+
+# --- the world, and the stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command; `out`: what it writes, below the folder of the round; reads: its inputs."""
+
+    main: Callable
+    argv: tuple[str, ...]
+    out: str
+    reads: tuple[str, ...]
+
+
+def rows_file(path: Path, count: int = 30) -> None:
+    rows = [
+        {"instruction": f"w{i % 7} w{i}", "output": f"w{i % 9} w5 w{i % 3}"} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def stages(world: Path, place: Path) -> dict[str, Stage]:
+    """Return the stages; place: of the folder of a round."""
+    data, student, teacher = (str(world / name) for name in ("data", "student", "teacher"))
+    rows, asked, out = str(world / "rows.jsonl"), str(world / "asked.jsonl"), str(place / "out")
+    prepare = ("--source", rows, "--tokenizer", student, "--val", "4", "--workers", "1")
+    train = (*make.QUICK, *STEPS)
+    cpu = ("--device", "cpu", "--threads", "1")
+    answered = ("--answers", "teacher", "--teacher", teacher, "--max-new-tokens", "6")
+    answered += ("--keep-truncated", "--teacher-batch", "1", "--teacher-temperature", "3", *cpu)
+    talk = ("--ckpt", student, "--max-new-tokens", "6", "--greedy", "--batch-size", "1", *cpu)
+    dump = ("--data", data, "--teacher", teacher, "--k", "8", "--tokens-per-microbatch", "60", *cpu)
+    stage1 = ("--data", data, "--student", student, *train)
+    stage2 = (*stage1, "--logits", str(world / "logits"))
+    lines = ("data", "student")
+    made = {
+        "prepare": (prepare_data.main, prepare, "out", ("rows.jsonl", "student")),
+        "answers": (prepare_data.main, prepare + answered, "out", ("rows.jsonl", "teacher")),
+        "stage1": (stage1_sft.main, stage1, "out", lines),
+        "dump": (dump_logits.main, dump, "out", ("data", "teacher")),
+        "stage2": (stage2_kd.main, stage2, "out", (*lines, "logits")),
+        "eval": (stage2_kd.main, (*stage2, "--eval-only"), "out", (*lines, "logits")),
+        "prompts": (
+            chat.main,
+            ("--prompts", asked, *talk),
+            "out/a.jsonl",
+            ("asked.jsonl", "student"),
+        ),
+        "score": (
+            chat.main,
+            ("--score", asked, "--metrics", "exact", *talk),
+            "out/a.jsonl",
+            ("asked.jsonl", "student"),
+        ),
+    }
+    return {
+        name: Stage(main, (*map(str, argv), "--out", str(Path(out).parent / where)), where, reads)
+        for name, (main, argv, where, reads) in made.items()
+    }
+
+
+def build(world: Path) -> None:
+    """Write what the stages read. Nothing is trained in this process: it forks the others."""
+    make.world(world, rows=40, rows_per_chunk=24, val=6)
+    rows_file(world / "rows.jsonl")
+    asked = [{"prompt": f"w{i} w{i + 1}", "reference": f"w{i}"} for i in range(8)]
+    (world / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    argv = stages(world, world)["dump"].argv[:-1] + (str(world / "logits"),)
+    code, said = finish(start(dump_logits.main, argv, world / "log"), world / "log")
+    assert code == 0, said
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Return what a stage left, by name, without times and the speed of this machine."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            found[name] = b""
+            continue
+        content = path.read_bytes()
+        if path.name == "history.jsonl":
+            rows = [json.loads(line) for line in content.splitlines()]
+            kept = [{k: v for k, v in row.items() if k not in make.TIMES} for row in rows]
+            content = json.dumps(kept).encode()
+        elif path.suffix == ".json":
+            value = json.loads(content)
+            if isinstance(value, dict):
+                sums = ("checksums",) * (path.name == "config.json")
+                value = {k: v for k, v in value.items() if k not in (*NOT_OURS, *sums)}
+            content = json.dumps(value).encode()
+        found[name] = content
+    return found
+
+
+# --- a child process, and what is done to it from within
+
+
+class Disturbance:
+    """Counts the writes of this process, as Python sees them, and acts at the `at`-th: `act` is
+    "kill", "gone" (with the folder to move away), or the number of an error, which every write
+    gives from then on."""
+
+    def __init__(self, at: int, act: object, tell: Path | None = None, gone: Path | None = None):
+        self.at, self.act, self.tell, self.gone, self.count = at, act, tell, gone, 0
+        self.pid = os.getpid()
+
+    def tick(self, half: Callable[[], object] = lambda: None, frees: bool = False) -> None:
+        """Count one write. half: does half of it; frees: it needs no room."""
+        if os.getpid() != self.pid:
+            return
+        self.count += 1
+        if self.tell:
+            return self.tell.write_text(str(self.count)) and None
+        if self.count < self.at:
+            return
+        if self.act == "kill":
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.act == "gone":
+            if self.count == self.at and self.gone.exists():
+                os.rename(self.gone, self.gone.with_name("elsewhere"))
+        elif not (frees and self.act in (errno.ENOSPC, errno.EDQUOT)):
+            if self.count == self.at:
+                half()
+            raise OSError(self.act, os.strerror(self.act))
+
+    def install(self, below: str) -> None:
+        """See the writes below a folder: files as they are opened and written, renames, removals."""
+        tick, quiet = self.tick, {"open": open, "pwrite": os.pwrite}
+
+        def mine(path) -> bool:
+            return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(below)
+
+        class File(io.FileIO):
+            def write(self, content):
+                tick(lambda: io.FileIO.write(self, bytes(content)[: len(content) // 2]))
+                return super().write(content)
+
+        def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, **more):
+            if not (mine(file) and set(mode) & set("wax+")):
+                return quiet["open"](file, mode, buffering, encoding, errors, newline, **more)
+            tick()
+            raw = File(file, mode.translate({ord("b"): None, ord("t"): None}))
+            if buffering == 0:
+                return raw
+            buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+            return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding, errors, newline)
+
+        def wrapped(module, name, frees=False):
+            plain = getattr(module, name)
+
+            def counted(*args, **options):
+                if any(isinstance(arg, int) or mine(arg) for arg in args[:2]):
+                    tick(frees=frees)
+                return plain(*args, **options)
+
+            setattr(module, name, counted)
+
+        builtins.open = io.open = opened
+        for name in ("rename", "replace", "unlink", "remove", "rmdir"):
+            wrapped(os, name, frees=True)
+        for name in ("mkdir", "fsync", "truncate", "ftruncate", "pwrite", "posix_fallocate"):
+            wrapped(os, name)
+        removed = shutil.rmtree
+
+        def rmtree(folder, *args, **options):
+            def half():
+                there = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+                for path in there[: len(there) // 2]:
+                    path.unlink()
+
+            if mine(folder) and Path(folder).exists():
+                tick(half, frees=True)
+            removed(folder, *args, **options)
+
+        shutil.rmtree = rmtree
+        plain = safetensors.torch.serialize_file
+
+        def serialized(tensors, path, *more, **options):
+            def half():
+                plain(tensors, path, *more, **options)
+                os.truncate(path, os.stat(path).st_size // 2)
+
+            try:
+                tick(half)
+            except OSError as error:  # in the words of the library
+                raise safetensors.SafetensorError(
+                    f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+                ) from None
+            plain(tensors, path, *more, **options)
+
+        safetensors.torch.serialize_file = serialized
+
+
+def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int = 0) -> int:
+    """Fork a process that runs a script, its words into `log`. Return its number."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    code = 70
+    try:
+        os.setsid()
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        torch.set_num_threads(1)
+        writer.FLUSH_S = 0.0
+        plots.curves = plots.prepared = lambda *_: None
+        prompts.speed = lambda *_: {}
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if disturbance:
+            disturbance.pid = os.getpid()
+            disturbance.install(below)
+        main(list(argv))
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def finish(child: int, log: Path, seconds: float = HANG_S) -> tuple[int, str]:
+    """Wait for a child: its exit code, -N of a signal, None of a hang (it is ended); its words."""
+    until = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None, log.read_text(errors="replace")
+        time.sleep(0.003)
+
+
+# --- a round
+
+
+@dataclass
+class Bench:
+    """A stage ready to be disturbed: what it leaves when left alone, its writes and its seconds."""
+
+    name: str
+    stage: Stage
+    world: Path
+    place: Path  # of the round's folder, emptied before each
+    disk: Path | None  # where a small disk is mounted: `place` lies in it
+    straight: dict[str, bytes]
+    writes: int
+    seconds: float
+    bytes: int
+
+    @property
+    def log(self) -> Path:
+        return self.world / "log"
+
+    def clear(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        self.log.write_text("")
+
+    def start(self, told: str = "", **options) -> int:
+        log = told or self.log
+        return start(self.stage.main, self.stage.argv, log, below=str(self.place), **options)
+
+    def finish(self, child: int) -> tuple[int | None, str]:
+        return finish(child, self.log)
+
+
+def fault_in(code: int | None, said: str, allowed: tuple[int, ...]) -> str | None:
+    """Return what is wrong with how a disturbed run ended: "hang", "traceback", or None."""
+    if code is None:
+        return "hang"
+    if code == "used in silence":
+        return "difference"
+    if "Traceback (most recent" in said or code not in allowed:
+        return "traceback"
+    if code == 1:
+        last = said.rstrip().rpartition("\n")[2]
+        return None if last.startswith("error: ") else "traceback"
+    return None
+
+
+def write(bench: Bench, rng: random.Random, turn: int):
+    act = Disturbance(1 + turn % bench.writes, "kill")
+    yield bench.finish(bench.start(disturbance=act)), (0, -signal.SIGKILL)
+
+
+def moment(bench: Bench, rng: random.Random, turn: int):
+    child = bench.start()
+    time.sleep(rng.uniform(0, bench.seconds))
+    os.kill(child, signal.SIGKILL)
+    yield bench.finish(child), (0, -signal.SIGKILL)
+
+
+def fault(bench: Bench, rng: random.Random, turn: int):
+    number = FAULTS[turn % len(FAULTS)]
+    act = Disturbance(1 + turn // len(FAULTS) * 7 % bench.writes, number)
+    yield bench.finish(bench.start(disturbance=act)), (0, 1)
+
+
+def full(bench: Bench, rng: random.Random, turn: int):
+    if bench.disk is None:
+        yield from limit(bench, rng, turn)
+        return
+    ballast, free = bench.disk / "ballast", rng.randrange(2 * bench.bytes)
+    room = os.statvfs(bench.disk)
+    with open(ballast, "wb") as file:
+        size = room.f_bavail * room.f_frsize - free
+        os.posix_fallocate(file.fileno(), 0, max(1, size))
+    ended = bench.finish(bench.start())
+    ballast.unlink()
+    yield ended, (0, 1)
+
+
+def limit(bench: Bench, rng: random.Random, turn: int):
+    largest = max(map(len, bench.straight.values()))
+    words = open(bench.log, "ab")  # of another process: the limit is on this file as well
+    cat = subprocess.Popen("cat", stdin=subprocess.PIPE, stdout=words)
+    child = bench.start(limit=rng.randrange(1, 2 * largest), told=f"/dev/fd/{cat.stdin.fileno()}")
+    cat.stdin.close()
+    code, _ = bench.finish(child)
+    cat.wait()
+    words.close()
+    yield (code, bench.log.read_text(errors="replace")), (0, 1)
+
+
+def gone(bench: Bench, rng: random.Random, turn: int):
+    folder = bench.place / Path(bench.stage.out).parts[0]
+    act = Disturbance(1 + turn * 5 % bench.writes, "gone", gone=folder)
+    yield bench.finish(bench.start(disturbance=act)), (0, 1)
+    if (back := folder.with_name("elsewhere")).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(back, folder)
+
+
+def twice(bench: Bench, rng: random.Random, turn: int):
+    first = bench.start()
+    time.sleep(rng.choice((0.0, rng.uniform(0, bench.seconds))))
+    second = bench.start()
+    codes = [bench.finish(child)[0] for child in (first, second)]
+    said = bench.log.read_text(errors="replace")
+    if None in codes or 0 not in codes or any(codes) and BUSY not in said:
+        yield (None if None in codes else 70, f"codes {codes}\n{said}"), (0,)
+    yield (0, said), (0,)
+
+
+def stop(bench: Bench, rng: random.Random, turn: int):
+    first = bench.start()
+    time.sleep(rng.uniform(0, bench.seconds))
+    os.kill(first, signal.SIGSTOP)
+    second = bench.start()
+    time.sleep(0.05)
+    os.kill(first, signal.SIGCONT)
+    codes = [bench.finish(child)[0] for child in (first, second)]
+    said = bench.log.read_text(errors="replace")
+    if None in codes or 0 not in codes or any(codes) and BUSY not in said:
+        yield (None if None in codes else 70, f"codes {codes}\n{said}"), (0,)
+    yield (0, said), (0,)
+
+
+def ours(bench: Bench) -> list[Path]:
+    """Return the files of ours that the stage reads: prepared data, records, its own state."""
+    inputs = [bench.world / name for name in bench.stage.reads if name in ("data", "logits")]
+    found = [path for folder in (*inputs, bench.place) for path in sorted(folder.rglob("*"))]
+    shown = ("README.md", "samples.md", ".png")  # for people alone
+    return [path for path in found if path.is_file() and not path.name.endswith(shown)]
+
+
+@contextlib.contextmanager
+def damaged(bench: Bench, rng: random.Random, turn: int, how: Callable):
+    """Kill the stage somewhere, and damage a file of ours; put what it reads back in the end."""
+    if turn % 2:
+        act = Disturbance(rng.randrange(1, bench.writes + 1), "kill")
+        bench.finish(bench.start(disturbance=act))
+    victims = [path for path in ours(bench) if path.stat().st_size]
+    if not victims:
+        yield None
+        return
+    victim = rng.choice(victims)
+    before = victim.read_bytes()
+    said = how(victim, np.random.default_rng(rng.randrange(1 << 32)))
+    bench.log.write_text(f"{victim}: {said}\n")
+    try:
+        yield bench.finish(bench.start())
+    finally:
+        if bench.place not in victim.parents:
+            victim.write_bytes(before)
+
+
+def flip(bench: Bench, rng: random.Random, turn: int):
+    with damaged(bench, rng, turn, damage.flip) as ended:
+        if ended is None:
+            return
+        code, said = ended
+        yield ended, (0, 1)
+        if code == 0 and everything(bench.place) != bench.straight:
+            yield ("used in silence", said), ()
+    bench.clear()
+
+
+def mutate(bench: Bench, rng: random.Random, turn: int):
+    with damaged(bench, rng, turn, damage.damage) as ended:
+        if ended is not None:
+            yield ended, (0, 1)
+    bench.clear()
+
+
+DISTURBING = (write, moment, fault, full, limit, gone, twice, stop)
+KINDS = {kind.__name__: kind for kind in (*DISTURBING, flip, mutate)}
+# how often each comes in a round of rounds: what has most places most often
+TURNS = "write fault moment write full gone fault twice write limit moment fault write stop".split()
+
+
+def torture(bench: Bench, kind: str, turn: int, seed: int) -> tuple[str | None, str]:
+    """One round: return what went wrong ("difference", "traceback", "hang", or None), and words
+    about it."""
+    rng = random.Random(f"{seed} {bench.name} {kind} {turn}")
+    bench.clear()
+    for (code, said), allowed in KINDS[kind](bench, rng, turn):
+        if wrong := fault_in(code, said, allowed):
+            return wrong, f"exit code {code}\n{said[-1500:]}"
+    bench.log.write_text("--- again\n")
+    code, again = bench.finish(bench.start())
+    if wrong := fault_in(code, again, (0,)):
+        return wrong, f"the same command again: exit code {code}\n{said[-700:]}\n{again[-1500:]}"
+    left = everything(bench.place)
+    if left != bench.straight:
+        names = {*left, *bench.straight}
+        differ = [name for name in sorted(names) if left.get(name) != bench.straight.get(name)]
+        return "difference", f"in {differ[:6]}\n{said[-700:]}\n{again[-700:]}"
+    return None, said
+
+
+def prepared(name: str, stage: Stage, world: Path, place: Path, disk: Path | None) -> Bench:
+    """Run a stage twice undisturbed: to know what it leaves, and how many writes that takes."""
+    bench = Bench(name, stage, world, place, disk, {}, 0, 0.0, 0)
+    bench.clear()
+    told = world / "writes"
+    told.write_text("0")
+    code, said = bench.finish(bench.start(disturbance=Disturbance(0, "count", tell=told)))
+    assert code == 0, said
+    bench.straight, bench.writes = everything(place), int(told.read_text())
+    bench.clear()
+    begun = time.monotonic()
+    code, said = bench.finish(bench.start())
+    bench.seconds = time.monotonic() - begun
+    assert code == 0 and everything(place) == bench.straight, (
+        f"{name} is not the same twice\n{said}"
+    )
+    bench.bytes = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    return bench
+
+
+# --- the command
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path):
+    """Mount a disk of its own at a folder, where this user may: yield it, or None."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield folder if mounted else None
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=14, help="of each stage (%(default)s)")
+    parser.add_argument("--stages", default="all", help="names, with commas (%(default)s)")
+    parser.add_argument("--kinds", default="", help=f"of {', '.join(KINDS)} (all)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first round (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of places and moments (%(default)s)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each round")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    turns, count, faults = args.kinds.split(",") if args.kinds else TURNS, {}, 0
+    with tempfile.TemporaryDirectory() as work, small_disk(Path(work, "disk")) as disk:
+        world = Path(work, "world")
+        build(world)
+        place = (disk or Path(work)) / "round"
+        wanted = stages(world, place)
+        names = list(wanted) if args.stages == "all" else args.stages.split(",")
+        for stage, name in enumerate(names):
+            bench = prepared(name, wanted[name], world, place, disk)
+            print(f"{name}: {bench.writes} writes, {bench.seconds:.1f} s left alone", flush=True)
+            seen: collections.Counter = collections.Counter()
+            for number in range(args.rounds + args.first):
+                kind = turns[(number + stage * args.rounds) % len(turns)]  # so that few see all
+                turn, seen[kind] = seen[kind], seen[kind] + 1
+                if number < args.first:
+                    continue
+                wrong, said = torture(bench, kind, turn, args.seed)
+                table = count.setdefault((name, kind), collections.Counter())
+                table["rounds"] += 1
+                if args.verbose or wrong:
+                    print(f"{name} {kind} {turn}: {wrong or 'right'}", flush=True)
+                if wrong:
+                    faults += 1
+                    table[wrong] += 1
+                    again = f"--stages {name} --kinds {kind} --first {turn} --rounds 1"
+                    print(f"{said}\n    (again: {again} --seed {args.seed})", flush=True)
+    print(
+        f"\n{'stage':<10}{'kind':<10}{'rounds':>8}{'differences':>13}{'tracebacks':>12}{'hangs':>7}"
+    )
+    for (name, kind), table in count.items():
+        told = [table[what] for what in ("rounds", "difference", "traceback", "hang")]
+        print(f"{name:<10}{kind:<10}{told[0]:>8}{told[1]:>13}{told[2]:>12}{told[3]:>7}")
+    rounds = sum(table["rounds"] for table in count.values())
+    print(f"{rounds} rounds, {faults} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
