@@ -285,11 +285,11 @@ def alone(
     by_source = {"by_source": measures.get("by_source", {})}
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
     if "own_ce" in line:
-        print(f"eval: {cut(model)}; own_ce is over all its rows")
+        print(f"eval: {tokens_measured(model)}; own_ce is over all its rows")
     print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))
 
 
-def cut(model: Model) -> str:
+def tokens_measured(model: Model) -> str:
     """Return in words which of a model's tokens are measured and trained, where these are not all;
     else ""."""
     if model.limit is None or model.limit >= model.vocab:

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import make
@@ -134,3 +135,9 @@ def test_make_says_where_args_goes_and_help_names_every_variable():
     said = made("help").stdout
     for name in {*re.findall(r"\$\((\w+_ARGS)\)", text), "MODELS", "RUNS", "SCORE"}:
         assert name in said, name
+
+
+def test_what_takes_long_says_so_again_and_again(capsys):
+    with files.telling("fitting", every_s=0.01):
+        time.sleep(0.2)
+    assert capsys.readouterr().err.count("fitting: 0 s so far") > 1
