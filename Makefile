@@ -38,6 +38,9 @@ ifdef RECIPE
 include recipes/$(RECIPE).mk
 endif
 
+ifneq ($(and $(ARGS),$(word 2,$(MAKECMDGOALS))),)
+$(info ARGS="$(ARGS)" goes to each of: $(MAKECMDGOALS). For one of them alone: STAGE1_ARGS, STAGE2_ARGS ... (make help))
+endif
 # a value with a blank in it (My Drive) is one word to the shell, unless it comes with quotes of its own; SOURCE may also be several
 one = $(if $(findstring ',$(1))$(findstring ",$(1)),$(1),$(if $(word 2,$(1)),"$(1)",$(1)))
 some = $(if $(wildcard $(subst $(eval) ,\ ,$(1))),$(call one,$(1)),$(1))
@@ -57,6 +60,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this text
 	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
+	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
+	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
 	@echo
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
 

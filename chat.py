@@ -113,7 +113,7 @@ def run(args):
     if classifier.is_classifier(folder):
         return classify(args, folder)
     if args.dry_run:
-        return model.describe(args)
+        return model.preflight(args)
     if args.out is not None:
         return prompts.answer_file(args, model.load)
     # a port that is taken is said before the models are loaded

@@ -20,6 +20,7 @@ Killed anywhere, the same command goes on with the rows that are missing, and th
 bit the same.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -272,7 +273,15 @@ def main(argv=None):
     for chunk in missing:
         split = splits["val" if chunk == "val" else "train"]
         dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
-    print(f"dump: {out} holds what was asked for. Next: make stage2")
+    name = Path(args.data).name
+    student = f"runs/{name}/stage1"
+    if not Path(student).exists() and args.student:
+        student = args.student
+    words = ["--data", args.data, "--logits", args.out, "--student", student]
+    print(
+        f"dump: {out} holds what was asked for. Next: python stage2_kd.py"
+        f" {shlex.join([*words, '--out', f'runs/{name}/stage2'])}"
+    )
 
 
 if __name__ == "__main__":

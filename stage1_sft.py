@@ -13,6 +13,7 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -23,9 +24,22 @@ from lib.options import classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
 
 STAGE = "stage1"
-NEXT = "Next: the teacher's logits of the same data (make logits), then make stage2; or talk to it"
 OPTIONS = (mix, sampling, lora, samples, tags, track)
 METHOD = losses.Method(alpha=0.0)
+
+
+def next_step(args):
+    """Return what comes next, as commands that work as they are, but for the teacher's name."""
+    if (Path(args.student) / "history.jsonl").exists():  # a control, or a second pass
+        return "Talk to it"
+    name, out = Path(args.data).name, Path(args.out)
+    dump = ["--data", args.data, "--teacher", "TEACHER", "--student", args.out]
+    train2 = ["--data", args.data, "--logits", f"logits/{name}", "--student", args.out]
+    train2 += ["--out", str(out.with_name("stage2"))]
+    return (
+        f"Next: python dump_logits.py {shlex.join(dump)} --out logits/{name}, then python"
+        f" stage2_kd.py {shlex.join(train2)}; or talk to it"
+    )
 
 
 def parse_args(argv=None):
@@ -79,7 +93,7 @@ def measure_only(args, dataset, device, amp):
     """--eval-only: measure --student on val and write eval.json."""
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
-    holding = files.lock_beside(Path(args.out, "eval.json"))
+    holding = None if args.dry_run else files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
@@ -201,7 +215,8 @@ def main(argv=None):
 
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
-    print(f"{STAGE}: wrote {run.out}/best and final. {NEXT}: python chat.py --ckpt {run.out}")
+    said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
+    print(f"{said}: python chat.py --ckpt {run.out}")
 
 
 if __name__ == "__main__":

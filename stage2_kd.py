@@ -33,8 +33,12 @@ from lib.run import Run, clock
 from lib.teacher import worth
 
 STAGE = "stage2"
-NEXT = "Talk to it"
 OPTIONS = (beside, mix, sampling, lora, samples, tags, track)
+
+
+def next_step(args):
+    """Return what comes next."""
+    return "Talk to it"
 
 
 def parse_args(argv=None):
@@ -109,7 +113,7 @@ def measure_only(args, dataset, device, amp):
     teacher = teachers.open_teacher(args, dataset)
     source = checkpoints.local_folder(args.student, args.trust_remote_code)
     checkpoints.check_apart(args.out, source)
-    holding = files.lock_beside(Path(args.out, "eval.json"))
+    holding = None if args.dry_run else files.lock_beside(Path(args.out, "eval.json"))
     lora.check_start(args, source)
     if dataset.labels:
         student = classifier.to_measure(args, dataset, device)
@@ -251,7 +255,8 @@ def main(argv=None):
 
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
-    print(f"{STAGE}: wrote {run.out}/best and final. {NEXT}: python chat.py --ckpt {run.out}")
+    said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
+    print(f"{said}: python chat.py --ckpt {run.out}")
 
 
 if __name__ == "__main__":

@@ -263,9 +263,9 @@ def alone(
         print(
             f"eval: {model.folder}, {model.parameters:,} parameters, {model.vocab:,} tokens, on"
             f" {len(dataset.val.rows):,} val rows, {dataset.val.targets:,} targets; --dry-run:"
-            f" nothing was measured, and nothing is written to {args.out}"
+            f" nothing was written to {args.out}"
         )
-        return
+        raise SystemExit(0)
     measures = measure(
         model, dataset.val, vocab, args.tokens_per_microbatch, amp, teacher, dataset.sources
     )
@@ -286,11 +286,11 @@ def alone(
     sealed = by_source | {"checksums": {}}
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | sealed)
     if "own_ce" in line:
-        print(f"eval: {cut(model)}; own_ce is over all its rows")
+        print(f"eval: {tokens_measured(model)}; own_ce is over all its rows")
     print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))
 
 
-def cut(model: Model) -> str:
+def tokens_measured(model: Model) -> str:
     """Return in words which of a model's tokens are measured and trained, where these are not all;
     else ""."""
     if model.limit is None or model.limit >= model.vocab:

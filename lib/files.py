@@ -27,6 +27,8 @@ import random
 import re
 import shutil
 import sys
+import threading
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -134,6 +136,25 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
             fail(wrong, seen, mend=mend)
 
     return guarded
+
+
+@contextlib.contextmanager
+def telling(what: str, every_s: float = 8.0) -> Iterator[None]:
+    """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
+    hangs. Also a function's decorator."""
+    ended, begun = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(every_s):
+            print(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def need(package: str, what: str) -> None:

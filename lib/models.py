@@ -89,6 +89,7 @@ class Model:
         return Head(layer.weight, bias, vocab or self.limit or self.vocab, scale, softcap)
 
 
+@files.telling("loading a model")
 def load(
     name: str,
     device: torch.device,

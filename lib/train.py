@@ -124,7 +124,7 @@ def described(student: models.Model, amp: torch.dtype | None) -> str:
         f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
         f" on {student.device}, {amp or 'float32'}"
     )
-    cut = evaluate.cut(student)
+    cut = evaluate.tokens_measured(student)
     return line + (cut and f"\nstudent: {cut}, those the teacher knows too; own_ce is over all")
 
 

@@ -191,7 +191,7 @@ def both(args):
     return student, None if args.teacher is None else load(args, args.teacher, student)
 
 
-def describe(args):
+def preflight(args):
     """--dry-run: load what would answer, and say what it is and what it takes. Memory is that of
     one answer of the longest kind; several at once take as many caches."""
     for chat in both(args):

@@ -395,7 +395,8 @@ def write_answers(
         print(f"chat: continues {out} after {start} of {len(prompts)} answers", flush=True)
     began = time.perf_counter()
     bar = tqdm(total=len(prompts), initial=start, unit=" answers", disable=None, dynamic_ncols=True)
-    with open(part, "ab") as part_file, bar:
+    telling = files.telling(f"chat: answers for {out}")
+    with open(part, "ab") as part_file, bar, telling:
         for prompt, fields in zip(prompts[start:], made):
             row = prompt.fields | fields
             if scores:

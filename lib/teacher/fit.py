@@ -85,8 +85,12 @@ def shared_basis(
     path, holding = out / basis.FILE, files.lock(out, wait=True)
     if not check_basis(out, settings, missing, anew):
         started, size = clock(teacher.device), settings["tail_bytes"]
-        hidden = sample_hidden(dataset, teacher, settings["tokens_per_microbatch"])
-        shape, held = fit_basis(teacher.head(), hidden, settings["k"], settings["tail_rank"], size)
+        print(f"basis {path}: is fitted, once for all chunks", flush=True)
+        with files.telling("basis, the teacher over a sample of rows"):
+            hidden = sample_hidden(dataset, teacher, settings["tokens_per_microbatch"])
+        k, rank = settings["k"], settings["tail_rank"]
+        with files.telling("basis, fitting"):
+            shape, held = fit_basis(teacher.head(), hidden, k, rank, size)
         about = {name: settings[name] for name in FITTED_TO}
         basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
         print(

@@ -310,8 +310,9 @@ class Records:
             print(f"val: kl and rkl are over {self.over}")
         else:
             print(
-                "logits: no val dump with T=1, so no KL to the teacher; make logits CHUNK=val, with"
-                " 1 in TEMPERATURES"
+                "logits: no val dump with T=1, so no KL to the teacher; "
+                + dump_command(self.meta, self.dataset, self.folder, "--chunk val")
+                + ("" if 1 in self.temperatures else " (with --temperatures that have 1, and all)")
             )
 
     def val_measures(self) -> dict | None:

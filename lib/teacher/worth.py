@@ -18,10 +18,7 @@ def best_by(measure: str, teacher: Teacher) -> str:
         return measure
     found = re.sub("^(kl|agree)", "ce", measure)
     if found != measure:
-        print(
-            f"best/ follows {found}, for there is no val dump with T=1 to measure {measure};"
-            " make logits CHUNK=val, with 1 in TEMPERATURES"
-        )
+        print(f"best/ follows {found}, for there is no val dump with T=1 to measure {measure}")
     return found
 
 

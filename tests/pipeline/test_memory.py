@@ -1,6 +1,9 @@
 """What a trainer says of memory before the first step, and what it takes."""
 
 import re
+import shlex
+import subprocess
+import time
 from pathlib import Path
 
 import make
@@ -98,3 +101,43 @@ def test_the_disk_that_a_dry_run_says_is_what_the_dump_takes(world, capsys):
     taken += sum(one.nbytes for one in load_file(world / "exact" / "basis.safetensors").values())
     size = taken  # but for the files' heads
     assert f"disk: {files.human(size)} to be written" in said, (size, said)
+
+
+def test_what_a_stage_says_comes_next_is_a_command_that_works(world, capsys):
+    out = world / "named" / "stage1"
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--out", out))
+    said = capsys.readouterr().out.splitlines()[-1]
+    dump, train2 = re.findall(r"python \w+\.py (.*?)(?:, then|; or talk)", said)
+    args = dump_logits.parse_args(shlex.split(dump))
+    assert (args.data, args.student) == (str(world / "data"), str(out))
+    args = stage2_kd.parse_args(shlex.split(train2))
+    assert (args.student, args.logits) == (str(out), "logits/data")
+    make.call(
+        stage1_sft.main,
+        *make.stage1(world, "--steps", 1, "--student", out, "--out", world / "named" / "control"),
+    )
+    assert "Next:" not in capsys.readouterr().out, "a control has no use for logits"
+    make.call(dump_logits.main, *make.dump(world, "--student", out, "--chunk", "val"))
+    argv = capsys.readouterr().out.split("stage2_kd.py ")[1]
+    args = stage2_kd.parse_args(shlex.split(argv))
+    assert (args.student, args.logits) == (str(out), str(world / "logits"))
+
+
+def test_make_says_where_args_goes_and_help_names_every_variable():
+    root = Path(__file__).parents[2]
+
+    def made(*words):
+        return subprocess.run(["make", "-n", *words], cwd=root, capture_output=True, text=True)
+
+    assert "goes to each of: stage1 stage2" in made("stage1", "stage2", "ARGS=--lr 1").stdout
+    assert "goes to each of" not in made("stage1", "ARGS=--lr 1").stdout
+    text = (root / "Makefile").read_text()
+    said = made("help").stdout
+    for name in {*re.findall(r"\$\((\w+_ARGS)\)", text), "MODELS", "RUNS", "SCORE"}:
+        assert name in said, name
+
+
+def test_what_takes_long_says_so_again_and_again(capsys):
+    with files.telling("fitting", every_s=0.01):
+        time.sleep(0.2)
+    assert capsys.readouterr().err.count("fitting: 0 s so far") > 1
