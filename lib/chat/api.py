@@ -155,7 +155,8 @@ def checked(request, validator) -> dict:
     """Return a POST's body, if it is what the schema says. Raises Refused (400, 413, 415)."""
     import jsonschema
 
-    if request.mimetype != "application/json":
+    # curl -d calls everything a form
+    if request.mimetype not in ("", "application/json", "application/x-www-form-urlencoded"):
         raise Refused(
             415,
             f"the body is {request.mimetype or 'of no type'}, wanted Content-Type:"

@@ -47,7 +47,15 @@ POLICY = (
 )
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
 SAMPLES_CHARS = 100_000  # of samples.md, where the prompts of the first evaluation stand
-SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
+PROMPT_SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
+# with a key: whoever has it may ask, from any page
+ANY_PAGE = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "Retry-After",
+    "Access-Control-Max-Age": "600",
+}
 FRAMED = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 )
@@ -146,9 +154,12 @@ def guard(app, args, counts: Counts) -> None:
     from werkzeug.exceptions import HTTPException
 
     @app.before_request
-    def admit() -> None:
+    def admit():
         request = flask.request
         if args.api_key:
+            # what a browser asks before it lets a page send its key; it never brings the key itself
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                return "", 204
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
             if request.path not in ("/", "/healthz", "/openapi.json") and not hmac.compare_digest(
                 given.encode(), args.api_key.encode()
@@ -159,7 +170,7 @@ def guard(app, args, counts: Counts) -> None:
                     code="invalid_api_key",
                     **{"WWW-Authenticate": "Bearer"},
                 )
-            return
+            return None
         if not is_local(host_of(request.host)):
             raise Refused(
                 403,
@@ -168,12 +179,15 @@ def guard(app, args, counts: Counts) -> None:
             )
         if (origin := request.headers.get("Origin")) and origin.partition("//")[2] != request.host:
             raise Refused(403, f"a page of {origin[:100]} may not ask here")
+        return None
 
     @app.after_request
     def sign(response):
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
+        if args.api_key:
+            response.headers.extend(ANY_PAGE)
         counts.request(
             flask.request.url_rule.rule if flask.request.url_rule else "other", response.status_code
         )
@@ -428,7 +442,7 @@ def sampled_prompts(path: Path, tokenizer) -> list[dict]:
     with open(path, encoding="utf-8", errors="replace") as source:
         text = source.read(SAMPLES_CHARS)
     found = []
-    for match in islice(re.finditer(SAMPLED, text, re.DOTALL | re.MULTILINE), 3):
+    for match in islice(re.finditer(PROMPT_SAMPLED, text, re.DOTALL | re.MULTILINE), 3):
         for form, answers in forms:
             asked = form.fullmatch(match[1])
             # of several turns there is no one message

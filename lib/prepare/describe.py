@@ -148,7 +148,7 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
     for name, value in shaping.items():
         if name == "long" and value == "split" and "text (" not in str(meta.get("schema")):
             value = before.get("long") if before.get("long") == "drop" else value  # the same there
-        if before.get(name) != value:
+        if not files.same(before.get(name), value):
             differs.append(f"{name} {before.get(name)!r} -> {value!r}")
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")

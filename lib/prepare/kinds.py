@@ -46,6 +46,8 @@ COMMON_CHINESE = frozenset(
 WESTERN = frozenset(
     "àâäáãåæçéèêëíìîïñóòôöõøœúùûüÿßÀÂÄÁÃÅÆÇÉÈÊËÍÌÎÏÑÓÒÔÖÕØŒÚÙÛÜ’‘“”–—…•€£°«»·¿¡´§©®™ºª½¼\xa0"
 )
+# a line that is a conversation itself: a list of messages, of pairs, of texts
+BARE = re.compile(r'\[\s*(\[|"|\{[^{}]*"(role|from|speaker)"\s*:)')
 
 
 def recognised(place: Place, encoding: str | None = None) -> Place:
@@ -67,7 +69,7 @@ def recognised(place: Place, encoding: str | None = None) -> Place:
     if found is None and place.suffix in places.STREAMS:
         place = dataclasses.replace(place, encoding=encoding or _encoding(place, head))
         line = head.decode(place.encoding, "ignore").lstrip().partition("\n")[0]
-        if place.suffix == ".jsonl" and line[:1] == "[":
+        if place.suffix == ".jsonl" and line[:1] == "[" and not BARE.match(line):
             found = ".json"
         elif place.suffix not in formats.JSON and formats.is_object(line):
             found = ".jsonl"

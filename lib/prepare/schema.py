@@ -153,7 +153,10 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     found, taken = {}, {*columns.values(), *ignored}
     for part in parts_beside(columns):
         if part not in columns:
-            name = among(PARTS[part], (name for name in there if name not in taken))
+            free = [name for name in there if name not in taken]
+            if part in LETTERS:  # "a" is not "A"
+                free = [name for name in free if name in PARTS[part]]
+            name = among(PARTS[part], free)
             if name is not None:
                 found[part] = name
     if not {"A", "B"} <= found.keys() | columns.keys():
@@ -161,7 +164,7 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     return found
 
 
-def describe(columns: dict[str, str]) -> str:
+def in_words(columns: dict[str, str]) -> str:
     """Return in words which column plays which part, and where a context stands."""
     told = []
     for part, column in columns.items():

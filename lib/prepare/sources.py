@@ -244,7 +244,7 @@ def look(
         schema.check_type(path, part, column, found.types.get(column), chosen)
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
     there = {part: column for part, column in columns.items() if column in found.types}
-    described = f"{name} ({schema.describe(there)})"
+    described = f"{name} ({schema.in_words(there)})"
     looked = File(
         *(path, name, described, columns, found.count, tuple(names), guessed, ignored, roles)
     )

@@ -3,6 +3,7 @@ how it ends."""
 
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,6 +166,24 @@ def test_a_chat_is_answered_as_transformers_does(run, client, model):
         assert (
             answer.usage.total_tokens == answer.usage.completion_tokens + answer.usage.prompt_tokens
         )
+
+
+def test_a_request_may_bring_arguments_of_the_template_and_no_template(server, model):
+    import tiny_tokenizers as tiny
+
+    from lib import template
+
+    flag = "{% if more is defined %}{{ more }}{% endif %}"
+    tokenizer = tiny.tiny(tiny.CHATML + flag)
+    ids = functools.partial(template.prompt_ids, tokenizer)
+    side = types.SimpleNamespace(chat=types.SimpleNamespace(ids=ids))
+    args = api.template_arguments({"chat_template_kwargs": {"more": "yes"}})
+    found = api.chat_prompt(side, user("x"), None, template_args=args)[0]
+    assert tokenizer.decode(found) == template.render(tokenizer, user("x"), True) + "yes"
+    body = {"model": model, "messages": user(ASKED[0]), "max_tokens": 1}
+    for args, status in (({"enable_thinking": False}, 200), ({"chat_template": "x"}, 400)):
+        sent = body | {"chat_template_kwargs": args}
+        assert ask(server.url, "/v1/chat/completions", sent)[0] == status
 
 
 def test_the_teacher_answers_under_its_own_name(run, server, client):
@@ -792,6 +812,33 @@ def test_a_key_is_asked_for_on_every_path_but_three(run):
             assert ask(made.url, rule.rule, None if get else {}, with_key)[0] in (200, 400, 404)
         with openai.OpenAI(base_url=made.url + "/v1", api_key="sesame") as own:
             assert own.models.list().data
+
+
+def test_a_page_elsewhere_that_has_the_key_may_ask(run, model):
+    """A browser asks first (a preflight), without the key: that was 401."""
+    elsewhere = {"Origin": "http://localhost:5173"}
+    before = elsewhere | {"Access-Control-Request-Method": "POST"}
+    before |= {"Access-Control-Request-Headers": "authorization,content-type"}
+    body = {"model": model, "max_tokens": 2} | GOOD
+    path = "/v1/chat/completions"
+    with other_server(run, "--api-key", "abc") as made:
+        status, headers, text = ask(made.url, path, None, before, "OPTIONS")
+        assert status == 204 and not text and headers["Access-Control-Allow-Origin"] == "*"
+        assert "authorization" in headers["Access-Control-Allow-Headers"].lower()
+        for key, wanted in (("abc", 200), ("abd", 401)):
+            key_ = elsewhere | {"Authorization": f"Bearer {key}"}
+            status, headers, _ = ask(made.url, path, body, key_)
+            assert status == wanted and headers["Access-Control-Allow-Origin"] == "*"
+        assert ask(made.url, "/v1/models", None, elsewhere, "OPTIONS")[0] == 401
+    with other_server(run) as made:  # without a key no page of another site may
+        status, headers, _ = ask(made.url, path, None, before, "OPTIONS")
+        assert status == 403 and "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", ""])
+def test_a_body_may_come_without_its_type(server, model, kind):
+    body = {"model": model, "max_tokens": 2} | GOOD
+    assert ask(server.url, "/v1/chat/completions", body, {"Content-Type": kind})[0] == 200
 
 
 @pytest.mark.parametrize(
