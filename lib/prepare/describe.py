@@ -202,8 +202,8 @@ def say_small(meta: dict) -> None:
     if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
         print(
             f"prepare warning: {epoch:,} tokens an epoch, {max(1, steps)} step(s) of the"
-            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)} and --epochs give"
-            " them more",
+            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)}"
+            " and more --epochs help",
             flush=True,
         )
 
