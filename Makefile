@@ -21,7 +21,9 @@ SEED    = 0
 CONTROL_ARGS = $(STAGE2_ARGS)
 # make measure: what is measured, of what is there; SCORE= (empty): no answers are written and scored
 CLASSES = $(findstring --task classify,$(DATA_ARGS))
-MODELS  = teacher $(if $(CLASSES),,base) stage1 control stage2
+# a student cut from its teacher (--keep-layers) was no model before: step 0 of stage 1 has measured it
+CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(RUNS)/stage1/config.json && echo cut)
+MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2
 SCORE   = $(if $(CLASSES),,yes)
 # make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
 START_STAGE = 1

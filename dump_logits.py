@@ -142,6 +142,8 @@ def pick_vocab(args, teacher, dataset):
         config = files.read_json(folder / "config.json")
         vocab = min(vocab, config.get("text_config", config)["vocab_size"])
     known = len(dataset.tokenizer())
+    if not args.vocab and vocab < known:  # works where no row holds the others
+        known = max(dataset.used(), default=0) + 1
     if not known <= vocab <= teacher.vocab:
         files.fail(
             "V does not fit",

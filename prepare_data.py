@@ -17,8 +17,8 @@ reads.
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a
                      hub id org/name[:split][@revision]; a URI (s3://, gs://, hdfs://). Parquet,
-                     json, jsonl or csv (also .gz .bz2 .zst .xz); the schema is found from the
-                     column names, or --columns says it
+                     arrow, json, jsonl, csv, tsv or txt (text also packed); the schema is found
+                     from the column names, or --columns says it. FOLDER:test: another split
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
         --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that
                      answers the prompts anew
@@ -248,7 +248,7 @@ def main(argv=None):
     if not args.dry_run:
         # from the first moment: two would empty each other's folder
         holding = files.lock_beside(out)
-        files.recover(out, split.STATE)
+        files.recover(out, split.NOTED)
     if (meta := describe.finished(out, args, shaping)) is not None:
         print(f"prepare done: {out} is finished already (--fresh makes it anew)")
         return None if args.dry_run else hand_over(out, args, meta)
@@ -276,7 +276,7 @@ def main(argv=None):
     written = answers.answer_all(store, inputs, args, tokenizer) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
-    key = describe.key_of(inputs, written, args, shaping, tokenizer)
+    key = describe.staging_key(inputs, written, args, shaping, tokenizer)
     progress = split.Progress.found(partial, key)
     if progress.sizes:
         print(f"prepare goes on: {progress.read.total():,} rows were read before", flush=True)
@@ -295,6 +295,7 @@ def main(argv=None):
         numbered, total = itertools.islice(written.rows, done, None), written.count
     numbered = rows.short_of(numbered, tokenizer, args)
     quotas = sources.quotas(inputs, args)
+    progress.full |= {number for number, quota in enumerate(quotas) if not quota}
     texts = None
     if args.export or args.push_to_hub:
         texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
@@ -308,7 +309,7 @@ def main(argv=None):
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)
     except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
-        if not (partial / split.STATE).exists():
+        if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)
         raise
     with describe.phase("writing train and val"):

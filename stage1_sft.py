@@ -12,6 +12,7 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
         optimizer step.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def parse_args(argv=None):
         "--keep-layers",
         default="",
         metavar="0,5,10",
-        help="start from these layers of --student alone (default: all)",
+        help="start from these layers of --student alone, or evenly:12 of them (default: all)",
     )
     group.add_argument(
         "--best",
@@ -55,10 +56,12 @@ def parse_args(argv=None):
     flags.check_trainer(parser, args)
     for option in OPTIONS:
         option.check_flags(parser, args)
+    given = args.keep_layers
+    even = re.fullmatch(r"evenly:([1-9]\d*)", given)
     try:
-        args.keep_layers = [int(number) for number in args.keep_layers.split(",") if number]
+        args.keep_layers = int(even[1]) if even else [int(i) for i in given.split(",") if i]
     except ValueError:
-        parser.error(f"--keep-layers is {args.keep_layers}, wanted numbers like 0,5,10")
+        parser.error(f"--keep-layers is {given}, wanted numbers like 0,5,10, or evenly:12")
     if args.keep_layers and args.eval_only:
         parser.error(
             "--keep-layers and --eval-only exclude each other: what is measured is a checkpoint as"

@@ -9,8 +9,8 @@ a small one (the student): five scripts, and files on disk are all that passes b
 
 The core, flat: what every reader of a trainer needs, from the floor up.
 
-    files        files that are whole or absent, locks, JSON lines, errors of one line (`script`:
-                 also those of the disk)
+    files        files that are whole or absent, checksums, schemas, locks, errors of one line
+                 (`script`: also those of the disk)
     flags        flags that several scripts share: one name, one default, one text
     template     a conversation -> token ids and which of them are answer tokens
     data         the prepared data set: memory maps, rows, batches
@@ -31,9 +31,9 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
                teach?)
     options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples
-    prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, rows, classes,
-               workers, split, quality, export, describe, demo; answers that a teacher writes:
-               answers, questions, ask (of a server), store
+    prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
+               rows, classes, workers, split, quality, export, describe, demo; answers that a
+               teacher writes: answers, questions, ask (of a server), store
     measure/   for chat.py --score and `make compare`: score, labels, prompts; results, runs,
                compare, entries, page, panels, plots
     chat/      for chat.py: model, talk, terminal, heat; its server: serve, routes, api, engine,
@@ -62,7 +62,7 @@ Where is ...?
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
                            same weights, bit for bit (run.py). A dump writes the rows that done.npy
-                           lacks (class Writer). prepare_data.py starts over, in minutes, but
+                           lacks (class Writer). prepare_data.py goes on at its last shard and
                            asks for no answer twice (prepare/store.py). Locks end with their
                            process. SIGTERM, Ctrl-C: a trainer saves first. In every case: the same
                            command again

@@ -286,7 +286,7 @@ def heads(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in safetensors files by name, read from their heads."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with safe_open(path, "pt") as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -356,6 +356,10 @@ def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: boo
     tokenizer = template.load_tokenizer(folder, trust_remote_code)
     seen, wanted = template.identities(tokenizer)["vocabulary"], dataset.identities["vocabulary"]
     if seen != wanted:
+        known = [{i: t for t, i in t.get_vocab().items()} for t in (tokenizer, dataset.tokenizer())]
+        if all(known[0].get(token) == known[1].get(token) for token in dataset.used()):
+            print(f"vocabulary: that of {folder} is the data's in all tokens that its rows hold")
+            return
         files.fail(
             f"{folder} has another tokenizer than {dataset.folder}",
             f"vocabulary {seen[:12]}",
@@ -429,14 +433,14 @@ def grow(module: Any, folder: Path) -> None:
 @torch.no_grad()
 def some_logits(module: Any) -> Tensor:
     """Return a model's logits of eight tokens, the first and the last that it knows."""
-    tokens = (
-        torch.arange(-4, 4, device=module.device)[None] % module.config.get_text_config().vocab_size
-    )
+    vocab = module.config.get_text_config().vocab_size
+    tokens = torch.arange(-4, 4, device=module.device)[None] % vocab
     return module(input_ids=tokens, use_cache=False).logits.float()
 
 
-def far(seen: Tensor, wanted: Tensor) -> float:
+def difference(seen: Tensor, wanted: Tensor) -> float:
     """Return the relative difference of two tensors."""
+    seen, wanted = seen.float(), wanted.float()
     return ((seen - wanted).norm() / wanted.norm().clamp_min(1e-9)).item()
 
 
@@ -452,12 +456,12 @@ def tie_again(module: Any) -> None:
     """Tie embeddings and output layer where they are still equal; else say, and write into the
     configuration, that they are two."""
     inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
-    if torch.equal(inner.weight, outer.weight):
+    if tied := torch.equal(inner.weight, outer.weight):
         outer.weight = inner.weight
-        return
-    print("adapter: it parts the tied embeddings and output layer, which are two from here on")
+    else:
+        print("adapter: it parts the tied embeddings and output layer, which are two from here on")
     for config in (module.config, module.config.get_text_config()):
-        config.tie_word_embeddings = False
+        config.tie_word_embeddings = tied  # PEFT has written that they are two
 
 
 def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
@@ -492,7 +496,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
             if tied:
                 tie_again(module)
             module.requires_grad_(True)  # PEFT froze them
-            error = far(some_logits(module), own) if compared else 0.0
+            error = difference(some_logits(module), own) if own is not None else 0.0
         if how := generate.read_config(folder):
             module.generation_config = how
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
@@ -558,7 +562,7 @@ def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch
         module.eval()
         again.to(module.device).eval()
         with torch.autocast(module.device.type, amp, enabled=amp is not None):
-            error = far(some_logits(again), some_logits(module))
+            error = difference(some_logits(again), some_logits(module))
         module.train(training)
     if other or not error <= (1e-3 if dtype == torch.float32 else 0.1):
         files.fail(

@@ -50,7 +50,7 @@ META = {  # of meta.json, what later stages read
     "labels?": [str],
     "mix?": (str, None),
 }
-AGAIN = "make data, with ARGS=--fresh"
+MAKE_AGAIN = "make data, with ARGS=--fresh"
 LOOKED_AT = 1 << 26  # tokens up to which every one of a split is looked at when it is opened
 
 
@@ -101,14 +101,14 @@ class Split:
 
     def __init__(self, folder: Path, name: str) -> None:
         def part(what: str, dtype: np.dtype | type) -> np.ndarray:
-            return files.read_npy(folder / f"{name}.{what}.npy", dtype, AGAIN)
+            return files.read_npy(folder / f"{name}.{what}.npy", dtype, MAKE_AGAIN)
 
         self.tokens, self.answer = part("tokens", np.uint32), part("answer", bool)
         self.rows = part("rows", ROW)
         if (folder / f"{name}.labels.npy").exists():
             self.labels = np.asarray(part("labels", np.uint32))
         if wrong := self._misfit():
-            files.fail(f"{folder}/{name}.*.npy do not fit together", wrong, mend=AGAIN)
+            files.fail(f"{folder}/{name}.*.npy do not fit together", wrong, mend=MAKE_AGAIN)
 
     @property
     def targets(self) -> int:
@@ -215,21 +215,31 @@ class Dataset:
                 f"{folder} has another format",
                 seen=self.meta.get("format"),
                 wanted=FORMAT,
-                mend=AGAIN,
+                mend=MAKE_AGAIN,
             )
-        files.expect(path, self.meta, META, AGAIN)
-        if not files.check(self.folder, self.meta, verify, AGAIN):
+        files.expect(path, self.meta, META, MAKE_AGAIN)
+        if not files.check(self.folder, self.meta, verify, MAKE_AGAIN):
             files.say_none(self.folder)
         self.train, self.val = Split(self.folder, "train"), Split(self.folder, "val")
         for split in (self.train, self.val):
             most = -1 if split.labels is None else int(split.labels.max(initial=0))
             if most >= len(self.labels):
-                files.fail(f"{folder} holds a label without a name", most, self.labels, AGAIN)
+                files.fail(f"{folder} holds a label without a name", most, self.labels, MAKE_AGAIN)
         if not len(self.train.rows):
             files.fail(
                 f"{folder} holds no training row",
                 mend="python prepare_data.py with other data or a larger --max-len",
             )
+
+    def used(self) -> list[int]:
+        """Return the tokens that the rows hold, in order."""
+        there = np.zeros(0, bool)
+        for split in (self.train, self.val):
+            for start in range(0, len(split.tokens), 1 << 24):
+                part = np.bincount(split.tokens[start : start + (1 << 24)]) > 0
+                there = np.pad(there, (0, max(0, len(part) - len(there))))
+                there[: len(part)] |= part
+        return np.flatnonzero(there).tolist()
 
     @property
     def identities(self) -> dict:
@@ -264,7 +274,7 @@ class Dataset:
                 f"{self.folder} holds tokens that {folder} does not know",
                 f"token {most}",
                 f"0 to {rows - 1}",
-                AGAIN,
+                MAKE_AGAIN,
             )
 
     def tokenizer(self):
@@ -284,7 +294,9 @@ def retokenized(folder: Path, name: str, tokenizer, max_len: int) -> Split:
         made = tokenizer(batch["text"].to_pylist(), truncation=True, max_length=longest)
         ids += [np.array(tokens, np.uint32) for tokens in made["input_ids"]]
     if len(ids) != len(own.rows):
-        files.fail(f"{texts} does not fit the rows", f"{len(ids)} texts", f"{len(own.rows)}", AGAIN)
+        files.fail(
+            f"{texts} does not fit the rows", f"{len(ids)} texts", f"{len(own.rows)}", MAKE_AGAIN
+        )
     lengths = np.array([len(row) for row in ids], np.int64)
     own.rows = own.rows.copy()
     own.rows["length"], own.rows["start"] = lengths, np.cumsum(lengths) - lengths

@@ -283,7 +283,8 @@ def alone(
         if len(dataset.labels) > MOST_CONFUSED:
             del of_classes["confusion"]
     by_source = {"by_source": measures.get("by_source", {})}
-    files.write_json(Path(args.out) / "eval.json", about | line | of_classes | by_source)
+    sealed = by_source | {"checksums": {}}
+    files.write_json(Path(args.out) / "eval.json", about | line | of_classes | sealed)
     if "own_ce" in line:
         print(f"eval: {cut(model)}; own_ce is over all its rows")
     print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))

@@ -48,7 +48,7 @@ WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
 BLOCK = 1 << 22  # bytes that one checksum stands for
 WHOLE_UP_TO = 64_000_000  # bytes up to which a file is checked whole wherever it is read
-SAMPLED = 8  # blocks that are checked of a larger one, beside its first and its last
+BLOCKS_LOOKED_AT = 8  # blocks that are checked of a larger one, beside its first and its last
 LINE_SUM = b', "crc32": "'  # begins the last field of a line that holds its own checksum
 SEAL = ',\n  "seal": "'
 SUMS = {...: {"bytes": range(1 << 62), "crc32": str, "grows?": bool}}  # a schema: see `misfit`
@@ -67,6 +67,17 @@ def fail(
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def same(one: object, other: object) -> bool:
+    """Return whether two settings are equal, or name the same place on the disk: relative or
+    absolute, by a link, with a slash at the end, also behind NAME=."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if one == other or not (isinstance(one, str) and isinstance(other, str) and one and other):
+        return one == other
+    (*name, path), (*its, there) = one.split("=", 1), other.split("=", 1)
+    return name == its and os.path.realpath(path) == os.path.realpath(there)
 
 
 AGAIN = "then the same command: it goes on from what was whole"
@@ -336,7 +347,7 @@ def damage(path: Path, known: dict, whole: bool = False) -> str | None:
     else:
         seen, dice = {}, random.Random()  # other blocks every time
         with open(path, "rb") as source:
-            for n in {0, blocks - 1, *dice.sample(range(blocks), min(SAMPLED, blocks))}:
+            for n in {0, blocks - 1, *dice.sample(range(blocks), min(BLOCKS_LOOKED_AT, blocks))}:
                 source.seek(n * BLOCK)
                 seen[n] = f"{zlib.crc32(source.read(BLOCK)):08x}"
     wrong = min((n for n in seen if seen[n] != wanted[n]), default=None)

@@ -131,10 +131,11 @@ def end_tokens(how, *more: int | None) -> list[int]:
     return [token for token in dict.fromkeys([*own, *more]) if token is not None]
 
 
-def pad_token(how, tokenizer) -> int:
-    """Return what fills a row up: the generation_config's token, the tokenizer's, or any."""
+def pad_token(how, tokenizer, vocab: int) -> int:
+    """Return what fills a row up: the generation_config's token, the tokenizer's, or any, of the
+    `vocab` that a model knows."""
     known = (how.pad_token_id, tokenizer.pad_token_id, *end_tokens(how, tokenizer.eos_token_id), 0)
-    return next(token for token in known if token is not None)
+    return next(token for token in known if token is not None and token < vocab)
 
 
 def read_config(folder: Path):

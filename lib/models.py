@@ -23,8 +23,19 @@ from lib import checkpoints, data, files, generate
 from lib.head import Head
 
 # what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
-# float32's rounding), 9e-4 and more in those that leak: docs/fidelity.md has the table
+# float32's rounding), 9e-4 and more in those that leak: docs/real-models.md has the table
 LEAK = 3e-5
+PACKAGES = {  # what transformers needs to read weights that are quantised by a method
+    "awq": "gptqmodel",
+    "gptq": "gptqmodel optimum",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "aqlm": "aqlm",
+    "quanto": "optimum-quanto",
+    "eetq": "eetq",
+}
 # tensors inside layers that older checkpoints hold, and that say nothing: buffers made anew
 HARMLESS = re.compile(
     r"inv_freq|masked_bias|attn\.bias$|attention\.bias$|_scale|rotary|position_ids"
@@ -126,14 +137,10 @@ def load(
         module.to(device)
     module.eval()
     model = Model(module, body_of(module), folder)
-    if dataset is not None and model.vocab < (tokens := len(dataset.tokenizer())):
-        files.fail(
-            f"{folder} is too small for the data's tokenizer",
-            f"{model.vocab} rows of its output layer",
-            f"at least {tokens}",
-        )
     if dataset is not None:
         dataset.check_tokens(model.vocab, folder)
+        if (above := len(dataset.tokenizer()) - model.vocab) > 0:
+            print(f"vocabulary: {above} tokens above those of {folder} are in no row of the data")
     probe(model, amp)
     model = replace(model, packs=pack and packs(model, amp))
     return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
@@ -274,7 +281,7 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
         base, options = base.parent, options | {"gguf_file": base.name}
     else:
-        options = whole(base) | options | {"generation_config": generate.read_config(base)}
+        options = widening(base) | options | {"generation_config": generate.read_config(base)}
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
@@ -289,10 +296,10 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     return module, loaded
 
 
-def whole(folder: Path) -> dict[str, Any]:
+def widening(folder: Path) -> dict[str, Any]:
     """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where
     it can."""
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
     kind = kinds.get(checkpoints.quantised(folder) or "")
@@ -302,6 +309,8 @@ def whole(folder: Path) -> dict[str, Any]:
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     """Say why transformers cannot load a checkpoint, and what may mend it."""
     text, mend = str(broken), None
+    if needs := PACKAGES.get(checkpoints.quantised(folder) or ""):
+        mend = f"pip install {needs}"
     if "trust_remote_code" in text or "custom code" in text:
         mend = "--trust-remote-code, if you trust that folder's Python"
     elif "attn_implementation" in text:
@@ -338,8 +347,8 @@ def check_used(module: Any, folder: Path, unexpected: Iterable[str]) -> None:
     aside = []
     for name in sorted(unexpected):
         layer = re.search(r"(.*\.layers?|.*\.h|.*\.blocks)\.(\d+)\.", f".{name}")
-        inside = layer and kind(layer[0].strip(".")) in known
-        if not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
+        inside = layer is not None and kind(layer[0].strip(".")) in known
+        if layer is None or not inside or HARMLESS.search(name) or int(layer[2]) in guessing:
             aside.append(name)
         elif not getattr(module, "is_quantized", False):
             files.fail(
@@ -363,9 +372,9 @@ def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def keep_only_layers(module: Any, keep: list[int] | None) -> None:
-    """Keep the decoder layers numbered `keep` (None or none: all), in that order: a plain start for
-    a student, made of its teacher."""
+def keep_only_layers(module: Any, keep: list[int] | int | None) -> None:
+    """Keep the decoder layers numbered `keep` (None or none: all), in that order, or so many of
+    them, evenly: a plain start for a student, made of its teacher."""
     if not keep:
         return
     body, config = body_of(module), module.config.get_text_config()
@@ -374,18 +383,21 @@ def keep_only_layers(module: Any, keep: list[int] | None) -> None:
     there = [(place, name) for place, name in places if hasattr(place, name)]
     holder, attribute = there[0] if there else (None, "")
     layers = getattr(holder, attribute, None)
+    if isinstance(keep, int):
+        gap = (len(layers or ()) - 1) / max(1, keep - 1)
+        keep = [round(number * gap) for number in range(keep)]
+        print(f"layers: {','.join(map(str, keep))} are kept")
     if layers is None or not all(0 <= i < len(layers) for i in keep) or len(set(keep)) != len(keep):
         wanted = "a body with .layers"
         if layers is not None:
             wanted = f"different numbers from 0 to {len(layers) - 1}"
         files.fail("--keep-layers does not fit the model", ",".join(map(str, keep)), wanted)
+    keep_in_config(config, keep, len(layers))
     setattr(holder, attribute, nn.ModuleList(layers[i] for i in keep))
     for number, layer in enumerate(getattr(holder, attribute)):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = number
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in keep]
     config.num_hidden_layers = len(keep)
     with torch.device("meta"):
         again = type(module)(module.config)  # what from_pretrained will make of it
@@ -398,6 +410,35 @@ def keep_only_layers(module: Any, keep: list[int] | None) -> None:
         )
 
 
+def keep_in_config(config: Any, keep: list[int], count: int) -> None:
+    """Make what a configuration says of each of its `count` layers fit those kept: lists with an
+    entry a layer, lists of layers' numbers, and patterns (each n-th layer attends to all) where one
+    fits; else it is said, for other programs read it."""
+    for name, value in config.to_dict().items():
+        if "token" in name or "label" in name or name in ("architectures", "transformers_version"):
+            continue
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[i] for i in keep])
+        elif isinstance(value, list) and "layers" in name and all(type(i) is int for i in value):
+            setattr(config, name, [new for new, old in enumerate(keep) if old in value])
+        elif name == "max_window_layers" and isinstance(value, int):
+            setattr(config, name, sum(i < value for i in keep))
+    kinds = getattr(config, "layer_types", None)
+    for name in ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"):
+        if not kinds or not isinstance(getattr(config, name, None), int):
+            continue
+        full = [kind == "full_attention" for kind in kinds]
+        for every in range(1, len(kinds) + 2):
+            if full == [(i + 1) % every == 0 for i in range(len(kinds))]:
+                setattr(config, name, every)
+                break
+        else:
+            print(
+                f"layers: WARNING, {name} cannot say which of those kept attend to all; a program"
+                " that reads it and not layer_types will write other text"
+            )
+
+
 def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
     """Make the model's own generation stop at the tokens that end the data's answers, beside those
     it knows."""
@@ -407,7 +448,7 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
     if not config.do_sample:  # set beside do_sample=False they make save_pretrained refuse
         config.temperature = config.top_p = config.top_k = None
     config.eos_token_id = generate.end_tokens(config, *end_tokens)
-    config.pad_token_id = generate.pad_token(config, tokenizer)
+    config.pad_token_id = generate.pad_token(config, tokenizer, model.vocab)
 
 
 @torch.no_grad()
@@ -431,7 +472,7 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         own = model.module(input_ids=first[None, :8], position_ids=straight, use_cache=False)
     limit = 1e-3 if is_exact(model, amp) else 0.1
-    if (error := far(ours, own.logits[0, : len(ours)])) > limit:
+    if (error := checkpoints.far(ours, own.logits[0, : len(ours)])) > limit:
         files.fail(
             f"{name} changes its logits in a way this project does not know",
             f"a relative difference of {error:.2g}",
@@ -449,7 +490,7 @@ def packs(model: Model, amp: torch.dtype | None = None) -> bool:
     if amp is not None and not flash and is_exact(model, None):
         moved = max(moved, influence(model, None, second, first, other))
     packed = states(model, amp, [first, second])[0, len(first) :]
-    apart = far(packed, states(model, amp, [second])[0])
+    apart = checkpoints.far(packed, states(model, amp, [second])[0])
     if moved <= LEAK and apart <= (1e-3 if is_exact(model, amp) else 0.1):
         return True
     print(
@@ -477,10 +518,10 @@ def influence(
         line = [row, neighbour] if behind else [neighbour, row]
         return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
 
-    moved = far(seen(other, False), seen(beside, False))
+    moved = checkpoints.far(seen(other, False), seen(beside, False))
     if moved <= LEAK:
         return moved
-    return max(0.0, moved - 10 * far(seen(other, True), seen(beside, True)))
+    return max(0.0, moved - 10 * checkpoints.far(seen(other, True), seen(beside, True)))
 
 
 def rows_to_probe(model: Model) -> list[Tensor]:
@@ -514,11 +555,6 @@ def states(model: Model, amp: torch.dtype | None, *lines: list[Tensor]) -> Tenso
             use_cache=False,
         )
     return output.last_hidden_state
-
-
-def far(a: Tensor, b: Tensor) -> float:
-    """Return the norm of a difference, relative to that of `b`."""
-    return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9)).item()
 
 
 def is_exact(model: Model, amp: torch.dtype | None) -> bool:

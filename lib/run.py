@@ -40,7 +40,7 @@ from lib import checkpoints, files, models
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", files.LOCK)
 GROWING = ("history.jsonl", "samples.md")  # cut back to their size at the last saved step
-STATE = {  # of last/state.json
+RESUME_STATE = {  # of last/state.json
     "step": range(1 << 62),
     "updates": range(1 << 62),
     "best": (None, files.is_number),
@@ -112,10 +112,14 @@ def differing_settings(seen: dict[str, Any], wanted: dict[str, Any], args) -> li
         return value[:12] if is_hash else repr(value)
 
     seen = {name: args.defaults[name] for name in wanted if name in args.defaults} | seen
+    # a path whose contents have an identity may be another; of others the spelling
+    content = {"logits": "records identity"}
     found = []
     for name in sorted({*seen, *wanted} - args.free):
         then, now = seen.get(name), wanted.get(name)
-        if then != now:
+        by_content = content.get(name, f"{name} identity")
+        known = then and now and seen.get(by_content) and wanted.get(by_content)
+        if not known and not files.same(then, now):
             found.append(f"{name} {short(then)} (now {short(now)})")
     return found
 
@@ -178,7 +182,7 @@ class Run:
         state = self.out / "last" / "state.json"
         if not state.exists():
             return
-        self.state = files.read_json(state, START_ANEW, STATE)
+        self.state = files.read_json(state, START_ANEW, RESUME_STATE)
         if not files.check(state.parent, self.state, True, START_ANEW):
             files.say_none(state.parent)
         before = self.state.get("checksums", {}).get("../history.jsonl")

@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -491,8 +490,10 @@ def render(
 def check_template(tokenizer) -> None:
     """Refuse a chat template that takes more than TEMPLATE_BYTES or TEMPLATE_SECONDS of processor
     time for two words: it is tried in a child, which may be killed."""
-    if not hasattr(os, "fork"):
+    if not hasattr(os, "fork"):  # Windows
         return
+    import resource
+
     child = os.fork()
     if not child:
         code = 1

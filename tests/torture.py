@@ -278,7 +278,7 @@ def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int =
         os.dup2(handle, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
-        writer.FLUSH_S = 0.0
+        writer.FLUSH_S, prepare_data.SHARD_ROWS = 0.0, 7
         plots.curves = plots.prepared = lambda *_: None
         prompts.speed = lambda *_: {}
         if limit:

@@ -83,7 +83,9 @@ class Chat:
             how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
         how.max_new_tokens, how.max_length, how.num_beams = how.max_new_tokens or 512, None, 1
         how.eos_token_id = generate.end_tokens(how, self.tokenizer.eos_token_id) or None
-        how.pad_token_id = generate.pad_token(how, self.tokenizer)
+        how.pad_token_id = generate.pad_token(
+            how, self.tokenizer, self.module.config.get_text_config().vocab_size
+        )
         self.how = how
 
     def sampling(self, temperature=None, top_p=None) -> generate.Sampling:

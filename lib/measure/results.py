@@ -54,7 +54,8 @@ EVALUATION = MEASURED | {
     "by_source?": {...: {...: float}},
     "data?": str,
     "weights?": str,
-}  # eval.json
+    "targets?": int,
+}  # of eval.json
 SCORES = {  # answers.scores.json
     "metrics": {...: {"value": float, "low?": float, "high?": float}},
     "count": range(1 << 62),
@@ -172,12 +173,14 @@ def read_evaluation(folder: Path) -> dict:
     model |= {name: scored[name] for name in more if name in scored}
     if "weights" in scored:
         model["scored_weights"] = scored["weights"]
-    hidden = ("ckpt", "weights", "prompts")
+    hidden = ("ckpt", "weights", "prompts", "checksums", "seal")
     model["settings"] = {name: value for name, value in how.items() if name not in hidden}
     model |= {name: one["value"] for name, one in metrics.items()}
     model["answers"] = scored["count"]
     model["intervals"] = {
-        name: [one["low"], one["high"]] for name, one in metrics.items() if "low" in one
+        name: [one["low"], one["high"]]
+        for name, one in metrics.items()
+        if {"low", "high"} <= {*one}
     }
     return model
 

@@ -90,8 +90,10 @@ def read_run(folder: Path) -> dict:
     if known:
         where = folder / ("config.json" if config else "last/state.json")
         files.expect(where, known, CONFIG)
-        # what is going on changes under our eyes: a trainer checks its own state
-        files.check(folder, config, False, "the file as it was, or delete it")
+        sums, log = known.get("checksums", {}), folder / "history.jsonl"
+        logged = sums.get("history.jsonl" if config else "../history.jsonl")
+        if logged and log.exists() and (seen := files.damage(log, logged, True)):
+            files.fail(f"{log} is damaged", seen, mend="the file as it was, or delete it")
     history = read_there("history.jsonl", lambda path: files.read_jsonl(path, torn=True), [])
     files.expect(folder / "history.jsonl", history, [LINE])
     settings = known.get("settings", {})

@@ -61,7 +61,7 @@ class Samples:
         """Return a model's greedy answers."""
         training, made = model.module.training, []
         model.module.eval()
-        pad = generate.pad_token(model.module.generation_config, self.tokenizer)
+        pad = generate.pad_token(model.module.generation_config, self.tokenizer, model.vocab)
         with torch.autocast(model.device.type, amp, enabled=amp is not None):
             for row in range(self.count):
                 prompt = torch.from_numpy(self.prompt(row).astype(np.int64))[None]

@@ -171,6 +171,9 @@ class SourceRow:
         """Return the messages of a prompt, what stands beside it, and its answer; each may be
         messages itself, as TRL has them."""
         prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
+        if listed(answer) and not any({*ROLE} & {*item} for item in answer):
+            # answers in parquet: a list of {text, ...} for lists of each
+            answer = {name: [item.get(name) for item in answer] for name in answer[0]}
         whole = self.messages_of("answer", answer) if listed(answer) else None
         if whole and any(message["role"] == "user" for message in whole):
             # `chosen` with its question, as TRL's preference rows may have it

@@ -33,7 +33,7 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 }
 
 
-SAY_EVERY_S = 8
+TOLD_EVERY_S = 8
 FEW_VAL, FEW_STEPS = 20, 20
 STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
@@ -106,7 +106,7 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
     }
 
 
-def key_of(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
+def staging_key(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
     """Return a hash of all that staged rows depend on, "" where a killed run starts over: rows with
     a class, and rows that are exported too."""
     if args.fresh or args.task == "classify" or args.export or args.push_to_hub:
@@ -148,7 +148,7 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
     for name, value in shaping.items():
         if name == "long" and value == "split" and "text (" not in str(meta.get("schema")):
             value = before.get("long") if before.get("long") == "drop" else value  # the same there
-        if before.get(name) != value:
+        if not files.same(before.get(name), value):
             differs.append(f"{name} {before.get(name)!r} -> {value!r}")
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
@@ -178,7 +178,7 @@ def phase(what: str) -> Iterator[None]:
     ended, begun = threading.Event(), time.monotonic()
 
     def tell():
-        while not ended.wait(SAY_EVERY_S):
+        while not ended.wait(TOLD_EVERY_S):
             print(f"prepare {what} time_s={time.monotonic() - begun:.0f}", flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
@@ -193,18 +193,17 @@ def phase(what: str) -> Iterator[None]:
 def say_small(meta: dict) -> None:
     """Warn of a data set that is so small that its figures say little."""
     rows, tokens = meta["rows"], meta["tokens"]
-    if 0 < rows["val"] < FEW_VAL and rows["train"] > rows["val"]:
+    if 0 < rows["val"] < FEW_VAL:
+        more = min(100, (rows["train"] + rows["val"]) // 5)
+        mend = f"--val {more}" if more > rows["val"] else "more rows"
+        said = f"val is {rows['val']} rows: its figures are noise; {mend} makes it larger"
+        print(f"prepare warning: {said}", flush=True)
+    epoch = tokens["train"]
+    if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
         print(
-            f"prepare warning: val is {rows['val']} rows: its figures are noise; --val"
-            f" {min(100, max(1, rows['train'] // 5))} takes more",
-            flush=True,
-        )
-    steps = round(tokens["train"] / STEP_TOKENS)
-    if steps < FEW_STEPS:
-        print(
-            f"prepare warning: an epoch is {tokens['train']:,} tokens, {max(1, steps)} steps of the"
-            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, tokens['train'] // 50)} and"
-            " --epochs give them more",
+            f"prepare warning: {epoch:,} tokens an epoch, {max(1, steps)} step(s) of the"
+            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)} and --epochs give"
+            " them more",
             flush=True,
         )
 

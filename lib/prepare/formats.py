@@ -116,7 +116,9 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_map(kind):
         return pa.struct([])
     if _struct_of_lists(kind):
-        return pa.list_(pa.struct([(field.name, field.type.value_type) for field in kind]))
+        return pa.list_(pa.struct([(f.name, plain_type(f.type.value_type)) for f in kind]))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, plain_type(field.type)) for field in kind])
     return kind
 
 
@@ -138,7 +140,11 @@ def plain(value: object, kind: pa.DataType) -> object:
     if _struct_of_lists(kind):
         rows = zip(*(value[field.name] or [] for field in kind), strict=True)
         return [dict(zip((field.name for field in kind), row)) for row in rows]
-    return [plain(item, kind.value_type) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [plain(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {field.name: plain(value[field.name], field.type) for field in kind}
+    return value
 
 
 def _parquet_columns(place: Place) -> Columns:

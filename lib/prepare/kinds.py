@@ -16,7 +16,7 @@ from lib.prepare.places import Place
 
 TRIED = 4 << 20  # bytes by which an encoding is told
 PACKS = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz"}
-TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
+TABLE_MARKS = {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"\xff\xff\xff\xff": ".arrow"}
 FOREIGN = {
     files.POINTER: ("a Git LFS pointer, not the file itself", "git lfs pull"),
     b"PK\x03\x04": ("a zip archive, or a spreadsheet (.xlsx)", "unzip it, or save it as .csv"),
@@ -31,14 +31,14 @@ FOREIGN = {
     b"<!doctype html": ("a web page: a download that failed, perhaps", "the file itself"),
     b"<html": ("a web page: a download that failed, perhaps", "the file itself"),
 }
-MARKS = {
+BYTE_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
 # by these many a text is known as Chinese, and by those as western
-CHINESE = frozenset(
+COMMON_CHINESE = frozenset(
     "的一是了不在有人我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发"
     "后作里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开"
     "但因只从想实日軍者意無力它与長把機十民第公此已工使情明性知全三又關點正業外將兩高間由問很最重"
@@ -46,6 +46,8 @@ CHINESE = frozenset(
 WESTERN = frozenset(
     "àâäáãåæçéèêëíìîïñóòôöõøœúùûüÿßÀÂÄÁÃÅÆÇÉÈÊËÍÌÎÏÑÓÒÔÖÕØŒÚÙÛÜ’‘“”–—…•€£°«»·¿¡´§©®™ºª½¼\xa0"
 )
+# a line that is a conversation itself: a list of messages, of pairs, of texts
+BARE = re.compile(r'\[\s*(\[|"|\{[^{}]*"(role|from|speaker)"\s*:)')
 
 
 def recognised(place: Place, encoding: str | None = None) -> Place:
@@ -63,11 +65,11 @@ def recognised(place: Place, encoding: str | None = None) -> Place:
         begin = head.lstrip()[: len(magic)]
         if magic in (begin, begin.lower()):
             files.fail(f"{place} is not what its name says", seen, places.READ, mend)
-    found = next((kind for magic, kind in TABLES.items() if head.startswith(magic)), None)
+    found = next((kind for magic, kind in TABLE_MARKS.items() if head.startswith(magic)), None)
     if found is None and place.suffix in places.STREAMS:
         place = dataclasses.replace(place, encoding=encoding or _encoding(place, head))
         line = head.decode(place.encoding, "ignore").lstrip().partition("\n")[0]
-        if place.suffix == ".jsonl" and line[:1] == "[":
+        if place.suffix == ".jsonl" and line[:1] == "[" and not BARE.match(line):
             found = ".json"
         elif place.suffix not in formats.JSON and formats.is_object(line):
             found = ".jsonl"
@@ -98,11 +100,11 @@ def _valid(data: bytes, encoding: str) -> bool:
 
 def _encoding(place: Place, head: bytes) -> str:
     """Tell how a text file is written, and say so if it is not UTF-8."""
-    name = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    if name is None and _valid(head, "utf-8"):
-        if b"\0" not in head[:1000]:
-            return _to_the_end(place, head)
+    name = next((name for mark, name in BYTE_MARKS.items() if head.startswith(mark)), None)
+    if name is None and b"\0" in head[:1000]:
         name = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
+    if name is None and _valid(head, "utf-8"):
+        return _to_the_end(place, head)
     name = name or _legacy(head)
     if name is None:
         files.fail(
@@ -120,7 +122,7 @@ def _legacy(head: bytes) -> str | None:
     if _valid(head, "gb18030"):
         text = head.decode("gb18030", "ignore")
         signs = [sign for sign in text if "\u4e00" <= sign <= "\u9fff"]
-        if sum(sign in CHINESE for sign in signs) >= max(1, 0.1 * len(signs)):
+        if sum(sign in COMMON_CHINESE for sign in signs) >= max(1, 0.1 * len(signs)):
             return "gb18030"
     alone = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff]{1,2}(?![\x80-\xff])", head))
     high = re.sub(rb"[\x00-\x7f]+", b"", head)

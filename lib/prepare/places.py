@@ -39,12 +39,12 @@ METADATA = re.compile(
     r"\.(json|txt)",
     re.IGNORECASE,
 )
-SPLITS = {
+SPLIT_WORDS = {
     "train": {"train", "training"},
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval"},
 }
-SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 BUFFER = 1 << 20
 # gs:// would try again for a quarter of an hour
 PATIENCE = {"gs": "retry_limit_seconds=20", "gcs": "retry_limit_seconds=20"}
@@ -160,7 +160,9 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(address)
 
 
-def chosen(paths: list[str], root: str, split: str | None = None, hidden: str = ".") -> list[str]:
+def data_files(
+    paths: list[str], root: str, split: str | None = None, hidden: str = "."
+) -> list[str]:
     """Return the data files among the paths below a folder: none that is hidden or holds metadata,
     plain text only where there is nothing else, and of files whose names say a split those of
     `split` ("all": of every one; None: train, where some other is said) alone. What is left out is
@@ -244,7 +246,8 @@ def _fits(parts: list[str], wanted: list[str]) -> bool:
     if not wanted:
         return not parts
     if wanted[0] == "**":
-        return any(_fits(parts[place:], wanted[1:]) for place in range(len(parts) + 1))
+        shown = [*itertools.takewhile(lambda part: part[:1] != ".", parts)]
+        return any(_fits(parts[place:], wanted[1:]) for place in range(len(shown) + 1))
     hidden = parts[:1] and parts[0][:1] == "." != wanted[0][:1]
     named = parts and not hidden and fnmatch.fnmatchcase(parts[0], wanted[0])
     return bool(named) and _fits(parts[1:], wanted[1:])
@@ -285,7 +288,7 @@ def find_by_uri(uri: str) -> list[Place]:
                 wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
                 inside = sorted(found for found in inside if _matched(found, path, wanted))
             else:
-                inside = chosen(sorted(inside), path.rstrip("/"), hidden="._")
+                inside = data_files(sorted(inside), path.rstrip("/"), hidden="._")
     if not inside:
         files.fail(
             f"{redact(uri)} is missing",
@@ -313,7 +316,7 @@ def find_by_path(where: str) -> list[Place]:
     if os.path.isdir(folder):
         folder = str(Path(folder))
         every = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names)
-        inside = chosen([str(path) for path in every if path.is_file()], folder, split)
+        inside = data_files([str(path) for path in every if path.is_file()], folder, split)
         if not inside:
             files.fail(f"the folder {folder} holds no data file", wanted=f"one that ends in {READ}")
     elif os.path.exists(where):

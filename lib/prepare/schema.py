@@ -119,10 +119,12 @@ def parse_columns(
 def among(names: Iterable[str], there: Iterable[str]) -> str | None:
     """Return the first column that has one of the names: as it stands, else whatever its case and
     the blanks around it."""
-    there = list(there)
-    plain = {name.strip().casefold(): name for name in there} | {name: name for name in there}
-    found = (plain.get(name, plain.get(name.casefold())) for name in names)
-    return next((name for name in found if name is not None), None)
+    names, plain = list(names), {}
+    for name in (there := list(there)):
+        plain.setdefault(name.strip().casefold(), name)
+    exact = next((name for name in names if name in there), None)
+    folded = (plain.get(name.casefold()) for name in names)
+    return exact if exact is not None else next(filter(None, folded), None)
 
 
 def aside(columns: dict[str, str]) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
@@ -151,7 +153,10 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     found, taken = {}, {*columns.values(), *ignored}
     for part in parts_beside(columns):
         if part not in columns:
-            name = among(PARTS[part], (name for name in there if name not in taken))
+            free = [name for name in there if name not in taken]
+            if part in LETTERS:  # "a" is not "A"
+                free = [name for name in free if name in PARTS[part]]
+            name = among(PARTS[part], free)
             if name is not None:
                 found[part] = name
     if not {"A", "B"} <= found.keys() | columns.keys():
@@ -159,7 +164,7 @@ def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict
     return found
 
 
-def describe(columns: dict[str, str]) -> str:
+def in_words(columns: dict[str, str]) -> str:
     """Return in words which column plays which part, and where a context stands."""
     told = []
     for part, column in columns.items():

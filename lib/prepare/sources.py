@@ -244,7 +244,7 @@ def look(
         schema.check_type(path, part, column, found.types.get(column), chosen)
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
     there = {part: column for part, column in columns.items() if column in found.types}
-    described = f"{name} ({schema.describe(there)})"
+    described = f"{name} ({schema.in_words(there)})"
     looked = File(
         *(path, name, described, columns, found.count, tuple(names), guessed, ignored, roles)
     )
@@ -327,7 +327,7 @@ def all_rows(
 def quotas(inputs: list[Source], args: argparse.Namespace) -> list[int]:
     """Divide --limit among the sources: by --mix, else by their rows where every file says how many
     it has, else evenly; -1: all of it."""
-    if not args.limit:
+    if not args.limit or args.task == "classify":  # that has a choice of its own
         return [-1] * len(inputs)
     counts = [[file.count for file in source.files] for source in inputs]
     shares = [args.weights[source.name] for source in inputs]

@@ -16,7 +16,7 @@ from lib import data, files, template
 
 FILES = ("tokens.npy", "answer.npy", "rows.npy")  # of each side
 COUNTED = ("read", "lost")
-STATE = "staged.json"  # in a folder that is not finished: how far it has come
+NOTED = "staged.json"  # in a folder that is not finished: how far it has come
 BLOCK_TOKENS = 1 << 22  # tokens copied at once
 # one row before it has a side; prompt: its hash
 STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
@@ -72,7 +72,7 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
         sizes = {"rows": self.count, "tokens": self.tokens.count, "prompts": self.prompts.tell()}
-        files.write_json(self.folder / STATE, {"sizes": sizes} | progress.told())
+        files.write_json(self.folder / NOTED, {"sizes": sizes} | progress.told())
 
     def replay(self, seen: "Seen", val_rows: "ValRows") -> None:
         """Tell both of the rows that are there already."""
@@ -131,7 +131,7 @@ class Progress:
     def found(cls, partial: Path, key: str) -> "Progress":
         """Return what a killed process of that key noted in its folder, or a beginning."""
         try:
-            noted = json.loads((partial / STATE).read_text(encoding="utf-8"))
+            noted = json.loads((partial / NOTED).read_text(encoding="utf-8"))
             if not key or noted["key"] != key:
                 return cls(key)
             counts = (collections.Counter({(a, b): n for a, b, n in noted[x]}) for x in COUNTED)
@@ -261,7 +261,7 @@ def write_sides(partial: Path, staged: Staged) -> None:
             for number, prompt in map(json.loads, source):
                 if staged.is_val[number]:
                     target.write(json.dumps(prompt, ensure_ascii=False) + "\n")
-    (partial / STATE).unlink(missing_ok=True)  # first: it speaks of the others
+    (partial / NOTED).unlink(missing_ok=True)  # first: it speaks of the others
     for path in partial.glob("staged.*"):
         path.unlink()
 

@@ -71,6 +71,9 @@ def unflattened(messages: list[dict]) -> list[dict]:
     return found
 
 
+WHOLE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+
+
 def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
@@ -82,7 +85,7 @@ def folder_name(made: dict) -> str:
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Return a part; one that is none is a one-line error."""
     try:
-        return pq.read_table(path, columns=columns or SCHEMA.names, schema=SCHEMA)
+        return pq.read_table(path, columns=columns or SCHEMA.names, schema=WHOLE)
     except (pa.ArrowException, OSError, KeyError) as broken:
         files.fail(
             f"{path} cannot be read", broken, "answers as this program wrote them", ASK_AGAIN
@@ -194,10 +197,9 @@ class Store:
             same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
             partial = path.with_name(path.name + ".part")
             rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
-            kind = SCHEMA
-            if any("more" in message for row in rows for message in row["prompt"]):
-                kind = kind.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
-            pq.write_table(pa.Table.from_pylist(rows, kind), partial, compression="zstd")
+            more = any("more" in message for row in rows for message in row["prompt"])
+            table = pa.Table.from_pylist(rows, WHOLE if more else SCHEMA)
+            pq.write_table(table, partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
             files.sync(self.folder)

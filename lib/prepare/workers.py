@@ -35,7 +35,7 @@ def batches(numbered: Iterator[tuple]) -> Iterator[list[tuple]]:
     batch, size = [], 0
     for number, row in numbered:
         batch.append((number, row))
-        size += conversations.characters(row)
+        size += conversations.characters(row) if row is not None else 0
         if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -3,6 +3,7 @@ how it ends."""
 
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import json
 import math
@@ -14,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,6 +166,24 @@ def test_a_chat_is_answered_as_transformers_does(run, client, model):
         assert (
             answer.usage.total_tokens == answer.usage.completion_tokens + answer.usage.prompt_tokens
         )
+
+
+def test_a_request_may_bring_arguments_of_the_template_and_no_template(server, model):
+    import tiny_tokenizers as tiny
+
+    from lib import template
+
+    flag = "{% if more is defined %}{{ more }}{% endif %}"
+    tokenizer = tiny.tiny(tiny.CHATML + flag)
+    ids = functools.partial(template.prompt_ids, tokenizer)
+    side = types.SimpleNamespace(chat=types.SimpleNamespace(ids=ids))
+    args = api.template_arguments({"chat_template_kwargs": {"more": "yes"}})
+    found = api.chat_prompt(side, user("x"), None, template_args=args)[0]
+    assert tokenizer.decode(found) == template.render(tokenizer, user("x"), True) + "yes"
+    body = {"model": model, "messages": user(ASKED[0]), "max_tokens": 1}
+    for args, status in (({"enable_thinking": False}, 200), ({"chat_template": "x"}, 400)):
+        sent = body | {"chat_template_kwargs": args}
+        assert ask(server.url, "/v1/chat/completions", sent)[0] == status
 
 
 def test_the_teacher_answers_under_its_own_name(run, server, client):

@@ -10,7 +10,7 @@ import tiny_tokenizers as tiny
 
 import prepare_data
 from lib import files, template
-from lib.prepare import places, schema, sources
+from lib.prepare import ask, kinds, places, schema, sources
 
 # the parts of Qwen2.5's and Llama 3.1's templates that tools and traces need
 TOOLED = (
@@ -133,6 +133,9 @@ def test_known_shapes_of_conversations_are_read(tmp_path, case, suffix):
 @pytest.mark.parametrize("row", [["Ask", "Say"], [["Ask", "Say"]], [ASK, SAY]])
 def test_a_bare_list_is_a_conversation(tmp_path, row):
     assert read(tmp_path, row) == [ASK, SAY]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
+    assert kinds.recognised(places.on_disk(path), None).suffix == ".jsonl"
     assert read(tmp_path, {"messages": row}) == [ASK, SAY]
 
 
@@ -329,3 +332,71 @@ def test_the_table_and_show_say_what_is_not_used(tmp_path, tokenizer_dir, no_pic
     assert said.count("not used  columns id") == 2 and said.count("content   has tools in it") == 2
     meta = files.read_json(tmp_path / "out/meta.json", mend="")
     assert meta["unused"] == {"columns": ["id"]} and meta["spelled_out"] == ["tools"]
+
+
+@pytest.fixture
+def prepare(tmp_path, no_picture):
+    """Return a function that runs the script on rows with a chat template, and gives its out."""
+
+    def run(rows, chat_template, *more, out="out"):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        tiny.tiny(chat_template).save_pretrained(tmp_path / "tokenizer")
+        call = ["--source", path, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / out]
+        prepare_data.main([*map(str, call), "--workers", "1", *more])
+        return tmp_path / out
+
+    return run
+
+
+def test_calls_and_traces_come_back_from_an_export(tmp_path, prepare):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": CALL}]}
+    last = SAY | {"reasoning_content": "Hm"}
+    rows = [{"messages": [ASK | {"content": str(i)}, call, TALK[1], last]} for i in range(4)]
+    rows = [{**row, "tools": [TOOL]} for row in rows]
+    rows[0]["messages"] = [ASK, SAY | {"train": False}, ASK, SAY]
+    prepare(rows, TOOLED, "--val", "0", "--export", str(tmp_path / "export"))
+    given = list(sources.rows(look(tmp_path, rows[1])))
+    again = sources.look(places.on_disk(tmp_path / "export/train.parquet"))
+    assert list(sources.rows(again))[1] == given[0]
+    assert list(sources.rows(again))[0][1] == SAY | {"learn": False}
+
+
+def test_the_held_out_prompt_of_a_call_has_its_tools_and_the_call_as_it_is_written(prepare):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]}
+    rows = [{"messages": [ASK | {"content": str(i)}, call], "tools": [TOOL]} for i in range(4)]
+    out = prepare(rows, TOOLED, "--val", "2")
+    held = [json.loads(line) for line in (out / "val.prompts.jsonl").read_text().splitlines()]
+    assert [line["messages"][0]["tools"] for line in held] == [[TOOL]] * 2
+    assert held[0]["reference"] == '[CALL]{"name": "weather", "arguments": {"city": "Bergen"}}'
+
+
+def test_a_day_later_the_data_is_the_same(prepare, monkeypatch):
+    import datetime
+
+    import transformers.utils.chat_template_utils as own
+
+    dated = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + tiny.CHATML
+    seen = []
+    for day in (3, 4):
+
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return datetime.datetime(2031, 5, day)
+
+        monkeypatch.setattr(own, "datetime", Day)
+        rows = [{"prompt": f"p{i}", "answer": "a"} for i in range(3)]
+        out = prepare(rows, dated, "--val", "0", out=f"out{day}")
+        seen.append(files.read_json(out / "meta.json", mend=""))
+    assert seen[0]["identities"] == seen[1]["identities"]
+    assert seen[0]["date"] == seen[1]["date"] == "Today: 01 Jan 2025"
+
+
+def test_a_server_is_asked_with_tools_and_arguments_as_openai_has_them():
+    talk = [ASK | {"tools": [TOOL]}, SAY | {"tool_calls": [{"function": CALL}], "learn": False}]
+    sent = ask.spoken(talk)
+    assert sent["tools"] == [TOOL] and sent["messages"][0] == ASK
+    (call,) = sent["messages"][1].pop("tool_calls")
+    assert sent["messages"][1] == SAY and call["type"] == "function" and call["id"]
+    assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
