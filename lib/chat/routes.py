@@ -149,15 +149,14 @@ def host_of(text: str) -> str:
 
 
 def guard(app, args, counts: Counts) -> None:
-    """Say who may ask, what every answer carries, and what an error looks like."""
+    """Say who may ask, and what every answer carries."""
     import flask
-    from werkzeug.exceptions import HTTPException
 
     @app.before_request
     def admit():
         request = flask.request
         if args.api_key:
-            # what a browser asks before it lets a page send its key; it never brings the key itself
+            # a browser asks so, without the key, before a page may send it
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return "", 204
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -192,6 +191,14 @@ def guard(app, args, counts: Counts) -> None:
             flask.request.url_rule.rule if flask.request.url_rule else "other", response.status_code
         )
         return response
+
+    error_answers(app)
+
+
+def error_answers(app) -> None:
+    """Say what an error looks like."""
+    import flask
+    from werkzeug.exceptions import HTTPException
 
     @app.errorhandler(Refused)
     def refuse(refused: Refused):
