@@ -158,8 +158,8 @@ def as_stored(name, trust_remote_code: bool = False):
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
-    wanted = cut(stored, texts)
-    seen = cut(made.backend_tokenizer, texts) if made else None
+    wanted = plain_ids(stored, texts)
+    seen = plain_ids(made.backend_tokenizer, texts) if made else None
     if seen == wanted:
         return made
     if seen is not None and wanted is not None:
@@ -173,7 +173,7 @@ def as_stored(name, trust_remote_code: bool = False):
             "the do_lower_case and strip_accents that the model was trained with, in both files",
         )
     plain = PreTrainedTokenizerFast.from_pretrained(name)
-    if seen is not None and cut(plain.backend_tokenizer, texts) == seen:
+    if seen is not None and plain_ids(plain.backend_tokenizer, texts) == seen:
         return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
     print(
         f"tokenizer: {name}: tokenizer_config.json's class {kind} {why or 'does not read it'}:"
@@ -183,7 +183,7 @@ def as_stored(name, trust_remote_code: bool = False):
     return plain
 
 
-def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
+def plain_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
     """Return the ids of texts, without what is added around them; None where it cannot."""
     try:
         return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
