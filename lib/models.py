@@ -25,7 +25,7 @@ from lib.head import Head
 # what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
 # float32's rounding), 9e-4 and more in those that leak: docs/real-models.md has the table
 LEAK = 3e-5
-PACKAGES = {  # what transformers needs to read weights that are quantised by a method
+QUANTISED_BY = {  # what transformers needs to read weights that are quantised by a method
     "awq": "gptqmodel",
     "gptq": "gptqmodel optimum",
     "bitsandbytes": "bitsandbytes",
@@ -282,7 +282,9 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         gguf.tqdm = partial(tqdm, disable=None)  # no bar in a log
         base, options = base.parent, options | {"gguf_file": base.name}
     else:
-        options = widening(base) | options | {"generation_config": generate.read_config(base)}
+        options = options | {"generation_config": generate.read_config(base)}
+        if options["dtype"] == torch.float32:  # in half precision its own kernels read them
+            options = widening(base) | options
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
@@ -310,7 +312,7 @@ def widening(folder: Path) -> dict[str, Any]:
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     """Say why transformers cannot load a checkpoint, and what may mend it."""
     text, mend = str(broken), None
-    if needs := PACKAGES.get(checkpoints.quantised(folder) or ""):
+    if needs := QUANTISED_BY.get(checkpoints.quantised(folder) or ""):
         mend = f"pip install {needs}"
     if "trust_remote_code" in text or "custom code" in text:
         mend = "--trust-remote-code, if you trust that folder's Python"
@@ -473,7 +475,7 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         own = model.module(input_ids=first[None, :8], position_ids=straight, use_cache=False)
     limit = 1e-3 if is_exact(model, amp) else 0.1
-    if (error := checkpoints.far(ours, own.logits[0, : len(ours)])) > limit:
+    if (error := checkpoints.difference(ours, own.logits[0, : len(ours)])) > limit:
         files.fail(
             f"{name} changes its logits in a way this project does not know",
             f"a relative difference of {error:.2g}",
@@ -491,7 +493,7 @@ def packs(model: Model, amp: torch.dtype | None = None) -> bool:
     if amp is not None and not flash and is_exact(model, None):
         moved = max(moved, influence(model, None, second, first, other))
     packed = states(model, amp, [first, second])[0, len(first) :]
-    apart = checkpoints.far(packed, states(model, amp, [second])[0])
+    apart = checkpoints.difference(packed, states(model, amp, [second])[0])
     if moved <= LEAK and apart <= (1e-3 if is_exact(model, amp) else 0.1):
         return True
     print(
@@ -519,10 +521,10 @@ def influence(
         line = [row, neighbour] if behind else [neighbour, row]
         return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
 
-    moved = checkpoints.far(seen(other, False), seen(beside, False))
+    moved = checkpoints.difference(seen(other, False), seen(beside, False))
     if moved <= LEAK:
         return moved
-    return max(0.0, moved - 10 * checkpoints.far(seen(other, True), seen(beside, True)))
+    return max(0.0, moved - 10 * checkpoints.difference(seen(other, True), seen(beside, True)))
 
 
 def rows_to_probe(model: Model) -> list[Tensor]:

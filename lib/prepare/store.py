@@ -71,7 +71,7 @@ def unflattened(messages: list[dict]) -> list[dict]:
     return found
 
 
-WHOLE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+WITH_MORE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
 
 
 def folder_name(made: dict) -> str:
@@ -85,7 +85,7 @@ def folder_name(made: dict) -> str:
 def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Return a part; one that is none is a one-line error."""
     try:
-        return pq.read_table(path, columns=columns or SCHEMA.names, schema=WHOLE)
+        return pq.read_table(path, columns=columns or SCHEMA.names, schema=WITH_MORE)
     except (pa.ArrowException, OSError, KeyError) as broken:
         files.fail(
             f"{path} cannot be read", broken, "answers as this program wrote them", ASK_AGAIN
@@ -198,7 +198,7 @@ class Store:
             partial = path.with_name(path.name + ".part")
             rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
             more = any("more" in message for row in rows for message in row["prompt"])
-            table = pa.Table.from_pylist(rows, WHOLE if more else SCHEMA)
+            table = pa.Table.from_pylist(rows, WITH_MORE if more else SCHEMA)
             pq.write_table(table, partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
