@@ -154,7 +154,10 @@ def as_stored(name, trust_remote_code: bool = False):
         if made is None:
             raise ValueError(f"the class {kind} {why}")
         return made
-    stored = Tokenizer.from_file(file)
+    try:
+        stored = Tokenizer.from_file(file)
+    except Exception as broken:  # of no kind of its own
+        raise ValueError(f"{file}: {broken}") from None
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]

@@ -157,22 +157,23 @@ def make_room(
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     if use:
         model.module.activation_checkpointing_enable({"use_reentrant": False})
-    check_space(args.out, model, whole=merge or model.trained == model.parameters)
+    check_space(args.out, model, merge or model.trained == model.parameters, args.keep)
     if args.dry_run:
         print("--dry-run: nothing was written")
         raise SystemExit(0)
 
 
-def check_space(out: str, model: models.Model, whole: bool = True) -> None:
-    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a
-    trained weight, best/ and final/ at 4 a weight; of these the trained ones alone, unless the
-    `whole` model is saved."""
-    there = 0  # what is there already will be replaced
-    for name in ("last", "best", "final"):
-        paths = (Path(out) / name).rglob("*")
-        there += sum(path.stat().st_size for path in paths if path.is_file())
+def check_space(out: str, model: models.Model, whole: bool = True, keep: int = 0) -> None:
+    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) and the states
+    to `keep` at 12 bytes a trained weight, best/ and final/ at 4 a weight; of these the trained
+    ones alone, unless the `whole` model is saved."""
+    there = {}  # what is there already will be replaced; a file may have two names
+    for name in ("last", "best", "final", files.KEPT):
+        for stat in (path.stat() for path in (Path(out) / name).rglob("*") if path.is_file()):
+            there[stat.st_dev, stat.st_ino] = stat.st_size
     saved = model.parameters if whole else model.trained
-    need, have = 2 * 12 * model.trained + 3 * 4 * saved, files.free_bytes(Path(out)) + there
+    need = (2 + keep) * 12 * model.trained + 3 * 4 * saved
+    have = files.free_bytes(Path(out)) + sum(there.values())
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     if need > have:
         files.fail(
