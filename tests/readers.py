@@ -87,6 +87,7 @@ def kinds(world: Path, stages: dict) -> list[Kind]:
     answered, asking, half = (world / name for name in ("answered", "asking", "half"))
     stage2, resumed = reader("stage2", new), reader("stage1", half, "--keep", 2)
     compared = Reader(report, (str(ran), "--out", str(new / "comparison")), new)
+    again = ("--out", evaluated / "answers.jsonl", "--ckpt", ran)
     weights = ("*.json", "*.safetensors", "*.jinja")
     return [
         Kind("data", world / "data", ("*.npy", "*.jsonl", "meta.json"), reader("stage1", new)),
@@ -98,7 +99,8 @@ def kinds(world: Path, stages: dict) -> list[Kind]:
         Kind("best/", ran / "best", weights, reader("eval", new, "--student", ran)),
         Kind("final/", ran / "final", weights, reader("eval", new, "--student", ran / "final")),
         Kind("run, reported", ran, ("config.json", "history.jsonl"), compared),
-        Kind("evaluation", evaluated, ("*.json", "*.jsonl"), compared),
+        Kind("evaluation", evaluated, ("eval.json", "answers.jsonl", "*.scores.json"), compared),
+        Kind("answers, scored", evaluated, ("answers.*",), reader("score", evaluated, *again)),
         Kind("answers", answered, ("answers/*/*",), reader("answers", answered, "--fresh")),
         Kind("journal", asking, ("answers/*/*",), reader("answers", asking)),
     ]

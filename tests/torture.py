@@ -544,7 +544,9 @@ def everywhere(work: Path, name: str) -> tuple[readers.Damage, dict[Path, object
     """Build a world with every kind of file: return what damages it, what each reader leaves when
     nothing is damaged, and a function that runs a reader: (how it ended, what it said)."""
     world, log = work / name, work / f"{name}.log"
-    build(world, log)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        with contextlib.redirect_stderr(quiet):
+            build(world, log)
     made = stages(world, world)
 
     def ended(main: Callable, argv: tuple) -> tuple[int | None, str]:
@@ -741,7 +743,9 @@ def main(argv=None) -> int:
         jobs = [(rounds_of, name) for name in names if args.rounds]
         jobs += [(flips, "flips")] * bool(args.flips)
         jobs += [(mutations, "mutations")] * bool(args.mutations)
-        build(work / "world", work / "log")
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            with contextlib.redirect_stderr(quiet):  # transformers' bars
+                build(work / "world", work / "log")
         left = list(jobs)
         while left or ALIVE:
             while left and len(ALIVE) < args.jobs:
