@@ -125,6 +125,7 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        before = {*Lock.held}
         try:
             return main(argv)
         except Exception as error:
@@ -134,6 +135,9 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             wrong, seen, mend = found
             fail(wrong, seen, mend=mend)
+        finally:  # a caller in this process may keep what was raised, and its frames hold locks
+            for held in {*Lock.held} - before:
+                held.release()
 
     return guarded
 
@@ -513,6 +517,8 @@ class Lock:
     """A lock file that this process holds until `release`, or until it ends, however it ends; as a
     context until its block ends. what: it is for; passing: the file goes with its release."""
 
+    held: weakref.WeakSet = weakref.WeakSet()
+
     def __init__(self, path: Path, what: Path, wait: bool = False, passing: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # `locked` holds it too, for the time of a look
@@ -531,6 +537,7 @@ class Lock:
                 raise
             _say_no_locks(path.parent, broken.strerror)
         self.release = weakref.finalize(self, _let_go, inner, path if passing else None)
+        self.held.add(self)
 
     def __enter__(self) -> "Lock":
         return self

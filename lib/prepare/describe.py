@@ -97,7 +97,7 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
         "targets": both(rows["targets"]),
         "tokens": both(rows["length"]),
         "dropped": reasons,
-        **({"cut": dict(zip(("texts", "rows"), staged.cut))} if staged.cut[0] else {}),
+        **({"split": dict(zip(("texts", "rows"), staged.cut))} if staged.cut[0] else {}),
         "lengths": {"rows": percentiles(rows["length"]), "targets": percentiles(rows["targets"])},
         "rows_per_chunk": args.rows_per_chunk,
         "chunks": -(-counts["train"] // args.rows_per_chunk),
@@ -215,10 +215,10 @@ def print_table(folder: Path, meta: dict) -> None:
         print(f"{name:<10}train {meta[name]['train']:,}   val {meta[name]['val']:,}")
     drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
-    if cut := meta.get("cut"):
+    if split := meta.get("split"):
         print(
-            f"{'cut':<10}{cut['texts']:,} texts longer than --max-len into {cut['rows']:,} rows"
-            " (--long drop leaves them out)"
+            f"{'split':<10}{split['texts']:,} texts longer than --max-len into"
+            f" {split['rows']:,} rows (--long drop leaves them out)"
         )
     what = "read"
     if meta.get("teacher"):
