@@ -179,7 +179,7 @@ def main(argv=None):
         merge=args.merge,
     )
 
-    run.begin()
+    run.begin(student, tokenizer)
     track.start(run, args.track)
     student.module.train()
     optimizer = train.adamw(trained, args.lr, args.weight_decay, args.beta2, device)

@@ -3,7 +3,6 @@ clipping, and fp16's scaler; and before the first step, whether it will fit in m
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that is free now on the device (CPU: of the machine)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-            )
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return files.free_memory()
 
 
 @dataclass(frozen=True)

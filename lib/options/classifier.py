@@ -155,6 +155,7 @@ def load(
         dtype=dtype,
     )
     check_body(module, folder, loaded, order)
+    models.check_used(module, folder, loaded.get("unexpected_keys", ()))
     if weights and order is None:
         new_head(module, folder, own, seed)
     models.keep_only_layers(module, keep_layers)
