@@ -473,7 +473,7 @@ def tie_again(module: Any) -> None:
         config.tie_word_embeddings = tied  # PEFT has written that they are two
 
 
-def widened(module: Any) -> dict[str, torch.dtype]:
+def in_float32(module: Any) -> dict[str, torch.dtype]:
     """Make a model in half precision one in float32, where memory allows that: a small adapter that
     is merged wrongly would hide in half precision's rounding. Return the dtypes of before."""
     own = {name: p.dtype for name, p in module.named_parameters()}
@@ -484,8 +484,9 @@ def widened(module: Any) -> dict[str, torch.dtype]:
     return own
 
 
-def lower(module: Any, own: dict[str, torch.dtype]) -> None:
-    """Give weights that were `widened` their dtypes again; what is new gets the commonest."""
+def as_before(module: Any, own: dict[str, torch.dtype]) -> None:
+    """Give weights that were brought to float32 their own dtypes again, and new ones the
+    commonest."""
     most = max(own.values(), key=[*own.values()].count, default=None)
     for name, p in module.named_parameters():
         p.data = p.data.to(own.get(name, most))
@@ -503,7 +504,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     # merged into few bits it is rounded; flash attention needs the device
     compared = not getattr(module, "is_quantized", False)
     compared = compared and module.config._attn_implementation in ("sdpa", "eager")
-    halves = widened(module) if compared else {}
+    halves = in_float32(module) if compared else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -527,7 +528,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
             error = difference(some_logits(module), own) if own is not None else 0.0
             limit = 1e-3 if module.dtype == torch.float32 else 0.1
             if halves:
-                lower(module, halves)
+                as_before(module, halves)
         if how := generate.read_config(folder):
             module.generation_config = how
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
