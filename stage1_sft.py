@@ -148,7 +148,7 @@ def main(argv=None):
     trained = student.module
     train.make_room(args, student, amp, dataset, merge=args.merge)
 
-    run.begin()
+    run.begin(student, tokenizer)
     track.start(run, args.track)
     student.module.train()
     optimizer = train.adamw(trained, args.lr, args.weight_decay, args.beta2, device)

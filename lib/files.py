@@ -618,6 +618,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def free_memory() -> int:
+    """Return the bytes of the machine's memory that are free now."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def human(size: float) -> str:
     """Return a byte count for people: human(2_500_000) == '2.5 MB'."""
     for unit in ("B", "kB", "MB", "GB"):

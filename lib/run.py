@@ -142,7 +142,7 @@ class Run:
         self.bar: tqdm | None = None
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
-        self.read_back: dict[str, Any] = {}  # the shapes of the saved checkpoint that was read back
+        self.read_back = False  # whether a saved checkpoint has been loaded again
         if args.fresh:  # what is there goes in `begin`, once all else has been looked at
             files.refuse_foreign(self.out, MARKS)
         else:
@@ -204,9 +204,10 @@ class Run:
                 "--fresh to start anew, or another --out",
             )
 
-    def begin(self) -> None:
+    def begin(self, model: models.Model, tokenizer) -> None:
         """Touch the disk for the first time: --fresh deletes, a continued run drops the lines it
-        will log again, a new one all lines."""
+        will log again, a new one all lines. Then best/ is written once without weights, and
+        dropped: what cannot be saved is known before the first evaluation, which may take hours."""
         if self.args.fresh:
             files.remove_ours(self.out, MARKS)
             self._recover()
@@ -214,6 +215,9 @@ class Run:
         for name in GROWING:
             if (path := self.out / name).exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+        partial = files.partial_folder(self.out / "best")
+        checkpoints.save(model.module, tokenizer, partial, weights=False)
+        shutil.rmtree(partial)
 
     def restore(
         self,
@@ -410,24 +414,29 @@ class Run:
             base = adapter.base_model_name_or_path
             inside = partial / "adapter" if merge else partial
             student = self.identities["student"]
-            checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
+            state = checkpoints.save_adapter(model.module, tokenizer, inside, dtype, student)
+            checkpoints.same_weights(inside, state)
+            if not self.read_back:
+                checkpoints.check_adapter_saved(model.module, inside)
         if not adapter or merge:
-            checkpoints.save(model.module, tokenizer, partial, dtype)
-            heads = checkpoints.heads(sorted(partial.glob("*.safetensors")))
-            if heads != self.read_back:  # the first of this process; all others have its shape
+            state = checkpoints.save(model.module, tokenizer, partial, dtype)
+            # every one bit for bit; loaded again the first of this process, for all others have its
+            # names, and each one where transformers writes other names than those in memory
+            if not checkpoints.same_weights(partial, state) or not self.read_back:
                 amp = models.pick_amp(self.args.amp, model.device)
                 checkpoints.check_saved(model.module, partial, amp, dtype)
-            self.read_back = heads
+            del state
         else:
             library = "peft"
+        self.read_back = True
         task = "text-generation" if model.module.can_generate() else "text-classification"
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in measures.items() if isinstance(v, float))
-        (partial / "README.md").write_text(
+        files.write_text(
+            partial / "README.md",
             f"---\nbase_model: {base}\nlibrary_name: {library}\npipeline_tag: {task}\n"
             f"tags: [distillation]\n---\n# {self.out.name}, {name} (step {step})\n\n"
             f"Made by `{command}`.\n\n| on held-out targets | |\n| --- | --- |\n{rows}\n",
-            encoding="utf-8",
         )
         checkpoints.write_checksums(partial)
         files.publish(partial, self.out / name)

@@ -176,19 +176,13 @@ def own_sampling(folder, trust_remote_code: bool):
     """Return how a model's folder says that it is sampled."""
     from transformers import AutoConfig, GenerationConfig
 
-    if not (folder / "generation_config.json").exists():
-        base = checkpoints.base_of(folder)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        return GenerationConfig.from_model_config(config)
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError) as broken:
-        files.fail(
-            f"{folder}/generation_config.json cannot be read",
-            " ".join(str(broken).split())[:200],
-            "JSON",
-            "a whole one, or none",
-        )
+    from lib import generate
+
+    if how := generate.read_config(folder):
+        return how
+    base = checkpoints.base_of(folder)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    return GenerationConfig.from_model_config(config)
 
 
 def settings(args) -> dict | None:

@@ -324,6 +324,11 @@ class Records:
         targets = len(self.val.records)
         return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "targets": targets}
 
+    @property
+    def answers(self) -> dict[str, list[int]] | None:
+        """What the teacher answered to a few val prompts, if val was dumped with that."""
+        return self.val.meta.get("answers") if self.val else None
+
     def mend(self) -> str:
         """Return the make lines that bring what is missing."""
         make = f"make logits NAME={self.dataset.folder.name}"
