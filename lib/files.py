@@ -46,6 +46,7 @@ NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
 LOOK_S = 0.5  # before a folder that is held is refused
+KEPT = "keep"  # inside a run: older resume states, each a folder one deeper than last/
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
 BLOCK = 1 << 22  # bytes that one checksum stands for
@@ -180,11 +181,21 @@ def refuse_pointers(*places: Path) -> None:
 def sync(path: Path) -> None:
     """Force a file or folder to the disk, so that a power cut cannot reorder it after a later
     rename."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # where a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -448,12 +459,11 @@ def publish(partial: Path, folder: Path) -> None:
     the renames."""
     # what the umask leaves: safetensors writes for its owner alone
     readers = partial.stat().st_mode & 0o444
-    for path in partial.rglob("*"):
-        if path.is_file():
-            mode = path.stat().st_mode
-            if readers & ~mode:  # else untouched: some mounted drives refuse any chmod
-                path.chmod(mode | readers)
-            sync(path)
+    for path in (*partial.rglob("*"), partial):
+        mode = path.stat().st_mode
+        if path.is_file() and readers & ~mode:  # else untouched: some drives refuse any chmod
+            path.chmod(mode | readers)
+        sync(path)
     old = beside(folder, "old")
     _drop(old, folder)
     if folder.exists():
@@ -507,8 +517,10 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
         if path.name in (LOCK, NEVER_DELETED):
             continue
         if path.is_dir() and not path.is_symlink():
-            os.replace(path, beside(path, "part"))  # gone at once, not file by file
-            shutil.rmtree(beside(path, "part"))
+            gone = beside(path, "part")  # at once, not file by file
+            shutil.rmtree(gone, ignore_errors=True)  # what a kill left there
+            os.replace(path, gone)
+            shutil.rmtree(gone)
         else:
             path.unlink()
 
@@ -695,12 +707,14 @@ def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
                 say_none(path.parent)
             continue
         for name, known in {path.name: None, **sealed["checksums"]}.items():
-            one = (path.parent / name).resolve()
-            if one in seen or name.startswith("rows/") and not one.exists():
+            home = path.parent.parent if path.parent.parent.name == KEPT else path.parent
+            one = ((home if name.startswith("../") else path.parent) / name).resolve()
+            grows = known is not None and "grows" in known  # looked at as far as each knows of it
+            if one in seen and not grows or name.startswith("rows/") and not one.exists():
                 continue
             seen.add(one)
             if known and (what := damage(one, known, whole=True)):
-                wrong.append(f"{path.parent / name} is damaged; saw {what}")
+                wrong.append(f"{one} is damaged; saw {what}")
             elif one.exists():
                 count, size = count + 1, size + one.stat().st_size
     for path in folder.rglob("journal.jsonl"):  # of the newest answers, each line with its own

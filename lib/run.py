@@ -5,6 +5,9 @@
                                     number that is not finite is printed and not in it
                     last/           resume state: float32 weights, optimizer, counters; removed when
                                     the run is finished
+                    keep/step-400/  with --keep N: the newest N states (hard links, where the disk
+                                    has them), to go back to: one takes the place of last/, and
+                                    config.json goes
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
                                     (of an adapter: its folder, lib/checkpoints.py)
                     samples.md      the same few prompts answered at each evaluation
@@ -267,9 +270,10 @@ class Run:
         for number, entry in optimizer.state_dict()["state"].items():
             flat |= {f"{number}.{key}": value for key, value in entry.items()}
         save_file(flat, partial / "optimizer.safetensors")
-        sizes = {
-            name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()
-        }
+        grown = [path for name in GROWING if (path := self.out / name).exists()]
+        for path in grown:  # a state after a power cut must not know more of them than there is
+            files.sync(path)
+        sizes = {path.name: path.stat().st_size for path in grown}
         checksums = files.checksums(partial)
         if "history.jsonl" in sizes:
             size = sizes["history.jsonl"]
@@ -290,8 +294,22 @@ class Run:
                 "checksums": checksums,
             },
         )
+        if self.args.keep:
+            self._keep(partial, step)
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
+
+    def _keep(self, state: Path, step: int) -> None:
+        """Keep a finished resume state, and of those before it the newest. Later ones, and what a
+        kill left (hidden), are of a past that we came back from."""
+        (kept := self.out / files.KEPT).mkdir(exist_ok=True)
+        numbers = {path: int("0" + path.name.removeprefix("step-")) for path in kept.iterdir()}
+        before = sorted((n for n in numbers.values() if 0 < n < step), reverse=True)
+        for path, number in numbers.items():
+            if number not in before[: self.args.keep - 1]:
+                shutil.rmtree(path)
+        shutil.copytree(state, kept / ".new", copy_function=files.link)
+        os.replace(kept / ".new", kept / f"step-{step}")
 
     @property
     def stopping(self) -> bool:

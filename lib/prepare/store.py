@@ -95,7 +95,7 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
 def read_line(line: bytes) -> dict | None:
     """Return a line of the journal, None where it is damaged. (Older ones have no checksum.)"""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))  # of bytes it would take UTF-16 as well
     except (ValueError, RecursionError):
         return None
     if files.misfit(row, JOURNAL_LINE):
