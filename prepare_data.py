@@ -232,6 +232,7 @@ def hand_over(out, args, meta):
     describe.print_table(out, meta)
     describe.say_small(meta)
     export.deliver(out / "rows", args)
+    describe.say_next(out, meta)
 
 
 @files.script

@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -69,6 +70,16 @@ def fail(
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def command(name: str, *words: object) -> str:
+    """Return a command line for one of our scripts that works when it is pasted here."""
+    here, root = Path.cwd(), Path(__file__).parents[1]
+    places = [Path(sys.executable), root / name]
+    near = [
+        str(place.relative_to(here)) if here in place.parents else str(place) for place in places
+    ]
+    return shlex.join([*near, *map(str, words)])
 
 
 def same(one: object, other: object) -> bool:

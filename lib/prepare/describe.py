@@ -240,7 +240,15 @@ def print_table(folder: Path, meta: dict) -> None:
         said = "".join(f"   {point} {value:,}" for point, value in points.items())
         print(f"{name:<10}tokens:{said}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
-    print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def say_next(folder: Path, meta: dict) -> None:
+    """Print the command that comes next."""
+    student = meta["tokenizer"]
+    if Path(student).is_dir() and not Path(student, "config.json").exists():
+        student = "STUDENT"  # a tokenizer alone
+    words = ["--data", folder, "--student", student, "--out", f"runs/{folder.name}/stage1"]
+    print(f"next: {files.command('stage1_sft.py', *words)}", flush=True)
 
 
 def say_unused(meta: dict, most: int = 20) -> None:

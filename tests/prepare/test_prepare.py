@@ -4,6 +4,8 @@ each error a user can cause."""
 import csv
 import json
 import os
+import shlex
+from pathlib import Path
 
 import make
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
+import stage1_sft
 from lib import data, files, template
 from lib.prepare import formats, places, sources, split, workers
 
@@ -731,13 +734,11 @@ def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_s
 def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys):
     prepare([*PAIRS, PAIRS[0]], "--val", "5", "--rows-per-chunk", "10")
     table = capsys.readouterr().out
-    for line in (
-        "train 25   val 5",
-        "duplicate 1",
-        "chunks    3 of 10 rows",
-        "next: make stage1 NAME=out",
-    ):
+    for line in ("train 25   val 5", "duplicate 1", "chunks    3 of 10 rows"):
         assert line in table
+    argv = table.splitlines()[-1].split("stage1_sft.py ")[1]
+    args = stage1_sft.parse_args(shlex.split(argv))
+    assert Path(args.data).name == "out" and args.out == "runs/out/stage1"
 
 
 def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, capsys):
