@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
-from lib.options import classifier
+from lib.options import classifier, samples
 from lib.run import Interrupt, clock
 from lib.teacher import basis, fit, record, verify, writer
 
@@ -81,8 +81,10 @@ def parse_args(argv=None):
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
+    samples.add_flags(parser)
     args = parser.parse_args(argv)
     writer.check_flags(parser, args)
+    samples.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
     if (args.verify or 0) < 0 or args.verify is not None and args.fresh:
@@ -261,6 +263,8 @@ def main(argv=None):
         fit.check_basis(out, settings, missing, anew)
     if args.dry_run:
         return print("--dry-run: nothing was written")
+    if "val" in missing and not dataset.labels:
+        samples.Samples(args, dataset, dataset.tokenizer()).hear(teacher)
     held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:

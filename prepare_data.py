@@ -255,7 +255,7 @@ def main(argv=None):
         return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
-    with describe.phase("looking at the sources"):
+    with files.telling("looking at the sources"):
         inputs = sources.open_all(args)
     for source in inputs:
         commit = f" commit={source.commit}" if source.commit else ""
@@ -266,7 +266,7 @@ def main(argv=None):
         )
     if not args.dry_run:
         export.begin(args, inputs)
-    with describe.phase("loading the tokenizer"):
+    with files.telling("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
@@ -313,7 +313,7 @@ def main(argv=None):
         if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)
         raise
-    with describe.phase("writing train and val"):
+    with files.telling("writing train and val"):
         meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     files.publish(partial, out)
     holding.release()

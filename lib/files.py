@@ -46,6 +46,7 @@ from tqdm import tqdm
 NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
+TOLD_EVERY_S = 8.0  # of what takes long
 LOOK_S = 0.5  # before a folder that is held is refused
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
@@ -150,14 +151,16 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def telling(what: str, every_s: float = 8.0) -> Iterator[None]:
+def telling(what: str, every_s: float = TOLD_EVERY_S) -> Iterator[None]:
     """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
     hangs. Also a function's decorator."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not ended.wait(every_s):
-            print(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+            # above a progress bar, if there is one
+            tqdm.write(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr)
+            sys.stderr.flush()
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

@@ -1,13 +1,14 @@
 """samples.md: the same few val prompts, answered greedily at every evaluation, so that learning can
-be read."""
+be read. A teacher's answers to them are judged before anything is learnt from it."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib import data, flags, generate, models
+from lib import data, files, flags, generate, models
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +46,34 @@ class Samples:
         self.of_teacher: list[str] = []
 
     def hear(self, teacher: models.Model | None) -> None:
-        """Let a live teacher answer, once for all evaluations."""
+        """Let a teacher answer, once for all evaluations; show one answer, and warn where they are
+        no nearer to the references than the prompts themselves."""
         self.of_teacher = self.answers(teacher) if teacher else []
+        told, near, copied = "", [], []
+        for row, said in enumerate(self.of_teacher):
+            ids, answer = self.split.row(row)
+            start = len(self.prompt(row))
+            stop = start + int(np.append(answer[start:], False).argmin())  # of the first answer
+            asked = self.text(ids[:start])
+            reference = self.text(ids[start : min(stop, start + self.longest)])
+            if asked:  # a plain text has no prompt
+                told = told or f"teacher: asked {end_of(asked)!r} it answers {end_of(said)!r}"
+                near.append(overlap(said, reference))
+                copied.append(overlap(asked, reference))
+        if not near:
+            return
+        own, prompts = np.mean(near), np.mean(copied)
+        print(
+            f"{told}\nteacher: its answers to {len(near)} val prompts overlap with the references"
+            f" by {own:.3f} (F1 of words), the prompts themselves by {prompts:.3f}",
+            flush=True,
+        )
+        if own <= prompts:
+            print(
+                "WARNING: the teacher's answers are no nearer to the references than the prompts"
+                " are: has it learnt to answer, and with this chat template?",
+                flush=True,
+            )
 
     def prompt(self, row: int) -> np.ndarray:
         """Return the token ids of a row before its first target."""
@@ -57,6 +84,7 @@ class Samples:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @torch.no_grad()
+    @files.telling("writing --samples answers")
     def answers(self, model: models.Model, amp: torch.dtype | None = None) -> list[str]:
         """Return a model's greedy answers."""
         training, made = model.module.training, []
@@ -94,6 +122,17 @@ class Samples:
                 out.write(f"### Step {step}, prompt {row + 1}\n\n{indented(said)}")
                 if self.of_teacher:
                     out.write(f"teacher:\n\n{indented(self.of_teacher[row])}")
+
+
+def overlap(said: str, reference: str) -> float:
+    """Return the F1 of the words of two texts, 0 to 1. Worked example: "a b" and "b c" give 0.5."""
+    one, other = Counter(said.split()), Counter(reference.split())
+    return 2 * (one & other).total() / max(1, one.total() + other.total())
+
+
+def end_of(text: str, most: int = 120) -> str:
+    """Return the end of a text."""
+    return text if len(text) <= most else "..." + text[-most:]
 
 
 def indented(text: str) -> str:

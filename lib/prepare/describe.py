@@ -2,15 +2,11 @@
 the table at the end, and rows with their targets marked (--show)."""
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +29,6 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 }
 
 
-TOLD_EVERY_S = 8
 FEW_VAL, FEW_STEPS = 20, 20
 STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
@@ -170,24 +165,6 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
 
 
 # --- for people
-
-
-@contextlib.contextmanager
-def phase(what: str) -> Iterator[None]:
-    """While what is inside runs, say so every ten seconds: nobody should ask whether it hangs."""
-    ended, begun = threading.Event(), time.monotonic()
-
-    def tell():
-        while not ended.wait(TOLD_EVERY_S):
-            print(f"prepare {what} time_s={time.monotonic() - begun:.0f}", flush=True)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
 
 
 def say_small(meta: dict) -> None:

@@ -10,8 +10,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import dump_logits
 import stage2_kd
+from lib import data
 from lib.measure import plots
+from lib.options import samples
 
 ALL = (
     "--feature-weight",
@@ -197,6 +200,23 @@ def test_samples_show_the_teacher_beside_the_student_at_every_evaluation(world, 
         and text.count("teacher:") == 6
         and text.count("reference:") == 2
     )
+
+
+def test_a_teachers_answers_are_judged_before_they_are_learnt(world, capsys, monkeypatch):
+    dump = make.dump(world, "--chunk", "val", "--samples", 2)
+    make.call(dump_logits.main, *dump)
+    said = capsys.readouterr().out
+    assert "teacher: asked " in said and "its answers to 2 val prompts overlap with" in said
+    held = data.Split(world / "data", "val")
+
+    def answers(self, model, amp=None):
+        rows = [held.row(row) for row in range(2)]
+        return [self.text(ids[answer]) for ids, answer in rows] if perfect else [self.text([])] * 2
+
+    monkeypatch.setattr(samples.Samples, "answers", answers)
+    for perfect in (False, True):
+        make.call(dump_logits.main, *dump, "--fresh")
+        assert ("WARNING: the teacher's answers" in capsys.readouterr().out) is not perfect
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shlex
+import types
 from pathlib import Path
 
 import make
@@ -751,6 +752,18 @@ def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, c
     assert "will not learn where to stop" in capsys.readouterr().out
     prepare(PAIRS, out="good")
     assert "will not learn where to stop" not in capsys.readouterr().out
+
+
+def test_of_several_sources_each_has_the_end_of_its_own_answers():
+    """Conversations end with <end_of_turn>, texts beside them with <eos>: both are learnt."""
+    rows = np.zeros(2000, data.ROW)
+    rows["source"][1200:] = 1
+    ends = np.where(rows["source"] == 0, 7, 8)
+    ends[::20] = 9
+    split = types.SimpleNamespace(
+        rows=rows, row=lambda n: (np.array([3, ends[n]]), np.array([False, True]))
+    )
+    assert data.Split.end_tokens(split) == [7, 8]
 
 
 # --- errors: one line, 1 for files and 2 for arguments
