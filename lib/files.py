@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -45,6 +46,7 @@ from tqdm import tqdm
 NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
+TOLD_EVERY_S = 8.0  # of what takes long
 LOOK_S = 0.5  # before a folder that is held is refused
 KEPT = "keep"  # inside a run: older resume states, each a folder one deeper than last/
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
@@ -70,6 +72,16 @@ def fail(
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def command(name: str, *words: object) -> str:
+    """Return a command line for one of our scripts that works when it is pasted here."""
+    here, root = Path.cwd(), Path(__file__).parents[1]
+    places = [Path(sys.executable), root / name]
+    near = [
+        str(place.relative_to(here)) if here in place.parents else str(place) for place in places
+    ]
+    return shlex.join([*near, *map(str, words)])
 
 
 def same(one: object, other: object) -> bool:
@@ -144,14 +156,16 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def telling(what: str, every_s: float = 8.0) -> Iterator[None]:
+def telling(what: str, every_s: float = TOLD_EVERY_S) -> Iterator[None]:
     """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
     hangs. Also a function's decorator."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not ended.wait(every_s):
-            print(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+            # above a progress bar, if there is one
+            tqdm.write(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr)
+            sys.stderr.flush()
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()

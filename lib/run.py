@@ -143,6 +143,8 @@ class Run:
         self.more: dict[str, Any] = {}
         self.state: dict[str, Any] | None = None
         self.bar: tqdm | None = None
+        self.steps = self.ticks = 0
+        self.said_at = time.monotonic()
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
         self.read_back = False  # whether a saved checkpoint has been loaded again
@@ -255,6 +257,7 @@ class Run:
         if self.state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(self.state["scaler"])
 
+    @files.telling("saving last/")
     def save(
         self,
         step: int,
@@ -333,13 +336,16 @@ class Run:
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(said))
 
     def say(self, text: str) -> None:
+        self.said_at = time.monotonic()
         if self.bar:
             tqdm.write(text)
         else:
             print(text, flush=True)
 
     def progress(self, steps: int) -> None:
-        """Show the progress bar of the loop; on anything but a terminal the log lines speak."""
+        """Show the progress bar of the loop; on anything but a terminal the log lines speak, and
+        where they are far between, a line on stderr."""
+        self.steps, self.ticks = steps, 0
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=steps, initial=self.step, desc=self.stage, unit="step", dynamic_ncols=True
@@ -349,8 +355,13 @@ class Run:
         """Count one optimizer step's time and tokens, evaluation and saving apart."""
         self.trained_s += seconds
         self.recent = [*self.recent[-19:], (tokens, seconds)]
+        self.ticks += 1
         if self.bar:
             self.bar.update()
+        elif time.monotonic() - self.said_at > files.TOLD_EVERY_S:
+            self.said_at = time.monotonic()
+            told = f"{self.stage}: {self.step + self.ticks} of {self.steps} steps"
+            print(told, file=sys.stderr, flush=True)
 
     def pace(self, steps_left: int) -> dict:
         """Return tokens/s over the last steps (at most 20; the process's first one is left out once
@@ -414,6 +425,7 @@ class Run:
         """Whether --patience is at its end: so many evaluations in a row brought nothing better."""
         return 0 < self.args.patience <= self.more.get("evaluations_without_better", 0)
 
+    @files.telling("writing a checkpoint")
     def export(
         self,
         name: str,
