@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -45,6 +46,7 @@ from tqdm import tqdm
 NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
+TOLD_EVERY_S = 8.0  # of what takes long
 LOOK_S = 0.5  # before a folder that is held is refused
 KEPT = "keep"  # inside a run: older resume states, each a folder one deeper than last/
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
@@ -70,6 +72,16 @@ def fail(
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def command(name: str, *words: object) -> str:
+    """Return a command line for one of our scripts that works when it is pasted here."""
+    here, root = Path.cwd(), Path(__file__).parents[1]
+    places = [Path(sys.executable), root / name]
+    near = [
+        str(place.relative_to(here)) if here in place.parents else str(place) for place in places
+    ]
+    return shlex.join([*near, *map(str, words)])
 
 
 def same(one: object, other: object) -> bool:
@@ -126,6 +138,7 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        before = {*Lock.held}
         try:
             return main(argv)
         except Exception as error:
@@ -135,19 +148,24 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             wrong, seen, mend = found
             fail(wrong, seen, mend=mend)
+        finally:  # a caller in this process may keep what was raised, and its frames hold locks
+            for held in {*Lock.held} - before:
+                held.release()
 
     return guarded
 
 
 @contextlib.contextmanager
-def telling(what: str, every_s: float = 8.0) -> Iterator[None]:
+def telling(what: str, every_s: float = TOLD_EVERY_S) -> Iterator[None]:
     """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
     hangs. Also a function's decorator."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not ended.wait(every_s):
-            print(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+            # above a progress bar, if there is one
+            tqdm.write(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr)
+            sys.stderr.flush()
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -524,6 +542,8 @@ class Lock:
     """A lock file that this process holds until `release`, or until it ends, however it ends; as a
     context until its block ends. what: it is for; passing: the file goes with its release."""
 
+    held: weakref.WeakSet = weakref.WeakSet()
+
     def __init__(self, path: Path, what: Path, wait: bool = False, passing: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # `locked` holds it too, for the time of a look
@@ -542,6 +562,7 @@ class Lock:
                 raise
             _say_no_locks(path.parent, broken.strerror)
         self.release = weakref.finalize(self, _let_go, inner, path if passing else None)
+        self.held.add(self)
 
     def __enter__(self) -> "Lock":
         return self
@@ -620,6 +641,17 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def free_memory() -> int:
+    """Return the bytes of the machine's memory that are free now."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def human(size: float) -> str:

@@ -48,6 +48,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 OPEN, CLOSE = "<think>", "</think>"
 EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
+CLOSED = re.compile(rf"{CLOSE}\s*")
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
 
@@ -663,11 +664,9 @@ def traces(text: str) -> list[Span] | None:
     if text.find(CLOSE, 0, start if start >= 0 else None) >= 0:
         start = 0
     while start >= 0:
-        close = text.find(CLOSE, start)
-        if close < 0:
+        if (close := CLOSED.search(text, start)) is None:
             return None
-        begin, end = start if text[end:start].strip() else end, close + len(CLOSE)
-        end += len(text) - end - len(text[end:].lstrip())
+        begin, end = start if text[end:start].strip() else end, close.end()
         found.append((begin, end))
         start = text.find(OPEN, end)
     return found
@@ -682,8 +681,8 @@ def without_think(messages: list[dict]) -> list[dict]:
         if message["role"] == "assistant":
             found = traces(text)
             assert found is not None, text
-            for start, end in reversed(found):
-                text = text[:start] + text[end:]
+            ends = [0, *(place for span in found for place in span), len(text)]
+            text = "".join(text[ends[i] : ends[i + 1]] for i in range(0, len(ends), 2))
         kept = {name: value for name, value in message.items() if name != "reasoning_content"}
         shown.append({**kept, "content": text})
     return shown

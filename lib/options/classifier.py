@@ -160,8 +160,8 @@ def load(
     models.keep_only_layers(module, keep_layers)
     models.check_finite(folder, module.named_parameters())
     module.to(device).eval()
-    place = torch.tensor(order or range(len(dataset.labels)), device=device)
-    model = Classifier(module, module, folder, place, pad)
+    place = order or range(len(dataset.labels))
+    model = Classifier(module, module, folder, torch.tensor(place, device=device), pad)
     probe_padding(model)
     return replace(model, body=torch.compile(module, dynamic=True)) if compiled else model
 
@@ -232,13 +232,14 @@ def check_positions(folder: Path, splits: list[data.Split]) -> None:
 
 
 def check_body(module, folder: Path, loaded: dict, order: list[int] | None) -> None:
-    """Refuse a checkpoint that lacks tensors; the head, and what only it reads, may be missing
-    where a new one is made."""
+    """Refuse a checkpoint that lacks tensors, or has some without a place; the head, and what only
+    it reads, may be missing where a new one is made."""
     missing = {*loaded["missing_keys"], *(key for key, *_ in loaded.get("mismatched_keys", ()))}
     if order is None:
         prefix = f"{module.base_model_prefix}."
         missing = {key for key in missing if key.startswith(prefix) and ".pooler." not in key}
     models.check_complete(folder, missing)
+    models.check_used(module, folder, loaded.get("unexpected_keys", ()))
 
 
 def new_head(module, folder: Path, own: list[str] | None, seed: int) -> None:

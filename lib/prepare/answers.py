@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from lib import checkpoints, files, flags, models, run, template
+from lib import checkpoints, files, flags, generate, models, run, template
 from lib.prepare import ask, quality, questions, sources
 from lib.prepare.store import ABOUT, Store, folder_name
 
@@ -176,17 +176,9 @@ def own_sampling(folder, trust_remote_code: bool):
     """Return how a model's folder says that it is sampled."""
     from transformers import GenerationConfig
 
-    if not (folder / "generation_config.json").exists():
-        return GenerationConfig.from_model_config(models.config_of(folder, trust_remote_code))
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as broken:
-        files.fail(
-            f"{folder}/generation_config.json cannot be read",
-            " ".join(str(broken).split())[:200],
-            "JSON",
-            "a whole one, or none",
-        )
+    if how := generate.read_config(folder):
+        return how
+    return GenerationConfig.from_model_config(models.config_of(folder, trust_remote_code))
 
 
 def settings(args) -> dict | None:
