@@ -671,11 +671,15 @@ class NpyWriter:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
-        """Begin a file, or go on with one after its first `count` values."""
-        self.dtype, self.count = np.dtype(dtype), count
+        """Begin a file, or go on with one after its first `count` values. sum: the values' CRC-32,
+        as they are on the disk."""
+        self.dtype, self.count, self.sum = np.dtype(dtype), count, 0
         self.file = open(path, "r+b" if count else "wb")
         self._header()
-        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        left = count * self.dtype.itemsize
+        while left and (block := self.file.read(min(BLOCK, left))):
+            self.sum, left = zlib.crc32(block, self.sum), left - len(block)
+        self.file.seek(left, os.SEEK_CUR)
         self.file.truncate()
 
     def _header(self) -> None:
@@ -690,8 +694,9 @@ class NpyWriter:
         )
 
     def append(self, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        self.file.write(values.tobytes())
+        content = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
+        self.file.write(content)
+        self.sum = zlib.crc32(content, self.sum)
         self.count += len(values)
 
     def close(self) -> None:
