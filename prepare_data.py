@@ -208,7 +208,7 @@ def stage(partial, inputs, args, written, tokenizer, texts, progress):
                 if staging.kept[number[0]] == progress.quotas[number[0]]:
                     progress.full.add(number[0])
                     break
-            if staging.count == args.limit:
+            if args.limit and staging.count == args.limit:
                 break
             if read.total() % SHARD_ROWS == 0 or staging.tokens.count - saved > SHARD_TOKENS:
                 saved = staging.tokens.count

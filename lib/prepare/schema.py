@@ -182,12 +182,15 @@ def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
     return tuple(part for part in MARKS if part[7:] in LEARNT) if "label" not in columns else ()
 
 
-def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict[str, str]:
-    """Return the columns among the names `there` that stand beside those known already."""
+def find_beside(
+    columns: dict[str, str], there, ignored: frozenset[str], guessed: bool
+) -> dict[str, str]:
+    """Return the columns among the names `there` that stand beside those known already; where a
+    user named these, marks of what is learnt alone."""
     found, taken = {}, {*columns.values(), *ignored}
     small = {"a", "b", "c"} <= {*there}  # "a" alone is no "A"
     for part in parts_beside(columns):
-        if part not in columns:
+        if part not in columns and (guessed or part in MARKS):
             free = [name for name in there if name not in taken]
             if part in LETTERS:
                 plain = (part, part.lower()) if small else (part,)
