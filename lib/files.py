@@ -318,8 +318,7 @@ def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         size = os.path.getsize(path)
-    # what numpy raises of a header that is none
-    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, EOFError) as broken:
+    except Exception as broken:  # numpy reads a header as Python source: any that Python has
         fail(f"{path} cannot be read", broken, "an array as our scripts write it", mend)
     if array.dtype != dtype or array.ndim != 1:
         seen = f"{array.dtype} of shape {array.shape}"

@@ -303,15 +303,16 @@ class Run:
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
 
     def _keep(self, state: Path, step: int) -> None:
-        """Keep a finished resume state, and of those before it the newest. Later ones, and what a
-        kill left (hidden), are of a past that we came back from."""
-        (kept := self.out / files.KEPT).mkdir(exist_ok=True)
-        numbers = {path: int("0" + path.name.removeprefix("step-")) for path in kept.iterdir()}
-        before = sorted((n for n in numbers.values() if 0 < n < step), reverse=True)
-        for path, number in numbers.items():
-            if number not in before[: self.args.keep - 1]:
-                shutil.rmtree(path)
+        """Keep a finished resume state, and of those before it the newest. Later ones are of a past
+        that we came back from."""
+        kept = self.out / files.KEPT
+        shutil.rmtree(kept / ".new", ignore_errors=True)  # what a kill left
         shutil.copytree(state, kept / ".new", copy_function=files.link)
+        named = [path.name.removeprefix("step-") for path in kept.glob("step-*")]
+        numbers = {int(name) for name in named if name.isdecimal()}
+        before = sorted((n for n in numbers if n < step), reverse=True)
+        for number in numbers - {*before[: self.args.keep - 1]}:
+            shutil.rmtree(kept / f"step-{number}")
         os.replace(kept / ".new", kept / f"step-{step}")
 
     @property

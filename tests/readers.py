@@ -85,7 +85,7 @@ def kinds(world: Path, stages: dict) -> list[Kind]:
 
     new, ran, evaluated = (world / name for name in ("new", "ran", "ran-eval"))
     answered, asking, half = (world / name for name in ("answered", "asking", "half"))
-    stage2, resumed = reader("stage2", new), reader("stage1", half, "--keep", 2)
+    stage2, resumed = reader("stage2", new), reader("stage1", half)
     compared = Reader(report, (str(ran), "--out", str(new / "comparison")), new)
     again = ("--out", evaluated / "answers.jsonl", "--ckpt", ran)
     weights = ("*.json", "*.safetensors", "*.jinja")
@@ -116,12 +116,12 @@ def build(world: Path, stages: dict, ended: Callable[[Callable, tuple], int]) ->
     slow = killed_at(store.Store, "add", 12, prepare_data.main)
     saved = killed_at(run.Run, "save", 2, stage1_sft.main)
     for main, argv, wanted in (
-        (stage2_kd.main, (*out["stage2"], ran, "--keep", "2"), 0),
+        (stage2_kd.main, (*out["stage2"], ran), 0),
         (stage2_kd.main, (*out["eval"], f"{ran}-eval", "--student", ran), 0),
         (chat.main, (*scored, "--score", asked), 0),
         (prepare_data.main, (*out["answers"], str(world / "answered")), 0),
         (slow, (*out["answers"], str(asking)), -signal.SIGKILL),
-        (saved, (*out["stage1"], str(half), "--keep", "2"), -signal.SIGKILL),
+        (saved, (*out["stage1"], str(half)), -signal.SIGKILL),
     ):
         assert (code := ended(main, argv)) == wanted, (main, argv, code)
 

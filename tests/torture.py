@@ -18,6 +18,7 @@ command that shows it again (but for moments).
     full    a disk of which a random share is free (a tmpfs of its own; else as `limit`)
     limit   a limit on the size of files
     gone    the output's folder vanishes at a write, and is there again for the second run
+    fresh   SIGKILL at a write, and at one of the same command with --fresh
     twice   a second copy starts: it is refused, or waits
     stop    SIGSTOP at a random moment, a second copy meanwhile, SIGCONT
 
@@ -73,11 +74,11 @@ from lib.teacher import writer  # noqa: E402
 HANG_S = 120
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # of a result: of the machine, of the tree's moment, and the sums of what holds such
-NOT_OURS = ("trained_s", "speed", "git", "seal")
+NOT_OURS = ("trained_s", "speed", "git", "seal", "sizes")
 BUSY = "is being written by another process"
 WRONG = ("difference", "traceback", "hang")
 ALIVE: set[int] = set()  # processes that were started and have not ended
-STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1".split()
+STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1 --keep 2".split()
 
 
 # --- the world, and the stages
@@ -163,6 +164,8 @@ def everything(folder: Path) -> dict[str, bytes]:
         if path.is_dir():
             found[name] = b""
             continue
+        if path.name.endswith(".lock"):  # of a kill before its release: no harm
+            continue
         content = path.read_bytes()
         if path.name == "history.jsonl":
             rows = [json.loads(line) for line in content.splitlines()]
@@ -171,7 +174,7 @@ def everything(folder: Path) -> dict[str, bytes]:
         elif path.suffix == ".json":
             value = json.loads(content)
             if isinstance(value, dict):
-                sums = ("checksums",) * (path.name == "config.json")
+                sums = ("checksums",) * (path.name in ("config.json", "state.json"))
                 value = {k: v for k, v in value.items() if k not in (*NOT_OURS, *sums)}
             content = json.dumps(value).encode()
         found[name] = content
@@ -358,9 +361,9 @@ class Bench:
         self.place.mkdir()
         self.log.write_text("")
 
-    def start(self, told: str = "", **options) -> int:
-        log = told or self.log
-        return start(self.stage.main, self.stage.argv, log, below=str(self.place), **options)
+    def start(self, told: str = "", more: tuple[str, ...] = (), **options) -> int:
+        log, argv = told or self.log, self.stage.argv + more
+        return start(self.stage.main, argv, log, below=str(self.place), **options)
 
     def finish(self, child: int) -> tuple[int | None, str]:
         return finish(child, self.log)
@@ -431,6 +434,12 @@ def gone(bench: Bench, rng: random.Random, turn: int):
         os.rename(back, folder)
 
 
+def fresh(bench: Bench, rng: random.Random, turn: int):
+    for more in ((), ("--fresh",)):
+        act = Disturbance(rng.randrange(1, 5 * bench.writes // 4 + 2), "kill")
+        yield bench.finish(bench.start(more=more, disturbance=act)), (0, -signal.SIGKILL)
+
+
 def twice(bench: Bench, rng: random.Random, turn: int):
     first = bench.start()
     time.sleep(rng.choice((0.0, rng.uniform(0, bench.seconds))))
@@ -456,9 +465,12 @@ def stop(bench: Bench, rng: random.Random, turn: int):
     yield (0, said), (0,)
 
 
-KINDS = {kind.__name__: kind for kind in (write, moment, fault, full, limit, gone, twice, stop)}
+KINDS = {
+    kind.__name__: kind for kind in (write, moment, fault, full, limit, gone, fresh, twice, stop)
+}
 # how often each comes in a round of rounds: what has most places most often
-TURNS = "write fault moment write full gone fault twice write limit moment fault write stop".split()
+TURNS = "write fault moment write fresh full gone fault twice write limit fresh moment write stop"
+TURNS = [*TURNS.split(), "fault"]
 
 
 def torture(bench: Bench, kind: str, turn: int, seed: int) -> tuple[str | None, str]:
@@ -501,15 +513,15 @@ def prepared(name: str, stage: Stage, world: Path, place: Path, disk: Path | Non
     return bench
 
 
-# --- jobs: each a process of its own, which returns (line of a table, what was counted) pairs
+# --- jobs: each a process of its own, which returns (table, line of it, what was counted)
 
-Counted = list[tuple[list[str], dict[str, int]]]
+Counted = list[tuple[str, str, dict[str, int]]]
 
 
 def rounds_of(name: str, args, work: Path) -> Counted:
     """Disturb a stage --rounds times."""
     turns = args.kinds.split(",") if args.kinds else TURNS
-    count: dict[str, collections.Counter] = {}
+    table: collections.Counter = collections.Counter()
     with small_disk(work / f"disk-{name}") as disk:
         place = (disk or work) / f"round-{name}"
         wanted = stages(work / "world", place)
@@ -522,22 +534,19 @@ def rounds_of(name: str, args, work: Path) -> Counted:
             if number < args.first:
                 continue
             wrong, said = torture(bench, kind, turn, args.seed)
-            table = count.setdefault(kind, collections.Counter())
-            table["rounds"] += 1
+            table.update({"rounds": 1, kind: 1, wrong or "right": 1})
             if args.verbose or wrong:
                 print(f"{name} {kind} {turn}: {wrong or 'right'}", flush=True)
             if wrong:
-                table[wrong] += 1
                 again = f"--stages {name} --kinds {kind} --first {turn} --rounds 1"
                 print(f"{said}\n    (again: {again} --seed {args.seed})", flush=True)
         pace = 60 * args.rounds / (time.monotonic() - begun)
-    faults = sum(table[wrong] for table in count.values() for wrong in WRONG)
     print(
         f"{name}: {bench.writes} writes, {bench.seconds:.1f} s left alone, {args.rounds} rounds at"
-        f" {pace:.0f} a minute, {faults} faults",
+        f" {pace:.0f} a minute, {sum(table[wrong] for wrong in WRONG)} faults",
         flush=True,
     )
-    return [([name, kind], dict(table)) for kind, table in count.items()]
+    return [("stage", name, table)]
 
 
 def everywhere(work: Path, name: str) -> tuple[readers.Damage, dict[Path, object], Callable]:
@@ -569,9 +578,9 @@ def everywhere(work: Path, name: str) -> tuple[readers.Damage, dict[Path, object
 def flips(name: str, args, work: Path) -> Counted:
     """Damage --flips files, of each kind as many."""
     damage_to, straight, ended = everywhere(work, name)
-    rng, begun = np.random.default_rng(args.seed), time.monotonic()
-    count = {kind.name: collections.Counter() for kind in damage_to.every}
-    for number in range(args.flips):
+    begun, count = time.monotonic(), {kind.name: collections.Counter() for kind in damage_to.every}
+    for number in range(args.first, args.first + args.flips):
+        rng = np.random.default_rng([args.seed, number])
         kind = damage_to.every[number % len(damage_to.every)]
         table, reader = count[kind.name], kind.reader
         with damage_to.one(kind, damage.flip, rng) as (victim, what):
@@ -580,7 +589,7 @@ def flips(name: str, args, work: Path) -> Counted:
             same = code == 0 and everything(reader.out) == straight[reader.out, reader.argv]
         wrong = fault_in(code, said, (0, 1))
         told = code == 0 and any(word in said for word in readers.SAID)
-        how = wrong or ("refused" if code else "told" if told else "unused" if same else "silent")
+        how = wrong or ("refused" if code else "told" if told else "same end" if same else "silent")
         table.update({"flips": 1, "verified": int(verified), how: 1})
         if how not in ("refused", "told") or not verified:
             missed = "" if verified else ", not noticed by verify"
@@ -589,62 +598,62 @@ def flips(name: str, args, work: Path) -> Counted:
             print(f"flip {number}: {victim}: {what}: {how}", flush=True)
     pace = 60 * args.flips / (time.monotonic() - begun)
     print(f"{name}: {args.flips} at {pace:.0f} a minute", flush=True)
-    return [(["flip", kind], dict(table)) for kind, table in count.items()]
+    return [("flip", kind, table) for kind, table in count.items()]
 
 
 def mutations(name: str, args, work: Path) -> Counted:
     """Write --mutations other values into files of ours, half of them where there are no
     checksums."""
     damage_to, _, ended = everywhere(work, name)
-    rng, begun = np.random.default_rng(args.seed), time.monotonic()
-    count: dict[tuple, collections.Counter] = {}
+    begun = time.monotonic()
+    count: dict[str, collections.Counter] = {}
     have = {
         ending: [
             kind for kind in damage_to.every if any(p.name.endswith(ending) for p in kind.paths())
         ]
         for ending in (".json", ".npy", ".safetensors", ".jsonl")
     }
-    for number in range(args.mutations):
+    for number in range(args.first, args.first + args.mutations):
+        rng = np.random.default_rng([args.seed, number])
         ending, bare = list(have)[number % 4], bool(number // 4 % 2)
         kind = have[ending][rng.integers(len(have[ending]))]
         with damage_to.one(kind, damage.damage, rng, bare, (ending,)) as (victim, what):
             code, said = ended(kind.reader.main, kind.reader.argv)
         wrong = fault_in(code, said, (0, 1))
-        line = ("mutate", f"{ending[1:]}, {'no' if bare else 'with'} checksums")
+        line = f"{ending[1:]}, {'no' if bare else 'with'} checksums"
         table = count.setdefault(line, collections.Counter())
         table.update({"mutations": 1, wrong or ("refused" if code else "read"): 1})
         if wrong or args.verbose:
             print(f"mutation {number}: {victim}: {what}: {wrong}\n{said[-1500:]}", flush=True)
     pace = 60 * args.mutations / (time.monotonic() - begun)
     print(f"{name}: {args.mutations} at {pace:.0f} a minute", flush=True)
-    return [([*line], dict(table)) for line, table in count.items()]
+    return [("mutate", line, table) for line, table in count.items()]
 
 
-TABLES = {  # the columns of each, and the job that fills it
-    "stage": ("rounds", *WRONG),
-    "flip": ("flips", "verified", "refused", "told", "unused", "silent", "traceback", "hang"),
-    "mutate": ("mutations", "refused", "read", "traceback", "hang"),
+TABLES = {  # the columns of each: how many, what came of it, and what must not be
+    "stage": (("rounds", *KINDS), WRONG),
+    "flip": (("flips", "verified", "refused", "told"), ("same end", "silent", *WRONG[1:])),
+    "mutate": (("mutations", "refused", "read"), WRONG[1:]),
 }
 
 
 def print_tables(lines: Counted) -> int:
     """Print what was counted, a table a kind of job; return the number of faults."""
-    faults = 0
-    for title, columns in TABLES.items():
-        own = [line for line in lines if (line[0][0] if line[0][0] in TABLES else "stage") == title]
+    faults, told = 0, []
+    for title, (good, bad) in TABLES.items():
+        own = [(name, collections.Counter(table)) for kind, name, table in lines if kind == title]
         if not own:
             continue
-        print("\n| " + " | ".join([title, "of", *columns]) + " |")
-        print("|" + " --- |" * (2 + len(columns)))
-        total: collections.Counter = collections.Counter()
-        for names, table in [*own, (["all", ""], total)]:
-            print("| " + " | ".join([*names, *(str(table.get(x, 0)) for x in columns)]) + " |")
-            total.update(table)
-        faults += sum(total[wrong] for wrong in (*WRONG, "silent")) // 2  # with those of "all"
-        if title == "flip":
-            faults += (total["flips"] - total["verified"]) // 2
-        print(f"{total[columns[0]] // 2} {columns[0]}, ", end="")
-    print(f"{faults} faults")
+        total = sum((table for _, table in own), collections.Counter())
+        print(
+            f"\n| {' | '.join([title, *good, *bad])} |\n" + "| --- " * (1 + len(good + bad)) + "|"
+        )
+        for name, table in [*own, ("all", total)]:
+            print(f"| {' | '.join([name, *(str(table[column]) for column in good + bad)])} |")
+        faults += sum(total[wrong] for wrong in bad)
+        faults += total["flips"] - total["verified"]
+        told.append(f"{total[good[0]]} {good[0]}")
+    print(f"\n{', '.join(told)}: {faults} faults")
     return faults
 
 
@@ -740,6 +749,8 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory(prefix=f"torture-{os.getpid()}-") as place:
         work = Path(place)
         names = list(stages(work, work)) if args.stages == "all" else args.stages.split(",")
+        slow = ("answers", "stage2", "stage1")  # first: they take longest
+        names.sort(key=lambda name: name not in slow)
         jobs = [(rounds_of, name) for name in names if args.rounds]
         jobs += [(flips, "flips")] * bool(args.flips)
         jobs += [(mutations, "mutations")] * bool(args.mutations)
@@ -757,6 +768,8 @@ def main(argv=None) -> int:
             if (told := work / f"{name}.json").exists():
                 lines += json.loads(told.read_text())
     faults = print_tables(lines)
+    if failed:
+        print("a job did not come to its end: see above")
     print(f"{(time.monotonic() - begun) / 60:.0f} minutes, {args.jobs} at once")
     return 1 if faults or failed else 0
 

@@ -875,6 +875,29 @@ def test_a_kill_while_a_server_answers_loses_nothing_and_asks_nothing_twice(
     assert data.Dataset(folder / "out").meta["rows"]["train"] > 40
 
 
+@pytest.mark.parametrize(
+    "damage, lost",
+    (
+        (lambda text: text.replace(b'"crc32"', b'"crc31"', 1), 1),  # no older line among newer
+        (lambda text: b"\xff\xfe" + text.decode().encode("utf-16-le"), 4),
+        (lambda text: text.replace(b"two", b"tw0", 1), 1),
+        (lambda text: text[:-9], 1),
+    ),
+)
+def test_a_damaged_line_of_the_journal_is_asked_again_and_no_other(tmp_path, capsys, damage, lost):
+    made = {"teacher": "t", "host": "h", "sampling": {}}
+    first = store.Store(tmp_path, made)
+    for key in ("one", "two", "three"):
+        first.add({"key": key, "generation": 0, "prompt": [], "answer": f"{key}."})
+    first.file.close()
+    first.lock.release()
+    first.journal.write_bytes(damage(first.journal.read_bytes()))
+    again = store.Store(tmp_path, made)
+    assert len(again.have) == max(0, 3 - lost)
+    assert f"{lost} lines of" in capsys.readouterr().out
+    again.file.close()
+
+
 @pytest.fixture(scope="module")
 def processes():
     return make.processes()
