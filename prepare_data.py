@@ -208,7 +208,7 @@ def stage(partial, inputs, args, written, tokenizer, texts, progress):
                 if staging.kept[number[0]] == progress.quotas[number[0]]:
                     progress.full.add(number[0])
                     break
-            if staging.count == args.limit:
+            if args.limit and staging.count == args.limit:
                 break
             if read.total() % SHARD_ROWS == 0 or staging.tokens.count - saved > SHARD_TOKENS:
                 saved = staging.tokens.count
@@ -287,7 +287,7 @@ def main(argv=None):
         export.begin(args, inputs)
     with files.telling("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    dated = rows.make_template_ready(tokenizer, inputs, args)
+        dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None

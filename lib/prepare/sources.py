@@ -230,7 +230,7 @@ def look(
     if guessed:
         name, known = schema.guess(path, found.types, need_answer, labelled)
         columns = known | columns
-        columns |= schema.find_beside(columns, found.types, ignored)
+    columns |= schema.find_beside(columns, found.types, ignored, guessed)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
         later = part in schema.PARTS and path.suffix in formats.JSON
@@ -298,8 +298,7 @@ def of_row(source: File, there: tuple[str, ...], number: int) -> File:
     for part, name in source.columns.items():
         if part not in schema.PARTS or name in there:
             columns[part] = name
-    if source.found:
-        columns |= schema.find_beside(columns, there, source.ignored)
+    columns |= schema.find_beside(columns, there, source.ignored, source.found)
     file = dataclasses.replace(source, columns=columns)
     note_unused(file, there, f", row {number}")
     return file

@@ -640,6 +640,22 @@ def test_prompts_alone_will_do_and_those_that_are_too_long_are_counted(
     assert names(stored(tmp_path / "few")) == everything(3)
 
 
+@pytest.mark.parametrize("limit,asked", [(6, [3, 3]), (7, [4, 3]), (12, [9, 3]), (90, [20, 3])])
+def test_a_limit_asks_of_every_source_its_share(tmp_path, tokenizer_dir, limit, asked):
+    words = []
+    for name, count in (("a", 20), ("b", 3)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{name}{i}"}}\n' for i in range(count)))
+        words += ["--source", str(path)]
+    more = ["--answers", "teacher", "--teacher-url", "http://x", "--teacher-model", "x"]
+    words += ["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "out"), *more]
+    args = prepare_data.parse_args([*words, "--limit", str(limit)])
+    counts, tokenizer = (collections.Counter(), collections.Counter()), tiny.tiny()
+    found = questions.questions(sources.open_all(args), args, tokenizer, 100, *counts)
+    names = collections.Counter(question.source for question in found)
+    assert [names["a"], names["b"]] == asked
+
+
 @pytest.mark.parametrize("deed", [429, 500, 503, "hang", "garbage", "half"])
 def test_a_fault_of_the_server_is_tried_again_and_every_answer_is_right(
     folder, tokenizer_dir, server, deed

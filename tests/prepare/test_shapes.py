@@ -6,8 +6,10 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_tokenizers as tiny
 
-from lib.prepare import places, sources
+from lib import template
+from lib.prepare import places, schema, sources
 
 ASK = {"role": "user", "content": "Ask"}
 SAY = {"role": "assistant", "content": "Say"}
@@ -222,6 +224,21 @@ SHAPES = {
     ),
     "text": ({"text": "x y", "meta": {"a": 1}, "label": False}, "x y"),
 }  # fmt: skip
+
+
+def test_marks_of_rows_hold_beside_columns_that_a_user_named(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", []
+    for more in ({}, {"weight": 0}, {"train": "false"}, {"weight": 1}):
+        rows.append({"q": "Ask", "r": "Say", **more})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = schema.parse_columns("prompt=q,answer=r")[1]
+    found = list(sources.rows(sources.look(places.on_disk(path), columns)))
+    reasons = [template.fault(row) for row in found]
+    assert reasons == [None, "marked as not to be learnt", "marked as not to be learnt", None]
+    assert template.encode(tiny.tiny(), found[1:2]) == ["marked as not to be learnt"]
+    columns = schema.parse_columns("prompt=q,answer=r,ignore=weight")[1]
+    found = list(sources.rows(sources.look(places.on_disk(path), columns)))
+    assert [template.fault(row) for row in found] == [None, None, reasons[2], None]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
