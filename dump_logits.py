@@ -20,7 +20,6 @@ Killed anywhere, the same command goes on with the rows that are missing, and th
 bit the same.
 """
 
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -33,7 +32,7 @@ from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
 from lib.options import classifier
 from lib.run import Interrupt, clock
-from lib.teacher import basis, fit, record, verify, writer
+from lib.teacher import basis, fit, record, verify, worth, writer
 
 
 def parse_args(argv=None):
@@ -202,7 +201,9 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
             said = time.monotonic()
     bar.close()
 
-    meta = made.finish(dataset.identities)
+    asked = chunk == "val" and not dataset.labels
+    more = {"answers": worth.answered(teacher, dataset)} if asked else {}
+    meta = made.finish(dataset.identities, **more)
     print(
         f"dump {folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
         f" {meta['teacher_ce']:.4f} acc1 {meta['teacher_acc1']:.4f}, top-k coverage "
@@ -237,6 +238,7 @@ def main(argv=None):
         return look_again(args, dataset, wanted, out, device)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
+    writer.check_files(folder, dataset, wanted, args)
     writer.say_memory(folder, dtype, device, args)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
@@ -278,10 +280,8 @@ def main(argv=None):
     if not Path(student).exists() and args.student:
         student = args.student
     words = ["--data", args.data, "--logits", args.out, "--student", student]
-    print(
-        f"dump: {out} holds what was asked for. Next: python stage2_kd.py"
-        f" {shlex.join([*words, '--out', f'runs/{name}/stage2'])}"
-    )
+    following = files.command("stage2_kd.py", *words, "--out", f"runs/{name}/stage2")
+    print(f"dump: {out} holds what was asked for. Next: {following}")
 
 
 if __name__ == "__main__":

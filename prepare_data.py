@@ -251,6 +251,7 @@ def hand_over(out, args, meta):
     describe.print_table(out, meta)
     describe.say_small(meta)
     export.deliver(out / "rows", args)
+    describe.say_next(out, meta)
 
 
 @files.script
@@ -273,7 +274,7 @@ def main(argv=None):
         return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
-    with describe.phase("looking at the sources"):
+    with files.telling("looking at the sources"):
         inputs = sources.open_all(args)
     for source in inputs:
         commit = f" commit={source.commit}" if source.commit else ""
@@ -284,7 +285,7 @@ def main(argv=None):
         )
     if not args.dry_run:
         export.begin(args, inputs)
-    with describe.phase("loading the tokenizer"):
+    with files.telling("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
@@ -321,7 +322,7 @@ def main(argv=None):
         if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)
         raise
-    with describe.phase("writing train and val"):
+    with files.telling("writing train and val"):
         meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     files.publish(partial, out)
     holding.release()

@@ -179,7 +179,7 @@ def main(argv=None):
         merge=args.merge,
     )
 
-    run.begin()
+    run.begin(student, tokenizer)
     track.start(run, args.track)
     student.module.train()
     optimizer = train.adamw(trained, args.lr, args.weight_decay, args.beta2, device)
@@ -206,7 +206,7 @@ def main(argv=None):
                 dataset.sources,
             )
             run.log("eval", step, **measures, **rows.hear(step, measures))
-            worth.report(run, step, teacher, dataset, measures, head.vocab)
+            worth.report(run, step, teacher, dataset, measures, student, tokenizer)
             written.write(run.out / "samples.md", student, step, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures, args.merge)
@@ -256,7 +256,7 @@ def main(argv=None):
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
     said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
-    print(f"{said}: python chat.py --ckpt {run.out}")
+    print(f"{said}: {files.command('chat.py', '--ckpt', run.out)}")
 
 
 if __name__ == "__main__":

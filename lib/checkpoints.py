@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -165,7 +166,18 @@ def quantised(folder: Path) -> str | None:
         return None
     config = files.read_json(base_of(folder) / "config.json")
     how = config.get("quantization_config") or {} if isinstance(config, dict) else {}
+    how = how if isinstance(how, dict) else {"quant_method": how}
     return str(how.get("quant_method", "an unknown method")) if how else None
+
+
+def widening(folder: Path) -> dict[str, Any]:
+    """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where
+    it can."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(quantised(folder) or "")
+    return {"quantization_config": kind(dequantize=True)} if kind else {}
 
 
 def check_whole(source: Path) -> None:
@@ -268,7 +280,7 @@ def weight_bytes(folder: Path) -> int:
 
 def shards(folder: Path) -> Iterator:
     """Yield a checkpoint's safetensors files, each opened."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     for path in weight_files(folder):
         try:
@@ -284,8 +296,6 @@ def shards(folder: Path) -> Iterator:
 
 def heads(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors in safetensors files by name, read from their heads."""
-    from safetensors import safe_open
-
     found: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with safe_open(path, "pt") as file:
@@ -464,6 +474,25 @@ def tie_again(module: Any) -> None:
         config.tie_word_embeddings = tied  # PEFT has written that they are two
 
 
+def in_float32(module: Any) -> dict[str, torch.dtype]:
+    """Make a model in half precision one in float32, where memory allows that: a small adapter that
+    is merged wrongly would hide in half precision's rounding. Return the dtypes of before."""
+    own = {name: p.dtype for name, p in module.named_parameters()}
+    whole = 4 * sum(p.numel() for p in module.parameters())
+    if module.dtype == torch.float32 or whole > files.free_memory() // 2:
+        return {}
+    module.float()
+    return own
+
+
+def as_before(module: Any, own: dict[str, torch.dtype]) -> None:
+    """Give weights that were brought to float32 their own dtypes again, and new ones the
+    commonest."""
+    most = max(own.values(), key=[*own.values()].count, default=None)
+    for name, p in module.named_parameters():
+        p.data = p.data.to(own.get(name, most))
+
+
 def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     """Return the ordinary model that a base model and the adapter in a folder amount to: its logits
     are PEFT's own."""
@@ -476,6 +505,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     # merged into few bits it is rounded; flash attention needs the device
     compared = not getattr(module, "is_quantized", False)
     compared = compared and module.config._attn_implementation in ("sdpa", "eager")
+    halves = in_float32(module) if compared else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -497,6 +527,9 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
                 tie_again(module)
             module.requires_grad_(True)  # PEFT froze them
             error = difference(some_logits(module), own) if own is not None else 0.0
+            limit = 1e-3 if module.dtype == torch.float32 else 0.1
+            if halves:
+                as_before(module, halves)
         if how := generate.read_config(folder):
             module.generation_config = how
     # safetensors, JSON, sizes, kinds of adapters that do not merge: each says what it saw
@@ -506,7 +539,7 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
             f"{type(broken).__name__}: {str(broken)[:300]}",
             f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} that belong together",
         )
-    if error > (limit := 1e-3 if module.dtype == torch.float32 else 0.1):
+    if not error <= limit:
         files.fail(
             f"the adapter {folder} cannot be merged into its base",
             f"logits that differ from PEFT's own by {error:.2g}",
@@ -516,8 +549,11 @@ def merge_adapter(module: Any, folder: Path, base: Path) -> Any:
     return module
 
 
-def save_adapter(module: Any, tokenizer, folder: Path, dtype: torch.dtype, base: str) -> None:
-    """Write an adapter folder; `base` is the identity of the weights below."""
+def save_adapter(
+    module: Any, tokenizer, folder: Path, dtype: torch.dtype, base: str
+) -> dict[str, Tensor]:
+    """Write an adapter folder, and return what its weights are; `base` is the identity of the
+    weights below."""
     config = copy.copy(adapter_of(module))
     config.target_modules = sorted(config.target_modules)  # a set: another order in each process
     config.inference_mode = True
@@ -529,22 +565,61 @@ def save_adapter(module: Any, tokenizer, folder: Path, dtype: torch.dtype, base:
     files.write_json(folder / ADAPTER_BASE, {"identity": base})
     module.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return state
 
 
-def save(module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def save(
+    module, tokenizer, folder: Path, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> dict[str, Tensor]:
     """Save a model, with its adapter merged, and its tokenizer so that plain `from_pretrained`
-    reads them."""
-    state = merged_state(module) if adapter_of(module) else module.state_dict()
+    reads them, and return what its weights are. Without `weights`: all else."""
+    state: dict[str, Tensor] = {}
+    cast: dict[tuple, Tensor] = {}
+    if weights:
+        state = merged_state(module) if adapter_of(module) else module.state_dict()
     for name, tensor in state.items():
-        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    in_memory = module.config.dtype
-    module.save_pretrained(folder, state_dict=state)
-    module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory
-    module.config.save_pretrained(folder)
-    module.config.dtype = in_memory
-    tokenizer.save_pretrained(folder)
+        if tensor.is_floating_point():  # tied weights stay one
+            place = tensor.data_ptr(), tensor.shape
+            state[name] = cast[place] = cast[place] if place in cast else tensor.to(dtype)
+    try:
+        module.save_pretrained(folder, state_dict=state)
+        in_memory = module.config.dtype
+        module.config.dtype = dtype  # save_pretrained wrote down that of the weights in memory
+        module.config.save_pretrained(folder)
+        module.config.dtype = in_memory
+        tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as refused:
+        files.fail(
+            f"transformers cannot save this {type(module).__name__}",
+            f"{type(refused).__name__}: {' '.join(str(refused).split())[:300]}",
+            "a model, its configuration and its tokenizer that can be written",
+            "the files of --student that this is about",
+        )
     for_other_readers(folder)
     template.say_misread(tokenizer, folder, module.config.model_type)
+    return state
+
+
+def same_weights(folder: Path, state: dict[str, Tensor]) -> bool:
+    """Refuse saved weights that are not, bit for bit, those of `state`, which was to be saved;
+    return whether all of them are there by these names (transformers renames some; of tied ones it
+    writes one)."""
+    left, named = dict(state), True
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                seen, wanted = file.get_tensor(name), left.pop(name, None)
+                if wanted is None:
+                    named = False
+                elif seen.dtype != wanted.dtype or not torch.equal(seen, wanted.cpu()):
+                    files.fail(
+                        f"{path} is not the model in memory",
+                        f"another {name}",
+                        "the weights that were written",
+                        "another disk: this one changes what it is given",
+                    )
+    there = {(t.data_ptr(), t.shape) for name, t in state.items() if name not in left}
+    return named and all((t.data_ptr(), t.shape) in there for t in left.values())
 
 
 @torch.no_grad()
@@ -552,7 +627,8 @@ def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch
     """Refuse a saved checkpoint from which plain transformers would not read the model that is in
     memory: loaded from its file it must give the same logits of eight tokens.
 
-    At an evaluation there are no gradients: it takes no more than their memory.
+    At an evaluation there are no gradients: it takes no more than their memory. Where there are few
+    (an adapter is trained), what was saved is read on the CPU.
     """
     attn, training = module.config._attn_implementation, module.training
     loading = dict(output_loading_info=True, use_safetensors=True, attn_implementation=attn)
@@ -560,9 +636,13 @@ def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch
     other = [name for kind in info.values() for name in kind]
     if not other:
         module.eval()
-        again.to(module.device).eval()
+        if adapter_of(module):
+            amp = None
+        else:
+            again.to(module.device)
+        again.eval()
         with torch.autocast(module.device.type, amp, enabled=amp is not None):
-            error = difference(some_logits(again), some_logits(module))
+            error = difference(some_logits(again).to(module.device), some_logits(module))
         module.train(training)
     if other or not error <= (1e-3 if dtype == torch.float32 else 0.1):
         files.fail(
@@ -570,6 +650,25 @@ def check_saved(module: Any, folder: Path, amp: torch.dtype | None, dtype: torch
             f"{other[0]}, which does not belong" if other else f"logits that differ by {error:.2g}",
             "a checkpoint that transformers reads as it was evaluated",
             "another student, or another version of transformers",
+        )
+
+
+def check_adapter_saved(module: Any, folder: Path) -> None:
+    """Refuse a saved adapter whose tensors are not those that PEFT looks for: it would leave others
+    as they are, in silence."""
+    peft = peft_library()
+    with torch.device("meta"):
+        plain = type(module)(module.config)
+        adapted = peft.get_peft_model(plain, peft.PeftConfig.from_pretrained(folder))
+    wanted = peft.get_peft_model_state_dict(adapted)
+    seen = heads([folder / ADAPTER_WEIGHTS])
+    if seen != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+        other = sorted({*seen} ^ {*wanted}) or ["another shape"]
+        files.fail(
+            f"{folder} is not the adapter in memory: PEFT would not read it",
+            other[0],
+            f"the {len(wanted)} tensors that PEFT reads",
+            "another version of peft, or --merge",
         )
 
 

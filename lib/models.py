@@ -130,6 +130,8 @@ def load(
     )
     check_complete(base, loaded["missing_keys"])
     check_used(module, base, loaded.get("unexpected_keys", ()))
+    if not placing:
+        check_tie(module, base)
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
     keep_only_layers(module, keep_layers)
@@ -156,19 +158,28 @@ def check_fits(folder: Path, dataset: data.Dataset, trust_remote_code: bool = Fa
     checkpoints.check_vocabulary(checkpoints.with_tokenizer(folder), dataset, trust_remote_code)
 
 
+def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a checkpoint (of an adapter: its base's), or the one-line error
+    when it cannot be read."""
+    from transformers import AutoConfig
+
+    base = checkpoints.base_of(folder)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as broken:  # as in `read`: each library has its own
+        refuse_broken(base, "a model", broken)
+
+
 def check_window(folder: Path, longest: int, trust_remote_code: bool = False) -> None:
     """Refuse rows that are longer than a model's learned positions; say where they are longer than
     what it was made for, which its rotations of positions follow all the same."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    base, follows = checkpoints.base_of(folder), True
+    follows = True
     if checkpoints.is_gguf(folder):
         most = checkpoints.gguf_window(folder)
     else:
-        try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as broken:
-            refuse_broken(base, "a causal LM", broken)
+        config = config_of(folder, trust_remote_code)
         most = generate.window(config)
         if most and longest > most:
             with torch.device("meta"):
@@ -284,7 +295,7 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     else:
         options = options | {"generation_config": generate.read_config(base)}
         if options["dtype"] == torch.float32:  # in half precision its own kernels read them
-            options = widening(base) | options
+            options = checkpoints.widening(base) | options
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
@@ -297,16 +308,6 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         if checkpoints.quantised(base):
             del module._weight_conversions  # save_pretrained would quantise the weights again
     return module, loaded
-
-
-def widening(folder: Path) -> dict[str, Any]:
-    """Return the options by which transformers widens weights of 8 or 4 bits to whole ones, where
-    it can."""
-    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
-
-    kinds = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
-    kind = kinds.get(checkpoints.quantised(folder) or "")
-    return {"quantization_config": kind(dequantize=True)} if kind else {}
 
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
@@ -362,6 +363,24 @@ def check_used(module: Any, folder: Path, unexpected: Iterable[str]) -> None:
             )
     if aside:
         print(f"model: {len(aside)} tensors of {folder} are not used: {', '.join(aside[:3])} ...")
+
+
+def check_tie(module: Any, folder: Path) -> None:
+    """Say, and write into the configuration, that embeddings and output layer are two, where
+    config.json ties them and the weights hold two: other readers than transformers go by
+    config.json alone, and would write other text."""
+    inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+    configs = (module.config, module.config.get_text_config())
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if not tied or outer is None or outer.weight is inner.weight:
+        return
+    if outer.weight.shape == inner.weight.shape and getattr(module, "_tied_weights_keys", None):
+        print(
+            f"model: WARNING, config.json of {folder} ties embeddings and output layer, and the"
+            " weights hold two that differ: they stay two, and best/ will say so"
+        )
+        for config in configs:
+            config.tie_word_embeddings = False
 
 
 def check_finite(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

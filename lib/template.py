@@ -31,9 +31,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -155,7 +156,7 @@ def as_stored(name, trust_remote_code: bool = False):
         if made is None:
             raise ValueError(f"the class {kind} {why}")
         return made
-    stored = Tokenizer.from_file(file)
+    stored = made_by(Tokenizer.from_file, file)
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
@@ -173,7 +174,7 @@ def as_stored(name, trust_remote_code: bool = False):
             "one meaning",
             "the do_lower_case and strip_accents that the model was trained with, in both files",
         )
-    plain = PreTrainedTokenizerFast.from_pretrained(name)
+    plain = made_by(PreTrainedTokenizerFast.from_pretrained, name)
     if seen is not None and plain_ids(plain.backend_tokenizer, texts) == seen:
         return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
     print(
@@ -182,6 +183,14 @@ def as_stored(name, trust_remote_code: bool = False):
         flush=True,
     )
     return plain
+
+
+def made_by(library: Callable[[Any], Any], name) -> Any:
+    """Return what a library makes of a file; whatever it raises of a broken one is a ValueError."""
+    try:
+        return library(name)
+    except Exception as broken:  # tokenizers' has no kind of its own, transformers' has several
+        raise ValueError(f"{name}: {broken}") from None
 
 
 def plain_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:

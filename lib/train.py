@@ -3,7 +3,6 @@ clipping, and fp16's scaler; and before the first step, whether it will fit in m
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib import data, evaluate, files, head, models
+from lib import checkpoints, data, evaluate, files, head, models
 
 PROBE_TOKENS = 512  # of a line by which it is measured what a forward pass keeps
 # on the CPU: pages of code that a first step touches (oneDNN, torch._dynamo), and what the C
@@ -23,13 +22,7 @@ def available_bytes(device: torch.device) -> int:
     """Return the memory that is free now on the device (CPU: of the machine)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-            )
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return files.free_memory()
 
 
 @dataclass(frozen=True)
@@ -157,23 +150,46 @@ def make_room(
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     if use:
         model.module.activation_checkpointing_enable({"use_reentrant": False})
-    check_space(args.out, model, whole=merge or model.trained == model.parameters)
+    check_space(args.out, model, merge or model.trained == model.parameters, args.keep)
     if args.dry_run:
         print("--dry-run: nothing was written")
         raise SystemExit(0)
 
 
-def check_space(out: str, model: models.Model, whole: bool = True) -> None:
-    """Refuse to start when the checkpoints would not fit: last/ twice (old and new) at 12 bytes a
-    trained weight, best/ and final/ at 4 a weight; of these the trained ones alone, unless the
-    `whole` model is saved."""
-    there = 0  # what is there already will be replaced
-    for name in ("last", "best", "final"):
-        paths = (Path(out) / name).rglob("*")
-        there += sum(path.stat().st_size for path in paths if path.is_file())
+def check_space(out: str, model: models.Model, whole: bool = True, keep: int = 0) -> None:
+    """Say what room the checkpoints take, and refuse to start when they would not fit: last/ twice
+    (old and new) and the states to `keep` at 12 bytes a trained weight, best/ and final/ at 4 a
+    weight; of these the trained ones alone, unless the `whole` model is saved."""
     saved = model.parameters if whole else model.trained
-    need, have = 2 * 12 * model.trained + 3 * 4 * saved, files.free_bytes(Path(out)) + there
+    need, have = (2 + keep) * 12 * model.trained + 3 * 4 * saved, room(out)
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
+    refuse_short(out, need, have)
+
+
+def check_space_of(out: str, source: Path) -> None:
+    """Refuse a disk that is too small for a run that trains all weights of a checkpoint, by the
+    heads of its files, before they are hashed and loaded; what lies there twice (tied) counts
+    once. A finished run needs none."""
+    finished = (Path(out) / "config.json").exists()
+    if finished or not checkpoints.has_weights(source) or checkpoints.quantised(source):
+        return
+    shapes = checkpoints.shapes(checkpoints.base_of(source))
+    largest = max(map(math.prod, shapes), default=0)
+    sizes = [math.prod(shape) for shape in shapes if math.prod(shape) < largest]
+    refuse_short(out, (2 * 12 + 3 * 4) * (sum(sizes) + largest), room(out))
+
+
+def room(out: str) -> int:
+    """Return the bytes that checkpoints can take: what is there already will be replaced."""
+    there = {}  # a file may have two names
+    for name in ("last", "best", "final", files.KEPT):
+        for stat in (path.stat() for path in (Path(out) / name).rglob("*") if path.is_file()):
+            there[stat.st_dev, stat.st_ino] = stat.st_size
+    return files.free_bytes(Path(out)) + sum(there.values())
+
+
+def refuse_short(out: str, need: int, have: int) -> None:
+    """Refuse a disk that is too small."""
     if need > have:
         files.fail(
             f"the disk of {out} is too small",

@@ -125,7 +125,7 @@ def load(
     rows: the splits as a teacher's own tokenizer reads them; it must have a head for these labels.
     Without: a student, which shares the data's tokenizer and gets a new head where it has none.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     folder = checkpoints.local_folder(name, trust_remote_code)
     check_kind(folder)
@@ -137,7 +137,7 @@ def load(
     else:
         check_teacher(name, folder, dataset.labels, own, order)
         tokenizer = tokenizer_of(folder, dataset, trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = models.config_of(folder, trust_remote_code)
     name_labels(config, folder, dataset.labels, own, order)
     pad = choose_pad(config.get_text_config(), tokenizer)
     check_positions(folder, rows or [dataset.train, dataset.val])
@@ -160,8 +160,8 @@ def load(
     models.keep_only_layers(module, keep_layers)
     models.check_finite(folder, module.named_parameters())
     module.to(device).eval()
-    place = torch.tensor(order or range(len(dataset.labels)), device=device)
-    model = Classifier(module, module, folder, place, pad)
+    place = order or range(len(dataset.labels))
+    model = Classifier(module, module, folder, torch.tensor(place, device=device), pad)
     probe_padding(model)
     return replace(model, body=torch.compile(module, dynamic=True)) if compiled else model
 
@@ -232,13 +232,14 @@ def check_positions(folder: Path, splits: list[data.Split]) -> None:
 
 
 def check_body(module, folder: Path, loaded: dict, order: list[int] | None) -> None:
-    """Refuse a checkpoint that lacks tensors; the head, and what only it reads, may be missing
-    where a new one is made."""
+    """Refuse a checkpoint that lacks tensors, or has some without a place; the head, and what only
+    it reads, may be missing where a new one is made."""
     missing = {*loaded["missing_keys"], *(key for key, *_ in loaded.get("mismatched_keys", ()))}
     if order is None:
         prefix = f"{module.base_model_prefix}."
         missing = {key for key in missing if key.startswith(prefix) and ".pooler." not in key}
     models.check_complete(folder, missing)
+    models.check_used(module, folder, loaded.get("unexpected_keys", ()))
 
 
 def new_head(module, folder: Path, own: list[str] | None, seed: int) -> None:

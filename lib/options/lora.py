@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lib import checkpoints, files, flags, models
+from lib import checkpoints, files, flags, models, train
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +78,13 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def check_start(args, source: Path) -> None:
     """Refuse to train an adapter on anything but whole weights on the disk: what its folder names
-    as its base must be what it was trained on."""
+    as its base must be what it was trained on. Without one, refuse weights that cannot be trained,
+    and a disk that has no room for all of them."""
     if not args.lora_rank:
-        return checkpoints.check_whole(source)
+        checkpoints.check_whole(source)
+        if not args.eval_only and not getattr(args, "keep_layers", None):
+            train.check_space_of(args.out, source)
+        return
     if checkpoints.is_adapter(source):
         files.fail(
             f"--lora-rank cannot start from {source}",

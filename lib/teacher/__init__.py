@@ -65,6 +65,11 @@ class Teacher(typing.Protocol):
     def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole | None:
         """Return the same at a val batch's targets; None where it is not known there."""
 
+    @property
+    def answers(self) -> dict[str, list[int]] | None:
+        """What it answered to a few val prompts when it was dumped: tokens, by the row's number;
+        None where that is not known."""
+
     def val_measures(self) -> dict | None:
         """Return its own measures on val, as far as they are known; None where none is."""
 

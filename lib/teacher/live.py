@@ -97,6 +97,7 @@ class LiveTeacher:
     it; before, it is a name and a hash."""
 
     compares = True
+    answers = None  # it can be asked itself
     vocab: int  # from `join` on, with `model` and its `head` on the student's device
     model: models.Model
     head: Head
@@ -122,6 +123,8 @@ class LiveTeacher:
             )
         self.shapes = checkpoints.shapes(self.base)
         checkpoints.check_apart(args.out, self.folder, "teacher")
+        if self.base == self.folder:  # an adapter may bring more
+            self._check_k(output_layer(self.shapes)[0])
         models.check_fits(self.folder, dataset, args.trust_remote_code)
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
@@ -148,13 +151,7 @@ class LiveTeacher:
         tokens that both know."""
         self._load(self._room(student, amp))
         self.vocab = min(student.vocab, self.model.vocab)
-        if self.k > self.vocab:
-            files.fail(
-                "k does not fit",
-                f"--k {self.k}",
-                f"at most V = {self.vocab}",
-                f"--k {self.vocab}, or 0 for all tokens",
-            )
+        self._check_k(self.vocab)
         self.model = replace(self.model, limit=self.vocab)
         head = self.model.head()
 
@@ -166,6 +163,17 @@ class LiveTeacher:
         self.head = replace(head, weight=head.operand(head.weight.dtype))
         packs = student.packs and self.model.packs
         return replace(student, limit=self.vocab, packs=packs)
+
+    def _check_k(self, vocab: int) -> None:
+        """Refuse a k beyond the tokens that there are: the teacher's own, before anything is
+        loaded, and then those that both know."""
+        if self.k > vocab:
+            files.fail(
+                "k does not fit",
+                f"--k {self.k}",
+                f"at most V = {vocab}",
+                f"--k {vocab}, or 0 for all tokens",
+            )
 
     def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
@@ -360,9 +368,9 @@ def spread(
     every layer; the layers, in order, into the rest of its `room` (bytes), then to CPU memory, and
     then to disk, as accelerate places them."""
     from accelerate import infer_auto_device_map
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = models.config_of(folder, trust_remote_code)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code

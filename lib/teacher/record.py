@@ -5,7 +5,8 @@
                                       teacher's own score on them
                            meta.json  written last and sealed (lib/files.py): identities, k,
                                       temperatures, V, the teacher's figures, sha256 of topk.npy;
-                                      checksums of both, and of the basis
+                                      checksums of both, and of the basis; of val also what the
+                                      teacher answers to a few of its prompts (worth.py)
     logits/NAME/val/       the same for the val split
     logits/NAME/basis.safetensors    the basis that all of them share, unless --tail-rank is 0
                                      (lib/teacher/basis.py)
@@ -50,6 +51,7 @@ CHUNK_META = {  # of meta.json
     "teacher_ce": float,
     "teacher_acc1": float,
     "coverage": {...: float},
+    "answers?": {...: [range(1 << 20)]},
     "sha256": str,
 }
 LOOKED_AT_BYTES = (

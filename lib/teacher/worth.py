@@ -1,14 +1,19 @@
 """Can this teacher teach? What it knows of the val targets beside the untouched student and beside
-chance; said before the first step."""
+chance, and a few of its answers beside the student's; said before the first step. (A base model may
+know every next token, and write nothing of use when it is asked.)"""
 
 import re
 import sys
 
 import numpy as np
+import torch
 
-from lib import data
+from lib import data, generate, models
 from lib.run import Run
 from lib.teacher import Teacher
+
+ASKED = 8  # val prompts that are answered
+PROMPT, LONGEST = 1024, 48  # tokens of a prompt, and of an answer, at most
 
 
 def best_by(measure: str, teacher: Teacher) -> str:
@@ -23,16 +28,111 @@ def best_by(measure: str, teacher: Teacher) -> str:
 
 
 def report(
-    run: Run, step: int, teacher: Teacher, dataset: data.Dataset, measures: dict, vocab: int
+    run: Run,
+    step: int,
+    teacher: Teacher,
+    dataset: data.Dataset,
+    measures: dict,
+    student: models.Model,
+    tokenizer,
 ) -> None:
     """At step 0, log the teacher's own measures on val, as far as they are known, and say whether
     it has something to give. measures: the untouched student's."""
     if step or not dataset.val.targets or not (own := teacher.val_measures()):
         return
     run.log("teacher", 0, **own)
-    teacher_can_teach(own, measures, unigram_ce(dataset.train, dataset.val, vocab), run.say)
+    chance = unigram_ce(dataset.train, dataset.val, student.head().vocab)
+    teacher_can_teach(own, measures, chance, run.say)
     if dataset.labels:
-        classifier_can_teach(own, measures, dataset, run.say)
+        return classifier_can_teach(own, measures, dataset, run.say)
+    said = answered(teacher.model, dataset, run.say) if teacher.model else teacher.answers
+    if said is None:
+        return run.say(
+            "val answers: none of the teacher's are known (a val dump made again has a few:"
+            " dump_logits.py --chunk val --fresh)"
+        )
+    compare_answers(said, answered(student, dataset, run.say), dataset, tokenizer, run.say)
+
+
+def prompt_of(split: data.Split, row: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a row before its first answer, and those of that answer, LONGEST at
+    most."""
+    ids, answer = split.row(row)
+    first = int(answer.argmax())
+    end = first + int(np.argmin(np.append(answer[first:], False)))
+    return ids[:first].tolist(), ids[first : min(end, first + LONGEST)].tolist()
+
+
+@torch.no_grad()
+def answered(model: models.Model, dataset: data.Dataset, say=print) -> dict[str, list[int]]:
+    """Return what a model answers, greedily, to the first ASKED val prompts that are not long, by
+    the row's number; none, and a line that says why, where it cannot be asked in a few passes."""
+    module, split = model.module, dataset.val
+    if strange := generate.unknown_cache(module):
+        say(f"val answers: {type(module).__name__} is not asked for any: it remembers in {strange}")
+        return {}
+    longest = min(PROMPT, (generate.context_of(module) or PROMPT) - LONGEST - 1)
+    asked: list[generate.Request] = []
+    for row in range(len(split.rows)):
+        prompt, wanted = prompt_of(split, row)
+        if wanted and len(prompt) <= longest and len(asked) < ASKED:
+            asked.append(generate.Request(str(row), prompt, LONGEST))
+    ends = generate.end_tokens(module.generation_config, *dataset.train.end_tokens())
+    training, greedy = module.training, generate.Sampling(stops=tuple(ends))
+    module.eval()
+    written = list(generate.generate(module, asked, greedy, slots=ASKED))
+    module.train(training)
+    said = {str(answer.request.key): answer.ids for answer in written}
+    return {str(one.key): said[str(one.key)] for one in asked}
+
+
+def rouge_l(said: list[int], wanted: list[int]) -> float:
+    """Return ROUGE-L over tokens (Lin 2004, eq. 2 to 4, F1): twice the longest common subsequence,
+    by the tokens of both. rouge_l([1, 2, 3], [1, 3]) == 0.8."""
+    before = [0] * (len(wanted) + 1)
+    for token in said:
+        row = [0]
+        for place, other in enumerate(wanted):
+            same = before[place] + 1
+            row.append(same if token == other else max(before[place + 1], row[place]))
+        before = row
+    return 2 * before[-1] / max(1, len(said) + len(wanted))
+
+
+def compare_answers(
+    teacher: dict[str, list[int]],
+    student: dict[str, list[int]],
+    dataset: data.Dataset,
+    tokenizer,
+    say=print,
+) -> None:
+    """Say how near the answers of teacher and untouched student are to the references, in red where
+    the teacher's are further away; and show one of the teacher's."""
+    rows = [key for key in teacher if key in student and int(key) < len(dataset.val.rows)]
+    if not rows:
+        return
+
+    def near(answers: dict[str, list[int]]) -> float:
+        ends = set(dataset.train.end_tokens())
+        wanted = {key: prompt_of(dataset.val, int(key))[1] for key in rows}
+        each = [rouge_l(answers[key], [t for t in wanted[key] if t not in ends]) for key in rows]
+        return float(np.mean(each))
+
+    def words(ids: list[int]) -> str:
+        text = " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+        return repr(text[:120] + "..." * (len(text) > 120))
+
+    own, other = near(teacher), near(student)
+    prompt, reference = prompt_of(dataset.val, int(rows[0]))
+    warning = "; WARNING: the teacher's are further from the references than the student's"
+    say(
+        f"val answers: ROUGE-L of the first {LONGEST} tokens to {len(rows)} prompts: teacher"
+        f" {own:.3f}, student {other:.3f}" + (red(warning) if own < other else "")
+    )
+    say(
+        f"val answers: to {words(prompt[-40:])} the teacher says {words(teacher[rows[0]])}, where"
+        f" the reference is {words(reference)}"
+    )
 
 
 def teacher_can_teach(teacher: dict, student: dict, chance: float, say=print) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -182,13 +183,39 @@ def check_disk(
         f" {files.human(have)} free at {out}"
     )
     if need > have:
-        files.fail(
-            f"the disk of {out} is too small",
-            f"{files.human(have)} free",
-            files.human(need),
-            "smaller --tail-bytes, --tail-rank or --k, --values u8, fewer --temperatures, or one"
-            " --chunk at a time",
-        )
+        refuse_disk(out, have, need)
+
+
+def check_files(folder: Path, dataset: data.Dataset, wanted: list, args) -> None:
+    """Refuse, by the heads of the teacher's files, before it is loaded, a k or V beyond its tokens,
+    and a disk on which not even the records have room. (What is cut to the student's tokens, and
+    the basis, is looked at later.)"""
+    if dataset.labels:
+        return
+    tokens, _ = live.output_layer(checkpoints.shapes(checkpoints.base_of(folder)))
+    for name, value in (("k", args.k), ("vocab", args.vocab)):
+        if value > tokens and not checkpoints.is_adapter(folder):  # it may bring more
+            most = f"at most V = {tokens}, the tokens of {folder}"
+            files.fail(f"{name} does not fit", f"--{name} {value}", most, f"--{name} {tokens}")
+    out, need = Path(args.out), 0
+    size = record.record_dtype(args.k, args.temperatures, tokens, args.values)
+    for chunk in wanted:
+        if not record.chunk_folder(out, chunk).exists():
+            split = dataset.val if chunk == "val" else dataset.train
+            need += size.itemsize * int(split.rows["targets"][rows_of(dataset, chunk)].sum())
+    if need > (have := files.free_bytes(out)):
+        refuse_disk(out, have, need)
+
+
+def refuse_disk(out: Path, have: int, need: int) -> NoReturn:
+    """Say that a disk is too small for the records."""
+    files.fail(
+        f"the disk of {out} is too small",
+        f"{files.human(have)} free",
+        files.human(need),
+        "smaller --tail-bytes, --tail-rank or --k, --values u8, fewer --temperatures, or one"
+        " --chunk at a time",
+    )
 
 
 def empty_chunks(out: Path, chunks: list) -> dict[int | str, files.Lock]:
@@ -355,6 +382,7 @@ class Writer:
         for index, ce_sum, hits in self.pending:
             self.there["ce_sum"][index], self.there["hits"][index] = ce_sum, hits
         self.done.write(0, self.there)
+        self.done.sync()
         for index, _, _ in self.pending:
             self.there["done"][index] = True
         self.done.write(0, self.there)
@@ -362,8 +390,9 @@ class Writer:
         self.pending.clear()
         self.flushed = time.monotonic()
 
-    def finish(self, identities: dict) -> dict:
-        """Write meta.json, which says that the chunk is whole, and return it."""
+    def finish(self, identities: dict, **more: object) -> dict:
+        """Write meta.json, which says that the chunk is whole, and return it. more: what else it is
+        to hold."""
         self.flush()
         assert self.there["done"].all(), "rows are missing"
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
@@ -384,6 +413,7 @@ class Writer:
             "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"]),
             "sha256": digest.hexdigest(),
             "versions": versions(),
+            **more,
             "checksums": checksums,
         }
         files.write_json(self.folder / "meta.json", meta)

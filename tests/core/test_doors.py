@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 
 import dump_logits
 import stage1_sft
+import stage2_kd
 from lib import checkpoints, files, generate, models, template
 
 SIZES = dict(
@@ -242,6 +243,34 @@ def test_a_row_that_fits_no_micro_batch_is_said_before_the_teacher_is_loaded(
     argv += ["--out", tmp_path / "logits", "--tokens-per-microbatch", 16]
     with pytest.raises(SystemExit, match="longest row does not fit in a micro-batch"):
         make.call(dump_logits.main, *argv)
+
+
+@pytest.mark.parametrize("stage", ("stage1", "stage2", "live", "dump"))
+@pytest.mark.parametrize("what", ("a row", "the disk", "k", "vocab"))
+def test_what_flags_and_files_tell_is_said_before_weights_are_hashed_or_loaded(
+    tmp_path_factory, monkeypatch, stage, what
+):
+    if (stage in ("stage1", "stage2") and what in ("k", "vocab")) or (stage, what) == (
+        "live",
+        "vocab",
+    ):
+        pytest.skip("no such flag")
+    folder = make.world(tmp_path_factory.mktemp("early"))
+    if stage == "stage2":
+        make.call(dump_logits.main, *make.dump(folder))
+    more, words = {
+        "a row": (("--tokens-per-microbatch", 8), "does not fit in a micro-batch"),
+        "the disk": ((), "is too small; saw 100 B free"),
+        "k": (("--k", 99), "k does not fit; saw --k 99"),
+        "vocab": (("--vocab", 99), "vocab does not fit; saw --vocab 99"),
+    }[what]
+    if what == "the disk":
+        monkeypatch.setattr(files, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(checkpoints, "identity", None)
+    main = {"stage1": stage1_sft.main, "dump": dump_logits.main}.get(stage, stage2_kd.main)
+    with pytest.raises(SystemExit, match=words):
+        make.call(main, *getattr(make, stage)(folder, *more, "--out", folder / "new"))
 
 
 # --- rows that see each other: one row a line, by itself

@@ -765,6 +765,26 @@ def test_what_does_not_go_with_classes_is_refused(more, seen, world, tmp_path):
     assert code == 1 and seen in words and "rows with a class each" in words
 
 
+def test_a_classifier_whose_config_asks_for_fewer_layers_than_its_weights_hold_is_refused(
+    world, tmp_path
+):
+    folder = shutil.copytree(world / "stage1/best", tmp_path / "fewer")
+    told = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", told | {"num_hidden_layers": 1})
+    (folder / "checksums.json").unlink()
+    code, words = make.ends(
+        stage1_sft.main,
+        "--data",
+        world / "data",
+        "--student",
+        folder,
+        "--out",
+        tmp_path / "run",
+        *make.CPU,
+    )
+    assert code == 1 and "config.json gives no place" in words and ".layer.1." in words
+
+
 def test_a_language_model_is_no_student_of_the_data_of_another_task(world, tmp_path):
     make.dataset(tmp_path / "data")
     code, words = make.ends(

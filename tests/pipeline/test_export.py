@@ -105,6 +105,24 @@ def test_a_merge_that_is_not_pefts_is_refused(tmp_path, monkeypatch):
         models.load(str(tmp_path / "adapter"), CPU, pack=False)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_small_adapter_that_is_merged_wrongly_does_not_hide_in_half_precision(
+    tmp_path, monkeypatch, dtype
+):
+    base = make.model(tmp_path / "base", tie_word_embeddings=True)
+    adapter(base, tmp_path / "adapter", lora_alpha=0.5, **LAYERS["head"])
+    module = models.load(str(tmp_path / "adapter"), CPU, dtype, pack=False).module
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    buffers = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).named_buffers()
+    assert {n: b.dtype for n, b in buffers} == {n: b.dtype for n, b in module.named_buffers()}
+    monkeypatch.setattr(checkpoints, "part", lambda *_: None)
+    with pytest.raises(SystemExit, match="cannot be merged into its base; saw logits that differ"):
+        models.load(str(tmp_path / "adapter"), CPU, dtype, pack=False)
+    monkeypatch.setattr(files, "free_memory", lambda: 0)  # then as far as half precision tells
+    models.load(str(tmp_path / "adapter"), CPU, dtype, pack=False)
+
+
 # --- quantised students
 
 
@@ -182,25 +200,118 @@ def test_a_quantised_student_that_cannot_be_widened_is_refused(mine):
     assert code == 1 and "gptq" in words and "the checkpoint that it was made of" in words
 
 
-@pytest.mark.parametrize("damage", ("a value", "a name"))
-def test_a_checkpoint_that_is_not_the_model_is_never_published(mine, monkeypatch, damage):
-    plain = checkpoints.save
+def damaged_save(monkeypatch, damage, at):
+    """Make the save number `at` (the first is 0) one that writes something else."""
+    plain, saves = checkpoints.save, []
 
-    def save(module, tokenizer, folder, dtype):
-        plain(module, tokenizer, folder, dtype)
+    def save(module, tokenizer, folder, dtype=torch.float32, weights=True):
+        state = plain(module, tokenizer, folder, dtype, weights)
+        if not weights:
+            return state
+        saves.append(folder)
         path = folder / "model.safetensors"
-        weights = load_file(path)
-        name = sorted(weights)[0]
-        if damage == "a value":
-            weights[name] = weights[name] + 0.1
-        else:
-            weights[name + "_scale_inv"] = weights[name].clone()
-        save_file(weights, path, {"format": "pt"})
+        if len(saves) == at + 1:
+            saved = load_file(path)
+            name = sorted(saved)[0]
+            if damage == "a value":
+                saved[name].view(-1)[7] += 1e-4
+            elif damage == "a dtype":
+                saved[name] = saved[name].bfloat16()
+            elif damage == "a shape":
+                saved[name] = saved[name][:-1].clone()
+            elif damage == "one less":
+                del saved[name]
+            else:
+                saved[name + "_scale_inv"] = saved[name].clone()
+            save_file(saved, path, {"format": "pt"})
+        return state
 
     monkeypatch.setattr(checkpoints, "save", save)
-    code, words = make.ends(stage1_sft.main, *make.stage1(mine, "--steps", 1))
+    return saves
+
+
+@pytest.mark.parametrize("damage", ("a value", "a dtype", "a shape", "one less", "a name"))
+@pytest.mark.parametrize("at", (0, 1))
+def test_a_checkpoint_that_is_not_the_model_is_never_published(mine, monkeypatch, damage, at):
+    """Not the first, and none of the others."""
+    saves = damaged_save(monkeypatch, damage, at)
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine, "--steps", 1, "--lr", 1e-30))
     assert code == 1 and "is not the model in memory" in words
-    assert not (mine / "stage1/best").exists()
+    assert len(saves) == at + 1 and not (mine / f"stage1/{('best', 'final')[at]}").exists()
+
+
+@pytest.mark.parametrize("merge", (False, True))
+def test_a_saved_adapter_is_compared_too(mine, monkeypatch, merge):
+    flags = ("--lora-rank", 2, "--steps", 1) + ("--merge",) * merge
+    plain = checkpoints.save_adapter
+
+    def other_value(module, tokenizer, folder, *more):
+        state = plain(module, tokenizer, folder, *more)
+        path = folder / checkpoints.ADAPTER_WEIGHTS
+        saved = load_file(path)
+        saved[sorted(saved)[0]].view(-1)[0] += 1e-4
+        save_file(saved, path, {"format": "pt"})
+        return state
+
+    monkeypatch.setattr(checkpoints, "save_adapter", other_value)
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine, *flags))
+    assert code == 1 and "is not the model in memory" in words
+
+    def other_name(module, tokenizer, folder, *more):
+        state = plain(module, tokenizer, folder, *more)
+        path = folder / checkpoints.ADAPTER_WEIGHTS
+        saved = {name.replace("q_proj", "q"): tensor for name, tensor in load_file(path).items()}
+        save_file(saved, path, {"format": "pt"})
+        return {name.replace("q_proj", "q"): tensor for name, tensor in state.items()}
+
+    monkeypatch.setattr(checkpoints, "save_adapter", other_name)
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine, *flags, "--fresh"))
+    assert code == 1 and "PEFT would not read it" in words
+    monkeypatch.setattr(checkpoints, "save_adapter", plain)
+    make.call(stage1_sft.main, *make.stage1(mine, *flags, "--fresh"))
+
+
+def test_what_cannot_be_saved_is_known_before_the_first_evaluation(mine, monkeypatch):
+    from lib import evaluate
+
+    plain = models.load
+
+    def load(*args, **options):
+        model = plain(*args, **options)
+        model.module.generation_config.temperature = 0.7
+        model.module.generation_config.do_sample = False
+        model.module.config.odd = torch  # no JSON
+        return model
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("hours have passed"))
+    code, words = make.ends(stage1_sft.main, *make.stage1(mine, "--steps", 1))
+    assert code == 1 and "transformers cannot save this" in words, words
+
+
+def test_tied_weights_are_saved_once_in_any_dtype(tmp_path):
+    made = make.model(tmp_path / "base", tie_word_embeddings=True)
+    module = models.load(str(made), CPU, pack=False).module
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoints.save(module, make.tokenizer(), tmp_path / "saved", dtype)
+        assert "lm_head.weight" not in load_file(tmp_path / "saved/model.safetensors"), dtype
+
+
+def test_weights_that_config_ties_and_that_differ_stay_two_and_best_says_so(mine, capsys):
+    """transformers leaves them apart, whatever config.json says; others would tie them."""
+    path = mine / "student/model.safetensors"
+    saved = load_file(path)
+    saved["lm_head.weight"] = saved["model.embed_tokens.weight"] + 1
+    save_file(saved, path, {"format": "pt"})
+    step(mine)
+    assert "they stay two, and best/ will say so" in capsys.readouterr().out
+    best = mine / "stage1/best"
+    assert files.read_json(best / "config.json")["tie_word_embeddings"] is False
+    again = load_file(best / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        torch.testing.assert_close(again[name], saved[name])
+    step(mine, "--student", best, "--out", mine / "again")
+    assert "they stay two" not in capsys.readouterr().out
 
 
 # --- generation_config.json

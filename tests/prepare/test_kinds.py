@@ -416,7 +416,7 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     whole = prepare(*words[:4], "--max-len", 10_000, out="whole")
     assert made.train.tokens.tolist() == whole.train.tokens.tolist()
     assert made.train.rows["length"].max() == 32 and len(made.train.rows) > 10
-    assert made.meta["cut"]["texts"] == 2 and "into" in capsys.readouterr().out
+    assert made.meta["split"]["texts"] == 2 and "into" in capsys.readouterr().out
     assert len(prepare(*words, "--long", "drop", out="drop").train.rows) == 1
     monkeypatch.setattr(rows, "LEAST", 100)
     monkeypatch.setattr(rows, "AT_ONCE", 100)  # tokenized piece by piece

@@ -15,7 +15,7 @@ import torch
 
 import dump_logits
 import stage2_kd
-from lib import data, evaluate, models
+from lib import data, evaluate, files, models
 from lib.measure import plots
 from lib.teacher import worth
 
@@ -188,6 +188,73 @@ def test_a_run_stopped_in_its_first_evaluation_goes_on_with_one_teacher_line(
         "train",
         "eval",
     ]
+
+
+# --- its answers
+
+
+def test_rouge_l_is_that_of_the_library():
+    from rouge_score import rouge_scorer
+
+    scorer, rng = rouge_scorer.RougeScorer(["rougeL"]), np.random.default_rng(0)
+    for _ in range(20):
+        said, wanted = (rng.integers(0, 6, rng.integers(1, 12)).tolist() for _ in range(2))
+        text = [" ".join(f"w{token}" for token in ids) for ids in (wanted, said)]
+        assert worth.rouge_l(said, wanted) == pytest.approx(scorer.score(*text)["rougeL"].fmeasure)
+    assert worth.rouge_l([], [1]) == worth.rouge_l([1], []) == worth.rouge_l([], []) == 0
+
+
+@pytest.mark.parametrize("good", ("teacher", "student"))
+def test_a_teacher_whose_answers_are_worse_than_the_students_is_told(world, monkeypatch, good):
+    """It may know every next token better, and repeat the prompt when it is asked."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    dataset, said = data.Dataset(world / "data"), []
+    asked = {str(row): worth.prompt_of(dataset.val, row) for row in range(8)}
+    fine = {row: wanted for row, (_, wanted) in asked.items()}
+    repeats = {row: prompt for row, (prompt, _) in asked.items()}
+    pair = (fine, repeats) if good == "teacher" else (repeats, fine)
+    worth.compare_answers(*pair, dataset, dataset.tokenizer(), said.append)
+    assert ("\033[31m; WARNING: the teacher's are further" in said[0]) == (good == "student")
+    assert "the teacher says" in said[1] and "the reference is" in said[1]
+
+
+def test_what_a_teacher_answers_is_in_the_val_dump_and_told_before_the_first_step(
+    world, tmp_path, capsys
+):
+    dataset = data.Dataset(world / "data")
+    teacher = models.load(str(world / "teacher"), torch.device("cpu"), pack=False)
+    said = make.store(world).answers
+    assert said == worth.answered(teacher, dataset) and len(said) == worth.ASKED
+    for row, ids in said.items():
+        prompt, wanted = worth.prompt_of(dataset.val, int(row))
+        tokens, answer = dataset.val.row(int(row))
+        assert prompt == tokens[~answer].tolist() and wanted == tokens[answer].tolist()
+        plain = teacher.module.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=worth.LONGEST, pad_token_id=3
+        )[0, len(prompt) :].tolist()
+        assert ids == [token for token in plain if token != 3]
+    lines = []
+    for arguments in (make.stage2, make.live):
+        make.call(stage2_kd.main, *arguments(world, "--steps", 1, "--out", tmp_path / "run"))
+        spoken = capsys.readouterr().out.splitlines()
+        lines.append([line for line in spoken if line.startswith("val answers:")])
+        shutil.rmtree(tmp_path / "run")
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+
+
+def test_where_answers_are_not_looked_at_a_line_says_so(world, tmp_path, capsys, monkeypatch):
+    shutil.copytree(world / "logits", tmp_path / "logits")
+    path = tmp_path / "logits/val/meta.json"
+    meta = files.read_json(path)
+    del meta["answers"]  # as older dumps have it
+    files.write_json(path, meta)
+    more = ("--logits", tmp_path / "logits", "--steps", 1, "--out", tmp_path / "run")
+    make.call(stage2_kd.main, *make.stage2(world, *more))
+    assert "none of the teacher's are known" in capsys.readouterr().out
+    monkeypatch.setattr(worth.generate, "unknown_cache", lambda _: "a state")
+    make.call(stage2_kd.main, *make.live(world, "--steps", 1, "--out", tmp_path / "live"))
+    said = capsys.readouterr().out
+    assert "is not asked for any: it remembers in a state" in said and "ROUGE" not in said
 
 
 @pytest.fixture
