@@ -61,7 +61,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 help: ## this text
-	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
+	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
 	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
 	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
 	@echo

@@ -277,8 +277,8 @@ def main(argv=None):
         dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
-    if not Path(student).exists() and args.student:
-        student = args.student
+    if not Path(student).exists():
+        student = args.student or "STUDENT"
     words = ["--data", args.data, "--logits", args.out, "--student", student]
     following = files.command("stage2_kd.py", *words, "--out", f"runs/{name}/stage2")
     print(f"dump: {out} holds what was asked for. Next: {following}")

@@ -287,7 +287,7 @@ def main(argv=None):
         export.begin(args, inputs)
     with files.telling("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    dated = rows.make_template_ready(tokenizer, inputs, args)
+        dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None

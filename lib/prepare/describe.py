@@ -172,8 +172,8 @@ def say_small(meta: dict) -> None:
     rows, tokens = meta["rows"], meta["tokens"]
     if 0 < rows["val"] < FEW_VAL:
         more = min(100, (rows["train"] + rows["val"]) // 5)
-        mend = f"--val {more}" if more > rows["val"] else "more rows"
-        said = f"val is {rows['val']} rows: its figures are noise; {mend} makes it larger"
+        mend = f"--val {more} makes" if more > rows["val"] else "more rows make"
+        said = f"val is {rows['val']} row(s): its figures are noise; {mend} it larger"
         print(f"prepare warning: {said}", flush=True)
     epoch = tokens["train"]
     if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
