@@ -286,6 +286,7 @@ def test_an_adapter_folder_is_pefts_own(world, name):
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "checksums.json",
     }
     config = files.read_json(folder / checkpoints.ADAPTER_CONFIG)
     assert (
