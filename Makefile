@@ -22,7 +22,7 @@ CONTROL_ARGS = $(STAGE2_ARGS)
 # make measure: what is measured, of what is there; SCORE= (empty): no answers are written and scored
 CLASSES = $(findstring --task classify,$(DATA_ARGS))
 # a student cut from its teacher (--keep-layers) was no model before: step 0 of stage 1 has measured it
-CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(RUNS)/stage1/config.json && echo cut)
+CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(call one,$(RUNS)/stage1/config.json) && echo cut)
 MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2
 SCORE   = $(if $(CLASSES),,yes)
 # make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
@@ -42,8 +42,10 @@ ifneq ($(and $(ARGS),$(word 2,$(MAKECMDGOALS))),)
 $(info ARGS="$(ARGS)" goes to each of: $(MAKECMDGOALS). For one of them alone: STAGE1_ARGS, STAGE2_ARGS ... (make help))
 endif
 # a value with a blank in it (My Drive) is one word to the shell, unless it comes with quotes of its own; SOURCE may also be several
-one = $(if $(findstring ',$(1))$(findstring ",$(1)),$(1),$(if $(word 2,$(1)),"$(1)",$(1)))
-some = $(if $(wildcard $(subst $(eval) ,\ ,$(1))),$(call one,$(1)),$(1))
+one = $(if $(filter '% "% %' %",$(1)),$(1),$(if $(word 2,$(1))$(findstring ',$(1)),"$(1)",$(1)))
+bare = $(if $(filter '% "% %' %",$(1)),$(subst ",,$(subst ',,$(1))),$(1))
+there = $(if $(wildcard $(subst $(eval) ,\ ,$(call bare,$(1)))),$(call one,$(1)))
+some = $(or $(call there,$(1)),$(1))
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
@@ -59,7 +61,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 help: ## this text
-	@echo "make TARGET [NAME=mydata SOURCE=file.parquet TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
+	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
 	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
 	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
 	@echo
@@ -84,7 +86,7 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 	$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
-	$(PY) -m lib.files $(wildcard $(DATA) $(LOGITS) $(RUNS))
+	$(PY) -m lib.files $(foreach w,DATA LOGITS RUNS,$(call there,$($(w))))
 	$(if $(VERIFY),$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
@@ -114,7 +116,7 @@ eval: .venv/ready ## measure CKPT on the held-out rows -> CKPT-eval/eval.json
 	$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(CKPT)) --out $(call one,$(CKPT)-eval) --eval-only $(ARGS)
 
 measure: .venv/ready ## TEACHER, untouched STUDENT, stage1, control, stage2, on the held-out rows, with answers scored -> runs/NAME/*-eval
-	$(foreach m,$(filter teacher base,$(MODELS)) $(foreach m,$(filter-out teacher base,$(MODELS)),$(if $(wildcard $(subst $(eval) ,\ ,$(RUNS))/$(m)/config.json),$(m))),$(call measure_one,$(m),$(if $(filter teacher,$(m)),$(TEACHER),$(if $(filter base,$(m)),$(STUDENT),$(RUNS)/$(m)))))
+	$(foreach m,$(filter teacher base,$(MODELS)) $(foreach m,$(filter-out teacher base,$(MODELS)),$(if $(call there,$(RUNS)/$(m)/config.json),$(m))),$(call measure_one,$(m),$(if $(filter teacher,$(m)),$(TEACHER),$(if $(filter base,$(m)),$(STUDENT),$(RUNS)/$(m)))))
 
 define measure_one
 $(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(2)) --out $(call one,$(RUNS)/$(1)-eval) --eval-only $(MEASURE_ARGS)

@@ -20,7 +20,6 @@ Killed anywhere, the same command goes on with the rows that are missing, and th
 bit the same.
 """
 
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -278,13 +277,11 @@ def main(argv=None):
         dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
-    if not Path(student).exists() and args.student:
-        student = args.student
+    if not Path(student).exists():
+        student = args.student or "STUDENT"
     words = ["--data", args.data, "--logits", args.out, "--student", student]
-    print(
-        f"dump: {out} holds what was asked for. Next: python stage2_kd.py"
-        f" {shlex.join([*words, '--out', f'runs/{name}/stage2'])}"
-    )
+    following = files.command("stage2_kd.py", *words, "--out", f"runs/{name}/stage2")
+    print(f"dump: {out} holds what was asked for. Next: {following}")
 
 
 if __name__ == "__main__":

@@ -146,20 +146,39 @@ def parse_args(argv=None):
     return args
 
 
-def stage(partial, numbered, encode, args, total, texts, progress, quotas):
-    """Encode all rows, numbered (source, file), into temporary files in their order, and the kept
-    ones as text into `texts`, if given; note now and then how far it has come. Return what was
-    staged."""
+def each_row(partial, inputs, args, written, tokenizer, progress, kept):
+    """Yield ((source, file), row, encoded row) of all rows, in their order; progress.full: sources
+    of which no more are wanted."""
+    encode = functools.partial(rows.encode_batch, partial / "tokenizer", args)
+    if written:
+        progress.quotas = [-1] * len(inputs)  # so many were asked
+        passes = [itertools.islice(written.rows, progress.read.total(), None)]
+    else:
+        passes = sources.passes(inputs, args, args.limit, progress, kept)
+    for numbered in passes:
+        numbered = rows.short_of(numbered, tokenizer, args)
+        with contextlib.closing(workers.encoded_rows(numbered, encode, args.workers)) as encoded:
+            for number, row, result in encoded:
+                if len(progress.full) == len(inputs):
+                    break
+                if number[0] not in progress.full:
+                    yield number, row, result
+
+
+def stage(partial, inputs, args, written, tokenizer, texts, progress):
+    """Encode all rows into temporary files in their order, and the kept ones as text into `texts`,
+    if given; note now and then how far it has come. Return what was staged."""
     seen, val_rows = split.Seen(), split.ValRows(args.val)
     staging, said = split.Staging(partial, progress.sizes), time.time()
     staging.replay(seen, val_rows)
     read, lost, saved, begun = progress.read, progress.lost, staging.tokens.count, time.time()
+    counts = [file.count for source in inputs for file in source.files]
+    total = written.count if written else None if None in counts else sum(counts)
     bar = tqdm(total=total, unit="row", desc="prepare", disable=not sys.stderr.isatty())
     bar.update(read.total())
-    with bar, contextlib.closing(workers.encoded_rows(numbered, encode, args.workers)) as encoded:
+    encoded = each_row(partial, inputs, args, written, tokenizer, progress, staging.kept)
+    with bar, contextlib.closing(encoded):
         for number, row, result in encoded:
-            if number[0] in progress.full:
-                continue
             read[number] += 1
             bar.update()
             if bar.disable and (read.total() % 50_000 == 0 or time.time() - said > SAY_EVERY_S):
@@ -186,10 +205,10 @@ def stage(partial, numbered, encode, args, total, texts, progress, quotas):
                     staging.append_prompt(row, one.reference)
                 if texts:
                     texts.append(one.reference if several else row, args.wanted[number[0]][0])
-                if staging.kept[number[0]] == quotas[number[0]]:
+                if staging.kept[number[0]] == progress.quotas[number[0]]:
                     progress.full.add(number[0])
                     break
-            if len(progress.full) == len(quotas):
+            if args.limit and staging.count == args.limit:
                 break
             if read.total() % SHARD_ROWS == 0 or staging.tokens.count - saved > SHARD_TOKENS:
                 saved = staging.tokens.count
@@ -232,6 +251,7 @@ def hand_over(out, args, meta):
     describe.print_table(out, meta)
     describe.say_small(meta)
     export.deliver(out / "rows", args)
+    describe.say_next(out, meta)
 
 
 @files.script
@@ -254,7 +274,7 @@ def main(argv=None):
         return None if args.dry_run else hand_over(out, args, meta)
 
     # --- look at everything that can be wrong before anything is written
-    with describe.phase("looking at the sources"):
+    with files.telling("looking at the sources"):
         inputs = sources.open_all(args)
     for source in inputs:
         commit = f" commit={source.commit}" if source.commit else ""
@@ -265,9 +285,9 @@ def main(argv=None):
         )
     if not args.dry_run:
         export.begin(args, inputs)
-    with describe.phase("loading the tokenizer"):
+    with files.telling("loading the tokenizer"):
         tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
-    dated = rows.make_template_ready(tokenizer, inputs, args)
+        dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
@@ -286,25 +306,15 @@ def main(argv=None):
     rows.saved_tokenizer.cache_clear()  # another run of this process may have used the same folder
     # later stages load this one: so does this run
     tokenizer = rows.saved_tokenizer(partial / "tokenizer", args.trust_remote_code)
-    every = [file for source in inputs for file in source.files]
-    counts = [file.count for file in every]
-    numbered = sources.all_rows(inputs, args.system, progress.full, progress.read)
-    total = None if None in counts else sum(counts)
-    if written:
-        done = progress.read.total()
-        numbered, total = itertools.islice(written.rows, done, None), written.count
-    numbered = rows.short_of(numbered, tokenizer, args)
-    quotas = sources.quotas(inputs, args)
-    progress.full |= {number for number, quota in enumerate(quotas) if not quota}
     texts = None
     if args.export or args.push_to_hub:
         texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
     try:
         if args.task == "classify":
+            numbered = rows.short_of(sources.all_rows(inputs), tokenizer, args)
             staged = classes.stage(partial, numbered, inputs, tokenizer, args)
         else:
-            encode = functools.partial(rows.encode_batch, partial / "tokenizer", args)
-            staged = stage(partial, numbered, encode, args, total, texts, progress, quotas)
+            staged = stage(partial, inputs, args, written, tokenizer, texts, progress)
         if written:
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)
@@ -312,7 +322,7 @@ def main(argv=None):
         if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)
         raise
-    with describe.phase("writing train and val"):
+    with files.telling("writing train and val"):
         meta = write(partial, staged, inputs, args, shaping, tokenizer, dated, written, texts)
     files.publish(partial, out)
     holding.release()

@@ -13,7 +13,6 @@ Loss    cross-entropy of the answer tokens in nats, summed, divided once by the 
 """
 
 import re
-import shlex
 from pathlib import Path
 
 import torch
@@ -32,14 +31,11 @@ def next_step(args):
     """Return what comes next, as commands that work as they are, but for the teacher's name."""
     if (Path(args.student) / "history.jsonl").exists():  # a control, or a second pass
         return "Talk to it"
-    name, out = Path(args.data).name, Path(args.out)
-    dump = ["--data", args.data, "--teacher", "TEACHER", "--student", args.out]
-    train2 = ["--data", args.data, "--logits", f"logits/{name}", "--student", args.out]
-    train2 += ["--out", str(out.with_name("stage2"))]
-    return (
-        f"Next: python dump_logits.py {shlex.join(dump)} --out logits/{name}, then python"
-        f" stage2_kd.py {shlex.join(train2)}; or talk to it"
-    )
+    out, logits = Path(args.out), f"logits/{Path(args.data).name}"
+    given = ["--data", args.data, "--student", args.out]
+    dump = files.command("dump_logits.py", *given, "--teacher", "TEACHER", "--out", logits)
+    given += ["--logits", logits, "--out", out.with_name("stage2")]
+    return f"Next: {dump}, then {files.command('stage2_kd.py', *given)}; or talk to it"
 
 
 def parse_args(argv=None):
@@ -216,7 +212,7 @@ def main(argv=None):
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
     said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
-    print(f"{said}: python chat.py --ckpt {run.out}")
+    print(f"{said}: {files.command('chat.py', '--ckpt', run.out)}")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def main(argv=None):
     plots.curves(run.history, run.out / "curves.png", STAGE)
     run.finish(steps, step, measures, rows.shares(0, step))
     said = f"{STAGE}: wrote {run.out}/best and final. {next_step(args)}"
-    print(f"{said}: python chat.py --ckpt {run.out}")
+    print(f"{said}: {files.command('chat.py', '--ckpt', run.out)}")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,7 @@ def quantised(folder: Path) -> str | None:
         return None
     config = files.read_json(base_of(folder) / "config.json")
     how = config.get("quantization_config") or {} if isinstance(config, dict) else {}
+    how = how if isinstance(how, dict) else {"quant_method": how}
     return str(how.get("quant_method", "an unknown method")) if how else None
 
 

@@ -51,6 +51,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@files.telling("measuring on val")
 def measure(
     model: Model,
     split: data.Split,

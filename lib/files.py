@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import threading
@@ -45,7 +46,9 @@ from tqdm import tqdm
 NEVER_DELETED = "answers"
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 LOCK = ".lock"
+TOLD_EVERY_S = 8.0  # of what takes long
 LOOK_S = 0.5  # before a folder that is held is refused
+KEPT = "keep"  # inside a run: older resume states, each a folder one deeper than last/
 WHOLE = ("meta.json", "config.json")  # written last: that a folder is complete
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # as flock says it
 BLOCK = 1 << 22  # bytes that one checksum stands for
@@ -69,6 +72,16 @@ def fail(
     if mend is not None:
         parts.append(f"mend it with: {mend}")
     raise SystemExit("; ".join(" ".join(part.split()) for part in parts))
+
+
+def command(name: str, *words: object) -> str:
+    """Return a command line for one of our scripts that works when it is pasted here."""
+    here, root = Path.cwd(), Path(__file__).parents[1]
+    places = [Path(sys.executable), root / name]
+    near = [
+        str(place.relative_to(here)) if here in place.parents else str(place) for place in places
+    ]
+    return shlex.join([*near, *map(str, words)])
 
 
 def same(one: object, other: object) -> bool:
@@ -125,6 +138,7 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        before = {*Lock.held}
         try:
             return main(argv)
         except Exception as error:
@@ -134,19 +148,24 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             wrong, seen, mend = found
             fail(wrong, seen, mend=mend)
+        finally:  # a caller in this process may keep what was raised, and its frames hold locks
+            for held in {*Lock.held} - before:
+                held.release()
 
     return guarded
 
 
 @contextlib.contextmanager
-def telling(what: str, every_s: float = 8.0) -> Iterator[None]:
+def telling(what: str, every_s: float = TOLD_EVERY_S) -> Iterator[None]:
     """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
     hangs. Also a function's decorator."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
         while not ended.wait(every_s):
-            print(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+            # above a progress bar, if there is one
+            tqdm.write(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr)
+            sys.stderr.flush()
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -176,11 +195,21 @@ def refuse_pointers(*places: Path) -> None:
 def sync(path: Path) -> None:
     """Force a file or folder to the disk, so that a power cut cannot reorder it after a later
     rename."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # where a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -289,8 +318,7 @@ def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         size = os.path.getsize(path)
-    # what numpy raises of a header that is none
-    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, EOFError) as broken:
+    except Exception as broken:  # numpy reads a header as Python source: any that Python has
         fail(f"{path} cannot be read", broken, "an array as our scripts write it", mend)
     if array.dtype != dtype or array.ndim != 1:
         seen = f"{array.dtype} of shape {array.shape}"
@@ -444,12 +472,11 @@ def publish(partial: Path, folder: Path) -> None:
     the renames."""
     # what the umask leaves: safetensors writes for its owner alone
     readers = partial.stat().st_mode & 0o444
-    for path in partial.rglob("*"):
-        if path.is_file():
-            mode = path.stat().st_mode
-            if readers & ~mode:  # else untouched: some mounted drives refuse any chmod
-                path.chmod(mode | readers)
-            sync(path)
+    for path in (*partial.rglob("*"), partial):
+        mode = path.stat().st_mode
+        if path.is_file() and readers & ~mode:  # else untouched: some drives refuse any chmod
+            path.chmod(mode | readers)
+        sync(path)
     old = beside(folder, "old")
     _drop(old, folder)
     if folder.exists():
@@ -503,8 +530,10 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
         if path.name in (LOCK, NEVER_DELETED):
             continue
         if path.is_dir() and not path.is_symlink():
-            os.replace(path, beside(path, "part"))  # gone at once, not file by file
-            shutil.rmtree(beside(path, "part"))
+            gone = beside(path, "part")  # at once, not file by file
+            shutil.rmtree(gone, ignore_errors=True)  # what a kill left there
+            os.replace(path, gone)
+            shutil.rmtree(gone)
         else:
             path.unlink()
 
@@ -512,6 +541,8 @@ def remove_ours(folder: Path, marks: tuple[str, ...]) -> None:
 class Lock:
     """A lock file that this process holds until `release`, or until it ends, however it ends; as a
     context until its block ends. what: it is for; passing: the file goes with its release."""
+
+    held: weakref.WeakSet = weakref.WeakSet()
 
     def __init__(self, path: Path, what: Path, wait: bool = False, passing: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -531,6 +562,7 @@ class Lock:
                 raise
             _say_no_locks(path.parent, broken.strerror)
         self.release = weakref.finalize(self, _let_go, inner, path if passing else None)
+        self.held.add(self)
 
     def __enter__(self) -> "Lock":
         return self
@@ -688,12 +720,14 @@ def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
                 say_none(path.parent)
             continue
         for name, known in {path.name: None, **sealed["checksums"]}.items():
-            one = (path.parent / name).resolve()
-            if one in seen or name.startswith("rows/") and not one.exists():
+            home = path.parent.parent if path.parent.parent.name == KEPT else path.parent
+            one = ((home if name.startswith("../") else path.parent) / name).resolve()
+            grows = known is not None and "grows" in known  # looked at as far as each knows of it
+            if one in seen and not grows or name.startswith("rows/") and not one.exists():
                 continue
             seen.add(one)
             if known and (what := damage(one, known, whole=True)):
-                wrong.append(f"{path.parent / name} is damaged; saw {what}")
+                wrong.append(f"{one} is damaged; saw {what}")
             elif one.exists():
                 count, size = count + 1, size + one.stat().st_size
     for path in folder.rglob("journal.jsonl"):  # of the newest answers, each line with its own

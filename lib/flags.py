@@ -109,6 +109,16 @@ SHARED: dict[str, dict[str, Any]] = {
         help="steps between resume states; 0 = at every evaluation (default: %(default)s)",
         free=True,
     ),
+    "--keep": dict(
+        type=int,
+        default=0,
+        metavar="N",
+        help=(
+            "keep the newest N resume states in keep/step-STEP/, to go back to (docs/files.md;"
+            " default: %(default)s)"
+        ),
+        free=True,
+    ),
     "--log-every": dict(
         type=int,
         default=10,
@@ -209,8 +219,8 @@ SHARED: dict[str, dict[str, Any]] = {
 TRAINER = {  # the trainers' flags under the headings they appear with, in this order
     "the optimizer step": """--lr --epochs --steps --tokens-per-step --tokens-per-microbatch
         --warmup --weight-decay --beta2 --clip""",
-    "the run": """--eval-every --patience --save-every --log-every --save-dtype --seed --fresh
-        --verify --dry-run""",
+    "the run": """--eval-every --patience --save-every --keep --log-every --save-dtype --seed
+        --fresh --verify --dry-run""",
     "the machine": """--device --threads --amp --attn --compile --checkpointing --no-pack
         --trust-remote-code""",
 }
@@ -271,6 +281,7 @@ def check_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         "weight_decay",
         "eval_every",
         "save_every",
+        "keep",
         "seed",
         "patience",
     )

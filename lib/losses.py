@@ -272,7 +272,7 @@ def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, 
     top = teacher.ids[:, 0] if isinstance(teacher, TopK) else other.argmax(1)
     total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
-        logp, logq = teacher.logp_all(other[piece], 1.0), z[piece].log_softmax(1)
+        logp, logq = teacher[piece].logp_all(other[piece], 1.0), z[piece].log_softmax(1)
         student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both
         total[piece] = student.sum(1)
         apart = logp - logq

@@ -158,19 +158,28 @@ def check_fits(folder: Path, dataset: data.Dataset, trust_remote_code: bool = Fa
     checkpoints.check_vocabulary(checkpoints.with_tokenizer(folder), dataset, trust_remote_code)
 
 
+def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a checkpoint (of an adapter: its base's), or the one-line error
+    when it cannot be read."""
+    from transformers import AutoConfig
+
+    base = checkpoints.base_of(folder)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as broken:  # as in `read`: each library has its own
+        refuse_broken(base, "a model", broken)
+
+
 def check_window(folder: Path, longest: int, trust_remote_code: bool = False) -> None:
     """Refuse rows that are longer than a model's learned positions; say where they are longer than
     what it was made for, which its rotations of positions follow all the same."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    base, follows = checkpoints.base_of(folder), True
+    follows = True
     if checkpoints.is_gguf(folder):
         most = checkpoints.gguf_window(folder)
     else:
-        try:
-            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError) as broken:
-            refuse_broken(base, "a causal LM", broken)
+        config = config_of(folder, trust_remote_code)
         most = generate.window(config)
         if most and longest > most:
             with torch.device("meta"):

@@ -5,6 +5,9 @@
                                     number that is not finite is printed and not in it
                     last/           resume state: float32 weights, optimizer, counters; removed when
                                     the run is finished
+                    keep/step-400/  with --keep N: the newest N states (hard links, where the disk
+                                    has them), to go back to: one takes the place of last/, and
+                                    config.json goes
                     best/ final/    ordinary Hugging Face checkpoints with tokenizer and model card
                                     (of an adapter: its folder, lib/checkpoints.py)
                     samples.md      the same few prompts answered at each evaluation
@@ -140,6 +143,8 @@ class Run:
         self.more: dict[str, Any] = {}
         self.state: dict[str, Any] | None = None
         self.bar: tqdm | None = None
+        self.steps = self.ticks = 0
+        self.said_at = time.monotonic()
         self.recent: list[tuple[int, float]] = []  # (tokens, seconds) of the last steps
         self.listeners: list[Listener] = []
         self.read_back = False  # whether a saved checkpoint has been loaded again
@@ -252,6 +257,7 @@ class Run:
         if self.state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(self.state["scaler"])
 
+    @files.telling("saving last/")
     def save(
         self,
         step: int,
@@ -267,9 +273,10 @@ class Run:
         for number, entry in optimizer.state_dict()["state"].items():
             flat |= {f"{number}.{key}": value for key, value in entry.items()}
         save_file(flat, partial / "optimizer.safetensors")
-        sizes = {
-            name: (self.out / name).stat().st_size for name in GROWING if (self.out / name).exists()
-        }
+        grown = [path for name in GROWING if (path := self.out / name).exists()]
+        for path in grown:  # a state after a power cut must not know more of them than there is
+            files.sync(path)
+        sizes = {path.name: path.stat().st_size for path in grown}
         checksums = files.checksums(partial)
         if "history.jsonl" in sizes:
             size = sizes["history.jsonl"]
@@ -290,8 +297,23 @@ class Run:
                 "checksums": checksums,
             },
         )
+        if self.args.keep:
+            self._keep(partial, step)
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
+
+    def _keep(self, state: Path, step: int) -> None:
+        """Keep a finished resume state, and of those before it the newest. Later ones are of a past
+        that we came back from."""
+        kept = self.out / files.KEPT
+        shutil.rmtree(kept / ".new", ignore_errors=True)  # what a kill left
+        shutil.copytree(state, kept / ".new", copy_function=files.link)
+        named = [path.name.removeprefix("step-") for path in kept.glob("step-*")]
+        numbers = {int(name) for name in named if name.isdecimal()}
+        before = sorted((n for n in numbers if n < step), reverse=True)
+        for number in numbers - {*before[: self.args.keep - 1]}:
+            shutil.rmtree(kept / f"step-{number}")
+        os.replace(kept / ".new", kept / f"step-{step}")
 
     @property
     def stopping(self) -> bool:
@@ -315,13 +337,16 @@ class Run:
         self.say(f"{self.stage} {event} step {step}  " + "  ".join(said))
 
     def say(self, text: str) -> None:
+        self.said_at = time.monotonic()
         if self.bar:
             tqdm.write(text)
         else:
             print(text, flush=True)
 
     def progress(self, steps: int) -> None:
-        """Show the progress bar of the loop; on anything but a terminal the log lines speak."""
+        """Show the progress bar of the loop; on anything but a terminal the log lines speak, and
+        where they are far between, a line on stderr."""
+        self.steps, self.ticks = steps, 0
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=steps, initial=self.step, desc=self.stage, unit="step", dynamic_ncols=True
@@ -331,8 +356,13 @@ class Run:
         """Count one optimizer step's time and tokens, evaluation and saving apart."""
         self.trained_s += seconds
         self.recent = [*self.recent[-19:], (tokens, seconds)]
+        self.ticks += 1
         if self.bar:
             self.bar.update()
+        elif time.monotonic() - self.said_at > files.TOLD_EVERY_S:
+            self.said_at = time.monotonic()
+            told = f"{self.stage}: {self.step + self.ticks} of {self.steps} steps"
+            print(told, file=sys.stderr, flush=True)
 
     def pace(self, steps_left: int) -> dict:
         """Return tokens/s over the last steps (at most 20; the process's first one is left out once
@@ -396,6 +426,7 @@ class Run:
         """Whether --patience is at its end: so many evaluations in a row brought nothing better."""
         return 0 < self.args.patience <= self.more.get("evaluations_without_better", 0)
 
+    @files.telling("writing a checkpoint")
     def export(
         self,
         name: str,

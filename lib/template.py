@@ -31,9 +31,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -47,6 +48,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # a reasoning trace, as Qwen3, DeepSeek-R1 and their students write it
 OPEN, CLOSE = "<think>", "</think>"
 EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*$")  # at the end of a generation prompt
+CLOSED = re.compile(rf"{CLOSE}\s*")
 # half a surrogate pair, from an escape in JSON that was cut: no tokenizer takes it
 BROKEN = re.compile("[\ud800-\udfff]")
 
@@ -154,7 +156,7 @@ def as_stored(name, trust_remote_code: bool = False):
         if made is None:
             raise ValueError(f"the class {kind} {why}")
         return made
-    stored = Tokenizer.from_file(file)
+    stored = made_by(Tokenizer.from_file, file)
     stored.no_truncation()
     special = [token.content for token in stored.get_added_tokens_decoder().values()][:8]
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
@@ -172,7 +174,7 @@ def as_stored(name, trust_remote_code: bool = False):
             "one meaning",
             "the do_lower_case and strip_accents that the model was trained with, in both files",
         )
-    plain = PreTrainedTokenizerFast.from_pretrained(name)
+    plain = made_by(PreTrainedTokenizerFast.from_pretrained, name)
     if seen is not None and plain_ids(plain.backend_tokenizer, texts) == seen:
         return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
     print(
@@ -181,6 +183,14 @@ def as_stored(name, trust_remote_code: bool = False):
         flush=True,
     )
     return plain
+
+
+def made_by(library: Callable[[Any], Any], name) -> Any:
+    """Return what a library makes of a file; whatever it raises of a broken one is a ValueError."""
+    try:
+        return library(name)
+    except Exception as broken:  # tokenizers' has no kind of its own, transformers' has several
+        raise ValueError(f"{name}: {broken}") from None
 
 
 def plain_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]] | None:
@@ -654,11 +664,9 @@ def traces(text: str) -> list[Span] | None:
     if text.find(CLOSE, 0, start if start >= 0 else None) >= 0:
         start = 0
     while start >= 0:
-        close = text.find(CLOSE, start)
-        if close < 0:
+        if (close := CLOSED.search(text, start)) is None:
             return None
-        begin, end = start if text[end:start].strip() else end, close + len(CLOSE)
-        end += len(text) - end - len(text[end:].lstrip())
+        begin, end = start if text[end:start].strip() else end, close.end()
         found.append((begin, end))
         start = text.find(OPEN, end)
     return found
@@ -673,8 +681,8 @@ def without_think(messages: list[dict]) -> list[dict]:
         if message["role"] == "assistant":
             found = traces(text)
             assert found is not None, text
-            for start, end in reversed(found):
-                text = text[:start] + text[end:]
+            ends = [0, *(place for span in found for place in span), len(text)]
+            text = "".join(text[ends[i] : ends[i + 1]] for i in range(0, len(ends), 2))
         kept = {name: value for name, value in message.items() if name != "reasoning_content"}
         shown.append({**kept, "content": text})
     return shown

@@ -150,18 +150,18 @@ def make_room(
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     if use:
         model.module.activation_checkpointing_enable({"use_reentrant": False})
-    check_space(args.out, model, whole=merge or model.trained == model.parameters)
+    check_space(args.out, model, merge or model.trained == model.parameters, args.keep)
     if args.dry_run:
         print("--dry-run: nothing was written")
         raise SystemExit(0)
 
 
-def check_space(out: str, model: models.Model, whole: bool = True) -> None:
+def check_space(out: str, model: models.Model, whole: bool = True, keep: int = 0) -> None:
     """Say what room the checkpoints take, and refuse to start when they would not fit: last/ twice
-    (old and new) at 12 bytes a trained weight, best/ and final/ at 4 a weight; of these the trained
-    ones alone, unless the `whole` model is saved."""
+    (old and new) and the states to `keep` at 12 bytes a trained weight, best/ and final/ at 4 a
+    weight; of these the trained ones alone, unless the `whole` model is saved."""
     saved = model.parameters if whole else model.trained
-    need, have = 2 * 12 * model.trained + 3 * 4 * saved, room(out)
+    need, have = (2 + keep) * 12 * model.trained + 3 * 4 * saved, room(out)
     print(f"disk: {files.human(need)} needed for checkpoints, {files.human(have)} free at {out}")
     refuse_short(out, need, have)
 
@@ -181,11 +181,11 @@ def check_space_of(out: str, source: Path) -> None:
 
 def room(out: str) -> int:
     """Return the bytes that checkpoints can take: what is there already will be replaced."""
-    there = 0
-    for name in ("last", "best", "final"):
-        paths = (Path(out) / name).rglob("*")
-        there += sum(path.stat().st_size for path in paths if path.is_file())
-    return files.free_bytes(Path(out)) + there
+    there = {}  # a file may have two names
+    for name in ("last", "best", "final", files.KEPT):
+        for stat in (path.stat() for path in (Path(out) / name).rglob("*") if path.is_file()):
+            there[stat.st_dev, stat.st_ino] = stat.st_size
+    return files.free_bytes(Path(out)) + sum(there.values())
 
 
 def refuse_short(out: str, need: int, have: int) -> None:

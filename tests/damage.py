@@ -138,7 +138,7 @@ def mutate_json(path: Path, rng: np.random.Generator) -> str:
 def mutate_npy(path: Path, rng: np.random.Generator) -> str:
     """Change a .npy file into one of another kind, or into none."""
     path = Path(path)
-    content, array = path.read_bytes(), np.load(path)
+    content, array = path.read_bytes(), np.atleast_1d(np.load(path))
     plain = array.dtype.names is None
     fields = [(name, array.dtype[name]) for name in array.dtype.names or ()]
     wide = [(name, "<i8", kind.shape) if kind.shape else (name, "<i8") for name, kind in fields]
@@ -146,7 +146,7 @@ def mutate_npy(path: Path, rng: np.random.Generator) -> str:
         "float64": array.astype(np.float64) if plain else array.astype(wide),
         "big-endian": array.astype(array.dtype.newbyteorder(">")),
         "one axis more": array[:, None],
-        "no axis": np.array(array[0] if len(array) else 0),
+        "no axis": array[0].copy().reshape(()) if len(array) else np.array(0),
         "half of it": array[: len(array) // 2],
         "twice": np.concatenate([array, array]),
         "none of it": array[:0],

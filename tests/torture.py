@@ -1,9 +1,10 @@
 """Kill, starve and disturb every stage, run the same command again, and hold what it leaves against
 what a run left alone leaves: byte for byte, besides times.
 
-    python tests/torture.py --rounds 200                        # of each stage: about an hour
-    python tests/torture.py --rounds 100 --kinds twice          # two at once on one output
+    python tests/torture.py --rounds 200          # of each stage, and 1,000 flips, 400 mutations
+    python tests/torture.py --rounds 100 --kinds twice --flips 0 --mutations 0   # two at once
     python tests/torture.py --stages dump --rounds 20 --seed 7 -v
+    python tests/torture.py --rounds 0 --flips 1000
 
 A round: a stage of a tiny world is forked off (everything is imported once), disturbed in one of
 the KINDS of ways, and started again. A table at the end counts, for each stage and kind, rounds,
@@ -17,16 +18,21 @@ command that shows it again (but for moments).
     full    a disk of which a random share is free (a tmpfs of its own; else as `limit`)
     limit   a limit on the size of files
     gone    the output's folder vanishes at a write, and is there again for the second run
+    fresh   SIGKILL at a write, and at one of the same command with --fresh
     twice   a second copy starts: it is refused, or waits
     stop    SIGSTOP at a random moment, a second copy meanwhile, SIGCONT
-    flip    a bit of a file that the stage reads: refused, or used to the same end
-    mutate  a value in one of our own files (json, npy, safetensors): no traceback and no hang
+
+Flips are of files of every kind (readers.py), one after the other: a bit, a byte, a block of zeros.
+Whether `files.verify` notices, and the script that reads the file; none may be used in silence.
+Mutations (damage.py) are of our own json, npy and safetensors, with their checksums and with all
+checksums taken away: no traceback and no hang.
 """
 
 import argparse
 import builtins
 import collections
 import contextlib
+import ctypes
 import errno
 import io
 import json
@@ -51,6 +57,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 import damage  # noqa: E402
 import make  # noqa: E402
 import numpy as np  # noqa: E402
+import readers  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
@@ -60,15 +67,18 @@ import dump_logits  # noqa: E402
 import prepare_data  # noqa: E402
 import stage1_sft  # noqa: E402
 import stage2_kd  # noqa: E402
+from lib import files  # noqa: E402
 from lib.measure import plots, prompts  # noqa: E402
 from lib.teacher import writer  # noqa: E402
 
 HANG_S = 120
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # of a result: of the machine, of the tree's moment, and the sums of what holds such
-NOT_OURS = ("trained_s", "speed", "git", "seal")
+NOT_OURS = ("trained_s", "speed", "git", "seal", "sizes")
 BUSY = "is being written by another process"
-STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1".split()
+WRONG = ("difference", "traceback", "hang")
+ALIVE: set[int] = set()  # processes that were started and have not ended
+STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1 --keep 2".split()
 
 
 # --- the world, and the stages
@@ -131,14 +141,18 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
     }
 
 
-def build(world: Path) -> None:
+def build(world: Path, log: Path) -> None:
     """Write what the stages read. Nothing is trained in this process: it forks the others."""
     make.world(world, rows=40, rows_per_chunk=24, val=6)
+    meta = world / "data/meta.json"
+    told = files.read_json(meta)
+    meta.unlink()
+    files.write_json(meta, told | {"checksums": files.checksums(world / "data")})
     rows_file(world / "rows.jsonl")
     asked = [{"prompt": f"w{i} w{i + 1}", "reference": f"w{i}"} for i in range(8)]
     (world / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     argv = stages(world, world)["dump"].argv[:-1] + (str(world / "logits"),)
-    code, said = finish(start(dump_logits.main, argv, world / "log"), world / "log")
+    code, said = finish(start(dump_logits.main, argv, log), log)
     assert code == 0, said
 
 
@@ -150,6 +164,8 @@ def everything(folder: Path) -> dict[str, bytes]:
         if path.is_dir():
             found[name] = b""
             continue
+        if path.name.endswith(".lock"):  # of a kill before its release: no harm
+            continue
         content = path.read_bytes()
         if path.name == "history.jsonl":
             rows = [json.loads(line) for line in content.splitlines()]
@@ -158,7 +174,7 @@ def everything(folder: Path) -> dict[str, bytes]:
         elif path.suffix == ".json":
             value = json.loads(content)
             if isinstance(value, dict):
-                sums = ("checksums",) * (path.name == "config.json")
+                sums = ("checksums",) * (path.name in ("config.json", "state.json"))
                 value = {k: v for k, v in value.items() if k not in (*NOT_OURS, *sums)}
             content = json.dumps(value).encode()
         found[name] = content
@@ -269,7 +285,10 @@ def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int =
     """Fork a process that runs a script, its words into `log`. Return its number."""
     sys.stdout.flush()
     if child := os.fork():
+        ALIVE.add(child)
         return child
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 70
     try:
         os.setsid()
@@ -306,10 +325,12 @@ def finish(child: int, log: Path, seconds: float = HANG_S) -> tuple[int, str]:
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
+            ALIVE.discard(child)
             return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            ALIVE.discard(child)
             return None, log.read_text(errors="replace")
         time.sleep(0.003)
 
@@ -333,16 +354,16 @@ class Bench:
 
     @property
     def log(self) -> Path:
-        return self.world / "log"
+        return self.world.with_name(f"log-{self.name}")
 
     def clear(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
         self.place.mkdir()
         self.log.write_text("")
 
-    def start(self, told: str = "", **options) -> int:
-        log = told or self.log
-        return start(self.stage.main, self.stage.argv, log, below=str(self.place), **options)
+    def start(self, told: str = "", more: tuple[str, ...] = (), **options) -> int:
+        log, argv = told or self.log, self.stage.argv + more
+        return start(self.stage.main, argv, log, below=str(self.place), **options)
 
     def finish(self, child: int) -> tuple[int | None, str]:
         return finish(child, self.log)
@@ -352,8 +373,6 @@ def fault_in(code: int | None, said: str, allowed: tuple[int, ...]) -> str | Non
     """Return what is wrong with how a disturbed run ended: "hang", "traceback", or None."""
     if code is None:
         return "hang"
-    if code == "used in silence":
-        return "difference"
     if "Traceback (most recent" in said or code not in allowed:
         return "traceback"
     if code == 1:
@@ -415,6 +434,12 @@ def gone(bench: Bench, rng: random.Random, turn: int):
         os.rename(back, folder)
 
 
+def fresh(bench: Bench, rng: random.Random, turn: int):
+    for more in ((), ("--fresh",)):
+        act = Disturbance(rng.randrange(1, 5 * bench.writes // 4 + 2), "kill")
+        yield bench.finish(bench.start(more=more, disturbance=act)), (0, -signal.SIGKILL)
+
+
 def twice(bench: Bench, rng: random.Random, turn: int):
     first = bench.start()
     time.sleep(rng.choice((0.0, rng.uniform(0, bench.seconds))))
@@ -440,57 +465,12 @@ def stop(bench: Bench, rng: random.Random, turn: int):
     yield (0, said), (0,)
 
 
-def ours(bench: Bench) -> list[Path]:
-    """Return the files of ours that the stage reads: prepared data, records, its own state."""
-    inputs = [bench.world / name for name in bench.stage.reads if name in ("data", "logits")]
-    found = [path for folder in (*inputs, bench.place) for path in sorted(folder.rglob("*"))]
-    shown = ("README.md", "samples.md", ".png")  # for people alone
-    return [path for path in found if path.is_file() and not path.name.endswith(shown)]
-
-
-@contextlib.contextmanager
-def damaged(bench: Bench, rng: random.Random, turn: int, how: Callable):
-    """Kill the stage somewhere, and damage a file of ours; put what it reads back in the end."""
-    if turn % 2:
-        act = Disturbance(rng.randrange(1, bench.writes + 1), "kill")
-        bench.finish(bench.start(disturbance=act))
-    victims = [path for path in ours(bench) if path.stat().st_size]
-    if not victims:
-        yield None
-        return
-    victim = rng.choice(victims)
-    before = victim.read_bytes()
-    said = how(victim, np.random.default_rng(rng.randrange(1 << 32)))
-    bench.log.write_text(f"{victim}: {said}\n")
-    try:
-        yield bench.finish(bench.start())
-    finally:
-        if bench.place not in victim.parents:
-            victim.write_bytes(before)
-
-
-def flip(bench: Bench, rng: random.Random, turn: int):
-    with damaged(bench, rng, turn, damage.flip) as ended:
-        if ended is None:
-            return
-        code, said = ended
-        yield ended, (0, 1)
-        if code == 0 and everything(bench.place) != bench.straight:
-            yield ("used in silence", said), ()
-    bench.clear()
-
-
-def mutate(bench: Bench, rng: random.Random, turn: int):
-    with damaged(bench, rng, turn, damage.damage) as ended:
-        if ended is not None:
-            yield ended, (0, 1)
-    bench.clear()
-
-
-DISTURBING = (write, moment, fault, full, limit, gone, twice, stop)
-KINDS = {kind.__name__: kind for kind in (*DISTURBING, flip, mutate)}
+KINDS = {
+    kind.__name__: kind for kind in (write, moment, fault, full, limit, gone, fresh, twice, stop)
+}
 # how often each comes in a round of rounds: what has most places most often
-TURNS = "write fault moment write full gone fault twice write limit moment fault write stop".split()
+TURNS = "write fault moment write fresh full gone fault twice write limit fresh moment write stop"
+TURNS = [*TURNS.split(), "fault"]
 
 
 def torture(bench: Bench, kind: str, turn: int, seed: int) -> tuple[str | None, str]:
@@ -517,7 +497,7 @@ def prepared(name: str, stage: Stage, world: Path, place: Path, disk: Path | Non
     """Run a stage twice undisturbed: to know what it leaves, and how many writes that takes."""
     bench = Bench(name, stage, world, place, disk, {}, 0, 0.0, 0)
     bench.clear()
-    told = world / "writes"
+    told = bench.log.with_name(f"writes-{name}")
     told.write_text("0")
     code, said = bench.finish(bench.start(disturbance=Disturbance(0, "count", tell=told)))
     assert code == 0, said
@@ -533,7 +513,159 @@ def prepared(name: str, stage: Stage, world: Path, place: Path, disk: Path | Non
     return bench
 
 
+# --- jobs: each a process of its own, which returns (table, line of it, what was counted)
+
+Counted = list[tuple[str, str, dict[str, int]]]
+
+
+def rounds_of(name: str, args, work: Path) -> Counted:
+    """Disturb a stage --rounds times."""
+    turns = args.kinds.split(",") if args.kinds else TURNS
+    table: collections.Counter = collections.Counter()
+    with small_disk(work / f"disk-{name}") as disk:
+        place = (disk or work) / f"round-{name}"
+        wanted = stages(work / "world", place)
+        bench = prepared(name, wanted[name], work / "world", place, disk)
+        begun, seen = time.monotonic(), collections.Counter()
+        for number in range(args.rounds + args.first):
+            # so that few see all
+            kind = turns[(number + list(wanted).index(name) * args.rounds) % len(turns)]
+            turn, seen[kind] = seen[kind], seen[kind] + 1
+            if number < args.first:
+                continue
+            wrong, said = torture(bench, kind, turn, args.seed)
+            table.update({"rounds": 1, kind: 1, wrong or "right": 1})
+            if args.verbose or wrong:
+                print(f"{name} {kind} {turn}: {wrong or 'right'}", flush=True)
+            if wrong:
+                again = f"--stages {name} --kinds {kind} --first {turn} --rounds 1"
+                print(f"{said}\n    (again: {again} --seed {args.seed})", flush=True)
+        pace = 60 * args.rounds / (time.monotonic() - begun)
+    print(
+        f"{name}: {bench.writes} writes, {bench.seconds:.1f} s left alone, {args.rounds} rounds at"
+        f" {pace:.0f} a minute, {sum(table[wrong] for wrong in WRONG)} faults",
+        flush=True,
+    )
+    return [("stage", name, table)]
+
+
+def everywhere(work: Path, name: str) -> tuple[readers.Damage, dict[Path, object], Callable]:
+    """Build a world with every kind of file: return what damages it, what each reader leaves when
+    nothing is damaged, and a function that runs a reader: (how it ended, what it said)."""
+    world, log = work / name, work / f"{name}.log"
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        with contextlib.redirect_stderr(quiet):
+            build(world, log)
+    made = stages(world, world)
+
+    def ended(main: Callable, argv: tuple) -> tuple[int | None, str]:
+        log.write_text("")
+        return finish(start(main, argv, log), log)
+
+    readers.build(world, made, lambda main, argv: ended(main, argv)[0])
+    damage_to = readers.Damage(world, readers.kinds(world, made))
+    straight = {}
+    for kind in damage_to.every:
+        if (out := kind.reader.out, kind.reader.argv) not in straight:
+            damage_to.as_before(kind)
+            code, said = ended(kind.reader.main, kind.reader.argv)
+            assert code == 0, (kind.name, said)
+            straight[out, kind.reader.argv] = everything(out)
+            damage_to.as_before(kind)
+    return damage_to, straight, ended
+
+
+def flips(name: str, args, work: Path) -> Counted:
+    """Damage --flips files, of each kind as many."""
+    damage_to, straight, ended = everywhere(work, name)
+    begun, count = time.monotonic(), {kind.name: collections.Counter() for kind in damage_to.every}
+    for number in range(args.first, args.first + args.flips):
+        rng = np.random.default_rng([args.seed, number])
+        kind = damage_to.every[number % len(damage_to.every)]
+        table, reader = count[kind.name], kind.reader
+        with damage_to.one(kind, damage.flip, rng) as (victim, what):
+            verified = bool(files.verify(kind.top(damage_to.world), set())[2])
+            code, said = ended(reader.main, reader.argv)
+            same = code == 0 and everything(reader.out) == straight[reader.out, reader.argv]
+        wrong = fault_in(code, said, (0, 1))
+        told = code == 0 and any(word in said for word in readers.SAID)
+        how = wrong or ("refused" if code else "told" if told else "same end" if same else "silent")
+        table.update({"flips": 1, "verified": int(verified), how: 1})
+        if how not in ("refused", "told") or not verified:
+            missed = "" if verified else ", not noticed by verify"
+            print(f"flip {number}: {victim}: {what}: {how}{missed}\n{said[-1500:]}", flush=True)
+        elif args.verbose:
+            print(f"flip {number}: {victim}: {what}: {how}", flush=True)
+    pace = 60 * args.flips / (time.monotonic() - begun)
+    print(f"{name}: {args.flips} at {pace:.0f} a minute", flush=True)
+    return [("flip", kind, table) for kind, table in count.items()]
+
+
+def mutations(name: str, args, work: Path) -> Counted:
+    """Write --mutations other values into files of ours, half of them where there are no
+    checksums."""
+    damage_to, _, ended = everywhere(work, name)
+    begun = time.monotonic()
+    count: dict[str, collections.Counter] = {}
+    have = {
+        ending: [
+            kind for kind in damage_to.every if any(p.name.endswith(ending) for p in kind.paths())
+        ]
+        for ending in (".json", ".npy", ".safetensors", ".jsonl")
+    }
+    for number in range(args.first, args.first + args.mutations):
+        rng = np.random.default_rng([args.seed, number])
+        ending, bare = list(have)[number % 4], bool(number // 4 % 2)
+        kind = have[ending][rng.integers(len(have[ending]))]
+        with damage_to.one(kind, damage.damage, rng, bare, (ending,)) as (victim, what):
+            code, said = ended(kind.reader.main, kind.reader.argv)
+        wrong = fault_in(code, said, (0, 1))
+        line = f"{ending[1:]}, {'no' if bare else 'with'} checksums"
+        table = count.setdefault(line, collections.Counter())
+        table.update({"mutations": 1, wrong or ("refused" if code else "read"): 1})
+        if wrong or args.verbose:
+            print(f"mutation {number}: {victim}: {what}: {wrong}\n{said[-1500:]}", flush=True)
+    pace = 60 * args.mutations / (time.monotonic() - begun)
+    print(f"{name}: {args.mutations} at {pace:.0f} a minute", flush=True)
+    return [("mutate", line, table) for line, table in count.items()]
+
+
+TABLES = {  # the columns of each: how many, what came of it, and what must not be
+    "stage": (("rounds", *KINDS), WRONG),
+    "flip": (("flips", "verified", "refused", "told"), ("same end", "silent", *WRONG[1:])),
+    "mutate": (("mutations", "refused", "read"), WRONG[1:]),
+}
+
+
+def print_tables(lines: Counted) -> int:
+    """Print what was counted, a table a kind of job; return the number of faults."""
+    faults, told = 0, []
+    for title, (good, bad) in TABLES.items():
+        own = [(name, collections.Counter(table)) for kind, name, table in lines if kind == title]
+        if not own:
+            continue
+        total = sum((table for _, table in own), collections.Counter())
+        print(
+            f"\n| {' | '.join([title, *good, *bad])} |\n" + "| --- " * (1 + len(good + bad)) + "|"
+        )
+        for name, table in [*own, ("all", total)]:
+            print(f"| {' | '.join([name, *(str(table[column]) for column in good + bad)])} |")
+        faults += sum(total[wrong] for wrong in bad)
+        faults += total["flips"] - total["verified"]
+        told.append(f"{total[good[0]]} {good[0]}")
+    print(f"\n{', '.join(told)}: {faults} faults")
+    return faults
+
+
 # --- the command
+
+
+def own_mounts() -> None:
+    """Give this process mounts of its own, where it may: they end with it, however it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private, recursive = 0x20000, 1 << 18, 1 << 14
+    if os.geteuid() == 0 and libc.unshare(new_namespace) == 0:
+        libc.mount(b"none", b"/", None, private | recursive, None)
 
 
 @contextlib.contextmanager
@@ -546,7 +678,47 @@ def small_disk(folder: Path):
         yield folder if mounted else None
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def sweep() -> None:
+    """Remove what a killed torture left: its disks, its folders."""
+    for folder in Path(tempfile.gettempdir()).glob("torture-*"):
+        owner = folder.name.split("-")[1]
+        if not Path("/proc", owner).exists():
+            for disk in folder.glob("disk-*"):
+                subprocess.run(["umount", "-l", str(disk)], capture_output=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave(number: int, _frame) -> None:
+    """End at a signal with all that was started."""
+    for child in ALIVE:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGCONT)
+    raise SystemExit(128 + number)
+
+
+def in_a_process(job: Callable, name: str, args, work: Path) -> int:
+    """Fork a process that does a job and writes what it counted into work/NAME.json."""
+    sys.stdout.flush()
+    if child := os.fork():
+        ALIVE.add(child)
+        return child
+    ALIVE.clear()
+    code = 1
+    try:
+        own_mounts()
+        (work / f"{name}.json").write_text(json.dumps(job(name, args, work)))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def parse_args(argv=None):
@@ -554,50 +726,52 @@ def parse_args(argv=None):
     parser.add_argument("--rounds", type=int, default=14, help="of each stage (%(default)s)")
     parser.add_argument("--stages", default="all", help="names, with commas (%(default)s)")
     parser.add_argument("--kinds", default="", help=f"of {', '.join(KINDS)} (all)")
+    parser.add_argument("--flips", type=int, help="damaged files (5 a round; --stages: none)")
+    parser.add_argument("--mutations", type=int, help="(2 a round; --stages: none)")
     parser.add_argument("--first", type=int, default=0, help="number of the first round (0)")
     parser.add_argument("--seed", type=int, default=0, help="of places and moments (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at once (one a core)")
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for each round")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    few = args.stages != "all" or args.kinds
+    args.flips = (0 if few else 5 * args.rounds) if args.flips is None else args.flips
+    args.mutations = (0 if few else 2 * args.rounds) if args.mutations is None else args.mutations
+    return args
 
 
 def main(argv=None) -> int:
-    args = parse_args(argv)
+    args, begun, failed = parse_args(argv), time.monotonic(), False
     torch.set_num_threads(1)
-    turns, count, faults = args.kinds.split(",") if args.kinds else TURNS, {}, 0
-    with tempfile.TemporaryDirectory() as work, small_disk(Path(work, "disk")) as disk:
-        world = Path(work, "world")
-        build(world)
-        place = (disk or Path(work)) / "round"
-        wanted = stages(world, place)
-        names = list(wanted) if args.stages == "all" else args.stages.split(",")
-        for stage, name in enumerate(names):
-            bench = prepared(name, wanted[name], world, place, disk)
-            print(f"{name}: {bench.writes} writes, {bench.seconds:.1f} s left alone", flush=True)
-            seen: collections.Counter = collections.Counter()
-            for number in range(args.rounds + args.first):
-                kind = turns[(number + stage * args.rounds) % len(turns)]  # so that few see all
-                turn, seen[kind] = seen[kind], seen[kind] + 1
-                if number < args.first:
-                    continue
-                wrong, said = torture(bench, kind, turn, args.seed)
-                table = count.setdefault((name, kind), collections.Counter())
-                table["rounds"] += 1
-                if args.verbose or wrong:
-                    print(f"{name} {kind} {turn}: {wrong or 'right'}", flush=True)
-                if wrong:
-                    faults += 1
-                    table[wrong] += 1
-                    again = f"--stages {name} --kinds {kind} --first {turn} --rounds 1"
-                    print(f"{said}\n    (again: {again} --seed {args.seed})", flush=True)
-    print(
-        f"\n{'stage':<10}{'kind':<10}{'rounds':>8}{'differences':>13}{'tracebacks':>12}{'hangs':>7}"
-    )
-    for (name, kind), table in count.items():
-        told = [table[what] for what in ("rounds", "difference", "traceback", "hang")]
-        print(f"{name:<10}{kind:<10}{told[0]:>8}{told[1]:>13}{told[2]:>12}{told[3]:>7}")
-    rounds = sum(table["rounds"] for table in count.values())
-    print(f"{rounds} rounds, {faults} faults")
-    return 1 if faults else 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    sweep()
+    lines: Counted = []
+    with tempfile.TemporaryDirectory(prefix=f"torture-{os.getpid()}-") as place:
+        work = Path(place)
+        names = list(stages(work, work)) if args.stages == "all" else args.stages.split(",")
+        slow = ("answers", "stage2", "stage1")  # first: they take longest
+        names.sort(key=lambda name: name not in slow)
+        jobs = [(rounds_of, name) for name in names if args.rounds]
+        jobs += [(flips, "flips")] * bool(args.flips)
+        jobs += [(mutations, "mutations")] * bool(args.mutations)
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+            with contextlib.redirect_stderr(quiet):  # transformers' bars
+                build(work / "world", work / "log")
+        left = list(jobs)
+        while left or ALIVE:
+            while left and len(ALIVE) < args.jobs:
+                in_a_process(*left.pop(0), args, work)
+            child, status = os.wait()
+            ALIVE.discard(child)
+            failed = failed or status != 0
+        for _, name in jobs:
+            if (told := work / f"{name}.json").exists():
+                lines += json.loads(told.read_text())
+    faults = print_tables(lines)
+    if failed:
+        print("a job did not come to its end: see above")
+    print(f"{(time.monotonic() - begun) / 60:.0f} minutes, {args.jobs} at once")
+    return 1 if faults or failed else 0
 
 
 if __name__ == "__main__":

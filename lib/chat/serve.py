@@ -5,7 +5,6 @@ import argparse
 import ctypes
 import logging
 import os
-import resource
 import socket
 import sys
 import threading
@@ -134,6 +133,15 @@ def open_socket(args) -> socket.socket:
         )
 
 
+def files_that_may_be_open() -> int:
+    """Return how many files and connections the system lets this process have."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 512
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 class Server:
     """The application behind waitress, in threads of its own; `url` is where it is. stop() ends it
     at once: open streams are told so."""
@@ -156,13 +164,12 @@ class Server:
         # one for each answer that may be in work or wait, and some for who is told that the queue
         # is full
         threads = len(self.sides) * (args.slots + args.queue) + 8
-        files_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.server = waitress.create_server(
             self.app,
             sockets=[listening],
             threads=threads,
             ident="distil",
-            connection_limit=min(4 * threads + 100, max(64, files_open - 200)),
+            connection_limit=min(4 * threads + 100, max(64, files_that_may_be_open() - 200)),
             channel_timeout=60,
             cleanup_interval=1,
             max_request_body_size=16 * routes.BODY_BYTES,

@@ -172,16 +172,23 @@ def read_prompts(path: Path, system: str | None) -> list[Prompt]:
 
 def fault_of(fields: object) -> str | None:
     """Return why a line's value cannot be answered, or None."""
+    try:
+        whole = json.dumps(fields)  # as it will be written again, with the answer
+    except RecursionError:
+        return "JSON that is nested too deep"
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-        return json.dumps(fields, ensure_ascii=False)[:60]
+        return whole[:60]
     if "answer" in fields:
         return 'a field "answer", which the answer would overwrite'
-    if "prompt" in fields:
-        return None if isinstance(fields["prompt"], str) else f"the prompt {fields['prompt']!r:.60}"
-    if not template.is_conversation(fields["messages"]):
+    if "prompt" in fields and not isinstance(fields["prompt"], str):
+        return f"the prompt {fields['prompt']!r:.60}"
+    if "messages" in fields and not template.is_conversation(fields["messages"]):
         return f"the messages {fields['messages']!r:.60}"
-    if fields["messages"][-1]["role"] == "assistant":
+    if "messages" in fields and fields["messages"][-1]["role"] == "assistant":
         return "messages that end with an answer"
+    read = [fields.get(name) for name in ("prompt", "messages", "reference")]
+    if template.BROKEN.search(json.dumps(read, ensure_ascii=False)):
+        return f"half a character (\\ud800 to \\udfff) in {whole[:60]}"
     return None
 
 

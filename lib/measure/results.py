@@ -56,6 +56,11 @@ EVALUATION = MEASURED | {
     "weights?": str,
     "targets?": int,
 }  # of eval.json
+ANSWER = {"answer?": str, "reference?": (str, None)} | {  # a line of answers.jsonl
+    "scores?": (dict, None),
+    "messages?": ([dict], None),
+    "logp?": (dict, None),
+}
 SCORES = {  # answers.scores.json
     "metrics": {...: {"value": float, "low?": float, "high?": float}},
     "count": range(1 << 62),
@@ -144,7 +149,7 @@ def answers_in(folder: Path) -> list[dict]:
     none."""
     path = Path(folder) / "answers.jsonl"
     rows = files.read_jsonl(path, torn=True) if path.exists() else []
-    files.expect(path, rows, [{"answer?": str, "reference?": (str, None)}])
+    files.expect(path, rows, [ANSWER])
     return rows
 
 

@@ -125,7 +125,7 @@ def load(
     rows: the splits as a teacher's own tokenizer reads them; it must have a head for these labels.
     Without: a student, which shares the data's tokenizer and gets a new head where it has none.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     folder = checkpoints.local_folder(name, trust_remote_code)
     check_kind(folder)
@@ -137,7 +137,7 @@ def load(
     else:
         check_teacher(name, folder, dataset.labels, own, order)
         tokenizer = tokenizer_of(folder, dataset, trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = models.config_of(folder, trust_remote_code)
     name_labels(config, folder, dataset.labels, own, order)
     pad = choose_pad(config.get_text_config(), tokenizer)
     check_positions(folder, rows or [dataset.train, dataset.val])

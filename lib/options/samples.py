@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, flags, generate, models
+from lib import data, files, flags, generate, models
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,7 @@ class Samples:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @torch.no_grad()
+    @files.telling("writing --samples answers")
     def answers(self, model: models.Model, amp: torch.dtype | None = None) -> list[str]:
         """Return a model's greedy answers."""
         training, made = model.module.training, []

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from lib import checkpoints, files, flags, run, template
+from lib import checkpoints, files, flags, generate, models, run, template
 from lib.prepare import ask, quality, questions, sources
 from lib.prepare.store import ABOUT, Store, folder_name
 
@@ -174,15 +174,11 @@ def teacher_here(args) -> tuple:
 
 def own_sampling(folder, trust_remote_code: bool):
     """Return how a model's folder says that it is sampled."""
-    from transformers import AutoConfig, GenerationConfig
-
-    from lib import generate
+    from transformers import GenerationConfig
 
     if how := generate.read_config(folder):
         return how
-    base = checkpoints.base_of(folder)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    return GenerationConfig.from_model_config(config)
+    return GenerationConfig.from_model_config(models.config_of(folder, trust_remote_code))
 
 
 def settings(args) -> dict | None:
@@ -261,12 +257,8 @@ def longest_prompt(args) -> int:
     in its context."""
     if not args.teacher:
         return args.max_prompt
-    from transformers import AutoConfig
-
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
-    config = AutoConfig.from_pretrained(
-        checkpoints.base_of(folder), trust_remote_code=args.trust_remote_code
-    ).get_text_config()
+    config = models.config_of(folder, args.trust_remote_code).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or args.max_prompt + 1
     return min(args.max_prompt, context - 1)
 

@@ -181,7 +181,7 @@ def stage(
     for side, mask in (("train", ~is_val), ("val", is_val)):
         mine = kept[mask]
         _write_side(partial, side, [rows.texts[row] for row in mine], labels[mine], names)
-    return split.Staged(staging.close(), is_val, read, lost, names)
+    return split.Staged(staging.close(), is_val, read, lost, labels=names)
 
 
 def facts_of_classes(folder: Path, names: list[str]) -> dict:

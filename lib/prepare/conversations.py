@@ -9,6 +9,7 @@ message the conversation's tools.
 
 import ast
 import json
+import re
 from collections.abc import Iterable
 
 from lib import files, template
@@ -22,29 +23,32 @@ ROLE_NAMES = {
     "model": "assistant",
     "bot": "assistant",
     "ai": "assistant",
+    "llm": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
     "function": "tool",
     "observation": "tool",
     "tool_response": "tool",
     "function_response": "tool",
+    "function_result": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
+    "tool_output": "tool",
+    "ipython": "tool",
     "developer": "system",
 }
 CALLS = ("function_call", "tool_call")  # roles of ShareGPT and ms-swift whose text is a call
 ROLE = ("role", "from", "speaker", "author")
 CONTENT = ("content", "value", "text", "message", "utterance")
-LEARNT = (
-    "weight",
-    "train",
-    "training",
-    "trainable",
-    "loss",
-    "learn",
-)  # whether an answer is learnt
 # of a turn without a role: who says what its keys hold (XTuner, Firefly)
 SPEAKERS = {
     "system": ("system", "system_prompt"),
     "user": ("input", "human", "user", "question", "prompt", "instruction", "query"),
     "assistant": ("output", "assistant", "gpt", "bot", "response", "answer", "completion"),
 }
+SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # a conversation as one text (HH-RLHF)
+OF_INPUT = {"messages", "tools"}  # what OpenAI's preferences say in their input
 PASSED = ("name", "tool_call_id")  # as they are; a template may write them
 WANTED = "a list of {role, content}, of {from, value}, of {input, output}, or of pairs"
 
@@ -103,9 +107,13 @@ class SourceRow:
 
     def text(self, part: str) -> str:
         value = self.parts.get(part)
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            if part.startswith("context"):
+        if isinstance(value, list) and part.startswith("context"):
+            if all(isinstance(item, str) for item in value):
                 return "\n\n".join(value)
+            if listed(value):
+                return "\n\n".join("\n".join(self.words(part, item)) for item in value)
+        if part in ("answer", "reply") and type(value) in (int, float):
+            return str(value)
         if value is not None and not isinstance(value, str):
             column = self.file.columns.get(part, part)
             files.fail(
@@ -116,12 +124,40 @@ class SourceRow:
             )
         return value or ""
 
+    def words(self, part: str, item: dict) -> list[str]:
+        """Return what the fields of a context say (title, text)."""
+        said = [value for value in item.values() if value is not None]
+        if not all(isinstance(value, str | int | float) for value in said):
+            self.wrong(part, item, "text, or a list of texts")
+        return list(map(str, said))
+
     # --- the whole row
+
+    def plain_text(self) -> str | list[dict]:
+        """Return the row's text; one that is not to be learnt as an answer that is not."""
+        text = self.text("text")
+        if self.is_learnt():
+            return text
+        return [{"role": "assistant", "content": text, "learn": False}]
+
+    def is_learnt(self) -> bool:
+        """Return whether the row's own columns say that it is learnt; what else they hold (a share,
+        the name of a class) is no mark."""
+        result = True
+        for part in schema.MARKS:
+            value, column = self.parts.get(part), self.file.columns.get(part)
+            if isinstance(value, list):
+                schema.refuse(f"{self.file.place}, row {self.number}", str(column))
+            if part in self.parts and (mark := mark_of(part[7:], value)) is None:
+                self.file.unused["columns", f"{column} (not 0 or 1)"] = None
+            elif part in self.parts:
+                result &= bool(mark)
+        return result
 
     def conversation(self, system: str | None) -> list[dict]:
         """Return the row's messages; `system` opens those that have no system message."""
         if "messages" in self.parts or "messages" in self.file.columns:
-            messages = self.messages("messages")
+            messages = self.with_reply(self.messages("messages"))
         else:
             messages = [*self.messages("history"), *self.question_and_answer()]
         if (thought := self.reasoning()) and messages and messages[-1]["role"] == "assistant":
@@ -133,9 +169,32 @@ class SourceRow:
                 self.file.unused["columns", f"{column} (beside a system message)"] = None
         elif (own.strip() or system) and messages:
             messages.insert(0, {"role": "system", "content": own if own.strip() else system})
-        if messages and (tools := self.tools(self.parts.get("tools"))):
+        tools = self.tools(self.parts.get("tools")) if messages else []
+        names = [json.dumps(tool.get("function", tool).get("name")) for tool in tools]
+        if tools and all(name in str(messages[0]["content"]) for name in names):
+            column = self.file.columns["tools"]
+            self.file.unused["columns", f"{column} (the system message has them)"] = None
+        elif tools:
             messages[0]["tools"] = tools
+        if not self.is_learnt():
+            messages = [message | {"learn": False} for message in messages]
         return messages
+
+    def with_reply(self, messages: list[dict]) -> list[dict]:
+        """Return messages with the answer that stands in a column beside them, where they end in a
+        question."""
+        reply = parsed_messages(self.parts.get("reply"))
+        if reply is None:
+            return messages
+        column = self.file.columns["reply"]
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            self.file.unused["columns", f"{column} (the messages have their answer)"] = None
+            return messages
+        if not listed(reply):
+            reply = [{"role": "assistant", "content": self.text("reply")}]
+        more = self.messages_of("reply", reply)
+        whole = any(message["role"] == "user" for message in more)
+        return more if whole else messages + more
 
     def reasoning(self) -> str:
         """Return the trace in a column of its own; a mere switch ("on", "high") is none."""
@@ -171,6 +230,12 @@ class SourceRow:
         """Return the messages of a prompt, what stands beside it, and its answer; each may be
         messages itself, as TRL has them."""
         prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
+        if isinstance(prompt, dict) and listed(prompt.get("messages")):  # OpenAI's preferences
+            self.parts.setdefault("tools", prompt.get("tools"))
+            self.unused(f"{self.file.columns['prompt']}.{n}" for n in {*prompt} - OF_INPUT)
+            prompt = prompt["messages"]
+        if self.parts.get("tools") and is_calls(parsed(answer)):
+            answer = [{"role": "assistant", "content": "", "tool_calls": parsed(answer)}]
         if listed(answer) and not any({*ROLE} & {*item} for item in answer):
             # answers in parquet: a list of {text, ...} for lists of each
             answer = {name: [item.get(name) for item in answer] for name in answer[0]}
@@ -193,10 +258,25 @@ class SourceRow:
         else:
             texts = [self.text("prompt"), *self.beside_prompt(options)]
             content = "\n\n".join(text for text in texts if text.strip())
+            self.same_prompts(content)
             asked = [{"role": "user", "content": content}]
         if whole is None:
             whole = [{"role": "assistant", "content": self.answer(answer, options)}]
         return asked + whole
+
+    def same_prompts(self, content: str) -> None:
+        """Note other columns of the prompt that say the same; refuse one that says more."""
+        for part, other in self.parts.items():
+            if part.startswith("also ") and isinstance(other, str) and other.strip():
+                column, prompt = self.file.columns[part], self.text("prompt").strip()
+                if other.strip() not in content and prompt not in other:
+                    self.wrong(
+                        part,
+                        other,
+                        f"the prompt that {self.file.columns['prompt']} is",
+                        f"--columns input={column}, or ignore={column}",
+                    )
+                self.file.unused["columns", column] = None
 
     def beside_prompt(self, options: list[tuple[str, str]] | str) -> list[str]:
         """Return what follows the prompt: its input, its context, its choices."""
@@ -236,7 +316,7 @@ class SourceRow:
     # --- messages
 
     def messages(self, part: str) -> list[dict]:
-        return self.messages_of(part, parsed(self.parts.get(part)))
+        return self.messages_of(part, spoken(parsed(self.parts.get(part))))
 
     def messages_of(self, part: str, value: object) -> list[dict]:
         """Bring conversations of all known shapes to one form; content that is not text becomes
@@ -244,11 +324,12 @@ class SourceRow:
         if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
             value = [dict(zip(value, item)) for item in zip(*value.values())]  # columns of a list
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            value = [value]
+            value = items if listed(items := [*map(parsed_message, value)]) else [value]
         if not isinstance(value, list | None):
             self.wrong(part, value, f"a conversation: {WANTED}")
         messages: list[dict] = []
         for item in value or []:
+            item = parsed_message(item)
             if isinstance(item, list) and all(isinstance(text, str | None) for text in item):
                 for place, text in enumerate(item):  # [question, answer]
                     role = ("user", "assistant")[place % 2]
@@ -288,6 +369,8 @@ class SourceRow:
         content = next((item[name] for name in CONTENT if item.get(name) is not None), None)
         take(CONTENT)
         text, thoughts = self.content(content)
+        if role == "tool" and text is None and content is not None:  # a result that is no text
+            text = json.dumps(content, ensure_ascii=False)
         message = {"role": role, "content": text}
         calls = take(["tool_calls"]) or take(["function_call"])
         if role in CALLS:
@@ -312,11 +395,11 @@ class SourceRow:
                 self.file.passed[role, name] = None
         if tools := self.tools(take(["tools", "functions"])):
             message["tools"] = tools
-        for name in LEARNT:
-            if name in item and name not in self.file.ignored and role == "assistant":
-                rest.pop(name, None)
-                if not self.learnt(name, item[name]):
-                    message["learn"] = False
+        for name in {*schema.LEARNT} & {*item} - self.file.ignored:
+            if role == "assistant" and not self.learnt(name, item[name]):
+                message["learn"] = False
+            if role == "assistant" or mark_of(name, item[name]) is False:
+                rest.pop(name, None)  # what is no answer is not learnt anyway
         self.unused(rest)
         return message
 
@@ -330,6 +413,10 @@ class SourceRow:
             if not isinstance(part, dict):
                 return None, ""
             part = without_none(part)
+            for name in {*schema.LEARNT} & {*part} - self.file.ignored:
+                if not self.learnt(name, part.pop(name)):
+                    mend = f"--columns ignore={name}"
+                    self.wrong("messages", part, f"a conversation of one {name} an answer", mend)
             if part.get("type") in ("thinking", "reasoning"):
                 name = next(
                     (name for name in ("thinking", "reasoning", "text") if name in part), ""
@@ -365,19 +452,32 @@ class SourceRow:
 
     def learnt(self, name: str, value: object) -> bool:
         """Return whether a mark says that an answer is learnt; a share of an answer cannot be."""
-        if isinstance(value, str):
-            value = {"true": True, "false": False}.get(value.strip().lower(), value)
-            value = float(value) if value in ("0", "1", "0.0", "1.0") else value
-        if value is None:
-            return True
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
+        mark = True if value is None else mark_of(name, value)
+        if mark is None:
             self.wrong(
                 "messages",
                 f"{name} {value!r}",
                 f"a conversation whose {name} is 0 or 1, true or false",
                 f"--columns ignore={name}",
             )
-        return bool(value)
+        return bool(mark)
+
+
+def mark_of(name: str, value: object) -> bool | None:
+    """Return whether a mark of that name says that an answer is learnt; None where it is none."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+        value = float(value) if value in ("0", "1", "0.0", "1.0") else value
+    if name in schema.OF_ROWS and not isinstance(value, bool):
+        return None
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        return None
+    return not value if name == "masked" else bool(value)
+
+
+def is_calls(value: object) -> bool:
+    """Return whether a value is calls of tools, [{"name": ..., "arguments": ...}, ...]."""
+    return listed(value) and all({"name", "arguments"} <= {*call} for call in value)
 
 
 def listed(value: object) -> bool:
@@ -386,14 +486,38 @@ def listed(value: object) -> bool:
 
 
 def parsed_messages(value: object) -> object:
-    """Return a prompt or an answer; messages where it is JSON text of some."""
+    """Return a prompt or an answer; messages where it is JSON text of some, one alone, or a
+    conversation as one text."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         found = parsed(value)
         if isinstance(found, list) and all(
             isinstance(item, dict) and {*ROLE} & {*item} for item in found
         ):
             return found
-    return value
+    if isinstance(value, dict) and {*ROLE} & {*value}:
+        return [value]
+    return spoken(value)
+
+
+def parsed_message(item: object) -> object:
+    """Return a message; JSON text of one as an object, names of fields in small letters."""
+    if isinstance(item, str) and item.lstrip()[:1] == "{":
+        read = parsed(item)
+        item = read if isinstance(read, dict) else item
+    if isinstance(item, dict) and not {*ROLE} & {*item}:
+        return {name.strip().casefold(): value for name, value in item.items()}
+    return item
+
+
+def spoken(value: object) -> object:
+    """Return a text of the form "\n\nHuman: ...\n\nAssistant: ..." as messages, without a last
+    turn that is blank."""
+    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+        return value
+    _, *parts = SPOKEN.split(value.lstrip())
+    turns = [{"role": role, "content": text.strip()} for role, text in zip(parts[::2], parts[1::2])]
+    turns = turns[:-1] if not turns[-1]["content"] else turns
+    return [turn | {"role": ROLE_NAMES.get(turn["role"].lower(), "assistant")} for turn in turns]
 
 
 def options_of(value: object) -> list[tuple[str, str]] | str:
@@ -406,16 +530,23 @@ def options_of(value: object) -> list[tuple[str, str]] | str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, dict) and isinstance(value.get("text"), list):
-        texts = value["text"]
-        labels = value.get("label") or schema.LETTERS[: len(texts)]
+        labels, texts = value.get("label") or [], value["text"]
+        labels = labels if len(labels) == len(texts) else letters(len(texts))
     elif isinstance(value, dict):
         value = without_none(value)
         labels, texts = list(value), list(value.values())
     else:
-        labels, texts = list(schema.LETTERS[: len(value)]), []
+        value = [option for option in value if option is not None]
+        labels, texts = letters(len(value)), []
         for place, option in enumerate(value):
             if isinstance(option, dict):
                 labels[place] = next((option[n] for n in ("label", "key", "id") if n in option), "")
                 option = next((option[n] for n in ("text", "value", "content") if n in option), "")
             texts.append(option)
-    return [(str(label), str(text)) for label, text in zip(labels, texts, strict=True)]
+    pairs = zip(labels, texts, strict=True)
+    return [(str(label), str(text)) for label, text in pairs if text is not None]
+
+
+def letters(count: int) -> list[str]:
+    """Return the labels of so many choices."""
+    return [*schema.LETTERS[:count], *map(str, range(len(schema.LETTERS) + 1, count + 1))]

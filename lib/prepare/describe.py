@@ -2,15 +2,11 @@
 the table at the end, and rows with their targets marked (--show)."""
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +29,6 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 }
 
 
-TOLD_EVERY_S = 8
 FEW_VAL, FEW_STEPS = 20, 20
 STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
@@ -97,7 +92,7 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
         "targets": both(rows["targets"]),
         "tokens": both(rows["length"]),
         "dropped": reasons,
-        **({"cut": dict(zip(("texts", "rows"), staged.cut))} if staged.cut[0] else {}),
+        **({"split": dict(zip(("texts", "rows"), staged.cut))} if staged.cut[0] else {}),
         "lengths": {"rows": percentiles(rows["length"]), "targets": percentiles(rows["targets"])},
         "rows_per_chunk": args.rows_per_chunk,
         "chunks": -(-counts["train"] // args.rows_per_chunk),
@@ -172,31 +167,13 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
 # --- for people
 
 
-@contextlib.contextmanager
-def phase(what: str) -> Iterator[None]:
-    """While what is inside runs, say so every ten seconds: nobody should ask whether it hangs."""
-    ended, begun = threading.Event(), time.monotonic()
-
-    def tell():
-        while not ended.wait(TOLD_EVERY_S):
-            print(f"prepare {what} time_s={time.monotonic() - begun:.0f}", flush=True)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
-
-
 def say_small(meta: dict) -> None:
     """Warn of a data set that is so small that its figures say little."""
     rows, tokens = meta["rows"], meta["tokens"]
     if 0 < rows["val"] < FEW_VAL:
         more = min(100, (rows["train"] + rows["val"]) // 5)
-        mend = f"--val {more}" if more > rows["val"] else "more rows"
-        said = f"val is {rows['val']} rows: its figures are noise; {mend} makes it larger"
+        mend = f"--val {more} makes" if more > rows["val"] else "more rows make"
+        said = f"val is {rows['val']} row(s): its figures are noise; {mend} it larger"
         print(f"prepare warning: {said}", flush=True)
     epoch = tokens["train"]
     if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
@@ -215,10 +192,10 @@ def print_table(folder: Path, meta: dict) -> None:
         print(f"{name:<10}train {meta[name]['train']:,}   val {meta[name]['val']:,}")
     drops = "".join(f"   {reason} {count:,}" for reason, count in meta["dropped"].items())
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
-    if cut := meta.get("cut"):
+    if split := meta.get("split"):
         print(
-            f"{'cut':<10}{cut['texts']:,} texts longer than --max-len into {cut['rows']:,} rows"
-            " (--long drop leaves them out)"
+            f"{'split':<10}{split['texts']:,} texts longer than --max-len into"
+            f" {split['rows']:,} rows (--long drop leaves them out)"
         )
     what = "read"
     if meta.get("teacher"):
@@ -240,7 +217,15 @@ def print_table(folder: Path, meta: dict) -> None:
         said = "".join(f"   {point} {value:,}" for point, value in points.items())
         print(f"{name:<10}tokens:{said}")
     print(f"{'chunks':<10}{meta['chunks']:,} of {meta['rows_per_chunk']:,} rows")
-    print(f"next: make stage1 NAME={folder.name}", flush=True)
+
+
+def say_next(folder: Path, meta: dict) -> None:
+    """Print the command that comes next."""
+    student = meta["tokenizer"]
+    if Path(student).is_dir() and not Path(student, "config.json").exists():
+        student = "STUDENT"  # a tokenizer alone
+    words = ["--data", folder, "--student", student, "--out", f"runs/{folder.name}/stage1"]
+    print(f"next: {files.command('stage1_sft.py', *words)}", flush=True)
 
 
 def say_unused(meta: dict, most: int = 20) -> None:

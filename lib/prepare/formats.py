@@ -54,11 +54,12 @@ def columns_of(place: Place) -> Columns:
         if place.suffix == ".parquet":
             columns = _parquet_columns(place)
         elif place.suffix == ".arrow":
-            columns = _columns(_arrow_batches(place)[0])
+            kinds, batches = _arrow_batches(place)
+            columns = _columns(kinds, None if any(len(batch) for batch in batches) else 0)
         elif place.suffix in SEPARATED:
             columns = Columns(dict.fromkeys(_csv_names(place), pa.string()))
         else:
-            columns = Columns(dict.fromkeys(next(records(place, []), {})))
+            columns = Columns(dict.fromkeys(next(filter(None, records(place, [])), {})))
     except places.UNREADABLE as broken:
         cannot_be_read(place, "", broken)
     if not columns.types or columns.count == 0:
@@ -73,6 +74,25 @@ def records(place: Place, columns: list[str]) -> Iterator[dict]:
     if place.suffix in SEPARATED:
         return _csv_records(place, columns)
     return _lines(place) if place.suffix == ".txt" else _json_records(place)
+
+
+def says(place: Place, column: str) -> bool:
+    """Return whether a column of a table holds anything in some row."""
+    try:
+        if place.suffix in SEPARATED:
+            return any(not hollow(row.get(column)) for row in _csv_records(place, [column]))
+        batches = _table_batches(place, [column])
+        return any(not hollow(value.as_py()) for batch in batches for value in batch.column(0))
+    except places.UNREADABLE as broken:
+        cannot_be_read(place, f", column {column}", broken)
+
+
+def hollow(value: object) -> bool:
+    """Return whether a value says nothing: null, blank, or made of such alone."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return all(map(hollow, inside))
+    return value is None or value == ""
 
 
 def cannot_be_read(place: Place, where: str, broken: Exception) -> NoReturn:
@@ -182,13 +202,16 @@ def _arrow_batches(place: Place) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     return stream.schema, iter(stream)
 
 
-def _table_records(place: Place, columns: list[str]) -> Iterator[dict]:
+def _table_batches(place: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
     if place.suffix == ".parquet":
-        batches = _parquet_batches(place, columns)
-    else:
-        batches = _arrow_batches(place)[1]
-    for batch in batches:
-        batch = batch.select([name for name in columns if name in batch.schema.names])
+        yield from _parquet_batches(place, columns)
+        return
+    for batch in _arrow_batches(place)[1]:
+        yield batch.select([name for name in columns if name in batch.schema.names])
+
+
+def _table_records(place: Place, columns: list[str]) -> Iterator[dict]:
+    for batch in _table_batches(place, columns):
         odd = {field.name: field.type for field in batch.schema if _odd(field.type)}
         for start in range(0, batch.num_rows, 1000):
             for row in batch.slice(start, 1000).to_pylist():

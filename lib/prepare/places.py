@@ -40,11 +40,16 @@ METADATA = re.compile(
     re.IGNORECASE,
 )
 SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "test": {"test", "testing"},
-    "validation": {"validation", "valid", "val", "dev", "eval"},
+    "train": {"train", "training", "trainset"},
+    "test": {"test", "testing", "testset", "holdout", "heldout"},
+    "validation": {"validation", "valid", "val", "dev", "devset", "eval", "evaluation"},
 }
 SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+# beside data, what nobody takes for data
+NO_DATA = re.compile(
+    r"(readme|license|notice|citation|_success|makefile|dockerfile)\b.*|.*\.(md|py|sh|ya?ml|lock|crc)",
+    re.IGNORECASE,
+)
 BUFFER = 1 << 20
 # gs:// would try again for a quarter of an hour
 PATIENCE = {"gs": "retry_limit_seconds=20", "gcs": "retry_limit_seconds=20"}
@@ -171,10 +176,14 @@ def data_files(
     groups: dict[str | None, list[str]] = {}
     data = [path for path in paths if suffix(path) in SUFFIXES]
     only_text = all(suffix(path) == ".txt" for path in data)
-    for path in data:
-        *folders, name = os.path.relpath(path, root).split("/")
+    twins = splits_of_twins([os.path.relpath(path, root) for path in data])
+    for path in paths:
+        *folders, name = (inside := os.path.relpath(path, root)).split("/")
         aside = next((part for part in folders if part[:1] in "._"), None)
-        if aside:
+        if suffix(path) not in SUFFIXES:
+            if not aside and name[:1] not in "._" and not NO_DATA.fullmatch(name):
+                left.setdefault("of a kind that is not read", []).append(path)
+        elif aside:
             left.setdefault(f"in {aside}", []).append(path)
         elif name[:1] in hidden:
             left.setdefault("hidden", []).append(path)
@@ -183,7 +192,8 @@ def data_files(
         elif suffix(name) == ".txt" and not only_text:
             left.setdefault("text beside data", []).append(path)
         else:
-            groups.setdefault(split_of([*folders, name]), []).append(path)
+            found = split_of([*folders, name]) or twins.get(inside)
+            groups.setdefault(found, []).append(path)
     told = [name for name in groups if name]
     wanted = split or ("train" if "train" in groups else None)
     if split and split != "all" and split not in groups:
@@ -200,16 +210,58 @@ def data_files(
     return [path for path in data if path in kept]
 
 
+def say_splits(where: str, paths: list[str]) -> None:
+    """Say where a glob takes files of several splits: who writes one, gets what it matches."""
+    root = os.path.commonpath(paths) if len(paths) > 1 else ""
+    inside = [os.path.relpath(path, root or ".").split("/") for path in paths]
+    told = dict.fromkeys(filter(None, map(split_of, inside)))
+    if len(told) > 1:
+        print(
+            f"prepare warning: {redact(where)} takes files of several splits: {', '.join(told)}",
+            flush=True,
+        )
+
+
 def split_of(parts: list[str]) -> str | None:
     """Return the split that a path's name says, or its folders: "train" of ["data",
-    "train-00000-of-00002.parquet"] and ["train", "0.parquet"], "test" of ["gsm8k_test.jsonl"]; the
-    name goes first. Only the first and the last word of a name count."""
+    "train-00000-of-00002.parquet"] and ["train", "0.parquet"], "test" of ["gsm8k_test.jsonl"] and
+    ["gsm8k.test.jsonl"]; the name goes first. Only the first and the last word of a name count."""
     for part in reversed(parts):
-        words = re.split(r"[._-]+", re.sub(r"[-_.]\d.*$", "", part.split(".")[0].lower()))
+        words = words_of(part)
         found = {SPLIT_OF[word] for word in (words[0], words[-1]) if word in SPLIT_OF}
         if len(found) == 1:
             return found.pop()
     return None
+
+
+def words_of(name: str) -> list[str]:
+    """Return the words of a file's or folder's name, in small letters, without its suffixes, the
+    numbers at its end and those that words end in."""
+    stem = re.sub(r"\.(gz|bz2|zst|xz)$", "", name.lower())
+    stem = stem.removesuffix(suffix(name)) if suffix(name) in SUFFIXES else stem
+    words = [word.rstrip("0123456789") for word in re.split(r"[\s._-]+", stem)]
+    while len(words) > 1 and words[-1] in ("", "of"):
+        del words[-1]
+    return words
+
+
+def splits_of_twins(paths: list[str]) -> dict[str, str]:
+    """Return the split of files whose names differ from another's by a split's word alone, wherever
+    it stands: {"a_train_x.csv": "train", "a_test_x.csv": "test"}."""
+    twins: dict[tuple[str, ...], dict[str, str]] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        words = words_of(name)
+        for place, word in enumerate(words):
+            if word in SPLIT_OF:
+                key = (folder, *words[:place], "", *words[place + 1 :])
+                twins.setdefault(key, {})[path] = SPLIT_OF[word]
+    return {
+        path: split
+        for group in twins.values()
+        if len(set(group.values())) > 1
+        for path, split in group.items()
+    }
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -287,6 +339,7 @@ def find_by_uri(uri: str) -> list[Place]:
             if "*" in body:
                 wanted = _pattern(path.rstrip("/") + "/" + urllib.parse.unquote(body[len(fixed) :]))
                 inside = sorted(found for found in inside if _matched(found, path, wanted))
+                say_splits(uri, inside)
             else:
                 inside = data_files(sorted(inside), path.rstrip("/"), hidden="._")
     if not inside:
@@ -329,6 +382,7 @@ def find_by_path(where: str) -> list[Place]:
                 seen="no such file, folder or match",
                 wanted="data: a file, a folder, a glob, a hub id or a URI",
             )
+        say_splits(where, inside)
     for path in inside:
         if re.search("[\ud800-\udfff]", path):  # it could stand in no record of what was read
             files.fail(f"the name of {path!r} is not UTF-8", mend="another name for that file")

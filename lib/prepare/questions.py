@@ -9,6 +9,7 @@ written.
 import collections
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,10 +53,14 @@ def questions(
 ) -> Iterator[Question]:
     """Yield every different prompt of at most `longest` tokens once, for --limit answers at most;
     others are counted by (source, reason)."""
-    seen, count = split.Seen(), 0
-    for place, row in sources.all_rows(inputs, args.system):
-        if args.limit and count * args.generations >= args.limit:
-            return
+    seen, kept, progress = split.Seen(), collections.Counter(), split.Progress("")
+    limit = -(-args.limit // args.generations)
+    for place, row in itertools.chain.from_iterable(
+        sources.passes(inputs, args, limit, progress, kept)
+    ):
+        if place[0] in progress.full:
+            continue
+        progress.read[place] += 1
         read[place] += 1
         prompt, reference = row, None
         if row and row[-1]["role"] == "assistant":
@@ -64,7 +69,9 @@ def questions(
         if isinstance(ids, str):
             lost[place[0], ids] += 1
             continue
-        count += 1
+        kept[place[0]] += 1
+        if kept[place[0]] == progress.quotas[place[0]]:
+            progress.full.add(place[0])
         yield Question(key_of(prompt), place, inputs[place[0]].name, prompt, reference or None, ids)
 
 

@@ -151,7 +151,9 @@ def short_of(numbered: Iterator[tuple], tokenizer, args: argparse.Namespace) -> 
     longest = max(map(len, tokenizer.get_vocab()))
     most = max(args.max_len * longest, LEAST) + 1000
     for number, row in numbered:
-        if conversations.characters(row) > most:
+        if isinstance(row, list) and len(row) > args.max_len:  # every turn is a token at least
+            row = row[: args.max_len] if args.long == "truncate" else None
+        if row is not None and conversations.characters(row) > most:
             if args.think == "drop" and isinstance(row, list):
                 row = template.without_think(row)
             if isinstance(row, tuple):

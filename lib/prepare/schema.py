@@ -1,6 +1,7 @@
 """Which column plays which part: the schemas that are known by the names of their columns, what
 else may stand beside them, and the --columns that a user writes for others."""
 
+import string
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -27,10 +28,19 @@ SCHEMAS = {
         "answer": ("answer", "response", "answers", "answerKey"),
     },
     "prompt/chosen": {
-        "prompt": ("prompt", "question", "instruction", "query"),
+        "prompt": ("prompt", "question", "instruction", "query", "input"),
         "answer": ("chosen",),
     },
     "chosen": {"messages": ("chosen",)},
+    "problem/solution": {"prompt": ("problem",), "answer": ("solution", "answer")},
+    "user/assistant": {"prompt": ("user", "human"), "answer": ("assistant", "gpt", "bot")},
+    "input/output": {
+        "prompt": ("input", "inputs"),
+        "answer": (
+            *("output", "outputs", "target", "targets", "response", "answer", "completion"),
+            *("content", "preferred_output"),
+        ),
+    },
     "text": {"text": ("text",)},
 }
 # for --task classify
@@ -40,7 +50,14 @@ LABELLED = {
         "label": ("label", "labels", "class", "category"),
     }
 }
-LETTERS = "ABCDEFGH"  # choices in columns of their own
+LETTERS = string.ascii_uppercase  # of choices, also in columns of their own
+# whether an answer is learnt, of a message or a whole row: 0 or 1, true or false
+LEARNT = (
+    *("weight", "train", "training", "trainable", "loss", "learn", "loss_mask"),
+    *("output_with_loss", "masked"),
+)
+OF_ROWS = ("label", "kto_tag")  # ... of a row alone, where it is true or false (TRL's KTO)
+CHOICE = ("option", "option_", "choice", "choice_")
 # what may stand beside a schema -> its names. All belong to a prompt, and these to messages too
 PARTS = {
     "input": ("input",),
@@ -52,7 +69,13 @@ PARTS = {
         )
     },
     "choices": ("choices", "options"),
-    **{letter: (letter, f"option_{letter.lower()}", f"op{letter.lower()}") for letter in LETTERS},
+    **{
+        letter: (
+            *(letter, letter.lower(), f"op{letter.lower()}"),
+            *(f"{word}{name}" for word in CHOICE for name in (letter.lower(), place)),
+        )
+        for place, letter in enumerate(LETTERS, 1)
+    },
     "system": ("system", "system_prompt", "system_message"),
     "reasoning": (
         *("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts"),
@@ -61,18 +84,27 @@ PARTS = {
     ),
     "tools": ("tools", "functions"),
     "history": ("history",),
+    # another prompt: it has to be the same one in other words
+    **{f"also {n}": (n,) for n in ("question", "query", "instruction", "prompt", "problem")},
+    **{f"learnt {name}": (name,) for name in (*LEARNT, *OF_ROWS)},
 }
+# beside messages; reply: their answer, where they end in a question
+REPLY = {"reply": ("chosen", "completion", "response", "answer", "output")}
 BESIDE_MESSAGES = ("system", "reasoning", "tools")
+MARKS = tuple(part for part in PARTS if part.startswith("learnt "))
 # what a row cannot be without: not used, it ends the program unless --columns ignores it
+PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 MEANING = {
-    *(name for part, names in PARTS.items() if part not in (*LETTERS, "input") for name in names),
-    *("tool_calls", "function_call", "refusal", "images", "image", "videos", "video", "audios"),
-    "audio",
+    *(name for part in PARTS for name in PARTS[part] if part.split()[0] in ("context", "choices")),
+    *(name for letter in LETTERS[:4] for name in PARTS[letter] if len(name) > 2),
+    *(name for part in (*BESIDE_MESSAGES, "history") for name in PARTS[part]),
+    *("tool_calls", "function_call", "refusal", "train_detail", "training_detail", *PICTURES),
 }
+MEANING_OF_TEXT = {"role", "parent_id", *PICTURES}
 SWITCHES = ("on", "off", "true", "false", "yes", "no", "low", "medium", "high")
 KNOWN = (
     "messages; conversations; instruction[+input]+output; prompt+completion|response|answer;"
-    " question+answer; prompt+chosen; text"
+    " question+answer; problem+solution; input+output|target; user+assistant; prompt+chosen; text"
 )
 SPOKEN_BY = ("user", "assistant")  # what a role of the data is called here
 COLUMNS_HELP = (
@@ -99,7 +131,7 @@ def parse_columns(
         part, column = part.strip(), column.strip()
         columns[f"{part} {column}" if part in ("ignore", *SPOKEN_BY) else part] = column
     named = {part for part in columns if part.partition(" ")[0] not in ("ignore", *SPOKEN_BY)}
-    beside = {"context", *(part for part in PARTS if not part.startswith("context "))}
+    beside = {"context", *(part for part in PARTS if " " not in part)}
     allowed = (
         ({"prompt", "answer"} if need_answer else {"prompt"}, {"answer"} | beside),
         ({"messages"}, {*BESIDE_MESSAGES}),
@@ -145,18 +177,25 @@ def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
     """Return the parts that may stand beside these."""
     if "prompt" in columns:
         return tuple(PARTS)
-    return BESIDE_MESSAGES if "messages" in columns else ()
+    if "messages" in columns:
+        return (*BESIDE_MESSAGES, *REPLY, *MARKS)
+    return tuple(part for part in MARKS if part[7:] in LEARNT) if "label" not in columns else ()
 
 
-def find_beside(columns: dict[str, str], there, ignored: frozenset[str]) -> dict[str, str]:
-    """Return the columns among the names `there` that stand beside those known already."""
+def find_beside(
+    columns: dict[str, str], there, ignored: frozenset[str], guessed: bool
+) -> dict[str, str]:
+    """Return the columns among the names `there` that stand beside those known already; where a
+    user named these, marks of what is learnt alone."""
     found, taken = {}, {*columns.values(), *ignored}
+    small = {"a", "b", "c"} <= {*there}  # "a" alone is no "A"
     for part in parts_beside(columns):
-        if part not in columns:
+        if part not in columns and (guessed or part in MARKS):
             free = [name for name in there if name not in taken]
-            if part in LETTERS:  # "a" is not "A"
-                free = [name for name in free if name in PARTS[part]]
-            name = among(PARTS[part], free)
+            if part in LETTERS:
+                plain = (part, part.lower()) if small else (part,)
+                free = [name for name in free if len(name.strip()) > 1 or name in plain]
+            name = among((PARTS | REPLY)[part], free)
             if name is not None:
                 found[part] = name
     if not {"A", "B"} <= found.keys() | columns.keys():
@@ -169,13 +208,19 @@ def in_words(columns: dict[str, str]) -> str:
     told = []
     for part, column in columns.items():
         word = part.partition(" ")[0]
-        told.append(f"{word}={column}{' after the prompt' * (word in ('context', 'choices'))}")
+        if word == "learnt":
+            told.append(f"{column} says which are learnt")
+        elif word == "reply":
+            told.append(f"{column} where the messages end in a question")
+        elif word != "also":
+            told.append(f"{word}={column}{' after the prompt' * (word in ('context', 'choices'))}")
     return ", ".join(told)
 
 
-def carries(name: str, ignored: frozenset[str]) -> bool:
-    """Return whether a column that is not used is one that a conversation cannot be without."""
-    return name not in ignored and among(MEANING, [name]) is not None
+def carries(name: str, columns: dict[str, str], ignored: frozenset[str]) -> bool:
+    """Return whether a column that is not used is one that a row of these cannot be without."""
+    known = MEANING if {"prompt", "messages"} & {*columns} else MEANING_OF_TEXT
+    return "label" not in columns and name not in ignored and among(known, [name]) is not None
 
 
 def refuse(where: object, name: str) -> NoReturn:
@@ -194,7 +239,7 @@ def guess(
     known = dict(LABELLED if labelled else SCHEMAS)
     if not need_answer and not labelled:
         for parts in SCHEMAS.values():
-            if "prompt" in parts:
+            if "prompt" in parts and "user" not in parts["prompt"]:  # that may be a name
                 known.setdefault(f"{parts['prompt'][0]} only", {"prompt": parts["prompt"]})
     for schema, parts in sorted(known.items(), key=lambda item: item[0] == "text"):
         columns = {}
@@ -213,7 +258,8 @@ def guess(
 def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) -> None:
     """Refuse a column whose declared (arrow) type cannot hold its part; JSON declares none and is
     checked row by row. chosen: the answer is among choices, and may be a number."""
-    if kind is None or pa.types.is_null(kind):
+    word = part.partition(" ")[0]
+    if kind is None or pa.types.is_null(kind) or word in ("learnt", "also"):
         return
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     good = (
@@ -225,9 +271,14 @@ def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) 
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
     elif part == "reasoning" or chosen and part == "answer":
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
+    elif part in LETTERS:
+        good |= pa.types.is_integer(value) or pa.types.is_floating(value)
+    elif part in ("answer", "reply"):
+        good |= pa.types.is_integer(value)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if part == "prompt":
         good |= listed and pa.types.is_struct(kind.value_type)  # messages
+        good |= pa.types.is_struct(kind)
     elif part not in ("text", "label", "input", "system"):
         good |= listed or pa.types.is_struct(kind)
     if not good:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files
-from lib.prepare import conversations, formats, hub, kinds, places, schema
+from lib.prepare import conversations, formats, hub, kinds, places, schema, split
 from lib.prepare.places import Place
 
 MOST_SHAPES = 1000  # sets of columns of JSON rows that are remembered, and names that are noted
@@ -230,7 +230,7 @@ def look(
     if guessed:
         name, known = schema.guess(path, found.types, need_answer, labelled)
         columns = known | columns
-        columns |= schema.find_beside(columns, found.types, ignored)
+    columns |= schema.find_beside(columns, found.types, ignored, guessed)
     for part, column in columns.items():
         # the first object of a JSON file need not show the optional columns that later ones have
         later = part in schema.PARTS and path.suffix in formats.JSON
@@ -259,8 +259,9 @@ def note_unused(file: File, names: Iterable[str], where: str = "") -> None:
     used = {*file.columns.values()}
     for name in names:
         if name not in used and ("columns", name) not in file.unused:
-            if schema.parts_beside(file.columns) and schema.carries(name, file.ignored):
-                schema.refuse(f"{file.place}{where}", name)
+            if schema.carries(name, file.columns, file.ignored):
+                if file.exact or formats.says(file.place, name):
+                    schema.refuse(f"{file.place}{where}", name)
             if len(file.unused) < MOST_SHAPES:
                 file.unused["columns", name] = None
 
@@ -297,8 +298,7 @@ def of_row(source: File, there: tuple[str, ...], number: int) -> File:
     for part, name in source.columns.items():
         if part not in schema.PARTS or name in there:
             columns[part] = name
-    if source.found:
-        columns |= schema.find_beside(columns, there, source.ignored)
+    columns |= schema.find_beside(columns, there, source.ignored, source.found)
     file = dataclasses.replace(source, columns=columns)
     note_unused(file, there, f", row {number}")
     return file
@@ -324,22 +324,52 @@ def all_rows(
                     yield (number, f), row
 
 
-def quotas(inputs: list[Source], args: argparse.Namespace) -> list[int]:
-    """Divide --limit among the sources: by --mix, else by their rows where every file says how many
-    it has, else evenly; -1: all of it."""
-    if not args.limit or args.task == "classify":  # that has a choice of its own
-        return [-1] * len(inputs)
-    counts = [[file.count for file in source.files] for source in inputs]
+def passes(
+    inputs: list[Source],
+    args: argparse.Namespace,
+    limit: int,
+    progress: split.Progress,
+    kept: collections.Counter,
+) -> Iterator[Iterator[tuple]]:
+    """Yield the rows of all sources (all_rows), and where some ended before their share of a limit,
+    what the others have still, until there are so many. progress.quotas: how many rows of each
+    source are wanted, -1 all of it; kept: how many there are, while the caller goes on."""
+    shares = shares_of(inputs, args)
+    if not progress.quotas:
+        progress.quotas = divided(limit, shares) if limit else [-1] * len(inputs)
+        progress.full |= {number for number, quota in enumerate(progress.quotas) if not quota}
+        if limit and len(inputs) > 1:
+            told = (f"{source.name} {n:,}" for source, n in zip(inputs, progress.quotas))
+            print(f"prepare limit: {', '.join(told)}", flush=True)
+    while True:
+        yield all_rows(inputs, args.system, progress.full, progress.read)
+        progress.ended |= {*range(len(inputs))} - progress.full
+        left = limit - kept.total()
+        going = [share * (n not in progress.ended) for n, share in enumerate(shares)]
+        if left <= 0 or not any(going):
+            return
+        more = divided(left, going)
+        progress.quotas = [kept[number] + n for number, n in enumerate(more)]
+        progress.full = {number for number, n in enumerate(more) if not n}
+        told = (f"{source.name} {n:,}" for source, n in zip(inputs, more) if n)
+        print(f"prepare limit: other sources ended before their share: {', '.join(told)} more")
+
+
+def shares_of(inputs: list[Source], args: argparse.Namespace) -> list[float]:
+    """Return what part of --limit each source is to have: by --mix, else by their rows where every
+    file says how many it has, else the same."""
     shares = [args.weights[source.name] for source in inputs]
-    if None in shares:
-        known = not any(None in each for each in counts)
-        shares = [float(sum(each)) if known else 1.0 for each in counts]
-    ends = np.rint(np.cumsum(shares) / sum(shares) * args.limit).astype(int)
-    each = np.diff(ends, prepend=0).tolist()
-    if len(each) > 1:
-        told = ", ".join(f"{source.name} {n:,}" for source, n in zip(inputs, each))
-        print(f"prepare limit: {told}", flush=True)
-    return each
+    if None not in shares:
+        return shares
+    counts = [[file.count for file in source.files] for source in inputs]
+    known = not any(None in each for each in counts)
+    return [float(sum(each)) if known else 1.0 for each in counts]
+
+
+def divided(total: int, shares: list[float]) -> list[int]:
+    """Divide a number in these shares, whole: divided(5, [1, 1]) == [2, 3]."""
+    ends = np.rint(np.cumsum(shares) / sum(shares) * total).astype(int)
+    return np.diff(ends, prepend=0).tolist()
 
 
 def said(value: object) -> bool:
@@ -362,4 +392,4 @@ def _row(
         if source.names and isinstance(label, int):  # -1: held back, as in GLUE's test files
             label = source.names[label] if 0 <= label < len(source.names) else ""
         return row.text("text"), "" if label is None else str(label).strip()
-    return row.text("text") if "text" in source.columns else row.conversation(system)
+    return row.plain_text() if "text" in source.columns else row.conversation(system)

@@ -116,8 +116,9 @@ class Staging:
 class Progress:
     """How far the rows of the sources are staged, for a process that goes on with them.
 
-    read, lost, cut: as in Staged; full: sources that --limit takes no more of; key: of all that the
-    rows depend on ("": nothing is noted); sizes: of the staged files, None at the beginning.
+    read, lost, cut: as in Staged; full: sources that --limit takes no more of, ended: those that
+    have no more; quotas: see sources.passes; key: of all that the rows depend on ("": nothing is
+    noted); sizes: of the staged files, None at the beginning.
     """
 
     key: str
@@ -125,6 +126,8 @@ class Progress:
     lost: collections.Counter = field(default_factory=collections.Counter)
     cut: list[int] = field(default_factory=lambda: [0, 0])
     full: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    quotas: list[int] = field(default_factory=list)
     sizes: dict | None = None
 
     @classmethod
@@ -135,7 +138,8 @@ class Progress:
             if not key or noted["key"] != key:
                 return cls(key)
             counts = (collections.Counter({(a, b): n for a, b, n in noted[x]}) for x in COUNTED)
-            return cls(key, *counts, noted["cut"], {*noted["full"]}, noted["sizes"])
+            sets = ({*noted[name]} for name in ("full", "ended"))
+            return cls(key, *counts, noted["cut"], *sets, noted["quotas"], noted["sizes"])
         except (OSError, ValueError, KeyError, TypeError):
             return cls(key)
 
@@ -143,7 +147,8 @@ class Progress:
         counts = {}
         for name in COUNTED:
             counts[name] = [[*place, count] for place, count in getattr(self, name).items()]
-        return {"key": self.key, **counts, "cut": self.cut, "full": sorted(self.full)}
+        counts |= {"full": sorted(self.full), "ended": sorted(self.ended)}
+        return {"key": self.key, **counts, "cut": self.cut, "quotas": self.quotas}
 
 
 class Seen:

@@ -92,15 +92,16 @@ def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
         )
 
 
-def read_line(line: bytes) -> dict | None:
-    """Return a line of the journal, None where it is damaged. (Older ones have no checksum.)"""
+def read_line(line: bytes, summed: bool) -> dict | None:
+    """Return a line of the journal, None where it is damaged. summed: lines have checksums, which
+    older journals have not."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))  # of bytes it would take UTF-16 as well
     except (ValueError, RecursionError):
         return None
     if files.misfit(row, JOURNAL_LINE):
         return None
-    if files.LINE_SUM in line and not files.is_whole(line):
+    if summed and not files.is_whole(line):
         return None
     row.pop("crc32", None)
     return row
@@ -158,7 +159,8 @@ class Store:
         """Take the whole lines of the journal, and cut off what a kill left of the last one; what
         is damaged among them is asked again."""
         lines = self.journal.read_bytes().split(b"\n") if self.journal.exists() else [b""]
-        whole = [line for line in lines[:-1] if (row := read_line(line)) and self._take(row)]
+        ours = any(files.LINE_SUM in line for line in lines)
+        whole = [line for line in lines[:-1] if (row := read_line(line, ours)) and self._take(row)]
         if lost := len(lines) - len(whole) - (not lines[-1]):
             said = f"answers: {lost} lines of {self.journal} are torn or damaged: asked again"
             print(said, flush=True)

@@ -368,9 +368,9 @@ def spread(
     every layer; the layers, in order, into the rest of its `room` (bytes), then to CPU memory, and
     then to disk, as accelerate places them."""
     from accelerate import infer_auto_device_map
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = models.config_of(folder, trust_remote_code)
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code

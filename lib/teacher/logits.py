@@ -31,11 +31,10 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
         "tail-rank": meta.get("tail_rank"),
         "tail-bytes": meta.get("tail_bytes"),
     }
-    words = [f"--{name} {value}" for name, value in given.items() if value not in (None, "")]
-    return (
-        f"python dump_logits.py --data {dataset.folder} --teacher {meta.get('teacher_folder')}"
-        f" --out {out} {' '.join(words)} {more}"
-    )
+    words = ["--data", dataset.folder, "--teacher", meta.get("teacher_folder"), "--out", out]
+    for name, value in given.items():
+        words += [f"--{name}", value] if value not in (None, "") else []
+    return f"{files.command('dump_logits.py', *words)} {more}"
 
 
 class Chunk:
@@ -119,7 +118,7 @@ class Records:
             files.fail(
                 f"{folder} holds no finished chunk of {dataset.folder}",
                 seen=f"0 of {dataset.chunks}",
-                mend=self.mend(),
+                mend=self.mend(every),
             )
         check_alike(every)
         self.meta = every[0].meta
@@ -137,10 +136,7 @@ class Records:
     def _open(self, verify: bool) -> None:
         """Open the chunks that are finished, and val."""
         if not self.folder.is_dir():
-            files.fail(
-                f"{self.folder} is missing",
-                mend=f"make logits NAME={self.dataset.folder.name} (python dump_logits.py --help)",
-            )
+            files.fail(f"{self.folder} is missing", mend=self.mend([]))
         found: dict[int | str, Chunk] = {}
         for chunk in (*range(self.dataset.chunks), "val"):
             folder = record.chunk_folder(self.folder, chunk)
@@ -304,7 +300,7 @@ class Records:
         if self.missing and self.temperature is not None:
             print(
                 f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be"
-                f" trained on; {self.mend()}"
+                f" trained on; {self.mend([*self.parts.values()])}"
             )
         if self.compares:
             print(f"val: kl and rkl are over {self.over}")
@@ -329,11 +325,12 @@ class Records:
         """What the teacher answered to a few val prompts, if val was dumped with that."""
         return self.val.meta.get("answers") if self.val else None
 
-    def mend(self) -> str:
-        """Return the make lines that bring what is missing."""
-        make = f"make logits NAME={self.dataset.folder.name}"
-        rest = f" ... ({len(self.missing)} in all: {make})" if len(self.missing) > 4 else ""
-        return "; ".join(f"{make} CHUNK={c}" for c in self.missing[:4]) + rest
+    def mend(self, there: list[Chunk]) -> str:
+        """Return the command that brings what is missing, with the teacher and the flags of what is
+        there."""
+        which = f"--chunk {self.missing[0]}" if there and len(self.missing) == 1 else "--chunk all"
+        meta = there[0].meta if there else {"teacher_folder": "TEACHER"}
+        return dump_command(meta, self.dataset, self.folder, which)
 
     def rows(self) -> np.ndarray:
         """Return the numbers of all train rows whose chunk is there."""

@@ -391,6 +391,7 @@ class Writer:
         for index, ce_sum, hits in self.pending:
             self.there["ce_sum"][index], self.there["hits"][index] = ce_sum, hits
         self.done.write(0, self.there)
+        self.done.sync()
         for index, _, _ in self.pending:
             self.there["done"][index] = True
         self.done.write(0, self.there)

@@ -691,7 +691,7 @@ def test_a_killed_scored_file_continues_to_the_bytes_of_a_straight_run(
     chat.main(command)
     assert out.read_bytes() == straight
     again = json.loads((tmp_path / "a.scores.json").read_text())
-    assert {**again, "speed": 0} == {**summary, "speed": 0}
+    assert again | {"speed": 0, "seal": 0} == summary | {"speed": 0, "seal": 0}
 
 
 def test_labels_are_chosen_by_likelihood_and_told_apart_in_the_summary(
@@ -936,10 +936,7 @@ def test_a_broken_prompts_file_is_refused_by_line_number(checkpoint, tmp_path, c
 
 def test_what_is_carried_over_comes_back_whatever_it_is(checkpoint, tmp_path):
     """Half a character in a field that nobody reads ended the run, after its answers."""
-    for depth in range(900, 1000):
-        if prompts.fault_of({"prompt": "x", "deep": json.loads("[" * depth + "]" * depth)}):
-            break
-    deep = json.loads("[" * (depth - 20) + "]" * (depth - 20))
+    deep = json.loads("[" * 200 + "]" * 200)
     fields = {"prompt": "How many?", "note": "\udfff \ud83d", "\ud800": 1e300, "deep": deep}
     (tmp_path / "p.jsonl").write_text(json.dumps(fields) + "\n")
     argv = ["--ckpt", str(checkpoint), "--prompts", str(tmp_path / "p.jsonl"), *SHORT]

@@ -1,6 +1,7 @@
 """Damaged files are noticed, and foreign ones refused in one line: whatever happens to a file of
 ours, nobody trains on it in silence, and nothing ends in a traceback."""
 
+import json
 import shutil
 import zlib
 
@@ -15,7 +16,7 @@ import prepare_data
 import stage1_sft
 import stage2_kd
 from lib import data, files, run
-from lib.measure import compare, panels, plots, runs
+from lib.measure import compare, panels, plots, results, runs
 
 RUN = ("--steps", 4, "--eval-every", 2, "--save-every", 2)
 NOT_COVERED = ("samples.md", "README.md", ".lock")  # for people: no program reads them
@@ -274,6 +275,31 @@ def test_data_that_contradicts_itself(tmp_path, change):
         assert "holds tokens that" in said(stage1_sft.main, *make.stage1(tmp_path, *RUN))
 
 
+@pytest.mark.parametrize("part", ("tokens", "answer", "rows"))
+def test_arrays_without_an_axis_or_with_two(tmp_path, part):
+    path = tmp_path / f"val.{part}.npy"
+    make.dataset(tmp_path)
+    array = np.load(path)
+    for other in (array[0].copy().reshape(()), array[:, None]):
+        np.save(path, other)
+        with pytest.raises(SystemExit, match="another kind of array; saw .* of shape"):
+            data.Dataset(tmp_path)
+        damage.mutate_npy(path, np.random.default_rng(0))
+
+
+def test_any_damage_to_an_arrays_header_is_one_line(tmp_path):
+    """Without checksums; numpy parses it as Python, by more than one of Python's parsers."""
+    path, rng = tmp_path / "x.npy", np.random.default_rng(0)
+    np.save(path, np.zeros(40, data.ROW))
+    good, seen = path.read_bytes(), 0
+    for n in range(1, 250):
+        end = min(n + int(rng.integers(1, 90)), len(good))
+        for filler in (b"\0", b"(", b"'", b"9", b" ", b"\n "):
+            path.write_bytes(good[:n] + (filler * (end - n))[: end - n] + good[end:])
+            seen += bool(refusal(files.read_npy, path, data.ROW))
+    assert seen > 1000
+
+
 @pytest.mark.parametrize("dtype", (np.float64, ">u4", np.int32, np.uint64))
 def test_arrays_of_another_dtype_or_byte_order(tmp_path, dtype):
     made = make.dataset(tmp_path)
@@ -423,6 +449,31 @@ def test_mutations_of_what_reports_read_end_in_one_line(world, monkeypatch):
             said(runs.main, world / "runs", "--json")
             said(compare.main, world / "runs", "--out", world / "comparison")
             path.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    (
+        ("tokenizer.json", {"model": {}}),
+        ("tokenizer.json", {"added_tokens": [{"id": "x"}]}),
+        ("tokenizer_config.json", {"unk_token": ["<unk>"]}),
+        ("config.json", {"hidden_size": "\0"}),
+        ("config.json", {"quantization_config": [1]}),
+    ),
+)
+def test_a_models_own_json_that_no_library_reads_is_one_line(tmp_path, name, change):
+    """Each of the libraries has exceptions of its own."""
+    folder = make.world(tmp_path)
+    path = folder / "student" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "student" in said(stage1_sft.main, *make.stage1(folder, *RUN, "--steps", 1))
+
+
+def test_lines_of_answers_that_no_script_wrote(tmp_path):
+    for value in ({"scores": 1e308}, {"messages": ["x"]}, {"logp": 3}, {"answer": None}):
+        (tmp_path / "answers.jsonl").write_text(json.dumps(value) + "\n")
+        with pytest.raises(SystemExit, match="answers.jsonl holds what no script of ours wrote"):
+            results.answers_in(tmp_path)
 
 
 # --- odd --out

@@ -267,7 +267,7 @@ def test_eval_only_of_stage_1_measures_a_checkpoint_as_it_is(world, tmp_path, ca
             world, "--eval-only", "--student", tmp_path / "config", "--out", tmp_path / "eval"
         ),
     )
-    assert code == 1 and "has no weights" in said and not (tmp_path / "eval").exists()
+    assert code == 1 and "has no weights" in said and not (tmp_path / "eval/eval.json").exists()
     code, _ = make.ends(stage1_sft.main, *make.stage1(world, "--eval-only", "--keep-layers", "0"))
     assert code == 2 and "exclude each other" in capsys.readouterr().err
 

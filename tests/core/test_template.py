@@ -380,6 +380,14 @@ def test_traces_lie_where_they_are_written(text, spans):
     assert template.traces(text) == spans
 
 
+def test_many_traces_are_found_in_one_pass():
+    text = "<think>a</think>\n\nb" * 20_000
+    found = template.traces(text)
+    assert [text[slice(*span)] for span in found] == ["<think>a</think>\n\n"] * 20_000
+    row = [*tiny.chat("Hi"), {"role": "assistant", "content": text}]
+    assert template.without_think(row)[-1]["content"] == "b" * 20_000
+
+
 @pytest.mark.parametrize("name", sorted({*MODELS} - {"qwen3"}))
 def test_think_keep_drop_and_mask_on_every_model(name):
     row, end, lead = (

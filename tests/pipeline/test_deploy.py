@@ -22,6 +22,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "checksums.json",
     "README.md",
 }
 

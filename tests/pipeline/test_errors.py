@@ -193,17 +193,13 @@ def test_logits_that_were_not_finished(world):
     refused(
         "stage2",
         world,
-        of=[
-            "holds no finished chunk",
-            "0 of 2",
-            "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=1",
-        ],
+        of=["holds no finished chunk", "0 of 2", "dump_logits.py --data", "--chunk all"],
     )
 
 
 def test_logits_that_are_missing(world):
     shutil.rmtree(world / "logits")
-    refused("stage2", world, of=["logits is missing", "make logits"])
+    refused("stage2", world, of=["logits is missing", "dump_logits.py --data"])
 
 
 def test_logits_that_are_damaged_are_found_by_verify(world):

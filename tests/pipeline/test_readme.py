@@ -73,6 +73,34 @@ def test_a_recipe_gives_each_stage_flags_that_exist(recipe, target, role):
         importlib.import_module(script.removesuffix(".py")).parse_args(argv)
 
 
+WHERE = ("SOURCE", "TEACHER", "STUDENT", "TOKENIZER", "DATA", "LOGITS", "RUNS")
+STEPS = "data stage1 logits verify stage2 control sweep domain eval measure compare chat serve"
+
+
+def words_of_make(target, folder, quote=""):
+    """Return the words of every command of a target, its files in a folder that is there."""
+    for name in WHERE:
+        (folder / name.lower() / "stage1").mkdir(parents=True, exist_ok=True)
+    (folder / "runs/stage1/config.json").write_text('{"keep_layers": [1]}', encoding="utf-8")
+    told = [f"{name}={quote}{folder}/{name.lower()}{quote}" for name in WHERE]
+    command = ["make", "-n", "-o", ".venv/ready", target, *told]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [shlex.split(line) for line in said.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", ["My Drive", "Ann's"])
+@pytest.mark.parametrize("target", STEPS.split())
+def test_a_path_with_a_blank_is_one_word_to_make(tmp_path, target, name):
+    plain = words_of_make(target, tmp_path / "Drive")
+    wanted = [
+        [word.replace(f"{tmp_path}/Drive", f"{tmp_path}/{name}") for word in line] for line in plain
+    ]
+    assert any(name in word for line in wanted for word in line)
+    assert words_of_make(target, tmp_path / name) == wanted
+    if "'" not in name:
+        assert words_of_make(target, tmp_path / name, "'") == wanted
+
+
 def test_the_tree_names_every_script_and_room():
     tree = TEXT.split("## The tree")[1]
     scripts = {path.name for path in ROOT.glob("*.py")}

@@ -1,7 +1,10 @@
 """Killed anywhere and started again, a run or a dump ends with the very bytes of one that was left
 alone."""
 
+import errno
+import os
 import re
+import shutil
 import signal
 
 import make
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 
 import dump_logits
+import stage1_sft
 from lib import files
+from lib import run as runs
 
 RUN = ["--steps", 30, "--eval-every", 5, "--save-every", 3]
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -348,3 +353,103 @@ def test_a_dump_started_with_other_settings_is_not_continued(world, run, tmp_pat
         and "was started with other settings; saw values 'u8' (now 'fp16')" in said
         and "--fresh" in said
     )
+
+
+# --- --keep N
+
+
+KEEP = ("--steps", 8, "--eval-every", 4, "--save-every", 2, "--keep", 2)
+
+
+def kept(folder):
+    return sorted(path.name for path in (folder / "keep").iterdir())
+
+
+def test_the_newest_states_are_kept_and_one_of_them_is_gone_back_to(tmp_path, capsys):
+    folder = make.world(tmp_path)
+    make.call(stage1_sft.main, *make.stage1(folder, *KEEP))
+    needed = 4 * 12 + 3 * 4  # bytes a weight: four states and three checkpoints
+    assert f"disk: {files.human(needed * 20_544)} needed" in capsys.readouterr().out
+    ran, straight = folder / "stage1", folder / "straight"
+    assert kept(ran) == ["step-6", "step-8"] and not files.verify(ran, set())[2]
+    shutil.copytree(ran, straight)
+
+    (ran / "config.json").unlink()
+    shutil.copytree(ran / "keep/step-6", ran / "last")
+    shutil.rmtree(ran / "keep/step-6")  # what is kept of a past that we came back from goes
+    make.call(stage1_sft.main, *make.stage1(folder, *KEEP))
+    assert "at step 6\n" in capsys.readouterr().out
+    assert_same_run(ran, straight)
+    assert kept(ran) == kept(straight)
+
+
+def test_states_later_than_the_one_gone_back_to_do_not_push_it_out(tmp_path):
+    run = runs.Run.__new__(runs.Run)
+    run.out, run.args = tmp_path, make.plan_args(keep=2)
+    (tmp_path / "last").mkdir()
+    for step in (2, 4, 6, 4):
+        (tmp_path / "last/state.json").write_text(str(step))
+        (tmp_path / "keep/.new").mkdir(parents=True)  # of a kill
+        (tmp_path / "keep/step-of-mine").mkdir(exist_ok=True)
+        run._keep(tmp_path / "last", step)
+    assert kept(tmp_path) == ["step-4", "step-of-mine"]
+    run._keep(tmp_path / "last", 12)
+    assert kept(tmp_path) == ["step-12", "step-4", "step-of-mine"]
+
+
+def test_a_kept_state_is_the_same_files_once_more_or_a_copy_where_a_disk_has_no_links(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "one").write_text("state")
+    files.link(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two").stat().st_ino == (tmp_path / "one").stat().st_ino
+
+    def none(*_):
+        raise OSError(errno.EPERM, "no such thing here")
+
+    monkeypatch.setattr(os, "link", none)
+    files.link(tmp_path / "one", tmp_path / "three")
+    assert (tmp_path / "three").read_text() == "state"
+
+
+def test_a_flip_in_a_kept_state_is_noticed_by_verify(tmp_path):
+    folder = make.world(tmp_path)
+    make.call(stage1_sft.main, *make.stage1(folder, *KEEP))
+    path = folder / "stage1/keep/step-6/weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    (wrong,) = files.verify(folder / "stage1", set())[2]
+    assert "step-6/weights.safetensors is damaged" in wrong
+    content = (folder / "stage1/history.jsonl").read_bytes()
+    (folder / "stage1/history.jsonl").write_bytes(content.replace(b'"ce"', b'"cf"', 1))
+    assert any("history.jsonl is damaged" in line for line in files.verify(folder, set())[2])
+
+
+# --- what a power cut or a kill leaves
+
+
+def test_what_a_state_says_of_the_logs_has_reached_the_disk_before_it(tmp_path, monkeypatch):
+    folder, order, sync, publish = make.world(tmp_path), [], files.sync, files.publish
+    monkeypatch.setattr(files, "sync", lambda path: (order.append(path.name), sync(path)))
+    monkeypatch.setattr(files, "publish", lambda *a: (order.append(a[1].name), publish(*a)))
+    make.call(stage1_sft.main, *make.stage1(folder, "--steps", 1, "--samples", 1))
+    before = order[: order.index("last")]
+    assert {"history.jsonl", "samples.md"} <= set(before)
+    assert ".last.part" in order[order.index("last") :], "and the folder's own names"
+
+
+@pytest.mark.parametrize("first", (".last.part", "last"))
+def test_fresh_empties_a_folder_where_a_save_was_killed(tmp_path, monkeypatch, first):
+    """Whichever of the two the disk lists first."""
+    for name in ("last", ".last.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("")
+    listed = sorted(tmp_path.iterdir(), key=lambda path: path.name != first)
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda _: iter(listed))
+    try:
+        files.remove_ours(tmp_path, runs.MARKS)
+    except FileNotFoundError:
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())

@@ -640,6 +640,22 @@ def test_prompts_alone_will_do_and_those_that_are_too_long_are_counted(
     assert names(stored(tmp_path / "few")) == everything(3)
 
 
+@pytest.mark.parametrize("limit,asked", [(6, [3, 3]), (7, [4, 3]), (12, [9, 3]), (90, [20, 3])])
+def test_a_limit_asks_of_every_source_its_share(tmp_path, tokenizer_dir, limit, asked):
+    words = []
+    for name, count in (("a", 20), ("b", 3)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"prompt": "{name}{i}"}}\n' for i in range(count)))
+        words += ["--source", str(path)]
+    more = ["--answers", "teacher", "--teacher-url", "http://x", "--teacher-model", "x"]
+    words += ["--tokenizer", str(tokenizer_dir), "--out", str(tmp_path / "out"), *more]
+    args = prepare_data.parse_args([*words, "--limit", str(limit)])
+    counts, tokenizer = (collections.Counter(), collections.Counter()), tiny.tiny()
+    found = questions.questions(sources.open_all(args), args, tokenizer, 100, *counts)
+    names = collections.Counter(question.source for question in found)
+    assert [names["a"], names["b"]] == asked
+
+
 @pytest.mark.parametrize("deed", [429, 500, 503, "hang", "garbage", "half"])
 def test_a_fault_of_the_server_is_tried_again_and_every_answer_is_right(
     folder, tokenizer_dir, server, deed
@@ -857,6 +873,29 @@ def test_a_kill_while_a_server_answers_loses_nothing_and_asks_nothing_twice(
         folder.glob("out/answers/*/journal.jsonl")
     )
     assert data.Dataset(folder / "out").meta["rows"]["train"] > 40
+
+
+@pytest.mark.parametrize(
+    "damage, lost",
+    (
+        (lambda text: text.replace(b'"crc32"', b'"crc31"', 1), 1),  # no older line among newer
+        (lambda text: b"\xff\xfe" + text.decode().encode("utf-16-le"), 4),
+        (lambda text: text.replace(b"two", b"tw0", 1), 1),
+        (lambda text: text[:-9], 1),
+    ),
+)
+def test_a_damaged_line_of_the_journal_is_asked_again_and_no_other(tmp_path, capsys, damage, lost):
+    made = {"teacher": "t", "host": "h", "sampling": {}}
+    first = store.Store(tmp_path, made)
+    for key in ("one", "two", "three"):
+        first.add({"key": key, "generation": 0, "prompt": [], "answer": f"{key}."})
+    first.file.close()
+    first.lock.release()
+    first.journal.write_bytes(damage(first.journal.read_bytes()))
+    again = store.Store(tmp_path, made)
+    assert len(again.have) == max(0, 3 - lost)
+    assert f"{lost} lines of" in capsys.readouterr().out
+    again.file.close()
 
 
 @pytest.fixture(scope="module")

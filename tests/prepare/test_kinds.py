@@ -16,6 +16,9 @@ from lib.prepare import formats, kinds, places, rows, schema, sources, split
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 988097824\n"
 PAIR = {"prompt": "question", "answer": "reply"}
+PAIR_AS_MESSAGES = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+}
 
 
 def put(path, content):
@@ -34,8 +37,8 @@ def names(where):
 
 def read(path, columns=("prompt", "answer"), encoding=None):
     place = kinds.recognised(places.on_disk(path), encoding)
-    assert formats.columns_of(place).types
-    return list(formats.records(place, list(columns)))
+    there = formats.columns_of(place).types
+    return list(formats.records(place, [name for name in columns if name in there]))
 
 
 @pytest.fixture
@@ -70,6 +73,12 @@ def said_by(dataset, part="train"):
         (["a.jsonl", "a_test.jsonl"], ["a.jsonl"]),
         (["test-0.jsonl", "test-1.jsonl"], ["test-0.jsonl", "test-1.jsonl"]),
         (["web-dev-talk.jsonl", "b.jsonl"], ["b.jsonl", "web-dev-talk.jsonl"]),
+        (["x.train.jsonl.gz", "x.test.jsonl.gz"], ["x.train.jsonl.gz"]),
+        (["x_v1.5_train.csv", "x_v1.5_test.csv"], ["x_v1.5_train.csv"]),
+        (["x_2024_train_01.csv", "x_2024_test_01.csv"], ["x_2024_train_01.csv"]),
+        (["x_train_en.csv", "x_test_en.csv"], ["x_train_en.csv"]),
+        (["train1.csv", "test1.csv"], ["train1.csv"]),
+        (["train-0-of-1-6ef3.parquet", "test-0-of-1-6ef3.parquet"], ["train-0-of-1-6ef3.parquet"]),
     ],
 )
 def test_of_a_folder_with_split_names_train_is_taken_alone(tmp_path, there, taken, capsys):
@@ -88,6 +97,23 @@ def test_another_split_is_asked_for_by_name(tmp_path):
     assert names(f"{tmp_path}/in:validation") == ["val-0.jsonl"]
     with pytest.raises(SystemExit, match=r"has no split nope; saw"):
         names(f"{tmp_path}/in:nope")
+
+
+def test_a_glob_over_several_splits_takes_them_and_says_so(tmp_path, capsys):
+    for name in ("train/0.jsonl", "test/0.jsonl", "test/1.jsonl"):
+        put(tmp_path / "in" / name, "x")
+    for where in (f"{tmp_path}/in/*/*.jsonl", f"file://{tmp_path}/in/*/*.jsonl"):
+        assert len(names(where)) == 3
+        assert "takes files of several splits: test, train" in capsys.readouterr().out
+    names(f"{tmp_path}/in/test/*")
+    assert "several" not in capsys.readouterr().out
+
+
+def test_files_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ("a.jsonl", "b.jsonl.lz4", "c.xlsx", "part-00000", "README.md", "_SUCCESS"):
+        put(tmp_path / "in" / name, "x")
+    assert names(tmp_path / "in") == ["a.jsonl"]
+    assert "3 of a kind that is not read" in capsys.readouterr().out
 
 
 def test_hidden_folders_metadata_and_text_beside_data_are_left_out_and_said(tmp_path, capsys):
@@ -125,12 +151,20 @@ def test_names_that_no_file_can_have_are_one_line(tmp_path):
         sources.locate(str(tmp_path / "in"))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "arrow"])
 def test_an_empty_part_is_skipped_and_counted(tmp_path, prepare, capsys, suffix):
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist([PAIR]), put(tmp_path / "in" / "0.parquet", ""))
         none = pa.table({"prompt": pa.array([], pa.string()), "answer": pa.array([], pa.string())})
         pq.write_table(none, tmp_path / "in" / "1.parquet")
+    elif suffix == "arrow":
+        for number, rows_there in enumerate(([PAIR], [])):
+            table = pa.Table.from_pylist(
+                rows_there, pa.schema({name: pa.string() for name in PAIR})
+            )
+            path = put(tmp_path / "in" / f"{number}.arrow", "")
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+                out.write_table(table)
     else:
         header = "prompt,answer\n" if suffix == "csv" else "\n"
         put(tmp_path / "in" / f"1.{suffix}", header)
@@ -356,6 +390,10 @@ def test_a_row_that_no_memory_would_hold_is_one_line(tmp_path, monkeypatch, name
         read(put(tmp_path / name, '{"text": "' + "x" * 2000 + '"}\n'))
 
 
+def test_a_first_row_without_fields_is_no_empty_file(tmp_path):
+    assert read(put(tmp_path / "a.jsonl", lines([{}, PAIR])))[-1] == PAIR
+
+
 # --- long rows
 
 
@@ -378,7 +416,7 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     whole = prepare(*words[:4], "--max-len", 10_000, out="whole")
     assert made.train.tokens.tolist() == whole.train.tokens.tolist()
     assert made.train.rows["length"].max() == 32 and len(made.train.rows) > 10
-    assert made.meta["cut"]["texts"] == 2 and "into" in capsys.readouterr().out
+    assert made.meta["split"]["texts"] == 2 and "into" in capsys.readouterr().out
     assert len(prepare(*words, "--long", "drop", out="drop").train.rows) == 1
     monkeypatch.setattr(rows, "LEAST", 100)  # tokenized piece by piece
     pieces = prepare(*words, "--export", tmp_path / "rows", out="pieces")
@@ -405,6 +443,22 @@ def test_what_is_longer_than_any_row_is_never_tokenized(tmp_path, prepare, monke
     assert made.meta["dropped"] == ({} if long == "truncate" else {"too long": 1})
 
 
+def test_more_turns_than_tokens_are_never_rendered(tmp_path, prepare, monkeypatch):
+    lengths, render = [], template.render
+
+    def spy(tokenizer, messages, **more):
+        lengths.append(len(messages))
+        return render(tokenizer, messages, **more)
+
+    monkeypatch.setattr(template, "render", spy)
+    many = [{"role": role, "content": "x"} for role in ("user", "assistant") * 500]
+    path = put(tmp_path / "a.jsonl", lines([{"messages": many}, PAIR_AS_MESSAGES]))
+    made = prepare("--source", path, "--val", 0, "--max-len", 60)
+    assert made.meta["dropped"] == {"too long": 1} and max(lengths) < 10
+    made = prepare("--source", path, "--val", 0, "--max-len", 60, "--long", "truncate", out="cut")
+    assert made.meta["rows"]["train"] == 2 and max(lengths) <= 60
+
+
 # --- a limit, small data, a run that goes on
 
 
@@ -422,10 +476,12 @@ def test_a_limit_takes_of_every_source_its_share(tmp_path, prepare, capsys):
     def kept(dataset):
         return [source["rows"]["train"] for source in dataset.meta["sources"]]
 
-    assert kept(prepare(*words)) == [6, 4, 6]
-    assert "limit: a 6, b 6, c 6" in capsys.readouterr().out
-    shares = prepare(*words, "--mix", "a:0.5 b:0 c:0.5", out="mixed")
-    assert kept(shares) == [9, 0, 9]
+    assert kept(prepare(*words)) == [7, 4, 7]  # b has no more: the others make up for it
+    said = capsys.readouterr().out
+    assert "limit: a 6, b 6, c 6" in said and "before their share: a 1, c 1 more" in said
+    assert kept(prepare(*words[:-1], 70, out="all")) == [30, 4, 30]
+    shares = prepare(*words[:-1], 62, "--mix", "a:0.5 b:0 c:0.5", out="mixed")
+    assert kept(shares) == [30, 0, 30]  # no share of b at all
     for name in "abc":
         table = pa.table({"prompt": [f"{name}{i}" for i in range(40 if name == "a" else 10)]})
         pq.write_table(table.append_column("answer", table["prompt"]), tmp_path / f"{name}.parquet")
@@ -448,7 +504,7 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("limit", [0, 30])
-@pytest.mark.parametrize("at", [3, 17, 41, "dividing"])
+@pytest.mark.parametrize("at", [3, 17, 30, 41, "dividing"])
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     tmp_path, prepare, monkeypatch, capsys, at, limit
 ):
@@ -486,7 +542,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     assert made == whole
     went_on = "prepare goes on" in capsys.readouterr().out
     assert went_on == (at not in (3, "dividing") and not (limit and at == 41))
-    assert not went_on or len(seen) < 50
+    assert not went_on or len(seen) < (83 if limit else 53)
 
 
 def test_a_source_that_changed_meanwhile_starts_over(tmp_path, prepare, monkeypatch, capsys):

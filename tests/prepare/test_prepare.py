@@ -4,6 +4,9 @@ each error a user can cause."""
 import csv
 import json
 import os
+import shlex
+import types
+from pathlib import Path
 
 import make
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 import prepare_data
+import stage1_sft
 from lib import data, files, template
 from lib.prepare import formats, places, sources, split, workers
 
@@ -731,13 +735,11 @@ def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_s
 def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys):
     prepare([*PAIRS, PAIRS[0]], "--val", "5", "--rows-per-chunk", "10")
     table = capsys.readouterr().out
-    for line in (
-        "train 25   val 5",
-        "duplicate 1",
-        "chunks    3 of 10 rows",
-        "next: make stage1 NAME=out",
-    ):
+    for line in ("train 25   val 5", "duplicate 1", "chunks    3 of 10 rows"):
         assert line in table
+    argv = table.splitlines()[-1].split("stage1_sft.py ")[1]
+    args = stage1_sft.parse_args(shlex.split(argv))
+    assert Path(args.data).name == "out" and args.out == "runs/out/stage1"
 
 
 def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, capsys):
@@ -750,6 +752,18 @@ def test_answers_that_end_in_no_special_token_are_a_warning(tmp_path, prepare, c
     assert "will not learn where to stop" in capsys.readouterr().out
     prepare(PAIRS, out="good")
     assert "will not learn where to stop" not in capsys.readouterr().out
+
+
+def test_of_several_sources_each_has_the_end_of_its_own_answers():
+    """Conversations end with <end_of_turn>, texts beside them with <eos>: both are learnt."""
+    rows = np.zeros(2000, data.ROW)
+    rows["source"][1200:] = 1
+    ends = np.where(rows["source"] == 0, 7, 8)
+    ends[::20] = 9
+    split = types.SimpleNamespace(
+        rows=rows, row=lambda n: (np.array([3, ends[n]]), np.array([False, True]))
+    )
+    assert data.Split.end_tokens(split) == [7, 8]
 
 
 # --- errors: one line, 1 for files and 2 for arguments

@@ -297,6 +297,17 @@ def test_the_piece_size_changes_nothing(kind, targets, monkeypatch):
     assert sum(pieces) == 13 and max(pieces) == max(1, targets), pieces
 
 
+@pytest.mark.parametrize("targets", (1, 4, 12))
+def test_the_piece_size_changes_no_measure(targets, monkeypatch):
+    """At V = 262,144 a piece is 16 targets: a chunk of val has several."""
+    z = problem(n=13)[3]
+    kept, students = shaped(z, 4, 1.0), z - z.amax(1, keepdim=True)
+    whole = losses.distance(students.clone(), kept)
+    monkeypatch.setitem(losses.PIECE_BYTES, "cpu", 8 * z.shape[1] * targets)
+    for part, all_at_once in zip(losses.distance(students.clone(), kept), whole):
+        all_close([part], [all_at_once])
+
+
 def test_a_batch_without_targets_has_loss_zero_and_backward_works():
     hidden, weight, labels, z = problem(n=0)
     kept = TopK(

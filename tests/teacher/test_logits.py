@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import types
 
@@ -359,11 +360,11 @@ def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_
     for chunk in (0, 2):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     some = make.store(mine)
-    assert (
-        some.missing == [0, 2]
-        and some.chunks == [1]
-        and some.mend() == "make logits NAME=data CHUNK=0; make logits NAME=data CHUNK=2"
-    )
+    assert some.missing == [0, 2] and some.chunks == [1]
+    argv = some.mend([*some.parts.values()]).split("dump_logits.py ")[1]
+    args = dump_logits.parse_args(shlex.split(argv))
+    assert (args.data, args.out, args.k) == (str(mine / "data"), str(mine / "logits"), 8)
+    assert args.chunk == "all" and args.temperatures == some.temperatures
     assert some.rows().tolist() == list(range(16, 32))
     batch = some.dataset.train.batch([[31], [16]])
     full = make.store(mine, name="full")
@@ -374,12 +375,12 @@ def test_a_folder_without_one_finished_chunk_is_refused(mine):
     for chunk in range(3):
         (mine / "logits" / f"chunk-{chunk:04d}" / "meta.json").unlink()
     words = refused(mine)
-    assert "holds no finished chunk" in words and "make logits NAME=data CHUNK=0" in words
+    assert "holds no finished chunk" in words and "--teacher TEACHER" in words
     assert make.store(mine, temperature=None).compares
 
 
 def test_a_missing_folder_is_refused(world):
-    assert "nowhere is missing; mend it with: make logits" in refused(world, name="nowhere")
+    assert "nowhere is missing; mend it with: " in refused(world, name="nowhere")
 
 
 def test_the_basis_does_not_outweigh_small_data(world, capsys):
