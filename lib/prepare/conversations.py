@@ -144,7 +144,7 @@ class SourceRow:
         """Return whether the row's own columns say that it is learnt; what else they hold (a share,
         the name of a class) is no mark."""
         result = True
-        for part in schema.MARKS:
+        for part in schema.LEARN_MARKS:
             value, column = self.parts.get(part), self.file.columns.get(part)
             if isinstance(value, list):
                 schema.refuse(f"{self.file.place}, row {self.number}", str(column))
@@ -316,7 +316,7 @@ class SourceRow:
     # --- messages
 
     def messages(self, part: str) -> list[dict]:
-        return self.messages_of(part, spoken(parsed(self.parts.get(part))))
+        return self.messages_of(part, content_of(parsed(self.parts.get(part))))
 
     def messages_of(self, part: str, value: object) -> list[dict]:
         """Bring conversations of all known shapes to one form; content that is not text becomes
@@ -496,7 +496,7 @@ def parsed_messages(value: object) -> object:
             return found
     if isinstance(value, dict) and {*ROLE} & {*value}:
         return [value]
-    return spoken(value)
+    return content_of(value)
 
 
 def parsed_message(item: object) -> object:
@@ -509,7 +509,7 @@ def parsed_message(item: object) -> object:
     return item
 
 
-def spoken(value: object) -> object:
+def content_of(value: object) -> object:
     """Return a text of the form "\n\nHuman: ...\n\nAssistant: ..." as messages, without a last
     turn that is blank."""
     if not isinstance(value, str) or not re.match(r"\s*Human:", value):

@@ -91,7 +91,7 @@ PARTS = {
 # beside messages; reply: their answer, where they end in a question
 REPLY = {"reply": ("chosen", "completion", "response", "answer", "output")}
 BESIDE_MESSAGES = ("system", "reasoning", "tools")
-MARKS = tuple(part for part in PARTS if part.startswith("learnt "))
+LEARN_MARKS = tuple(part for part in PARTS if part.startswith("learnt "))
 # what a row cannot be without: not used, it ends the program unless --columns ignores it
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
 MEANING = {
@@ -178,8 +178,10 @@ def parts_beside(columns: dict[str, str]) -> tuple[str, ...]:
     if "prompt" in columns:
         return tuple(PARTS)
     if "messages" in columns:
-        return (*BESIDE_MESSAGES, *REPLY, *MARKS)
-    return tuple(part for part in MARKS if part[7:] in LEARNT) if "label" not in columns else ()
+        return (*BESIDE_MESSAGES, *REPLY, *LEARN_MARKS)
+    return (
+        tuple(part for part in LEARN_MARKS if part[7:] in LEARNT) if "label" not in columns else ()
+    )
 
 
 def find_beside(
@@ -190,7 +192,7 @@ def find_beside(
     found, taken = {}, {*columns.values(), *ignored}
     small = {"a", "b", "c"} <= {*there}  # "a" alone is no "A"
     for part in parts_beside(columns):
-        if part not in columns and (guessed or part in MARKS):
+        if part not in columns and (guessed or part in LEARN_MARKS):
             free = [name for name in there if name not in taken]
             if part in LETTERS:
                 plain = (part, part.lower()) if small else (part,)
