@@ -285,8 +285,8 @@ def main(argv=None):
         )
     if not args.dry_run:
         export.begin(args, inputs)
-    with files.telling("loading the tokenizer"):
-        tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    with files.telling("trying the chat template"):
         dated = rows.make_template_ready(tokenizer, inputs, args)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)

@@ -110,6 +110,7 @@ TOOLS = (
 )
 
 
+@files.telling("loading a tokenizer")
 def load_tokenizer(name, trust_remote_code: bool = False):
     """Load a tokenizer from a folder or hub id; the one-line error when there is none.
 

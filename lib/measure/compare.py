@@ -226,11 +226,15 @@ def verdict(result: dict) -> str:
 
 def failures(models: dict, roles: dict, name: str) -> list[str]:
     """Return in words what makes a praise of the student wrong, by the measure `name`: a teacher
-    that is below what it was to teach, a student below what it began from, or below the control."""
+    that is below what it was to teach, or has nothing, a student below what it began from, or below
+    the control."""
     first = next((one for one in models if entries.role_word(one) == "stage1"), None)
     student, said = roles["student"], []
     started = dict.fromkeys([first, roles.get("before"), roles.get("control")])
     of_teacher = {roles.get("teacher"): [first or roles.get("before")]}
+    if "teacher" in roles and name in HIGHER and not models[roles["teacher"]].get(name, True):
+        value = shown(name, 0.0)
+        said.append(f"FAILED: {roles['teacher']} has {ROWS[name][0]} {value}: nothing to teach.")
     for below, others in (of_teacher | {student: list(started)}).items():
         for other in others:
             pair = [models[one].get(name) for one in (below, other) if one in models]

@@ -75,7 +75,8 @@ def answered(model: models.Model, dataset: data.Dataset, say=print) -> dict[str,
     asked: list[generate.Request] = []
     for row in range(len(split.rows)):
         prompt, wanted = prompt_of(split, row)
-        if wanted and len(prompt) <= longest and len(asked) < ASKED:
+        # a plain text's first token is no prompt
+        if wanted and 1 < len(prompt) <= longest and len(asked) < ASKED:
             asked.append(generate.Request(str(row), prompt, LONGEST))
     ends = generate.end_tokens(module.generation_config, *dataset.train.end_tokens())
     training, greedy = module.training, generate.Sampling(stops=tuple(ends))

@@ -268,6 +268,10 @@ def test_a_failure_is_the_headline(demo, tmp_path, no_pictures):
         " against 0.372. FAILED: stage2 is below control in exact match of the answer, 0.162"
         " against 0.608. stage2 keeps 172.3 %"
     )
+    path = demo / "teacher-eval" / "answers.scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"exact": {"value": 0}}}))
+    said = compared(tmp_path / "out", demo)["verdict"]
+    assert said.startswith("FAILED: teacher has exact match of the answer 0.000: nothing to")
 
 
 def test_a_control_whose_best_is_its_start_is_said_with_its_final(demo, tmp_path, no_pictures):

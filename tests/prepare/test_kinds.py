@@ -419,7 +419,8 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     assert made.train.rows["length"].max() == 32 and len(made.train.rows) > 10
     assert made.meta["split"]["texts"] == 2 and "into" in capsys.readouterr().out
     assert len(prepare(*words, "--long", "drop", out="drop").train.rows) == 1
-    monkeypatch.setattr(rows, "LEAST", 100)  # tokenized piece by piece
+    monkeypatch.setattr(rows, "LEAST", 100)
+    monkeypatch.setattr(rows, "AT_ONCE", 100)  # tokenized piece by piece
     pieces = prepare(*words, "--export", tmp_path / "rows", out="pieces")
     assert pieces.train.tokens.tolist() == made.train.tokens.tolist()
     exported = pq.read_table(tmp_path / "rows" / "train.parquet")["text"].to_pylist()

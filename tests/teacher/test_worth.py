@@ -242,6 +242,14 @@ def test_what_a_teacher_answers_is_in_the_val_dump_and_told_before_the_first_ste
     assert lines[0] == lines[1] and len(lines[0]) == 2
 
 
+def test_a_plain_text_is_not_asked(world, monkeypatch):
+    """Its prompt is its first token."""
+    dataset, plain = data.Dataset(world / "data"), worth.prompt_of
+    monkeypatch.setattr(worth, "prompt_of", lambda *of: (plain(*of)[0][:1], plain(*of)[1]))
+    teacher = models.load(world / "teacher", torch.device("cpu"), pack=False)
+    assert worth.answered(teacher, dataset) == {}
+
+
 def test_where_answers_are_not_looked_at_a_line_says_so(world, tmp_path, capsys, monkeypatch):
     shutil.copytree(world / "logits", tmp_path / "logits")
     path = tmp_path / "logits/val/meta.json"
