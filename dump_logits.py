@@ -239,7 +239,7 @@ def main(argv=None):
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
-    writer.say_memory(folder, dtype, device, args)
+    writer.say_memory(folder, dtype, device, args, dataset)
     teacher, splits = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
 

@@ -61,11 +61,11 @@ Where is ...?
     our own server         chat/serve.py (start and stop), routes.py (Flask), api.py (OpenAI's API)
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the
-                           same weights, bit for bit (run.py). A dump writes the rows that done.npy
-                           lacks (class Writer). prepare_data.py goes on at its last shard and
-                           asks for no answer twice (prepare/store.py). Locks end with their
-                           process. SIGTERM, Ctrl-C: a trainer saves first. In every case: the same
-                           command again
+                           same weights, bit for bit (run.py); --keep N: older states. A dump
+                           writes the rows that done.npy lacks (class Writer). prepare_data.py goes
+                           on at its last shard and asks for no answer twice (prepare/store.py).
+                           Locks end with their process. SIGTERM, Ctrl-C: a trainer saves first. In
+                           every case: the same command again
     an option (--mix ...)  one file of options/, with add_flags and check_flags; in each script that
                            takes it, its name in OPTIONS and the lines that use it. To delete one:
                            that file, those lines, its tests

@@ -311,9 +311,9 @@ def is_number(value: object) -> bool:
     return type(value) is float or type(value) is int and abs(value) < 1 << 63
 
 
-def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="r") -> np.memmap:
+def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None) -> np.memmap:
     """Map a one-dimensional .npy file; one that cannot be read, or holds anything but that dtype,
-    byte order included, is a one-line error. mode: as np.memmap's."""
+    byte order included, is a one-line error."""
     dtype = np.dtype(dtype)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -326,7 +326,7 @@ def read_npy(path: Path, dtype: np.dtype | type, mend: str | None = None, mode="
     if size != array.offset + array.nbytes:
         seen = f"{size} bytes"
         fail(f"{path} is not whole", seen, array.offset + array.nbytes, mend)
-    return array if mode == "r" else np.lib.format.open_memmap(path, mode=mode)
+    return array
 
 
 # --- checksums
@@ -671,37 +671,33 @@ class NpyWriter:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
-        """Begin a file, or go on with one after its first `count` values."""
-        self.dtype, self.count = np.dtype(dtype), count
+        """Begin a file, or go on with one after its first `count` values. sum: the values' CRC-32,
+        as they are on the disk."""
+        self.dtype, self.count, self.sum = np.dtype(dtype), count, 0
         self.file = open(path, "r+b" if count else "wb")
         self._header()
-        self.file.seek(count * self.dtype.itemsize, os.SEEK_CUR)
+        left = count * self.dtype.itemsize
+        while left and (block := self.file.read(min(BLOCK, left))):
+            self.sum, left = zlib.crc32(block, self.sum), left - len(block)
+        self.file.seek(left, os.SEEK_CUR)
         self.file.truncate()
 
     def _header(self) -> None:
         self.file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            self.file,
-            {
-                "descr": np.lib.format.dtype_to_descr(self.dtype),
-                "fortran_order": False,
-                "shape": (self.count,),
-            },
-        )
+        kind = np.lib.format.dtype_to_descr(self.dtype)
+        told = {"descr": kind, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self.file, told)
 
     def append(self, values: np.ndarray) -> None:
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        self.file.write(values.tobytes())
+        content = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
+        self.file.write(content)
+        self.sum = zlib.crc32(content, self.sum)
         self.count += len(values)
 
     def close(self) -> None:
         end = self.file.tell()
         self._header()
-        assert end == self.file.tell() + self.count * self.dtype.itemsize, (
-            end,
-            self.file.tell(),
-            self.count,
-        )
+        assert end == self.file.tell() + self.count * self.dtype.itemsize, (end, self.count)
         self.file.close()
 
 
@@ -721,13 +717,14 @@ def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:
             continue
         for name, known in {path.name: None, **sealed["checksums"]}.items():
             home = path.parent.parent if path.parent.parent.name == KEPT else path.parent
-            one = ((home if name.startswith("../") else path.parent) / name).resolve()
+            there = (home if name.startswith("../") else path.parent) / name
+            one = there.resolve()
             grows = known is not None and "grows" in known  # looked at as far as each knows of it
             if one in seen and not grows or name.startswith("rows/") and not one.exists():
                 continue
             seen.add(one)
             if known and (what := damage(one, known, whole=True)):
-                wrong.append(f"{one} is damaged; saw {what}")
+                wrong.append(f"{there} is damaged; saw {what}")
             elif one.exists():
                 count, size = count + 1, size + one.stat().st_size
     for path in folder.rglob("journal.jsonl"):  # of the newest answers, each line with its own

@@ -230,6 +230,8 @@ class SourceRow:
         """Return the messages of a prompt, what stands beside it, and its answer; each may be
         messages itself, as TRL has them."""
         prompt, answer = (parsed_messages(self.parts.get(part)) for part in ("prompt", "answer"))
+        also = [self.file.columns[part] for part in self.parts if part.startswith("also ")]
+        self.file.unused.update({("columns", column): None for column in also})
         if isinstance(prompt, dict) and listed(prompt.get("messages")):  # OpenAI's preferences
             self.parts.setdefault("tools", prompt.get("tools"))
             self.unused(f"{self.file.columns['prompt']}.{n}" for n in {*prompt} - OF_INPUT)
@@ -265,7 +267,7 @@ class SourceRow:
         return asked + whole
 
     def same_prompts(self, content: str) -> None:
-        """Note other columns of the prompt that say the same; refuse one that says more."""
+        """Refuse another column of the prompt that says more."""
         for part, other in self.parts.items():
             if part.startswith("also ") and isinstance(other, str) and other.strip():
                 column, prompt = self.file.columns[part], self.text("prompt").strip()
@@ -276,7 +278,6 @@ class SourceRow:
                         f"the prompt that {self.file.columns['prompt']} is",
                         f"--columns input={column}, or ignore={column}",
                     )
-                self.file.unused["columns", column] = None
 
     def beside_prompt(self, options: list[tuple[str, str]] | str) -> list[str]:
         """Return what follows the prompt: its input, its context, its choices."""

@@ -18,6 +18,7 @@ from lib import flags, template
 from lib.prepare import conversations, sources, split
 
 LEAST = 1 << 20  # characters: a shorter row is tokenized as it is, whatever --max-len
+AT_ONCE = 1 << 17  # of a longer text, tokenized at once: a token takes 300 bytes there
 
 
 class Encoded(NamedTuple):
@@ -170,9 +171,9 @@ def short_of(numbered: Iterator[tuple], tokenizer, args: argparse.Namespace) -> 
 def encode_text(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray] | str:
     """Encode a plain text of any length piece by piece; the ends of pieces are no ends of text."""
     bos = tokenizer.bos_token_id if template.adds_bos(tokenizer) else None
-    parts, start = [np.empty(0, np.uint32)], 0
+    whole, start = bytearray(), 0
     while start < len(text):
-        stop = start + LEAST
+        stop = start + AT_ONCE
         if stop < len(text):  # where a word begins, for most tokenizers put the blank before it
             stop = (
                 max(text.rfind(" ", start + 1, stop), text.rfind("\n", start + 1, stop), 0) or stop
@@ -182,10 +183,12 @@ def encode_text(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray] | str:
             ids = found[0]
             ids = ids[1:] if start and ids[0] == bos else ids
             last = stop >= len(text)
-            parts.append(ids if last or ids[-1] != tokenizer.eos_token_id else ids[:-1])
+            whole += (ids if last or ids[-1] != tokenizer.eos_token_id else ids[:-1]).tobytes()
         start = stop
-    whole = np.concatenate(parts)
-    return (whole, np.arange(len(whole)) > 0) if len(whole) > 1 else "empty"
+    ids = np.frombuffer(whole, np.uint32)
+    answer = np.ones(len(ids), bool)
+    answer[:1] = False
+    return (ids, answer) if len(ids) > 1 else "empty"
 
 
 def encode_batch(

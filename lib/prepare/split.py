@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import json
 import os
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -61,8 +62,17 @@ class Staging:
         )
         self.prompts = open(folder / "staged.prompts.jsonl", "r+b" if state else "wb")
         self.prompts.truncate(begun["prompts"])
-        self.prompts.seek(begun["prompts"])
+        self.prompt_sum = 0
+        while state and (block := self.prompts.read(files.BLOCK)):
+            self.prompt_sum = zlib.crc32(block, self.prompt_sum)
+        if self.sums != begun.get("sums", self.sums):
+            seen = "other rows staged than were written"
+            files.fail(f"{folder} is damaged", seen, mend=f"rm -r {folder}, then the same command")
         self.kept: collections.Counter = collections.Counter()  # by source
+
+    @property
+    def sums(self) -> list[int]:
+        return [self.tokens.sum, self.answer.sum, self.rows.sum, self.prompt_sum]
 
     def save(self, progress: "Progress") -> None:
         """Note how far it has come, for a process that is killed from here on."""
@@ -72,7 +82,9 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
         sizes = {"rows": self.count, "tokens": self.tokens.count, "prompts": self.prompts.tell()}
-        files.write_json(self.folder / NOTED, {"sizes": sizes} | progress.told())
+        noted = {"sizes": sizes | {"sums": self.sums}} | progress.told()
+        line = files.with_sum(json.dumps(noted).encode())
+        files.write_text(self.folder / NOTED, line.decode())
 
     def replay(self, seen: "Seen", val_rows: "ValRows") -> None:
         """Tell both of the rows that are there already."""
@@ -103,7 +115,9 @@ class Staging:
             shown.append({name: value for name, value in message.items() if name != "learn"})
         said = {"messages": shown, "reference": reference}
         line = json.dumps([self.count - 1, said], ensure_ascii=False) + "\n"
-        self.prompts.write(line.encode())
+        content = line.encode()
+        self.prompts.write(content)
+        self.prompt_sum = zlib.crc32(content, self.prompt_sum)
 
     def close(self) -> np.ndarray:
         """Return the records of all rows, (N,) STAGED."""
@@ -134,8 +148,8 @@ class Progress:
     def found(cls, partial: Path, key: str) -> "Progress":
         """Return what a killed process of that key noted in its folder, or a beginning."""
         try:
-            noted = json.loads((partial / NOTED).read_text(encoding="utf-8"))
-            if not key or noted["key"] != key:
+            noted = json.loads(line := (partial / NOTED).read_bytes())
+            if not key or noted["key"] != key or not files.is_whole(line):
                 return cls(key)
             counts = (collections.Counter({(a, b): n for a, b, n in noted[x]}) for x in COUNTED)
             sets = ({*noted[name]} for name in ("full", "ended"))

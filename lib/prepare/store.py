@@ -144,7 +144,8 @@ class Store:
         after a kill, get theirs."""
         path, known = self.folder / "checksums.json", {}
         if path.exists():
-            known = files.read_json(path, f"rm {path}: it is written again")["checksums"]
+            mend = f"rm {path}: it is written again"
+            known = files.read_json(path, mend, {"checksums": files.SUMS})["checksums"]
         for part in self.parts:
             if part.name in known and (seen := files.damage(part, known[part.name])):
                 files.fail(

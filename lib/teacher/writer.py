@@ -231,18 +231,27 @@ def empty_chunks(out: Path, chunks: list) -> dict[int | str, files.Lock]:
 
 
 def say_memory(
-    folder: Path, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    args: argparse.Namespace,
+    dataset: data.Dataset,
 ) -> None:
     """Say, before the teacher is loaded, about how much memory the dump takes."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
     vocab, width = live.output_layer(shapes)
     weights = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    logits = 4 * args.tokens_per_microbatch * vocab
-    more = live.activation_bytes(shapes, args.tokens_per_microbatch, dtype)
+    lengths, targets = dataset.train.rows["length"], dataset.train.targets
+    share = targets / max(1, int(lengths.sum()))  # of tokens that are targets
+    tokens = min(args.tokens_per_microbatch, int(lengths.sum()))
+    logits = 4 * math.ceil(tokens * share) * vocab
+    more = live.activation_bytes(shapes, tokens, dtype)
     more += 3 * min(heads.CHUNK_BYTES, logits)  # a chunk, sorted, and what is widened for it
     if (rank := min(RANK if args.tail_rank is None else args.tail_rank, width)) > 0:
         # fitting: the rows in float32 and float16, the sample three times, what is (D, D)
-        more += 6 * rank * vocab + 3 * 4 * fit.SAMPLE * width + 6 * 8 * width**2
+        sample = min(fit.SAMPLE, targets)
+        more += 6 * rank * vocab + 3 * 4 * sample * width + 6 * 8 * width**2
+    more += train.CODE_BYTES if device.type == "cpu" else 0
     have = train.available_bytes(device)
     print(
         f"memory: about {files.human(weights)} for the teacher's weights and {files.human(more)}"

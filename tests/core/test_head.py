@@ -145,11 +145,12 @@ def test_top_k_and_tails_equal_a_plain_sum(temperatures, k, dtype, limit):
         torch.testing.assert_close(tails[:, column].double(), wanted, rtol=limit, atol=4 * limit)
 
 
-def test_nothing_outside_the_top_k_is_minus_infinity():
-    _, _, tails = head.topk_and_tails(
-        torch.tensor([[0.0, -1e4, -1e4, -1e4], [9.0, 8.0, -1e4, -1e4]]), 2, [1.0, 2.0]
-    )
-    assert (tails == -math.inf).all()
+def test_nothing_outside_the_top_k_is_minus_infinity_and_next_to_nothing_is_exact():
+    rows = [[0.0, -1e4, -1e4, -1e4], [9.0, 8.0, -1e4, -1e4]]
+    assert (head.topk_and_tails(torch.tensor(rows), 4, [1.0, 2.0])[2] == -math.inf).all()
+    _, _, tails = head.topk_and_tails(torch.tensor(rows), 2, [1.0, 2.0])
+    below, two = torch.tensor([[1e4, 5e3], [10009.0, 5004.5]]), math.log(2)
+    torch.testing.assert_close(tails, two - below)
 
 
 def test_the_vocabulary_is_cut_before_the_softmax():

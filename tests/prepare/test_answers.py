@@ -895,7 +895,11 @@ def test_a_damaged_line_of_the_journal_is_asked_again_and_no_other(tmp_path, cap
     again = store.Store(tmp_path, made)
     assert len(again.have) == max(0, 3 - lost)
     assert f"{lost} lines of" in capsys.readouterr().out
-    again.file.close()
+    again.close()
+    again.lock.release()
+    (again.folder / "checksums.json").write_text('{"": null}')
+    with pytest.raises(SystemExit, match="checksums.json holds what no script of ours wrote"):
+        store.Store(tmp_path, made)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ is no data at all; long texts and rows, a limit over several sources, a run that
 import contextlib
 import json
 import os
+import shutil
 
 import make
 import pyarrow as pa
@@ -418,7 +419,8 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     assert made.train.rows["length"].max() == 32 and len(made.train.rows) > 10
     assert made.meta["split"]["texts"] == 2 and "into" in capsys.readouterr().out
     assert len(prepare(*words, "--long", "drop", out="drop").train.rows) == 1
-    monkeypatch.setattr(rows, "LEAST", 100)  # tokenized piece by piece
+    monkeypatch.setattr(rows, "LEAST", 100)
+    monkeypatch.setattr(rows, "AT_ONCE", 100)  # tokenized piece by piece
     pieces = prepare(*words, "--export", tmp_path / "rows", out="pieces")
     assert pieces.train.tokens.tolist() == made.train.tokens.tolist()
     exported = pq.read_table(tmp_path / "rows" / "train.parquet")["text"].to_pylist()
@@ -543,6 +545,27 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     went_on = "prepare goes on" in capsys.readouterr().out
     assert went_on == (at not in (3, "dividing") and not (limit and at == 41))
     assert not went_on or len(seen) < (83 if limit else 53)
+
+
+@pytest.mark.parametrize("part", ("tokens.npy", "answer.npy", "rows.npy", "prompts.jsonl", "json"))
+def test_what_was_staged_before_a_kill_is_not_used_if_it_is_damaged(
+    tmp_path, prepare, monkeypatch, part
+):
+    monkeypatch.setattr(prepare_data, "SHARD_ROWS", 10)
+    words = [*several(tmp_path, {"a": 25}), "--val", 6]
+    whole = everything(prepare(*words, out="whole").folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(split, "refuse_empty", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(*words)
+    (staged,) = tmp_path.glob(f".*/staged.{part}")
+    content = bytearray(staged.read_bytes())
+    content[200 if part.endswith("npy") else 12] ^= 1
+    staged.write_bytes(content)
+    if part != "json":  # else: as if nothing had been noted
+        with pytest.raises(SystemExit, match=f"is damaged; .* rm -r {staged.parent}"):
+            prepare(*words)
+        shutil.rmtree(staged.parent)
+    assert everything(prepare(*words).folder) == whole
 
 
 def test_a_source_that_changed_meanwhile_starts_over(tmp_path, prepare, monkeypatch, capsys):

@@ -258,3 +258,13 @@ def test_a_row_of_a_shape_that_is_known_by_name(tmp_path, case, suffix):
     if isinstance(wanted, str) and isinstance(found, list):
         found = found[-1]["content"]
     assert found == wanted
+
+
+def test_another_prompt_that_says_the_same_is_named(tmp_path):
+    for prompt in ("Ask", [ASK]):
+        path = tmp_path / "rows.jsonl"
+        row = {"instruction": prompt, "output": "Say", "query": "Ask", "problem": 7}
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        file = sources.look(places.on_disk(path))
+        assert list(sources.rows(file)) == [PAIR]
+        assert {name for _, name in file.unused} == {"query", "problem"}
