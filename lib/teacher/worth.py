@@ -116,7 +116,8 @@ def compare_answers(
     def near(answers: dict[str, list[int]]) -> float:
         ends = set(dataset.train.end_tokens())
         wanted = {key: prompt_of(dataset.val, int(key))[1] for key in rows}
-        each = [rouge_l(answers[key], [t for t in wanted[key] if t not in ends]) for key in rows]
+        ended = {key: ids[: len(ids) - (ids[-1] in ends)] for key, ids in wanted.items()}
+        each = [rouge_l(answers[key], ended[key]) for key in rows]
         return float(np.mean(each))
 
     def words(ids: list[int]) -> str:
