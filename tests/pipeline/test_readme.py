@@ -147,3 +147,11 @@ def test_pages_that_are_pointed_to_exist():
 
 def test_no_figure_is_still_to_come():
     assert not re.search(r"\b[A-Z]{4,}_[A-Z_]+\b", TEXT.replace("REAL_MODELS", "")), "a placeholder"
+
+
+def test_every_test_that_the_table_of_faults_names_is_there():
+    table = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) > 100
+    assert not [name for name in sorted(named) if f"def {name}(" not in tests]
