@@ -108,7 +108,7 @@ def compare_answers(
     say=print,
 ) -> None:
     """Say how near the answers of teacher and untouched student are to the references, in red where
-    the teacher's are further away; and show one of the teacher's."""
+    the teacher's are further away, or nowhere near; and show one of the teacher's."""
     rows = [key for key in teacher if key in student and int(key) < len(dataset.val.rows)]
     if not rows:
         return
@@ -126,10 +126,14 @@ def compare_answers(
 
     own, other = near(teacher), near(student)
     prompt, reference = prompt_of(dataset.val, int(rows[0]))
-    warning = "; WARNING: the teacher's are further from the references than the student's"
+    warning = ""
+    if own < other:
+        warning = red("; WARNING: the teacher's are further from the references than the student's")
+    elif not own:
+        warning = red("; WARNING: the teacher's have nothing of the references")
     say(
         f"val answers: ROUGE-L of the first {LONGEST} tokens to {len(rows)} prompts: teacher"
-        f" {own:.3f}, student {other:.3f}" + (red(warning) if own < other else "")
+        f" {own:.3f}, student {other:.3f}{warning}"
     )
     say(
         f"val answers: to {words(prompt[-40:])} the teacher says {words(teacher[rows[0]])}, where"

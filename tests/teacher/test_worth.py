@@ -216,6 +216,9 @@ def test_a_teacher_whose_answers_are_worse_than_the_students_is_told(world, monk
     worth.compare_answers(*pair, dataset, dataset.tokenizer(), said.append)
     assert ("\033[31m; WARNING: the teacher's are further" in said[0]) == (good == "student")
     assert "the teacher says" in said[1] and "the reference is" in said[1]
+    silent = dict.fromkeys(asked, [])
+    worth.compare_answers(silent, silent, dataset, dataset.tokenizer(), said.append)
+    assert "have nothing of the references" in said[2]
 
 
 def test_what_a_teacher_answers_is_in_the_val_dump_and_told_before_the_first_step(
