@@ -111,16 +111,19 @@ MENDS = {getattr(errno, name): mend for names, mend in MEND.items() for name in 
 
 def disk_error(error: Exception) -> tuple[str, str, str] | None:
     """Return (what is wrong, what was seen, what mends it) of an error that the disk made, or None
-    for any other: a bug must show its traceback. The libraries in Rust say it by words alone, and
-    numpy says how much of an array was written."""
+    for any other: a bug must show its traceback. The libraries in Rust say it by words alone,
+    pyarrow names the file in words, and numpy says how much of an array was written."""
+    code = None
     if isinstance(error, OSError) and error.errno:
-        number, name = error.errno, error.filename
+        named = re.search(r"local file '(.+?)'", str(error))
+        number, name = error.errno, error.filename or (named and named[1])
     else:
         code = re.search(r"\(os error (\d+)\)", str(error))
         half = re.search(r"\d+ requested and \d+ written", str(error))
         number, name = int(code[1]) if code else errno.ENOSPC if half else 0, None
     what = "a file" if name is None else os.fsdecode(name)
-    if number == errno.ENOENT and name is not None and not Path(what).absolute().parent.exists():
+    gone = code if name is None else not Path(what).absolute().parent.exists()
+    if number == errno.ENOENT and gone:
         return f"{what} is out of reach", "that its folder is gone", f"that folder, {AGAIN}"
     if number not in MENDS:
         return None

@@ -674,6 +674,11 @@ def ends_with(error):
         (OSError(errno.EIO, "broken"), ["Input/output error", "a look at that disk"]),
         (NotADirectoryError(errno.ENOTDIR, "no", "a/b"), ["a/b", "another name"]),
         (FileNotFoundError(errno.ENOENT, "no", "gone/x"), ["gone/x is out of reach"]),
+        (
+            FileNotFoundError(errno.ENOENT, "Failed to open local file 'gone/y.part'. Detail: no"),
+            ["gone/y.part is out of reach"],  # pyarrow's
+        ),
+        (Exception("No such file or directory (os error 2)"), ["a file is out of reach"]),
         (OSError("5 requested and 3 written"), ["No space left"]),  # numpy's
         (SafetensorError("I/O error: No space left on device (os error 28)"), ["No space left"]),
         (Exception("Read-only file system (os error 30)"), ["Read-only"]),  # tokenizers'
