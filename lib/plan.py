@@ -9,6 +9,7 @@ so packing changes speed, not results.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,8 @@ class Rows:
         self.args, self.dataset, self.split = args, dataset, dataset.train
         self.lengths, self.pack = self.split.rows["length"], not args.no_pack
         self.there = np.arange(len(self.lengths)) if there is None else there
-        check_lengths(self.lengths[self.there], args.tokens_per_microbatch)
+        if not (Path(args.out) / "config.json").exists():  # a finished run needs no plan
+            check_lengths(self.lengths[self.there], args.tokens_per_microbatch)
 
     def choose(self) -> list[np.ndarray]:
         """Return the rows of every step."""
@@ -157,6 +159,7 @@ class Rows:
         """Make the plan of all steps. Take over, and from now on keep up to date, what the run's
         state holds of it."""
         lengths, tokens = self.lengths[self.there], self.args.tokens_per_microbatch
+        check_lengths(lengths, tokens)  # of --fresh over a finished run
         self.line = line_length(lengths, tokens, self.args.attn)
         self.steps_of_rows = self.choose()
 

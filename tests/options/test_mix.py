@@ -329,8 +329,14 @@ def test_many_passes_and_unnamed_sources_are_said_and_their_rows_left_alone(tmp_
     folder = make.sourced(make.world(tmp_path, longest=20), (0, 1, 20), ("tiny", "code", "long"))
     rows = np.load(folder / "data" / "train.rows.npy")
     lengths = rows["length"]
+    grown, end = 70 - lengths[25], rows["start"][25] + lengths[25]
     lengths[25] = 70  # does not fit in a micro-batch, and need not
+    rows["start"][26:] += grown
     np.save(folder / "data" / "train.rows.npy", rows)
+    for part in ("tokens", "answer"):
+        path = folder / "data" / f"train.{part}.npy"
+        was = np.load(path)
+        np.save(path, np.concatenate([was[:end], np.zeros(grown, was.dtype), was[end:]]))
     make.call(stage1_sft.main, *make.stage1(folder, "--mix", "tiny:0.5 code:0.5", "--steps", 6))
     said = capsys.readouterr().out
     assert (

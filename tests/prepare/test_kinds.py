@@ -496,8 +496,8 @@ def test_small_data_is_said_with_the_flags(tmp_path, prepare, capsys):
     words = several(tmp_path, {"a": 40})
     prepare(*words, "--val", 2)
     said = capsys.readouterr().out
-    assert "val is 2 rows" in said and "--val 8" in said
-    assert "step(s) of the trainers' 16,384" in said and "--tokens-per-step" in said
+    assert "val is 2 row(s)" in said and "--val 8" in said
+    assert "1 step(s) of the trainers' 16,384" in said and "--tokens-per-step" in said
 
 
 def everything(folder):

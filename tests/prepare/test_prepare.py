@@ -832,14 +832,6 @@ BAD_FILES = {
         rows_of("a.jsonl", [{"foo": "1", "bar": "2"}]),
         ["a.jsonl", "foo, bar", "question+answer", "conversations", "--columns"],
     ),
-    "numbers as answers in json": (
-        rows_of("a.jsonl", [*PAIRS[:2], {"prompt": "p", "answer": 5}]),
-        ["a.jsonl", "row 3", "answer", "int"],
-    ),
-    "numbers as answers in parquet": (
-        rows_of("a.parquet", [{"prompt": "p", "answer": 5}]),
-        ["a.parquet", "answer", "int64", "text"],
-    ),
     "text as messages": (
         rows_of("a.parquet", [{"messages": "hello"}]),
         ["a.parquet", "row 1", "messages", "role, content"],

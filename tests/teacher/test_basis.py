@@ -737,7 +737,7 @@ def metas(folder):
         {
             name: value
             for name, value in files.read_json(folder / part / "meta.json").items()
-            if name != "teacher_folder"
+            if name not in ("teacher_folder", "seal")
         }
         for part in PARTS
     ]
@@ -1320,10 +1320,13 @@ def test_a_token_that_no_tail_ever_reaches_keeps_its_row_within_float16(tmp_path
     assert torch.isfinite(basis.load(tmp_path / "basis.safetensors", "")[0].rows).all()
 
 
-def test_measuring_asks_for_no_basis(world, tmp_path):
+def test_measuring_asks_for_the_basis_as_training_does(world, tmp_path):
+    """kl and rkl are over all tokens, those outside the top k in its shape."""
     shutil.copytree(world / "logits", tmp_path / "logits")
     (tmp_path / "logits" / "basis.safetensors").unlink()
-    assert logits.Records(tmp_path / "logits", data.Dataset(world / "data"), None).compares
+    argv = (tmp_path / "logits", data.Dataset(world / "data"), None)
+    code, words = make.ends(lambda _: logits.Records(*argv))
+    assert code == 1 and "basis.safetensors is missing" in words
 
 
 def test_a_dump_beside_chunks_whose_basis_is_lost_or_another_is_refused_before_the_first_forward_pass(
