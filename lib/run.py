@@ -180,7 +180,8 @@ class Run:
         raise SystemExit(0)
 
     def _recover(self) -> None:
-        for name in ("last", "best", "final"):
+        emptied = {path.name[1:-5] for path in self.out.glob(".*.part")}  # by a --fresh, killed
+        for name in {"last", "best", "final"} | emptied:
             files.recover(self.out / name)
 
     def _continue(self) -> None:

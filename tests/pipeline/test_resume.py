@@ -453,3 +453,12 @@ def test_fresh_empties_a_folder_where_a_save_was_killed(tmp_path, monkeypatch, f
         pass
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_fresh_left_of_any_folder_goes_with_the_next_start(world, tmp_path):
+    """make torture: keep/ was renamed to be deleted, and no later run looked there."""
+    out = tmp_path / "run"
+    for name in ("keep", "tensorboard"):
+        (out / f".{name}.part" / "x").mkdir(parents=True)
+    make.call(stage1_sft.main, *make.stage1(world, "--steps", 1, "--out", out))
+    assert not list(out.glob(".*.part"))
