@@ -113,6 +113,7 @@ def main(argv=None):
 
     # what is read, and the run that it belongs to
     rows = sampling.open_rows(args, dataset)
+    rows.check()
     source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
     inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()

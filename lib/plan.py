@@ -137,8 +137,12 @@ class Rows:
         self.args, self.dataset, self.split = args, dataset, dataset.train
         self.lengths, self.pack = self.split.rows["length"], not args.no_pack
         self.there = np.arange(len(self.lengths)) if there is None else there
-        if not (Path(args.out) / "config.json").exists():  # a finished run needs no plan
-            check_lengths(self.lengths[self.there], args.tokens_per_microbatch)
+
+    def check(self) -> None:
+        """Refuse a row that no line holds, before weights are hashed; a finished run needs no
+        plan."""
+        if not (Path(self.args.out) / "config.json").exists():
+            check_lengths(self.lengths[self.there], self.args.tokens_per_microbatch)
 
     def choose(self) -> list[np.ndarray]:
         """Return the rows of every step."""
