@@ -78,6 +78,7 @@ setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-in
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
 	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --tokenizer $(call one,$(TOKENIZER)) --out $(call one,$(DATA)) $(DATA_ARGS) $(ARGS)
+	$(if $(word 2,$(MAKECMDGOALS)),,@echo 'next: make stage1 $(subst ','\'',$(MAKEOVERRIDES))')
 
 stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
 	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(STUDENT)) --out $(call one,$(RUNS)/stage1) $(STAGE1_ARGS) $(ARGS)

@@ -31,6 +31,7 @@ Writes  --out: the lines of --prompts in their order, each with "answer" added. 
 """
 
 import argparse
+import functools
 
 import torch
 
@@ -38,6 +39,7 @@ from lib import checkpoints, files, flags, template
 from lib.chat import model, serve, talk
 from lib.measure import prompts
 from lib.options import classifier
+from lib.prepare import templates
 
 
 def parse_args(argv=None):
@@ -113,9 +115,9 @@ def run(args):
     if classifier.is_classifier(folder):
         return classify(args, folder)
     if args.dry_run:
-        return model.preflight(args)
+        return model.preflight(args, templates.make_ready)
     if args.out is not None:
-        return prompts.answer_file(args, model.load)
+        return prompts.answer_file(args, functools.partial(model.load, ready=templates.make_ready))
     # a port that is taken is said before the models are loaded
     listening = serve.open_socket(args) if args.serve else None
     if args.teacher is not None and classifier.is_classifier(local_folder(args, args.teacher)):
@@ -125,7 +127,7 @@ def run(args):
             "a language model",
             "another --teacher",
         )
-    student, teacher = model.both(args)
+    student, teacher = model.both(args, templates.make_ready)
     if args.serve:
         chats = {"student": student} | ({"teacher": teacher} if teacher else {})
         return serve.serve(args, chats, folder, listening)

@@ -12,7 +12,7 @@ The core, flat: what every reader of a trainer needs, from the floor up.
     files        files that are whole or absent, checksums, schemas, locks, errors of one line
                  (`script`: also those of the disk)
     flags        flags that several scripts share: one name, one default, one text
-    template     a conversation -> token ids and which of them are answer tokens
+    template     a tokenizer, loaded; a conversation -> token ids, which of them are answer tokens
     data         the prepared data set: memory maps, rows, batches
     plan         which rows go in which optimizer step and micro-batch: a pure function of the seed
     checkpoints  a model on disk: find it, check it, its identity, read adapters, save
@@ -32,8 +32,9 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
     options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
-               rows, classes, workers, split, quality, export, describe, demo; answers that a
-               teacher writes: answers, questions, ask (of a server), store
+               templates (chat.py is handed it), rows, classes, workers, split, quality, export,
+               describe, demo; answers that a teacher writes: answers, questions, ask (of a server),
+               store
     measure/   for chat.py --score and `make compare`: score, labels, prompts; results, runs,
                compare, entries, page, panels, plots
     chat/      for chat.py: model, talk, terminal, heat; its server: serve, routes, api, engine,
@@ -52,6 +53,7 @@ Where is ...?
     the learning rate      train.cosine; memory and disk before the first step: train.make_room
     packing, batches       plan.microbatches and plan.Rows: which rows lie on one line; data.Batch
     perplexity, KL, ...    evaluate.measure, at the val targets; BLEU and the like: measure/score.py
+    the chat template      given to a tokenizer in prepare/templates.py; written by template.render
     records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record
                            holds, byte by byte: teacher/record.py
     records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py

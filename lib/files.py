@@ -1,5 +1,5 @@
-"""Files that are whole or absent: atomic writes, folders published by rename, growing .npy files,
-checksums, what is read held against a schema, locks, one-line errors (also of the disk).
+"""Files that are whole or absent: atomic writes, folders published by rename, checksums, what is
+read held against a schema, locks, one-line errors (also of the disk).
 
     python -m lib.files data/demo logits/demo runs/demo     # `make verify`: every byte that has a
                                                             # checksum; exit code 1 if one is wrong
@@ -664,44 +664,6 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
-
-
-class NpyWriter:
-    """A one-dimensional .npy file that grows by `append`; its length enters the header at `close`.
-
-    numpy pads its header for a growing first axis, so that the header can be written again in
-    place.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
-        """Begin a file, or go on with one after its first `count` values. sum: the values' CRC-32,
-        as they are on the disk."""
-        self.dtype, self.count, self.sum = np.dtype(dtype), count, 0
-        self.file = open(path, "r+b" if count else "wb")
-        self._header()
-        left = count * self.dtype.itemsize
-        while left and (block := self.file.read(min(BLOCK, left))):
-            self.sum, left = zlib.crc32(block, self.sum), left - len(block)
-        self.file.seek(left, os.SEEK_CUR)
-        self.file.truncate()
-
-    def _header(self) -> None:
-        self.file.seek(0)
-        kind = np.lib.format.dtype_to_descr(self.dtype)
-        told = {"descr": kind, "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self.file, told)
-
-    def append(self, values: np.ndarray) -> None:
-        content = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
-        self.file.write(content)
-        self.sum = zlib.crc32(content, self.sum)
-        self.count += len(values)
-
-    def close(self) -> None:
-        end = self.file.tell()
-        self._header()
-        assert end == self.file.tell() + self.count * self.dtype.itemsize, (end, self.count)
-        self.file.close()
 
 
 def verify(folder: Path, seen: set[Path]) -> tuple[int, int, list[str]]:

@@ -165,9 +165,10 @@ class Chat:
         return self.tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
 
 
-def load(args, name=None, student=None):
+def load(args, ready, name=None, student=None):
     """Return the Chat of the model `name` (None: --ckpt). A GGUF file gets the tokenizer of the
-    `student`, if it has its tokens."""
+    `student`, if it has its tokens; ready: gives any other one its chat template
+    (prepare/templates.py)."""
     device = models.pick_device(args.device, args.threads)
     folder = checkpoints.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
     if student is not None and checkpoints.is_gguf(folder):
@@ -177,7 +178,7 @@ def load(args, name=None, student=None):
         tokenizer = template.load_tokenizer(
             checkpoints.with_tokenizer(folder), args.trust_remote_code
         )
-        template.make_ready(tokenizer, args.chat_template, args.template_args, name is not None)
+        ready(tokenizer, args.chat_template, args.template_args, name is not None)
     dtype = models.pick_dtype(args.dtype, device, folder)
     model = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
@@ -185,16 +186,16 @@ def load(args, name=None, student=None):
     return Chat(args, model.module, tokenizer)
 
 
-def both(args):
+def both(args, ready):
     """Return the Chat of --ckpt, and that of --teacher or None."""
-    student = load(args)
-    return student, None if args.teacher is None else load(args, args.teacher, student)
+    student = load(args, ready)
+    return student, None if args.teacher is None else load(args, ready, args.teacher, student)
 
 
-def preflight(args):
+def preflight(args, ready):
     """--dry-run: load what would answer, and say what it is and what it takes. Memory is that of
     one answer of the longest kind; several at once take as many caches."""
-    for chat in both(args):
+    for chat in both(args, ready):
         if chat is None:
             continue
         module, config = chat.module, chat.module.config.get_text_config()

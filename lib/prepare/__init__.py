@@ -6,6 +6,7 @@ hub          data sets of the Hugging Face hub: find, download, push
 kinds        what a file is by its first bytes: packed, encoded, or no data at all
 formats      what a file holds: columns and records of parquet, arrow, csv, json, txt
 schema       which column is the prompt, which the answer
+templates    the chat template: the tokenizer's own, named or plain; its date, its arguments
 conversations  what a row says, of any shape -> one conversation
 rows         conversations -> token ids and masks, what is dropped and why
 classes      rows that have a class each (--task classify)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from lib import checkpoints, files, flags, generate, models, run, template
-from lib.prepare import ask, quality, questions, sources
+from lib.prepare import ask, quality, questions, sources, templates
 from lib.prepare.store import ABOUT, Store, folder_name
 
 SAY_EVERY_S = 30.0
@@ -168,7 +168,7 @@ def teacher_here(args) -> tuple:
 
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     tokenizer = template.load_tokenizer(checkpoints.with_tokenizer(folder), args.trust_remote_code)
-    template.make_ready(tokenizer, args.chat_template, args.template_args, beside=True)
+    templates.make_ready(tokenizer, args.chat_template, args.template_args, beside=True)
     return folder, tokenizer
 
 

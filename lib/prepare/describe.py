@@ -220,7 +220,9 @@ def print_table(folder: Path, meta: dict) -> None:
 
 
 def say_next(folder: Path, meta: dict) -> None:
-    """Print the command that comes next."""
+    """Print the command that comes next; a Makefile knows its own."""
+    if "MAKELEVEL" in os.environ:
+        return
     student = meta["tokenizer"]
     if Path(student).is_dir() and not Path(student, "config.json").exists():
         student = "STUDENT"  # a tokenizer alone

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import flags, template
-from lib.prepare import conversations, sources, split
+from lib.prepare import conversations, sources, split, templates
 
 LEAST = 1 << 20  # characters: a shorter row is tokenized as it is, whatever --max-len
 AT_ONCE = 1 << 17  # of a longer text, tokenized at once: a token takes 300 bytes there
@@ -87,7 +87,7 @@ def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
     every = [file.columns for source in inputs for file in source.files]
     turns, dated = args.turns, ""
     if any("text" not in columns for columns in every):
-        notes, dated = template.make_ready(tokenizer, args.chat_template, args.template_args)
+        notes, dated = templates.make_ready(tokenizer, args.chat_template, args.template_args)
         for note in notes:
             print(f"prepare warning: {note}", flush=True)
     conversations = any("messages" in columns for columns in every)

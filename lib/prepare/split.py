@@ -29,6 +29,44 @@ def hash64(value: bytes, seed: int | None = None) -> int:
     return int.from_bytes(hashlib.blake2b(value, digest_size=8, key=key).digest(), "little")
 
 
+class NpyWriter:
+    """A one-dimensional .npy file that grows by `append`; its length enters the header at `close`.
+
+    numpy pads its header for a growing first axis, so that the header can be written again in
+    place.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int = 0) -> None:
+        """Begin a file, or go on with one after its first `count` values. sum: the values' CRC-32,
+        as they are on the disk."""
+        self.dtype, self.count, self.sum = np.dtype(dtype), count, 0
+        self.file = open(path, "r+b" if count else "wb")
+        self._header()
+        left = count * self.dtype.itemsize
+        while left and (block := self.file.read(min(files.BLOCK, left))):
+            self.sum, left = zlib.crc32(block, self.sum), left - len(block)
+        self.file.seek(left, os.SEEK_CUR)
+        self.file.truncate()
+
+    def _header(self) -> None:
+        self.file.seek(0)
+        kind = np.lib.format.dtype_to_descr(self.dtype)
+        told = {"descr": kind, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self.file, told)
+
+    def append(self, values: np.ndarray) -> None:
+        content = np.ascontiguousarray(values, dtype=self.dtype).tobytes()
+        self.file.write(content)
+        self.sum = zlib.crc32(content, self.sum)
+        self.count += len(values)
+
+    def close(self) -> None:
+        end = self.file.tell()
+        self._header()
+        assert end == self.file.tell() + self.count * self.dtype.itemsize, (end, self.count)
+        self.file.close()
+
+
 @dataclass
 class Staged:
     """Rows that were read and tokenized into a folder, and which of them are validation rows.
@@ -54,7 +92,7 @@ class Staging:
         self.folder = folder
         begun = state or {"rows": 0, "tokens": 0, "prompts": 0}
         self.tokens, self.answer, self.rows = (
-            files.NpyWriter(folder / f"staged.{part}.npy", dtype, begun[size])
+            NpyWriter(folder / f"staged.{part}.npy", dtype, begun[size])
             for part, dtype, size in (
                 *(("tokens", np.uint32, "tokens"), ("answer", bool, "tokens")),
                 ("rows", STAGED, "rows"),
@@ -269,7 +307,7 @@ def write_sides(partial: Path, staged: Staged) -> None:
             records[name] = mine[name]
         for name, counted in (("start", "length"), ("first_target", "targets")):
             records[name][1:] = np.cumsum(mine[counted][:-1], dtype=np.uint64)
-        writer = files.NpyWriter(partial / f"{side}.rows.npy", data.ROW)
+        writer = NpyWriter(partial / f"{side}.rows.npy", data.ROW)
         writer.append(records)
         writer.close()
     if (partial / "staged.prompts.jsonl").stat().st_size:
@@ -287,9 +325,7 @@ def write_sides(partial: Path, staged: Staged) -> None:
 
 def _copy(partial: Path, part: str, dtype, staged: Staged) -> None:
     """Copy the staged tokens or answers to both sides, a block at a time."""
-    train, val = (
-        files.NpyWriter(partial / f"{side}.{part}.npy", dtype) for side in ("train", "val")
-    )
+    train, val = (NpyWriter(partial / f"{side}.{part}.npy", dtype) for side in ("train", "val"))
     lengths = staged.rows["length"]
     ends = np.cumsum(lengths, dtype=np.int64)
     # plain reads: the pages of a memory map would count as this process's memory

@@ -17,7 +17,7 @@ import chat
 from lib import checkpoints, files, template
 from lib.chat import model, talk, terminal
 from lib.measure import prompts, score
-from lib.prepare import demo
+from lib.prepare import demo, templates
 
 QUESTIONS = [
     "Ann has 38 apples. She buys 45 more. How many apples does Ann have now?",
@@ -542,7 +542,7 @@ def test_oldest_turns_are_dropped_when_the_context_is_full(
 
 def test_system_prompt_and_last_turns_stay_when_old_ones_are_dropped(checkpoint):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = model.load(args)
+    talking = model.load(args, templates.make_ready)
     messages = [{"role": "system", "content": "Add the ones"}]
     for name in demo.PEOPLE:
         messages.append(
@@ -858,7 +858,7 @@ def test_a_data_folder_without_held_out_prompts_is_refused(checkpoint, tmp_path,
 @pytest.mark.parametrize("context", [256, 40, 3])
 def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(checkpoint, context):
     args = chat.parse_args(["--ckpt", str(checkpoint), *SHORT])
-    talking = model.load(args)
+    talking = model.load(args, templates.make_ready)
     talking.context = context
     lengths, forward = [], talking.module.forward
 
@@ -964,7 +964,7 @@ def test_greedy_says_nothing_of_how_the_checkpoint_samples(checkpoint, tmp_path,
     assert out.strip() == plain(checkpoint, QUESTIONS[0]).strip() and "flags" not in err
     for more in ([], ["--temperature", "0.9"]):  # and what it samples by is still the checkpoint's
         args = chat.parse_args([*argv, *more])
-        made = model.load(args)
+        made = model.load(args, templates.make_ready)
         made.answer(made.ids([{"role": "user", "content": "x"}]))
         how = made.sampling()
         assert (how.top_k, how.top_p, how.min_p) == (20, 0.8, 0.05) and how.temperature > 0.6

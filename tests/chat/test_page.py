@@ -11,6 +11,7 @@ import torch
 
 import chat
 from lib.chat import model, serve
+from lib.prepare import templates
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,7 +65,7 @@ def server(run):
     listening = serve.open_socket(args)
     made = serve.Server(
         args,
-        dict(zip(("student", "teacher"), model.both(args))),
+        dict(zip(("student", "teacher"), model.both(args, templates.make_ready))),
         run / "stage2" / "best",
         listening,
     )

@@ -38,7 +38,7 @@ from lib import generate, template
 from lib.chat import api, engine, routes, serve
 from lib.chat import model as chat_model
 from lib.chat.text import Text
-from lib.prepare import demo
+from lib.prepare import demo, templates
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted(path.name for path in (ROOT / "tests/templates").iterdir())
@@ -80,7 +80,7 @@ def served(run, *argv, teacher=False):
     ]
     args = chat.parse_args(argv + (["--teacher", str(run / "teacher")] if teacher else []))
     listening = serve.open_socket(args)
-    student, other = chat_model.both(args)
+    student, other = chat_model.both(args, templates.make_ready)
     chats = {"student": student} | ({"teacher": other} if other else {})
     return serve.Server(args, chats, run / "stage2/best", listening)
 
@@ -1193,7 +1193,7 @@ def test_a_prompt_of_the_samples_is_shown_as_it_was_asked(tmp_path, name):
         tokenizer.chat_template = (ROOT / "tests/templates" / name).read_text()
         marks = re.findall(r"<[|a-z_]\w+[|a-z_]?>|\[/?INST\]", tokenizer.chat_template)
         tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks})})
-    template.ensure_template(tokenizer)
+    templates.ensure_template(tokenizer)
     talks = [user("How many eggs?\n\nSay a number."), user("Why?")]
     talks.append([{"role": "assistant", "content": "Because."}, *user("Oh?")])
     talks[2] = [*user("Why?"), *talks[2]]
@@ -1400,7 +1400,7 @@ def test_a_heatmap_is_zero_for_a_student_that_is_its_teacher_and_not_for_another
     )
     same = serve.Server(
         args,
-        dict(zip(("student", "teacher"), chat_model.both(args))),
+        dict(zip(("student", "teacher"), chat_model.both(args, templates.make_ready))),
         run / "stage2/best",
         serve.open_socket(args),
     )

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import chat
 from lib import files, template
 from lib.chat import heat, model, talk, terminal
-from lib.prepare import demo
+from lib.prepare import demo, templates
 
 QUESTIONS = ["Ann has 38 apples.", "How many?", "Tom has 71 pens and Eva has 12."]
 SHORT = ["--device", "cpu", "--threads", "1", "--max-new-tokens", "12"]
@@ -87,7 +87,7 @@ def converse(world, monkeypatch, capsys):
 
 def talking(world, *more):
     args = chat.parse_args(["--ckpt", str(world / "student"), "--greedy", *SHORT, *more])
-    return talk.Conversation(*model.both(args), args)
+    return talk.Conversation(*model.both(args, templates.make_ready), args)
 
 
 # --- commands
@@ -307,7 +307,7 @@ def test_a_cache_that_cannot_be_cut_is_not_kept(tmp_path):
         MistralConfig(sliding_window=8, eos_token_id=3, pad_token_id=3, **small)
     ).save_pretrained(folder)
     args = chat.parse_args(["--ckpt", str(folder), "--greedy", *SHORT])
-    here = talk.Conversation(model.load(args), None, args)
+    here = talk.Conversation(model.load(args, templates.make_ready), None, args)
     assert here.student.remembered([1, 2, 3]) is None
     for question in ("w5 w6 w7", "w9"):
         talk.answer_message(here, question)
@@ -485,10 +485,10 @@ def test_a_gguf_file_is_a_teacher_with_the_students_tokenizer(tmp_path, capsys):
     to_gguf(
         tmp_path / "teacher", tmp_path / "other.gguf", [*WORDS[:7], WORDS[8], WORDS[7], *WORDS[9:]]
     )
-    student, teacher = model.both(chat.parse_args(command("teacher.gguf")))
+    student, teacher = model.both(chat.parse_args(command("teacher.gguf")), templates.make_ready)
     assert "de-quantizing" not in capsys.readouterr().err
     assert teacher.tokenizer is student.tokenizer
-    _, wanted = model.both(chat.parse_args(command("teacher")))
+    _, wanted = model.both(chat.parse_args(command("teacher")), templates.make_ready)
     places = [
         heat.compare_tokens(wanted.module, other.module, wanted.tokenizer, [1, 7, 2], [8, 9, 3])
         for other in (teacher, student)

@@ -16,6 +16,7 @@ import dump_logits
 import stage1_sft
 import stage2_kd
 from lib import checkpoints, files, generate, models, template
+from lib.prepare import templates
 
 SIZES = dict(
     vocab_size=make.V,
@@ -382,7 +383,7 @@ def test_blanks_of_sentencepiece_are_blanks_in_a_gguf_file(monkeypatch):
 )
 def test_a_template_that_raises_is_one_line(text):
     words = tt.tiny(text)
-    template.ensure_template(words)
+    templates.ensure_template(words)
     with pytest.raises(SystemExit, match="the chat template refused the conversation"):
         template.prompt_ids(words, tt.chat("x"))
     (reason,) = template.encode(words, [tt.chat("x", "y")])
@@ -399,6 +400,6 @@ def test_a_template_that_raises_is_one_line(text):
     ),
 )
 def test_a_template_without_end_is_one_line(text, monkeypatch):
-    monkeypatch.setattr(template, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 1)
     with pytest.raises(SystemExit, match="the chat template of .*does not end"):
-        template.ensure_template(tt.tiny(text))
+        templates.ensure_template(tt.tiny(text))

@@ -17,10 +17,11 @@ import chat
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import checkpoints, data, files, models, template, train
+from lib import checkpoints, data, files, models, train
 from lib import run as runs
 from lib.measure import plots
 from lib.options import lora
+from lib.prepare import templates
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(4, 24)[None]
@@ -352,7 +353,7 @@ def test_save_dtype_is_that_of_adapter_and_merged_weights(world, tmp_path, more)
 
 
 def test_chat_answers_alike_from_an_adapter_and_from_merged_weights(world, capsys, monkeypatch):
-    monkeypatch.setattr(template, "make_ready", lambda *args: None)
+    monkeypatch.setattr(templates, "make_ready", lambda *args: None)
     said = []
     for folder in ("adapter/final", "merged/final", "merged/final/adapter", "adapter", "merged"):
         chat.main(
