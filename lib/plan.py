@@ -8,12 +8,15 @@ so packing changes speed, not results.
 `Rows` is the plan of one run. What chooses rows in another way (lib/options) makes such a one too.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lib import data, files
 
@@ -200,9 +203,15 @@ class Rows:
         return self.steps_of_rows[step]
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        """Yield the micro-batches of a step, on a device."""
-        tokens = self.args.tokens_per_microbatch
-        for lines in microbatches(self.of(step), self.lengths, tokens, self.line, self.pack):
+        """Yield the micro-batches of a step, on a device; of a step that takes long, say how far it
+        has come."""
+        tokens, said_at = self.args.tokens_per_microbatch, time.monotonic()
+        parts = microbatches(self.of(step), self.lengths, tokens, self.line, self.pack)
+        for done, lines in enumerate(parts):
+            if time.monotonic() - said_at > files.TOLD_EVERY_S:
+                said_at = time.monotonic()
+                told = f"step {step}: {done} of {len(parts)} micro-batches"
+                tqdm.write(told, file=sys.stderr)  # above the progress bar, if there is one
             yield self.split.batch(lines).to(device)
 
     def targets(self, step: int) -> int:

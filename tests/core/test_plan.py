@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from lib import plan
+from lib import files, plan
 
 LENGTHS = np.random.default_rng(1).integers(3, 200, 500).astype(np.uint32)
 ROWS = np.arange(500)
@@ -108,3 +110,16 @@ def test_a_run_of_so_many_steps_has_them_whatever_the_epochs(count):
     assert [step.tolist() for step in run] == [
         step.tolist() for step in plan.whole_run(ROWS, LENGTHS, 0, 1000, 9, count)
     ]
+
+
+@pytest.mark.parametrize("every_s, told", [(-1.0, 3), (1e9, 0)])
+def test_a_step_that_takes_long_says_how_far_it_is(monkeypatch, capsys, every_s, told):
+    monkeypatch.setattr(files, "TOLD_EVERY_S", every_s)
+    split = SimpleNamespace(
+        rows={"length": np.full(3, 8)}, batch=lambda lines: SimpleNamespace(to=lambda _: lines)
+    )
+    args = SimpleNamespace(no_pack=False, tokens_per_microbatch=8)
+    rows = plan.Rows(args, SimpleNamespace(train=split))
+    rows.line, rows.steps_of_rows = 8, [np.arange(3)]
+    assert len(list(rows.batches(0, None))) == 3
+    assert capsys.readouterr().err.count("of 3 micro-batches") == told
