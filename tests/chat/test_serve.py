@@ -1159,7 +1159,7 @@ def test_a_signal_in_a_pass_that_takes_long_is_no_crash(run, tmp_path):
 
 
 def test_ctrl_c_while_a_model_is_loaded_is_one_line(run, monkeypatch, capsys):
-    def interrupted(args):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat_model, "both", interrupted)
