@@ -257,7 +257,7 @@ def chat_prompt(
     does not take these messages."""
     messages = template.with_system(template_messages(messages), system)
     if tools:
-        messages[0]["tools"] = tools
+        messages[-1]["tools"] = tools  # the one that is never left out
     try:
         more = template_args or {}
         ids, dropped = (

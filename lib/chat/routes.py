@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import logging
 import math
 import re
 import threading
@@ -27,9 +26,8 @@ import torch
 from lib import files, template
 from lib.chat import api, heat
 from lib.chat.api import Refused, ServedModel
-from lib.chat.engine import Busy, Job
+from lib.chat.engine import Busy, Job, log
 
-log = logging.getLogger("distil")
 HERE = Path(__file__).parent
 BODY_BYTES = 1 << 20  # largest body of a request
 HEAT_TOKENS = 4096  # longest prompt and answer of a heat-map
