@@ -526,7 +526,8 @@ def test_sampled_greedy_and_penalised_answers_in_one_batch_are_those_of_each_alo
 
 # --- what clients send
 
-# as they sent it to bench/serving/clients.py; the fields of each that are named as ignored
+# as their sources write it (bench/serving/clients.py runs the first two); which of its fields are
+# named as ignored
 SENT = {
     "lm-eval": (
         "chat/completions",
