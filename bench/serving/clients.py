@@ -174,7 +174,7 @@ def main(argv=None):
                 made = json.loads(Path(folder, "guide.json").read_text())["benchmarks"][0]
                 print(f"  {made['metrics']['request_totals']}")
         metrics = urllib.request.urlopen(url[:-3] + "/metrics").read().decode()
-        print(*re.findall(r"distil_requests_total.*", metrics), sep="\n")
+        print(*re.findall(r"distil_requests_total\{.*", metrics), sep="\n")
     finally:
         server.terminate()
         server.wait()
