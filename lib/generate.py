@@ -62,7 +62,8 @@ UNKNOWN = (
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. temperature 0: the likeliest; top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 are off. stops: tokens that end."""
+    repetition_penalty 1 are off. stops: tokens that end; min_tokens: none of them before so many.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -70,6 +71,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stops: tuple[int, ...] = ()
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,14 @@ class Likely:
 @dataclass(frozen=True)
 class Answer:
     """ids: the tokens written, without `end`, the one that ended it (None: none did). finish: stop,
-    or length (cut at max_new_tokens or at the model's context)."""
+    or length (cut at max_new_tokens or at the model's context). likely: of `end`, where the request
+    asked."""
 
     request: Request
     ids: list[int]
     finish: str
     end: int | None = None
+    likely: Likely | None = None
 
 
 @contextmanager
@@ -423,6 +427,11 @@ class InFlight:
         """Return the next token of the rows in these places, (B,), each in its own way, and note in
         `likely` what is asked about it."""
         rows = [self.rows[place] for place in places]
+        plain = logits
+        for i, row in enumerate(rows):
+            if row and len(row.ids) < row.how.min_tokens:
+                logits = logits.clone() if logits is plain else logits
+                logits[i, [end for end in row.how.stops if end < logits.shape[-1]]] = -torch.inf
         uniform = torch.tensor([row.drawn() if row else 0.0 for row in rows], device=self.device)
         ways = list(dict.fromkeys(row.how for row in rows if row)) or [self.how]
         if len(ways) == 1:
@@ -442,7 +451,7 @@ class InFlight:
             if row and row.request.top is not None:
                 tops[i] = row.request.top
         if asking := list(tops):
-            logp = logits[asking].float().log_softmax(-1)
+            logp = plain[asking].float().log_softmax(-1)
             values, ids = logp.topk(min(logp.shape[-1], max(tops.values())))
             own = logp.gather(1, chosen[asking, None])[:, 0].tolist()
             for i, one, *pair in zip(asking, own, ids.tolist(), values.tolist()):
@@ -622,7 +631,7 @@ def generate(
             if finish:
                 batch.rows[place] = None
                 end = next_id if next_id in row.how.stops else None
-                yield Answer(row.request, row.ids, finish, end)
+                yield Answer(row.request, row.ids, finish, end, batch.likely.get(place))
 
 
 def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Request]:

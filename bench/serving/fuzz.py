@@ -34,7 +34,7 @@ NUMBERS = """0 1 2 3 -1 16 17 1000 5.0 1.5 -0.0 1e2 1e9 1e18 -1e18 1e19 1e300 1e
 FIELDS = """temperature top_p top_k min_p repetition_penalty max_tokens max_completion_tokens seed n
     logprobs top_logprobs frequency_penalty presence_penalty stop stream stream_options fit tools
     logit_bias user best_of echo suffix response_format metadata store messages prompt model answer
-    finished unknown chat_template_kwargs""".split()
+    finished unknown chat_template_kwargs min_tokens ignore_eos stop_token_ids""".split()
 ROUTES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "How many?"}]},
     "/v1/completions": {"prompt": "Ann has"},

@@ -2,8 +2,10 @@
 or as a stream of server-sent events.
 
 Contract: lib/chat/openapi.json says what is asked and answered; a body is checked against it before
-anything else happens. Whatever is wrong with a request raises Refused, whose body is {"error":
-{"message", "type", "param", "code"}}, as OpenAI's clients expect.
+anything else happens. What it does not name is ignored, and the answer's header says so; what would
+change the answer and cannot be done stands there as NotSupported. Whatever is wrong with a request
+raises Refused, whose body is {"error": {"message", "type", "param", "code"}}, as OpenAI's clients
+expect.
 """
 
 import dataclasses
@@ -13,15 +15,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from urllib.parse import quote
 
 from lib import generate, template
 from lib.chat.engine import Engine, Event, Job
 
-ANSWERS = 16  # most answers of one request
 # least time between two writes of one stream: nobody reads faster, and a small model is not held up
 # by its own announcements
 PACE_S = 0.02
 VALUES = 10_000  # most values in a body; to check one against the schema takes 0.1 ms
+NOT_DONE = "Not supported"  # so the schema describes what would change the answer and is not done
+# what a message may hold beside its text, as lib/template.py writes it
+BESIDE_TEXT = ("name", "reasoning_content", "tool_calls", "tool_call_id")
 WATCH_S = 0.5  # how often an answer that waits looks whether its client is still there
 
 
@@ -82,8 +87,10 @@ class ServedModel:
             # nothing but the likeliest token; the division would overflow
             cold = temperature is not None and temperature < 1e-4
             how = self.chat.sampling(0.0 if cold else temperature, body.get("top_p"))
-        more = {name: body.get(name) for name in ("top_k", "min_p", "repetition_penalty")}
-        return dataclasses.replace(how, **{k: v for k, v in more.items() if v is not None})
+        names = ("top_k", "min_p", "repetition_penalty", "min_tokens")
+        more = {name: max(0, body[name]) for name in names if name in body}  # top_k -1: off
+        stops = () if body.get("ignore_eos") else how.stops
+        return dataclasses.replace(how, stops=(*stops, *body.get("stop_token_ids", ())), **more)
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,23 @@ def outline(body: object) -> object:
     return cut(body)
 
 
-def checked(request, validator) -> dict:
-    """Return a POST's body, if it is what the schema says. Raises Refused (400, 413, 415)."""
+def validator(schema: dict):
+    """Return what finds a body's faults; a field that the schema does not name is one of
+    `additionalProperties`, unless it says nothing."""
+    import jsonschema
+
+    def unknown(_, more, instance, schema):
+        for name in instance if isinstance(instance, dict) else ():
+            if name not in schema["properties"] and instance[name] not in (None, "", [], {}):
+                yield jsonschema.ValidationError(name)
+
+    base = jsonschema.Draft202012Validator
+    return jsonschema.validators.extend(base, {"additionalProperties": unknown})(schema)
+
+
+def checked(request, validator) -> tuple[dict, list[str]]:
+    """Return a POST's body, if it is what the schema says, and which fields of it the schema does
+    not name. Raises Refused (400, 413, 415)."""
     import jsonschema
 
     # curl -d calls everything a form
@@ -176,30 +198,41 @@ def checked(request, validator) -> dict:
         )
         # half a surrogate pair can be written in JSON, and is no text
         json.dumps(body, ensure_ascii=False).encode("utf-8")
-        fault = jsonschema.exceptions.best_match(validator.iter_errors(outline(body)))
+        faults = [*validator.iter_errors(outline(body))]
     except (ValueError, RecursionError) as broken:
         raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
-    if fault is not None:
+    wrong, not_done, names = [], [], set()
+    for fault in faults:
+        place = [at for at in (*fault.absolute_path, fault.message) if type(at) is not int]
+        if fault.validator == "additionalProperties":
+            names.add(quote(".".join(place))[:100])
+        elif fault.schema.get("description", "").startswith(NOT_DONE):
+            not_done.append(fault)
+        else:
+            wrong.append(fault)
+    if fault := jsonschema.exceptions.best_match(not_done or wrong):
         where = ".".join(map(str, fault.absolute_path)) or None
-        said = (
-            fault.message
-            if len(fault.message) <= 200
-            else f"{fault.message[:100]} ... {fault.message[-100:]}"
-        )
+        said = fault.schema["description"] if not_done else fault.message
+        said = said if len(said) <= 200 else f"{said[:100]} ... {said[-100:]}"
         raise Refused(400, f"{where}: {said}" if where else said, where)
-    return {name: value for name, value in body.items() if value is not None}
+    return {name: value for name, value in body.items() if value is not None}, sorted(names)[:20]
 
 
 def template_messages(messages: list[dict]) -> list[dict]:
-    """Return messages as chat templates know them: text alone, and system for developer."""
+    """Return messages as chat templates know them: text alone, system for developer, and what
+    belongs to a call or a trace."""
 
     def text(content):
-        return content if isinstance(content, str) else "".join(part["text"] for part in content)
+        if isinstance(content, list):
+            return "".join(part["text"] for part in content)
+        return content or ""  # a call may have none
 
-    return [
-        {"role": {"developer": "system"}.get(m["role"], m["role"]), "content": text(m["content"])}
-        for m in messages
-    ]
+    made = []
+    for m in messages:
+        role = {"developer": "system"}.get(m["role"], m["role"])
+        more = {name: m[name] for name in BESIDE_TEXT if m.get(name)}
+        made.append({"role": role, "content": text(m.get("content"))} | more)
+    return made
 
 
 def template_arguments(body: dict) -> dict:
@@ -207,7 +240,8 @@ def template_arguments(body: dict) -> dict:
     args = body.get("chat_template_kwargs") or {}
     if fault := template.bad_arguments(args):
         raise Refused(400, f"chat_template_kwargs: {fault} is no argument", "chat_template_kwargs")
-    return args
+    effort = {"reasoning_effort": body["reasoning_effort"]} if "reasoning_effort" in body else {}
+    return effort | args
 
 
 def chat_prompt(
@@ -216,11 +250,14 @@ def chat_prompt(
     system: str | None,
     fit: bool = False,
     template_args: dict | None = None,
+    tools: list[dict] | None = None,
 ) -> tuple[list[int], list[dict], int]:
     """Return the prompt's tokens, the messages that they say, and how many are left out: with `fit`
     the oldest turns, if they leave no room for an answer. Raises Refused where the chat template
     does not take these messages."""
     messages = template.with_system(template_messages(messages), system)
+    if tools:
+        messages[-1]["tools"] = tools  # the one that is never left out
     try:
         more = template_args or {}
         ids, dropped = (
@@ -232,8 +269,9 @@ def chat_prompt(
     return ids, messages[:first] + messages[first + dropped :], dropped
 
 
-def completion_prompts(side: ServedModel, asked) -> list[list[int]]:
-    """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
+def completion_prompts(side: ServedModel, asked) -> tuple[list[list[int]], list[str]]:
+    """Return the tokens of a completion's prompts, and their texts: a text, tokens, or a list of
+    either."""
     several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
     vocabulary = side.chat.module.config.get_text_config().vocab_size
     for prompt in several:
@@ -241,49 +279,67 @@ def completion_prompts(side: ServedModel, asked) -> list[list[int]]:
             raise Refused(
                 400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt"
             )
-    return [
-        side.chat.tokenizer(prompt, verbose=False).input_ids if isinstance(prompt, str) else prompt
-        for prompt in several
-    ]
+    ids, texts, tokenizer = [], [], side.chat.tokenizer
+    for prompt in several:
+        known = isinstance(prompt, str)
+        ids.append(tokenizer(prompt, verbose=False).input_ids if known else prompt)
+        texts.append(prompt if known else tokenizer.decode(prompt, skip_special_tokens=True))
+    return ids, texts
 
 
 def asked_of(side: ServedModel, args, body: dict, chat: bool) -> Asked:
     """Return what a body of a chat, or of a completion, asks of a model. Raises Refused."""
     if not chat:
-        prompts, dropped = completion_prompts(side, body["prompt"]), 0
-        top = body.get("logprobs")
+        (prompts, texts), dropped = completion_prompts(side, body["prompt"]), 0
+        top, echoes = body.get("logprobs"), texts if body.get("echo") else None
     else:
+        if body.get("tools") and body.get("tool_choice") != "none":
+            said = (
+                "tools: an answer is text, not a call; with tool_choice none the template has them"
+            )
+            raise Refused(400, said, "tools")
         fit = body.get("fit", False)
         more = template_arguments(body)
-        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit, more)
-        prompts = [ids]
+        tools = body.get("tools")
+        ids, _, dropped = chat_prompt(side, body["messages"], args.system, fit, more, tools)
+        prompts, echoes = [ids], None
         if body.get("top_logprobs") and not body.get("logprobs"):
             raise Refused(400, "top_logprobs is given, and logprobs is not true", "top_logprobs")
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
     name = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
-    jobs = jobs_of(name, side, args, body, prompts, top)
+    jobs = jobs_of(name, side, args, body, prompts, top, echoes)
     usage = bool((body.get("stream_options") or {}).get("include_usage"))
     return Asked(side, chat, prompts, jobs, dropped, usage)
 
 
 def jobs_of(
-    name: str, side: ServedModel, args, body: dict, prompts: list[list[int]], top: int | None
+    name: str,
+    side: ServedModel,
+    args,
+    body: dict,
+    prompts: list[list[int]],
+    top: int | None,
+    echoes: list[str] | None,
 ) -> list[Job]:
-    """Return the jobs of a request, n for each prompt, all heard of by one queue. Raises
-    Refused."""
+    """Return the jobs of a request, n for each prompt, all heard of by one queue. echoes: the texts
+    of the prompts, where the answers begin with them. Raises Refused."""
     context, count = side.chat.context, body.get("n", 1)
     param = "messages" if "messages" in body else "prompt"
-    if len(prompts) * count > ANSWERS:
+    if len(prompts) * count > (room := args.slots + args.queue):
         raise Refused(
             400,
             f"{len(prompts)} prompts and n = {count} are {len(prompts) * count} answers, wanted at"
-            f" most {ANSWERS}",
+            f" most {room} (--slots and --queue)",
             "n",
         )
+    limit = min(
+        body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens)),
+        args.longest,
+    )
     for prompt in prompts:
         if not prompt:
             raise Refused(400, "the prompt is empty", param)
-        if context and len(prompt) >= context:
+        if context and len(prompt) + bool(limit) > context:
             raise Refused(
                 400,
                 f"the prompt has {len(prompt)} tokens, and the model sees {context} with the"
@@ -291,19 +347,16 @@ def jobs_of(
                 param,
                 "context_length_exceeded",
             )
-    limit = min(
-        body.get("max_completion_tokens", body.get("max_tokens", side.chat.how.max_new_tokens)),
-        args.longest,
-    )
     stops = body.get("stop", ())
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     seed = body.get("seed", secrets.randbits(32)) % (1 << 63)
     how, events, deadline = side.sampling(body), SimpleQueue(), time.monotonic() + args.time_limit
     jobs = []
-    for prompt in prompts:
+    for prompt, echo in zip(prompts, echoes or [None] * len(prompts)):
         for number in range(count):
             own, index = seed + number, len(jobs)
-            jobs.append(Job(prompt, limit, how, own, deadline, events, index, stops, top, name))
+            more = (events, index, stops, top, name, echo)
+            jobs.append(Job(prompt, limit, how, own, deadline, *more))
     return jobs
 
 
@@ -380,18 +433,21 @@ def token_text(side: ServedModel, token: int) -> dict:
     }
 
 
-def logprobs(side: ServedModel, chat: bool, tokens) -> dict | None:
+def logprobs(asked: Asked, tokens) -> dict | None:
     """Return the log-probabilities of tokens, as OpenAI's chat or older completions have them; None
     where they were not asked for."""
-    if not tokens or tokens[0].likely is None:
+    if not tokens or asked.jobs[0].top is None:
         return None
 
     def entry(token, logp):
-        return token_text(side, token) | {"logprob": max(logp, -9999.0)}  # JSON knows no -inf
+        told = logp if logp is None or logp > -9999.0 else -9999.0  # JSON knows no -inf and no NaN
+        return token_text(asked.side, token) | {"logprob": told}
 
-    own = [entry(token.id, token.likely.logp) for token in tokens]
-    top = [[entry(*pair) for pair in token.likely.top] for token in tokens]
-    if chat:
+    # before the first token of a prompt there is nothing to know it by
+    likely = [(token.id, token.likely or generate.Likely(None, [])) for token in tokens]
+    own = [entry(token, of.logp) for token, of in likely]
+    top = [[entry(*pair) for pair in of.top] for _, of in likely]
+    if asked.chat:
         return {"content": [one | {"top_logprobs": best} for one, best in zip(own, top)]}
     return {
         "tokens": [one["token"] for one in own],
@@ -417,7 +473,7 @@ def whole(asked: Asked, gone) -> dict | None:
         said = {"text": text[index]}
         if asked.chat:
             said = {"message": {"role": "assistant", "content": text[index]}}
-        likely = logprobs(asked.side, asked.chat, tokens[index])
+        likely = logprobs(asked, tokens[index])
         choices.append({"index": index, **said, "logprobs": likely, "finish_reason": finish[index]})
     head = asked.head("chat.completion" if asked.chat else "text_completion")
     return head | {"choices": choices} | asked.cost()
@@ -426,7 +482,7 @@ def whole(asked: Asked, gone) -> dict | None:
 def event_stream(asked: Asked, gone) -> Iterator[str]:
     """Yield server-sent events: the answers as they are written, then what they cost, then
     [DONE]."""
-    side, chat, missing = asked.side, asked.chat, len(asked.jobs)
+    chat, missing = asked.chat, len(asked.jobs)
     head = asked.head("chat.completion.chunk" if chat else "text_completion")
     if asked.usage:
         head["usage"] = None
@@ -451,7 +507,7 @@ def event_stream(asked: Asked, gone) -> Iterator[str]:
     try:
         for event in heard(asked.jobs, gone, PACE_S):
             if event.text or event.tokens:
-                likely = logprobs(side, chat, event.tokens)
+                likely = logprobs(asked, event.tokens)
                 yield chunk(event.index, {"content": event.text}, event.text, likely)
             if event.finish:
                 missing -= 1

@@ -21,6 +21,7 @@ from queue import SimpleQueue
 import torch
 
 from lib import generate
+from lib.chat import heat
 from lib.chat.text import Text
 
 log = logging.getLogger("distil")
@@ -81,7 +82,8 @@ class Event:
 class Job:
     """One answer that is asked for. ids: the prompt; limit: most tokens; deadline: by
     time.monotonic(), when it is cut; events: where it is heard of (several jobs may share one
-    queue: `index` tells them apart); name: of its request, for the log."""
+    queue: `index` tells them apart); name: of its request, for the log; echo: the prompt's text,
+    where it is to stand before the answer."""
 
     ids: list[int]
     limit: int
@@ -93,6 +95,7 @@ class Job:
     stops: tuple[str, ...] = ()
     top: int | None = None
     name: str = ""
+    echo: str | None = None
     cancelled: bool = False
     # what the engine notes: its text so far, once it is begun; its tokens, how many they are, those
     # whose text is not shown yet, characters shown; cut by its deadline; to be in work with no
@@ -286,12 +289,32 @@ class Engine:
                     self.fresh.add(job)
             if job:
                 if job.text is None:
+                    if job.echo is not None:
+                        self.say_prompt(job)
                     job.text, job.begun = Text(self.tokenizer, job.stops), self.busy_s
                     self.prompt_tokens += len(job.ids)
                 written = tuple(job.written)
-                yield generate.Request(job, job.ids, job.limit, job.seed, job.how, job.top, written)
+                made = generate.Request(
+                    job, job.ids, job.limit, job.seed, job.how, job.top, written
+                )
+                if job.limit:
+                    yield made
+                else:
+                    self.finish(generate.Answer(made, [], "length"))
             elif self.working:
                 yield None
+
+    def say_prompt(self, job: Job) -> None:
+        """Put an event for the prompt, which becomes the beginning of the answer."""
+        told, offset, text = [], 0, Text(self.tokenizer)
+        if job.top is not None:
+            with self:
+                likely = heat.likely_tokens(self.module, job.ids, job.top)
+            for token, one in zip(job.ids, likely):
+                told.append(WrittenToken(token, offset, one))
+                offset += len(text.add(token))
+        job.shown = len(job.echo)
+        job.events.put(Event(job.index, job.echo, tuple(told)))
 
     def token(self, request: generate.Request, token: int, likely: generate.Likely | None) -> bool:
         """Hear of a token; True ends its answer."""
@@ -329,6 +352,8 @@ class Engine:
             return
         try:
             rest = job.text.end()
+            if answer.end is not None and job.echo is not None:  # as OpenAI's has it
+                job.hidden.append(WrittenToken(answer.end, job.shown + len(rest), answer.likely))
             finish = "stop" if job.text.stopped else "length" if job.late else answer.finish
             self.tell(job, rest, finish, every=not job.text.stopped)
         except Exception as broken:  # one request must not end the others

@@ -73,6 +73,22 @@ def compare_tokens(
     return found
 
 
+@generate.one_memory_error()
+@torch.inference_mode()
+def likely_tokens(module: nn.Module, ids: list[int], top: int) -> list[generate.Likely | None]:
+    """Return how likely a model finds each token of a text behind those before it; None for the
+    first."""
+    model = models.Model(module, models.body_of(module), None)
+    found: list[generate.Likely | None] = [None]
+    for part, z in model.head(model.vocab).chunks(hidden(model, ids[:1], ids[1:])):
+        logp = logarithms(z)
+        own = logp.gather(1, torch.tensor(ids[1:][part], device=z.device)[:, None])[:, 0].tolist()
+        values, best = logp.topk(min(top, model.vocab))
+        for one, *pair in zip(own, best.tolist(), values.tolist()):
+            found.append(generate.Likely(one, list(zip(*pair))))
+    return found
+
+
 def top_tokens(logs: Tensor, count: int, word) -> list[list[tuple[str, float]]]:
     """Return the likeliest tokens of each row of log-probabilities (n, V), as (text, probability).
     word(token): its text."""

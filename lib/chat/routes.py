@@ -26,11 +26,12 @@ import torch
 from lib import files, template
 from lib.chat import api, heat
 from lib.chat.api import Refused, ServedModel
-from lib.chat.engine import Busy, Job
+from lib.chat.engine import Busy, Job, log
 
 HERE = Path(__file__).parent
 BODY_BYTES = 1 << 20  # largest body of a request
 HEAT_TOKENS = 4096  # longest prompt and answer of a heat-map
+SAID = 100  # sets of ignored fields that the log names
 HEATS = 4  # heat-maps that may be in work or wait: each holds one of the server's threads
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the metric
 ENGINE_METRICS = (
@@ -48,12 +49,13 @@ POLICY = (
 OF_RUN = {"curves.png": "image/png", "comparison.html": "text/html", "samples.md": "text/markdown"}
 SAMPLES_CHARS = 100_000  # of samples.md, where the prompts of the first evaluation stand
 PROMPT_SAMPLED = r"^## Prompt \d+\n\n(.*?)\n\n(?=reference:|###)"
+FOR_ALL = ("/", "/health", "/healthz", "/openapi.json")  # without a key, too
 # with a key: whoever has it may ask, from any page
 ANY_PAGE = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Access-Control-Expose-Headers": "Retry-After",
+    "Access-Control-Allow-Headers": "Authorization, *",
+    "Access-Control-Expose-Headers": "Retry-After, X-Ignored-Fields",
     "Access-Control-Max-Age": "600",
 }
 FRAMED = (
@@ -109,20 +111,24 @@ class Counts:
 def application(args, sides: list[ServedModel], folder: Path):
     """Return the Flask application. folder: the student's checkpoint."""
     import flask
-    import jsonschema
+    from werkzeug.routing import PathConverter
 
     described = json.loads((HERE / "openapi.json").read_text(encoding="utf-8"))
     # schemas name one another by #/components/schemas/NAME: they are read from the whole file
     validators = {}
     for name in ("ChatRequest", "CompletionRequest", "HeatmapRequest"):
         schema = {"$ref": f"#/components/schemas/{name}", "components": described["components"]}
-        validators[name] = jsonschema.Draft202012Validator(schema)
+        validators[name] = api.validator(schema)
     without = "there is no teacher: chat.py --serve --teacher DIR"
     if len(sides) > 1:
         without = heat.incomparable(*(side.chat.tokenizer for side in sides))
     app, counts = flask.Flask("distil", static_folder=None), Counts()
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES
     app.json.sort_keys = False
+    # an id may be a path: it is read as it stands, and a slash at the end is none too many
+    app.url_map.merge_slashes = app.url_map.strict_slashes = False
+    any_path = type("AnyPath", (PathConverter,), {"regex": ".+", "part_isolating": False})
+    app.url_map.converters["id"] = any_path
     guard(app, args, counts)
     page_routes(app, described)
     state_routes(app, args, sides, counts, without)
@@ -152,6 +158,8 @@ def guard(app, args, counts: Counts) -> None:
     """Say who may ask, and what every answer carries."""
     import flask
 
+    said: set[str] = set()
+
     @app.before_request
     def admit():
         request = flask.request
@@ -160,7 +168,7 @@ def guard(app, args, counts: Counts) -> None:
             if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
                 return "", 204
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if request.path not in ("/", "/healthz", "/openapi.json") and not hmac.compare_digest(
+            if request.path not in FOR_ALL and not hmac.compare_digest(
                 given.encode(), args.api_key.encode()
             ):
                 raise Refused(
@@ -185,6 +193,11 @@ def guard(app, args, counts: Counts) -> None:
         response.headers.setdefault("Cache-Control", "no-store")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
+        if ignored := ", ".join(flask.g.get("ignored", ())):
+            response.headers["X-Ignored-Fields"] = ignored
+            if ignored not in said and len(said) < SAID:
+                said.add(ignored)
+                log.warning("ignored in requests to %s: %s", flask.request.path, ignored)
         if args.api_key:
             response.headers.extend(ANY_PAGE)
         counts.request(
@@ -259,6 +272,7 @@ def state_routes(app, args, sides: list[ServedModel], counts: Counts, without: s
 
     student, created = sides[0], int(time.time())
 
+    @app.get("/health")  # vLLM's, which clients wait for
     @app.get("/healthz")
     def health():
         if any(side.engine.dead for side in sides):
@@ -269,6 +283,10 @@ def state_routes(app, args, sides: list[ServedModel], counts: Counts, without: s
     def metrics():
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return flask.Response(counts.text(sides), content_type=kind)
+
+    @app.get("/v1/models/<id:name>")
+    def model(name: str):
+        return one_of(sides, name).describe(created)
 
     @app.get("/v1/models")
     def models():
@@ -286,25 +304,35 @@ def state_routes(app, args, sides: list[ServedModel], counts: Counts, without: s
         }
 
 
+def one_of(sides: list[ServedModel], name: str) -> ServedModel:
+    """Return the model of this id. Raises Refused."""
+    for side in sides:
+        if side.id == name:
+            return side
+    ids = ", ".join(side.id for side in sides)
+    said = f"there is no model {name[:100]!r} here, but {ids}"
+    raise Refused(404, said, "model", "model_not_found")
+
+
+def asked_body(validator) -> dict:
+    """Return the request's body, and note what of it is ignored. Raises Refused."""
+    import flask
+
+    body, flask.g.ignored = api.checked(flask.request, validator)
+    return body
+
+
 def answer_routes(app, args, sides: list[ServedModel], counts: Counts, validators: dict) -> None:
     """Add the two routes of answers: to a chat (messages), and to prompts."""
     import flask
-
-    by_id = {side.id: side for side in sides}
 
     def answer(schema: str, chat: bool):
         gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
         if gone():  # while its request waited for a thread
             return "", 499
-        body = api.checked(flask.request, validators[schema])
-        if body["model"] not in by_id:
-            raise Refused(
-                404,
-                f"there is no model {body['model'][:100]!r} here, but {', '.join(by_id)}",
-                "model",
-                "model_not_found",
-            )
-        asked = api.asked_of(by_id[body["model"]], args, body, chat)
+        body = asked_body(validators[schema])
+        side = one_of(sides, body.get("model", sides[0].id))
+        asked = api.asked_of(side, args, body, chat)
         enqueue(asked, args)
         if not body.get("stream"):
             made = api.whole(asked, gone)
@@ -351,14 +379,12 @@ def enqueue(asked: api.Asked, args) -> None:
 
 def heatmap_route(app, args, sides: list[ServedModel], without: str | None, validator) -> None:
     """Add the route of student beside teacher. without: why there is none of them, or None."""
-    import flask
-
     student, teacher = sides[0], sides[-1]
     looking, heats = threading.Lock(), threading.BoundedSemaphore(HEATS)
 
     @app.post("/v1/heatmap")
     def heatmap():
-        body = api.checked(flask.request, validator)
+        body = asked_body(validator)
         if without is not None:
             raise Refused(400, without)
         prompts, ids = heatmap_tokens(student, teacher, args, body)
@@ -385,6 +411,8 @@ def heatmap_route(app, args, sides: list[ServedModel], without: str | None, vali
             raise Refused(400, str(refused).removeprefix("error: "), "answer") from None
         finally:
             heats.release()
+        if not all(math.isfinite(token.kl) for token in found):  # JSON knows no NaN
+            raise Refused(500, "logits are not finite: a model is broken, or its dtype too small")
         tokens = [dataclasses.asdict(token) for token in found]
         for token in tokens:
             del token["id"]

@@ -34,6 +34,7 @@ GETS = [
     "/run/curves.png",
     "/run/comparison.html",
     "/run/samples.md",
+    "/health",
     "/healthz",
     "/metrics",
 ]
