@@ -123,6 +123,7 @@ def disk_error(error: Exception) -> tuple[str, str, str] | None:
         number, name = int(code[1]) if code else errno.ENOSPC if half else 0, None
     what = "a file" if name is None else os.fsdecode(name)
     gone = code if name is None else not Path(what).absolute().parent.exists()
+    gone = gone or what.endswith(".part")  # ours, while it is being filled
     if number == errno.ENOENT and gone:
         return f"{what} is out of reach", "that its folder is gone", f"that folder, {AGAIN}"
     if number not in MENDS:

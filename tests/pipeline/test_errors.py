@@ -674,6 +674,7 @@ def ends_with(error):
         (OSError(errno.EIO, "broken"), ["Input/output error", "a look at that disk"]),
         (NotADirectoryError(errno.ENOTDIR, "no", "a/b"), ["a/b", "another name"]),
         (FileNotFoundError(errno.ENOENT, "no", "gone/x"), ["gone/x is out of reach"]),
+        (FileNotFoundError(errno.ENOENT, "no", ".data.part"), [".data.part is out of reach"]),
         (
             FileNotFoundError(errno.ENOENT, "Failed to open local file 'gone/y.part'. Detail: no"),
             ["gone/y.part is out of reach"],  # pyarrow's
