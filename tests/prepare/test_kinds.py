@@ -427,7 +427,7 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     assert "".join(exported) == "".join(texts)
 
 
-@pytest.mark.parametrize("long", ["drop", "split", "truncate"])
+@pytest.mark.parametrize("long", ["drop", "pack", "truncate"])
 def test_what_is_longer_than_any_row_is_never_tokenized(tmp_path, prepare, monkeypatch, long):
     monkeypatch.setattr(rows, "LEAST", 1000)
     seen, encode = [], template.encode
