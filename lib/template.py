@@ -630,9 +630,10 @@ def render_row(
 
 
 @functools.lru_cache(maxsize=16)
-def marks(tokenizer, template: str) -> tuple[str, re.Pattern, str]:
+def marks(tokenizer, template: str) -> tuple[str, str, str, str, str]:
     """Return what its chat template writes first (bos, if it does), before an answer
-    ("<|im_start|>assistant\\n", the blanks optional), and after it ("<|im_end|>")."""
+    ("<|im_start|>assistant", the blanks that follow, an empty trace), and after it
+    ("<|im_end|>")."""
     asked, said = ({"role": role, "content": "zqj"} for role in ("user", "assistant"))
     closing = coda(tokenizer)
     try:
@@ -654,23 +655,23 @@ def marks(tokenizer, template: str) -> tuple[str, re.Pattern, str]:
         )
     bos = tokenizer.bos_token or ""
     blanks = begin[len(begin.rstrip()) :]
-    parts = (re.escape(part) for part in (begin.rstrip(), blanks, trace))
-    return bos if whole.startswith(bos) else "", re.compile("{}(?:{}(?:{})?)?".format(*parts)), end
+    return bos if whole.startswith(bos) else "", begin.rstrip(), blanks, trace, end
 
 
 def by_marks(tokenizer, text: str, turns: str, think: str) -> Rendered | str:
     """Return a conversation that is rendered already, its answers by what stands around them; one
     that is cut ends where it is cut."""
-    bos, begin, end = marks(tokenizer, str(tokenizer.chat_template))
+    bos, begin, blanks, trace, end = marks(tokenizer, str(tokenizer.chat_template))
+    before = "{}(?:{}(?:{})?)?".format(*map(re.escape, (begin, blanks, trace)))
     if think == "drop":
         text = re.sub(rf"{OPEN}(?!\s*{CLOSE}).*?{CLOSED.pattern}", "", text, flags=re.DOTALL)
     text = text if text.startswith(bos) else bos + text
     spans = []
-    for found in begin.finditer(text):
+    for found in re.finditer(before, text):
         stop = text.find(end, found.end())
         spans.append((found.end(), stop + len(end) if stop >= 0 else len(text)))
     if not spans:
-        return "without what the chat template writes before an answer"
+        return f"without {begin!r}, which begins an answer in the chat template"
     masked: list[Span] = []
     for start, stop in spans if think == "mask" else ():
         if (traced := traces(text[start:stop])) is None:

@@ -55,7 +55,7 @@ LABELLED = {
 }
 # what chat templates write before a turn, or after it
 MARKUP = re.compile(
-    r"<\|(im_start|start_header_id|user|assistant|start|turn>)|\[/INST\]|<start_of_turn>"
+    r"<\|(im_start|start_header_id|user|assistant|start|turn)\|?>|\[/INST\]|<start_of_turn>"
     r"|<｜(User|Assistant)｜>|### (Human|Assistant):"
 )
 LETTERS = string.ascii_uppercase  # of choices, also in columns of their own

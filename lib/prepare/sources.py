@@ -259,14 +259,17 @@ def look(
 def say_rendered(file: File) -> None:
     """Say it where the first row holds what a chat template writes, and would be learnt as it
     stands, or rendered once more."""
-    parts = ("text", "prompt", "answer")
-    columns = [file.columns[part] for part in parts if part in file.columns]
-    for name, value in next(formats.records(file.place, columns), {}).items() if columns else ():
-        if name in columns and (found := schema.MARKUP.search(str(value))):
+    columns = [file.columns[part] for part in ("text", "prompt", "answer") if part in file.columns]
+    try:
+        row = next(formats.records(file.place, columns), {}) if columns else {}
+    except places.UNREADABLE:
+        return  # which is told where the rows are read
+    for name in columns if "label" not in file.columns else ():
+        if found := schema.MARKUP.search(str(row.get(name))):
             part = "messages" if found[0][0] == "#" else "rendered"
-            told = f"is learnt whole; --columns {part}={name} learns its answers alone"
+            told = f"is learnt whole: --columns {part}={name} learns its answers alone"
             if "text" not in file.columns:
-                told = "is rendered once more: take it out of the data, or use a column without"
+                told = "is rendered once more: it should be the plain words"
             print(
                 f"prepare warning: {file.place}: column {name} holds conversations that are"
                 f" rendered already ({found[0]}), and {told}",
