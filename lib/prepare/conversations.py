@@ -130,7 +130,7 @@ class SourceRow:
                 return "\n\n".join(value)
             if listed(value):
                 return "\n\n".join("\n".join(self.words(part, item)) for item in value)
-        if part in schema.NUMBERS and isinstance(value, bool | int | float | Decimal):
+        if part in schema.MAY_BE_NUMBERS and isinstance(value, bool | int | float | Decimal):
             return str(value)
         if value is not None and not isinstance(value, str):
             column = self.file.columns.get(part, part)

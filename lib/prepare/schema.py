@@ -99,7 +99,7 @@ PARTS = {
 # beside messages; reply: their answer, where they end in a question
 REPLY = {"reply": ("chosen", "completion", "response", "answer", "output")}
 BESIDE_MESSAGES = ("system", "reasoning", "tools")
-NUMBERS = ("answer", "reply", "input")  # what may be a number, or true and false
+MAY_BE_NUMBERS = ("answer", "reply", "input")  # what may be a number, or true and false
 LEARN_MARKS = tuple(part for part in PARTS if part.startswith("learnt "))
 # what a row cannot be without: not used, it ends the program unless --columns ignores it
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
@@ -289,7 +289,7 @@ def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) 
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
     elif part in LETTERS:
         good |= pa.types.is_integer(value) or pa.types.is_floating(value)
-    elif part in NUMBERS:
+    elif part in MAY_BE_NUMBERS:
         good |= pa.types.is_integer(value) or pa.types.is_floating(value)
         good |= pa.types.is_boolean(value) or pa.types.is_decimal(value)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
