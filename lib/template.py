@@ -581,6 +581,11 @@ def answer_mask(
     return answer
 
 
+class Marked(str):
+    """A conversation as the chat template wrote it: its answers are found by what stands around
+    them."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A row as text: where its answers lie, and what in them is no target. spans None: a plain
@@ -599,7 +604,9 @@ def render_row(
     if isinstance(row, str):
         if not row.strip():
             return "empty"
-        return "broken Unicode" if BROKEN.search(row) else Rendered(row)
+        if BROKEN.search(row):
+            return "broken Unicode"
+        return by_marks(tokenizer, row, turns, think) if isinstance(row, Marked) else Rendered(row)
     if (reason := fault(row, think)) is not None:
         return reason
     try:
@@ -620,6 +627,57 @@ def render_row(
                 found = [_inserted(text[start:stop], bare[slice(*others[place])])]
         masked += [(start + begin, start + end) for begin, end in found]
     return Rendered(text, spans, masked)
+
+
+@functools.lru_cache(maxsize=16)
+def marks(tokenizer, template: str) -> tuple[str, str, str, str, str]:
+    """Return what its chat template writes first (bos, if it does), before an answer
+    ("<|im_start|>assistant", the blanks that follow, an empty trace), and after it
+    ("<|im_end|>")."""
+    asked, said = ({"role": role, "content": "zqj"} for role in ("user", "assistant"))
+    closing = coda(tokenizer)
+    try:
+        shown = render(tokenizer, [asked]).removesuffix(closing)
+        whole = render(tokenizer, [asked, said]).removesuffix(closing)
+        prompt = render(tokenizer, [asked], add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError) as refused:
+        files.fail("the chat template refused a conversation of two words", seen=refused)
+    # Mistral's generation prompt adds nothing: the end of the question begins the answer
+    begin = prompt.removeprefix(shown) if prompt != shown else shown[shown.rindex("zqj") + 3 :]
+    end = whole[whole.rindex("zqj") + 3 :].strip()
+    trace = "".join(EMPTY_TRACE.findall(begin))
+    begin = begin.removesuffix(trace).lstrip()
+    if not begin.strip() or not end:
+        files.fail(
+            f"the chat template of {tokenizer.name_or_path} does not mark where answers begin and"
+            " end",
+            wanted="rows that it is to render: prompts and answers, or messages",
+        )
+    bos = tokenizer.bos_token or ""
+    blanks = begin[len(begin.rstrip()) :]
+    return bos if whole.startswith(bos) else "", begin.rstrip(), blanks, trace, end
+
+
+def by_marks(tokenizer, text: str, turns: str, think: str) -> Rendered | str:
+    """Return a conversation that is rendered already, its answers by what stands around them; one
+    that is cut ends where it is cut."""
+    bos, begin, blanks, trace, end = marks(tokenizer, str(tokenizer.chat_template))
+    before = "{}(?:{}(?:{})?)?".format(*map(re.escape, (begin, blanks, trace)))
+    if think == "drop":
+        text = re.sub(rf"{OPEN}(?!\s*{CLOSE}).*?{CLOSED.pattern}", "", text, flags=re.DOTALL)
+    text = text if text.startswith(bos) else bos + text
+    spans = []
+    for found in re.finditer(before, text):
+        stop = text.find(end, found.end())
+        spans.append((found.end(), stop + len(end) if stop >= 0 else len(text)))
+    if not spans:
+        return f"without {begin!r}, which begins an answer in the chat template"
+    masked: list[Span] = []
+    for start, stop in spans if think == "mask" else ():
+        if (traced := traces(text[start:stop])) is None:
+            return "unclosed think"
+        masked += [(start + first, start + last) for first, last in traced]
+    return Rendered(text, spans[-1:] if turns == "last" else spans, masked)
 
 
 def _inserted(text: str, bare: str) -> Span:

@@ -243,7 +243,7 @@ class AnsweredRows:
 
 def refuse_texts(inputs: list[sources.Source]) -> None:
     for file in (file for source in inputs for file in source.files):
-        if "text" in file.columns:
+        if file.is_text:
             files.fail(
                 f"{file.place} holds no prompt to answer",
                 seen=file.described,

@@ -8,9 +8,11 @@ message the conversation's tools.
 """
 
 import ast
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
 
 from lib import files, template
 from lib.prepare import schema
@@ -31,6 +33,7 @@ ROLE_NAMES = {
     "observation": "tool",
     "tool_response": "tool",
     "function_response": "tool",
+    "function response": "tool",
     "function_result": "tool",
     "tool_result": "tool",
     "tool_results": "tool",
@@ -47,7 +50,12 @@ SPEAKERS = {
     "user": ("input", "human", "user", "question", "prompt", "instruction", "query"),
     "assistant": ("output", "assistant", "gpt", "bot", "response", "answer", "completion"),
 }
-SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # a conversation as one text (HH-RLHF)
+SPOKEN = "(Human|Assistant|SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE): ?"  # ... in one text
+# of a list as numpy prints it: texts, and what stands between its items; what is no Python literal
+PRINTED = re.compile(
+    r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[}\]])(\s+(?=['"{[]))?"""
+    r"""|\barray\(|,\s*dtype=\w+\)|(?<=\])\)|\bnan\b"""
+)
 OF_INPUT = {"messages", "tools"}  # what OpenAI's preferences say in their input
 PASSED = ("name", "tool_call_id")  # as they are; a template may write them
 WANTED = "a list of {role, content}, of {from, value}, of {input, output}, or of pairs"
@@ -66,13 +74,23 @@ def characters(row: list[dict] | str | tuple[str, str]) -> int:
 def parsed(value: object) -> object:
     """Return what a text that is JSON (or a Python literal) says; csv, and some parquet files, hold
     lists so."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):
+    if isinstance(value, str) and value.strip().startswith(("[", "{", "array(")):
+        for read in (json.loads, printed, ast.literal_eval):
             try:
                 return read(value.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 pass
     return value
+
+
+def printed(text: str) -> object:
+    """Return what a Python literal says, also as pandas writes a list that numpy holds: no comma
+    between its items, array(...) within, and nan for what is not there."""
+
+    def mended(found: re.Match) -> str:
+        return (found[1] or "None" * (found[0] == "nan")) + "," * bool(found[2])
+
+    return ast.literal_eval(PRINTED.sub(mended, text))
 
 
 def without_none(value: object) -> object:
@@ -112,7 +130,7 @@ class SourceRow:
                 return "\n\n".join(value)
             if listed(value):
                 return "\n\n".join("\n".join(self.words(part, item)) for item in value)
-        if part in ("answer", "reply") and type(value) in (int, float):
+        if part in schema.MAY_BE_NUMBERS and isinstance(value, bool | int | float | Decimal):
             return str(value)
         if value is not None and not isinstance(value, str):
             column = self.file.columns.get(part, part)
@@ -135,7 +153,8 @@ class SourceRow:
 
     def plain_text(self) -> str | list[dict]:
         """Return the row's text; one that is not to be learnt as an answer that is not."""
-        text = self.text("text")
+        marked = "rendered" in self.file.columns
+        text = template.Marked(self.text("rendered")) if marked else self.text("text")
         if self.is_learnt():
             return text
         return [{"role": "assistant", "content": text, "learn": False}]
@@ -162,7 +181,7 @@ class SourceRow:
             messages = [*self.messages("history"), *self.question_and_answer()]
         if (thought := self.reasoning()) and messages and messages[-1]["role"] == "assistant":
             messages[-1].setdefault("reasoning_content", thought)
-        own = self.text("system")
+        own = self.text("system").removeprefix("SYSTEM: ")  # as Glaive has it
         if own.strip() and messages and messages[0]["role"] == "system":
             if messages[0]["content"] != own:  # said twice, in two ways
                 column = self.file.columns.get("system", "system")
@@ -206,6 +225,7 @@ class SourceRow:
             self.file.unused["columns", f"{column} (a switch)"] = None
             return ""
         self.file.passed["assistant", "reasoning_content"] = None
+        self.parts["reasoning"] = self.first("reasoning", value)
         return self.text("reasoning")
 
     def tools(self, value: object) -> list[dict]:
@@ -266,6 +286,14 @@ class SourceRow:
             whole = [{"role": "assistant", "content": self.answer(answer, options)}]
         return asked + whole
 
+    def first(self, part: str, value: object) -> object:
+        """Return the first of several texts that would each do."""
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            return value
+        if len(set(value)) > 1:
+            self.file.unused["columns", f"{self.file.columns[part]} past the first"] = None
+        return value[0] if value else ""
+
     def same_prompts(self, content: str) -> None:
         """Refuse another column of the prompt that says more."""
         for part, other in self.parts.items():
@@ -296,12 +324,7 @@ class SourceRow:
         if isinstance(value, dict) and "text" in value:  # SQuAD's answers
             self.unused(f"{self.file.columns['answer']}.{name}" for name in value if name != "text")
             value = value["text"]
-        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if texts and self.file.columns["answer"] == "answers":
-            if len(set(value)) > 1:
-                self.file.unused["columns", f"{self.file.columns['answer']} past the first"] = None
-            value = value[0] if value else ""
-        index = value
+        index = value = self.first("answer", value)
         if isinstance(value, str) and value.strip().isdecimal() and isinstance(options, list):
             known = [word for option in options for word in option]
             index = value if value.strip() in known else int(value)
@@ -322,8 +345,9 @@ class SourceRow:
     def messages_of(self, part: str, value: object) -> list[dict]:
         """Bring conversations of all known shapes to one form; content that is not text becomes
         None."""
-        if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-            value = [dict(zip(value, item)) for item in zip(*value.values())]  # columns of a list
+        columns = list(value.values()) if isinstance(value, dict) else []
+        if columns and all(isinstance(v, list) and len(v) == len(columns[0]) for v in columns):
+            value = [dict(zip(value, item)) for item in zip(*columns)]  # of a list
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
             value = items if listed(items := [*map(parsed_message, value)]) else [value]
         if not isinstance(value, list | None):
@@ -331,7 +355,7 @@ class SourceRow:
         messages: list[dict] = []
         for item in value or []:
             item = parsed_message(item)
-            if isinstance(item, list) and all(isinstance(text, str | None) for text in item):
+            if isinstance(item, list | tuple) and all(isinstance(t, str | None) for t in item):
                 for place, text in enumerate(item):  # [question, answer]
                     role = ("user", "assistant")[place % 2]
                     messages.append({"role": role, "content": text})
@@ -407,7 +431,8 @@ class SourceRow:
     def content(self, value: object) -> tuple[str | None, str]:
         """Return (text, reasoning) of a message's content; None where a part of it is no text."""
         if not isinstance(value, list):
-            return value if isinstance(value, str) else None, ""
+            number = isinstance(value, bool | int | float)
+            return str(value) if number or isinstance(value, str) else None, ""
         text, thoughts = [], []
         for part in value:
             part = {"text": part} if isinstance(part, str) else part
@@ -511,14 +536,38 @@ def parsed_message(item: object) -> object:
 
 
 def content_of(value: object) -> object:
-    """Return a text of the form "\n\nHuman: ...\n\nAssistant: ..." as messages, without a last
-    turn that is blank."""
-    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
+    """Return a conversation in one text as messages, without a last turn that is blank:
+    "\n\nHuman: ...\n\nAssistant: ..." (HH-RLHF), the same on lines of their own (BELLE), behind
+    "### " (Guanaco), "USER: ..." (Glaive)."""
+    begin = re.match(r"\s*(### )?(Human|SYSTEM|USER):", value) if isinstance(value, str) else None
+    if begin is None:
         return value
-    _, *parts = SPOKEN.split(value.lstrip())
-    turns = [{"role": role, "content": text.strip()} for role, text in zip(parts[::2], parts[1::2])]
-    turns = turns[:-1] if not turns[-1]["content"] else turns
-    return [turn | {"role": ROLE_NAMES.get(turn["role"].lower(), "assistant")} for turn in turns]
+    lines = "\n\n" if re.search(r"\n\nassistant:", value, re.IGNORECASE) else "\n"
+    _, *parts = re.split(f"(?:^|{begin[1] or lines}){SPOKEN}", value.lstrip())
+    turns = []
+    for role, text in zip(parts[::2], parts[1::2]):
+        text = text.strip().removesuffix("<|endoftext|>").rstrip()
+        call = text.removeprefix("<functioncall>")
+        if call != text and isinstance(parsed(call), dict):
+            role, text = "function_call", call
+        turns.append({"role": role, "content": text})
+    return turns if turns[-1]["content"] else turns[:-1]
+
+
+def threads(messages: Iterable[dict]) -> Iterator[dict]:
+    """Yield a conversation of each tree of messages, whose rows follow each other (OASST): where it
+    branches, the reply that was ranked first."""
+    for _, tree in itertools.groupby(messages, key=lambda message: message.get("message_tree_id")):
+        replies: dict[str | None, list[dict]] = {}
+        for message in tree:
+            if not message.get("deleted"):
+                replies.setdefault(message["parent_id"] or None, []).append(message)
+        talk, at = [], None
+        while at in replies:
+            best = min(replies.pop(at), key=lambda reply: reply.get("rank") or 0)
+            talk.append({"role": best["role"], "content": best["text"]})
+            at = best["message_id"]
+        yield {"messages": talk}
 
 
 def options_of(value: object) -> list[tuple[str, str]] | str:

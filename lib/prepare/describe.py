@@ -141,7 +141,7 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
     files.check(out, meta, False, again)
     before, differs = meta.get("args", {}), []
     for name, value in shaping.items():
-        if name == "long" and value == "split" and "text (" not in str(meta.get("schema")):
+        if name == "long" and value == "pack" and "text (" not in str(meta.get("schema")):
             value = before.get("long") if before.get("long") == "drop" else value  # the same there
         if not files.same(before.get(name), value):
             differs.append(f"{name} {before.get(name)!r} -> {value!r}")

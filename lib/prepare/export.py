@@ -72,7 +72,7 @@ class RowWriter:
     """A parquet file of rows as they come, before they have a side (`split` is empty)."""
 
     def __init__(self, path: Path, inputs: list[sources.Source], written: bool) -> None:
-        plain_text = "text" in inputs[0].files[0].columns
+        plain_text = inputs[0].files[0].is_text
         self.schema, self.rows, self.size = schema(plain_text, written), [], 0
         self.keys: set[str] = set()  # of messages, beside role and content
         self.file = pq.ParquetWriter(path, self.schema, compression="zstd")
@@ -161,7 +161,7 @@ def begin(args: argparse.Namespace, inputs: list[sources.Source]) -> None:
         hub.create(args.push_to_hub, args.public)
     if not (args.export or args.push_to_hub):
         return
-    if len({"text" in file.columns for source in inputs for file in source.files}) > 1:
+    if len({file.is_text for source in inputs for file in source.files}) > 1:
         files.fail(
             "one table cannot hold these sources",
             seen="conversations and plain texts",

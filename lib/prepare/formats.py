@@ -6,6 +6,7 @@ Contract: `columns_of` opens a file far enough to know its columns, `records` yi
 broken file raises one of places.UNREADABLE, or ends the program with one line.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ SEPARATORS = ",;\t|"
 JSON = (".json", ".jsonl")  # their later rows may have columns that the first one lacks
 CSV_BLOCKS = (4 << 20, 1 << 28)  # bytes of csv read at once; the larger one where a row is longer
 CHARACTERS = 1 << 20  # of a json file read at once
+FIRST_ROWS = 100  # of json, whose columns are known by them
 LONGEST = 1 << 27  # characters of one row
 BATCH_BYTES = 8 << 20  # of a parquet file decoded at once
 
@@ -59,7 +61,8 @@ def columns_of(place: Place) -> Columns:
         elif place.suffix in SEPARATED:
             columns = Columns(dict.fromkeys(_csv_names(place), pa.string()))
         else:
-            columns = Columns(dict.fromkeys(next(filter(None, records(place, [])), {})))
+            first = itertools.islice(map(tuple, filter(None, records(place, []))), FIRST_ROWS)
+            columns = Columns(dict.fromkeys(itertools.chain.from_iterable(first)))
     except places.UNREADABLE as broken:
         cannot_be_read(place, "", broken)
     if not columns.types or columns.count == 0:
@@ -157,13 +160,16 @@ def plain(value: object, kind: pa.DataType) -> object:
         return value.decode("utf-8")
     if pa.types.is_map(kind):
         return {str(key): plain(item, kind.item_type) for key, item in value}
-    if _struct_of_lists(kind):
-        rows = zip(*(value[field.name] or [] for field in kind), strict=True)
-        return [dict(zip((field.name for field in kind), row)) for row in rows]
     if isinstance(value, list):
         return [plain(item, kind.value_type) for item in value]
     if isinstance(value, dict):
-        return {field.name: plain(value[field.name], field.type) for field in kind}
+        inside = {field.name: plain(value[field.name], field.type) for field in kind}
+        if _struct_of_lists(kind):
+            sizes = {len(items) for items in inside.values() if items is not None} or {0}
+            if len(sizes) == 1:  # else they are no fields of the items of one list
+                rows = zip(*(items or [None] * max(sizes) for items in inside.values()))
+                return [dict(zip(inside, row)) for row in rows]
+        return inside
     return value
 
 

@@ -7,8 +7,10 @@ name tells; what holds no rows that are read here ends the program with one line
 
 import codecs
 import dataclasses
+import json
 import lzma
 import re
+from pathlib import Path
 
 from lib import files
 from lib.prepare import formats, places
@@ -26,6 +28,7 @@ FOREIGN = {
     b"\x80\x04": ("a pickle, which may hold any program", "rows as .jsonl or .parquet"),
     b"\x89PNG": ("a picture", None),
     b"\xff\xd8\xff": ("a picture", None),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
     b"%PDF": ("a PDF document", "its text, as .txt or .jsonl"),
     b"GGUF": ("a model (GGUF)", "--tokenizer or --teacher for it"),
     b"<!doctype html": ("a web page: a download that failed, perhaps", "the file itself"),
@@ -61,22 +64,51 @@ def recognised(place: Place, encoding: str | None = None) -> Place:
         head = _head(place, TRIED)
     except places.UNREADABLE as broken:
         formats.cannot_be_read(place, "", broken)
-    for magic, (seen, mend) in FOREIGN.items():
-        begin = head.lstrip()[: len(magic)]
-        if magic in (begin, begin.lower()):
-            files.fail(f"{place} is not what its name says", seen, places.READ, mend)
+    _refuse_foreign(place, head)
     found = next((kind for magic, kind in TABLE_MARKS.items() if head.startswith(magic)), None)
+    if found and packed:
+        seen, mend = f"{found[1:]}, packed ({packed})", "unpack it: such files are packed inside"
+        files.fail(f"{place} cannot be read where it is", seen, places.READ, mend)
     if found is None and place.suffix in places.STREAMS:
         place = dataclasses.replace(place, encoding=encoding or _encoding(place, head))
-        line = head.decode(place.encoding, "ignore").lstrip().partition("\n")[0]
-        if place.suffix == ".jsonl" and line[:1] == "[" and not BARE.match(line):
+        text = head.decode(place.encoding, "ignore").lstrip()
+        line = text.partition("\n")[0]
+        bare = line[:1] == "[" and BARE.match(line)
+        if place.suffix == ".jsonl" and not bare and not _of_lines(text):
             found = ".json"
         elif place.suffix not in formats.JSON and formats.is_object(line):
             found = ".jsonl"
+    if not (found or place.suffix):
+        seen = "".join(Path(place.path).suffixes[-2:]) or "no suffix"
+        files.fail(f"{place} is of a kind that is not read", seen, places.READ)
     if found not in (None, place.suffix):
         print(f"prepare reads {place} as {found}, which it is", flush=True)
         place = dataclasses.replace(place, kind=found)
     return place
+
+
+def _refuse_foreign(place: Place, head: bytes) -> None:
+    """End the program where a file is of a kind that is not read; say what to do with it."""
+    wrong = "is not what its name says" if place.suffix else "is of a kind that is not read"
+    if head[257:262] == b"ustar":
+        seen, mend = "a tar archive (webdataset, perhaps)", "tar -xf, and the folder that it makes"
+        files.fail(f"{place} {wrong}", seen, places.READ, mend)
+    for magic, (seen, mend) in FOREIGN.items():
+        begin = head.lstrip()[: len(magic)]
+        if magic in (begin, begin.lower()):
+            files.fail(f"{place} {wrong}", seen, places.READ, mend)
+
+
+def _of_lines(text: str) -> bool:
+    """Return whether a text begins with an object of JSON alone on its line; not so lists, objects
+    over several lines or with commas between. What is broken, or longer than the text, may be."""
+    if text[:1] == "[":
+        return False
+    try:
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return True
+    return "\n" not in text[:end] and re.match(r"[ \t]*(\r?\n|\r?$)", text[end:]) is not None
 
 
 def _head(place: Place, size: int) -> bytes:
@@ -101,11 +133,14 @@ def _valid(data: bytes, encoding: str) -> bool:
 def _encoding(place: Place, head: bytes) -> str:
     """Tell how a text file is written, and say so if it is not UTF-8."""
     name = next((name for mark, name in BYTE_MARKS.items() if head.startswith(mark)), None)
-    if name is None and b"\0" in head[:1000]:
-        name = "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
-    if name is None and _valid(head, "utf-8"):
+    even, odd = head[:1000:2].count(0), head[1:1000:2].count(0)
+    valid = _valid(head, "utf-8")
+    if name is None and (not even) != (not odd):  # a few are no UTF-16, but dirt in UTF-8
+        if not valid or even + odd > 0.3 * len(head[:1000]):
+            name = "utf-16-le" if odd else "utf-16-be"
+    if name is None and valid:
         return _to_the_end(place, head)
-    name = name or _legacy(head)
+    name = name or _legacy(place, head)
     if name is None:
         files.fail(
             f"{place} is not UTF-8 text, and nothing that is told from it alone",
@@ -117,8 +152,18 @@ def _encoding(place: Place, head: bytes) -> str:
     return name
 
 
-def _legacy(head: bytes) -> str | None:
-    """Return gb18030 or cp1252 where that is plain, else None."""
+def _legacy(place: Place, head: bytes) -> str | None:
+    """Return gb18030 or cp1252 where that is plain, else None; UTF-8 with a few broken bytes, which
+    could pass for the second, ends the program."""
+    text = head.decode("utf-8", "surrogateescape")
+    broken = re.findall("[\udc80-\udcff]+", text)
+    if len(re.findall("[^\0-\x7f\udc80-\udcff]", text)) > 4 * len(broken):
+        files.fail(
+            f"{place} is UTF-8 but for some bytes",
+            seen=f"{broken[0].encode('utf-8', 'surrogateescape')!r}",
+            wanted="UTF-8",
+            mend="iconv -c -f UTF-8 -t UTF-8 FILE > NEW, which leaves them out",
+        )
     if _valid(head, "gb18030"):
         text = head.decode("gb18030", "ignore")
         signs = [sign for sign in text if "\u4e00" <= sign <= "\u9fff"]
@@ -144,7 +189,7 @@ def _to_the_end(place: Place, head: bytes) -> str:
             while block := stream.read(places.BUFFER):
                 decoder.decode(block)
     except UnicodeDecodeError as other:
-        if name := _legacy(other.object):
+        if name := _legacy(place, other.object):
             print(f"prepare reads {place} as {name}; --encoding NAME for another", flush=True)
             return name
     except (OSError, EOFError, lzma.LZMAError):

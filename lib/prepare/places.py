@@ -196,6 +196,9 @@ def data_files(
             groups.setdefault(found, []).append(path)
     told = [name for name in groups if name]
     wanted = split or ("train" if "train" in groups else None)
+    if split and split != "all" and split not in groups:  # train_sft, as a folder or file is called
+        named = [path for path in data if re.search(rf"[/]{re.escape(split)}[/.-]", path)]
+        groups = {split: named} if named else groups
     if split and split != "all" and split not in groups:
         seen = ", ".join(told) or "no file whose name says one"
         files.fail(f"{redact(root)} has no split {split}", seen, "one that its file names say")

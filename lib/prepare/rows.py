@@ -49,11 +49,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--long",
-        choices=["drop", "truncate", "split"],
+        choices=["drop", "truncate", "pack"],
         default=None,
         help=(
-            "what happens to a longer row; split: a plain text becomes several rows, a conversation"
-            " is dropped (default: split; to classify: truncate)"
+            "what happens to a longer row; pack: a plain text becomes several full rows, a"
+            " conversation is dropped (default: pack; to classify: truncate)"
         ),
     )
     parser.add_argument(
@@ -76,9 +76,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) a length that no row has; --long gets its default."""
     flags.positive(parser, args, "max_len")
-    args.long = args.long or ("truncate" if args.task == "classify" else "split")
-    if args.task == "classify" and args.long == "split":
-        parser.error("--long split is about plain texts: it does not go with --task classify")
+    args.long = args.long or ("truncate" if args.task == "classify" else "pack")
+    if args.task == "classify" and args.long == "pack":
+        parser.error("--long pack is about plain texts: it does not go with --task classify")
 
 
 def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
@@ -160,7 +160,8 @@ def short_of(numbered: Iterator[tuple], tokenizer, args: argparse.Namespace) -> 
             if isinstance(row, tuple):
                 row = row[0][:most], row[1]
             elif isinstance(row, str):
-                row = {"drop": None, "truncate": row[:most], "split": row}[args.long]
+                kept = row if is_text(row) else None
+                row = {"drop": None, "truncate": type(row)(row[:most]), "pack": kept}[args.long]
             elif args.long == "truncate":
                 row = [one | {"content": (one["content"] or "")[:most]} for one in row]
             elif conversations.characters(row) > most:
@@ -206,7 +207,7 @@ def encode_batch(
             continue
         encoded = encode_text(tokenizer, row) if _is_long(row) else next(usual)
         if not isinstance(encoded, str):
-            if isinstance(row, str) and args.long == "split" and len(encoded[0]) > args.max_len:
+            if is_text(row) and args.long == "pack" and len(encoded[0]) > args.max_len:
                 result.append(_pieces(tokenizer, row, *encoded, args))
                 continue
             encoded = _finish(row, *encoded, args)
@@ -217,8 +218,13 @@ def encode_batch(
     return result
 
 
+def is_text(row: object) -> bool:
+    """Return whether a row is plain text, that may be cut anywhere."""
+    return isinstance(row, str) and not isinstance(row, template.Marked)
+
+
 def _is_long(row: list[dict] | str) -> bool:
-    return isinstance(row, str) and len(row) > LEAST
+    return is_text(row) and len(row) > LEAST
 
 
 def _pieces(tokenizer, row: str, ids: np.ndarray, answer: np.ndarray, args) -> list[Encoded]:
@@ -247,4 +253,7 @@ def _finish(row, ids: np.ndarray, answer: np.ndarray, args) -> Encoded | str:
         return "too long"
     if not answer.any():
         return "no target"  # the cut took them all
-    return Encoded(ids, answer, prompt_hash(row, args.seed), split.hash64(ids.tobytes()))
+    prompt = prompt_hash(row, args.seed)
+    if isinstance(row, template.Marked):
+        prompt = split.hash64(ids[: answer.argmax()].tobytes(), args.seed)
+    return Encoded(ids, answer, prompt, split.hash64(ids.tobytes()))

@@ -1,6 +1,7 @@
 """Which column plays which part: the schemas that are known by the names of their columns, what
 else may stand beside them, and the --columns that a user writes for others."""
 
+import re
 import string
 from collections.abc import Iterable
 from typing import NoReturn
@@ -14,7 +15,7 @@ from lib.prepare.places import Place
 # all there is taken
 SCHEMAS = {
     "messages": {"messages": ("messages",)},
-    "conversations": {"messages": ("conversations", "conversation")},
+    "conversations": {"messages": ("conversations", "conversation", "chat")},
     "instruction/output": {
         "prompt": ("instruction",),
         "answer": ("output", "response", "completion", "answer"),
@@ -43,6 +44,8 @@ SCHEMAS = {
     },
     "text": {"text": ("text",)},
 }
+# of data whose rows are the messages of trees (OASST): the columns that these are read from
+TREE = ("message_tree_id", "message_id", "parent_id", "role", "text", "rank", "deleted")
 # for --task classify
 LABELLED = {
     "text/label": {
@@ -50,6 +53,11 @@ LABELLED = {
         "label": ("label", "labels", "class", "category"),
     }
 }
+# what chat templates write before a turn, or after it
+MARKUP = re.compile(
+    r"<\|(im_start|start_header_id|user|assistant|start|turn)\|?>|\[/INST\]|<start_of_turn>"
+    r"|<｜(User|Assistant)｜>|### (Human|Assistant):"
+)
 LETTERS = string.ascii_uppercase  # of choices, also in columns of their own
 # whether an answer is learnt, of a message or a whole row: 0 or 1, true or false
 LEARNT = (
@@ -91,6 +99,7 @@ PARTS = {
 # beside messages; reply: their answer, where they end in a question
 REPLY = {"reply": ("chosen", "completion", "response", "answer", "output")}
 BESIDE_MESSAGES = ("system", "reasoning", "tools")
+MAY_BE_NUMBERS = ("answer", "reply", "input")  # what may be a number, or true and false
 LEARN_MARKS = tuple(part for part in PARTS if part.startswith("learnt "))
 # what a row cannot be without: not used, it ends the program unless --columns ignores it
 PICTURES = ("images", "image", "videos", "video", "audios", "audio")
@@ -109,7 +118,8 @@ KNOWN = (
 SPOKEN_BY = ("user", "assistant")  # what a role of the data is called here
 COLUMNS_HELP = (
     "[SOURCE:]prompt=COL,answer=COL or messages=COL, with any of input, context, choices, system,"
-    " reasoning, tools, history=COL; or text=COL; to classify: text=COL,label=COL; ignore=NAME"
+    " reasoning, tools, history=COL; or text=COL, or rendered=COL (a conversation as the"
+    " chat template wrote it); to classify: text=COL,label=COL; ignore=NAME"
     " leaves a column or message key out, user=NAME,assistant=NAME name the speakers"
 )
 
@@ -136,6 +146,7 @@ def parse_columns(
         ({"prompt", "answer"} if need_answer else {"prompt"}, {"answer"} | beside),
         ({"messages"}, {*BESIDE_MESSAGES}),
         ({"text"}, set()),
+        ({"rendered"}, set()),
         (set(), beside),  # the rest is found
     )
     allowed = (({"text", "label"}, set()),) if labelled else allowed
@@ -249,11 +260,14 @@ def guess(
             columns[part] = among(names, kind)
         if None not in columns.values():
             return schema, columns
+    mend = "--columns text=COL,label=COL" if labelled else f"--columns {COLUMNS_HELP}"
+    if not labelled and all(among(names, kind) for names in LABELLED["text/label"].values()):
+        mend = f"--task classify, where a row is a text with its class; {mend}"
     files.fail(
         f"{path} follows no schema known here",
         seen=f"columns {', '.join(kind)}",
         wanted="text and label" if labelled else f"one of: {KNOWN}",
-        mend="--columns text=COL,label=COL" if labelled else f"--columns {COLUMNS_HELP}",
+        mend=mend,
     )
 
 
@@ -275,13 +289,14 @@ def check_type(path: Place, part: str, column: str, kind, chosen: bool = False) 
         good |= pa.types.is_integer(value) or pa.types.is_boolean(value)
     elif part in LETTERS:
         good |= pa.types.is_integer(value) or pa.types.is_floating(value)
-    elif part in ("answer", "reply"):
-        good |= pa.types.is_integer(value)
+    elif part in MAY_BE_NUMBERS:
+        good |= pa.types.is_integer(value) or pa.types.is_floating(value)
+        good |= pa.types.is_boolean(value) or pa.types.is_decimal(value)
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if part == "prompt":
         good |= listed and pa.types.is_struct(kind.value_type)  # messages
         good |= pa.types.is_struct(kind)
-    elif part not in ("text", "label", "input", "system"):
+    elif part not in ("text", "rendered", "label", "input", "system"):
         good |= listed or pa.types.is_struct(kind)
     if not good:
         wanted = {

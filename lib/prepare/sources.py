@@ -51,6 +51,11 @@ class File:
     passed: dict[tuple[str, str], None] = field(default_factory=dict, compare=False)
 
     @property
+    def is_text(self) -> bool:
+        """Whether its rows are learnt as they stand, and not rendered."""
+        return bool({"text", "rendered"} & {*self.columns})
+
+    @property
     def exact(self) -> bool:
         """Whether what is null in it was written so (arrow's structs have nulls of their own)."""
         return self.place.suffix in formats.JSON
@@ -166,17 +171,8 @@ def locate(where: str) -> list[Place]:
     """Return the data files that `where` names (a file, a folder, a glob, a hub id, a URI), in
     order; one line where there are none."""
     if places.is_uri(where):
-        found = places.find_by_uri(where)
-    else:
-        found = hub.download(where) if hub.is_id(where) else places.find_by_path(where)
-    for place in found:
-        if not place.suffix:
-            files.fail(
-                f"{place} is of a kind that is not read",
-                seen=Path(place.path).suffix or "no suffix",
-                wanted=places.READ,
-            )
-    return found
+        return places.find_by_uri(where)
+    return hub.download(where) if hub.is_id(where) else places.find_by_path(where)
 
 
 def open_all(args: argparse.Namespace) -> list[Source]:
@@ -226,8 +222,11 @@ def look(
     found = formats.columns_of(path)
     name = "--columns"
     columns, ignored, roles = schema.aside(columns or {})
-    guessed = not {"prompt", "messages", "text"} & {*columns}
-    if guessed:
+    guessed = not {"prompt", "messages", "text", "rendered"} & {*columns}
+    if guessed and not labelled and {*schema.TREE[:5]} <= {*found.types}:
+        name, columns = "trees", {"messages": "messages"}
+        found.types["messages"] = None
+    elif guessed:
         name, known = schema.guess(path, found.types, need_answer, labelled)
         columns = known | columns
     columns |= schema.find_beside(columns, found.types, ignored, guessed)
@@ -245,12 +244,37 @@ def look(
     names = (found.features.get(columns.get("label")) or {}).get("names") or ()
     there = {part: column for part, column in columns.items() if column in found.types}
     described = f"{name} ({schema.in_words(there)})"
+    if name == "trees":
+        described = "trees of messages (of each the replies that were ranked first)"
     looked = File(
         *(path, name, described, columns, found.count, tuple(names), guessed, ignored, roles)
     )
-    if not looked.exact:
-        note_unused(looked, found.types)
+    if name == "trees" or not looked.exact:
+        used = schema.TREE if name == "trees" else ()
+        note_unused(looked, [column for column in found.types if column not in used])
+    say_rendered(looked)
     return looked
+
+
+def say_rendered(file: File) -> None:
+    """Say it where the first row holds what a chat template writes, and would be learnt as it
+    stands, or rendered once more."""
+    columns = [file.columns[part] for part in ("text", "prompt", "answer") if part in file.columns]
+    try:
+        row = next(formats.records(file.place, columns), {}) if columns else {}
+    except places.UNREADABLE:
+        return  # which is told where the rows are read
+    for name in columns if "label" not in file.columns else ():
+        if found := schema.MARKUP.search(str(row.get(name))):
+            part = "messages" if found[0][0] == "#" else "rendered"
+            told = f"is learnt whole: --columns {part}={name} learns its answers alone"
+            if "text" not in file.columns:
+                told = "is rendered once more: it should be the plain words"
+            print(
+                f"prepare warning: {file.place}: column {name} holds conversations that are"
+                f" rendered already ({found[0]}), and {told}",
+                flush=True,
+            )
 
 
 def note_unused(file: File, names: Iterable[str], where: str = "") -> None:
@@ -274,6 +298,8 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
     """
     number = 0
     records = formats.records(source.place, list(dict.fromkeys(source.columns.values())))
+    if source.schema == "trees":
+        records = conversations.threads(formats.records(source.place, list(schema.TREE)))
     known: dict[tuple[str, ...], File] = {}  # by the columns that a JSON row has
     try:
         for number, record in enumerate(records, 1):
@@ -392,4 +418,4 @@ def _row(
         if source.names and isinstance(label, int):  # -1: held back, as in GLUE's test files
             label = source.names[label] if 0 <= label < len(source.names) else ""
         return row.text("text"), "" if label is None else str(label).strip()
-    return row.plain_text() if "text" in source.columns else row.conversation(system)
+    return row.plain_text() if source.is_text else row.conversation(system)

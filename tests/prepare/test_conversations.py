@@ -2,7 +2,9 @@
 prompt, traces, tools, and answers that are not to be learnt."""
 
 import json
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,6 +139,128 @@ def test_a_bare_list_is_a_conversation(tmp_path, row):
     path.write_text(2 * (json.dumps(row) + "\n"), encoding="utf-8")
     assert kinds.recognised(places.on_disk(path), None).suffix == ".jsonl"
     assert read(tmp_path, {"messages": row}) == [ASK, SAY]
+
+
+PRINTED = {
+    "python": f"{[ASK, SAY]}",
+    "pandas": f"[{ASK}\n {SAY}]",
+    "numpy within": f"[{ASK}\n {SAY | {'loss': 1, 'x': None}}]".replace("None", "array([1, 2])"),
+    "array": f"array([{ASK},\n {SAY}], dtype=object)",
+    "nan": f"{[ASK | {'x': None}, SAY]}".replace("None", "nan"),
+    "texts": "['Ask' 'Say']",
+    "pairs": "[('Ask', 'Say')]",
+    "json": json.dumps([ASK, SAY]),
+}
+
+
+@pytest.mark.parametrize("case", PRINTED)
+def test_a_list_is_read_as_csv_files_have_it(tmp_path, case):
+    assert read(tmp_path, {"messages": PRINTED[case]}) == [ASK, SAY]
+
+
+def test_what_looks_like_a_printed_list_inside_texts_stays_as_it_is(tmp_path):
+    said = "nan, array([1]), {'a'}\n{'b'} it's \"so\""
+    row = read(tmp_path, {"messages": f"[{ASK}\n {SAY | {'content': said}}]"})
+    assert row == [ASK, SAY | {"content": said}]
+
+
+SPOKEN = {
+    "hh-rlhf": "\n\nHuman: Ask\n\nAssistant: Say",
+    "lines": "Human: Ask\nAssistant: Say\nHuman:",
+    "guanaco": "### Human: Ask### Assistant: Say",
+    "glaive": "USER: Ask\n\n\nASSISTANT: Say <|endoftext|>\n\n\n",
+}
+
+
+@pytest.mark.parametrize("case", SPOKEN)
+def test_a_conversation_in_one_text_is_read(tmp_path, case):
+    assert read(tmp_path, {"chat": SPOKEN[case]}) == [ASK, SAY]
+    inside = read(tmp_path, {"chat": "\n\nHuman: a\nHuman: b\n\nAssistant: Say"})
+    assert inside[0]["content"] == "a\nHuman: b"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("value", [42, 2.5, True, Decimal(7)])
+def test_a_number_is_an_answer(tmp_path, value, suffix):
+    if isinstance(value, Decimal) and suffix == ".jsonl":
+        return
+    row = read(tmp_path, {"instruction": "Ask", "input": value, "output": value}, suffix=suffix)
+    assert [message["content"] for message in row] == [f"Ask\n\n{value}", f"{value}"]
+    if suffix == ".jsonl":
+        row = read(tmp_path, {"messages": [ASK, SAY | {"content": value}]})
+        assert row[-1]["content"] == f"{value}"
+
+
+def test_several_texts_for_one_part_are_said_and_the_first_is_taken(tmp_path):
+    found = look(tmp_path, {"question": "Ask", "answer": ["Say", "Or this"], "cot": ["Hm", "Ha"]})
+    (row,) = sources.rows(found)
+    assert row == [ASK, SAY | {"reasoning_content": "Hm"}]
+    assert {name for _, name in found.unused} == {"answer past the first", "cot past the first"}
+
+
+def test_the_first_rows_may_lack_what_the_others_have(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1}\n{"id": 2, "question": "Ask", "answer": "Say"}\n', encoding="utf-8")
+    *_, row = sources.rows(sources.look(places.on_disk(path)))
+    assert row == [ASK, SAY]
+
+
+def test_rows_with_a_class_are_told_of_the_task(tmp_path):
+    with pytest.raises(SystemExit, match="--task classify"):
+        look(tmp_path, {"sentence": "x", "label": 1})
+
+
+def test_lists_of_two_lengths_are_no_conversation(tmp_path):
+    with pytest.raises(SystemExit, match="a conversation"):
+        read(tmp_path, {"messages": {"role": ["user", "assistant"], "content": ["Ask"]}})
+
+
+# --- conversations that are rendered already
+
+
+TWICE = [ASK, SAY, ASK | {"content": "More?"}, SAY | {"content": "<think>hm</think>\n\nYes"}]
+
+
+@pytest.mark.parametrize("think", ["keep", "mask", "drop"])
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "llama3", "gemma3", "mistral", "phi3"])
+def test_rendered_text_is_learnt_as_its_messages_are(name, turns, think):
+    tokenizer = tiny.model(name)
+    text = template.Marked(template.render(tokenizer, TWICE))
+    (ids, answer), (wanted, learnt) = (
+        template.encode(tokenizer, [row], turns, think)[0] for row in (text, TWICE)
+    )
+    assert ids[: len(wanted)].tolist() == wanted.tolist()  # Phi-3: and what closes all
+    assert np.flatnonzero(answer).tolist() == np.flatnonzero(learnt).tolist()
+
+
+def test_rendered_text_that_lacks_its_beginning_or_end_is_read(tmp_path):
+    tokenizer = tiny.model("llama3")
+    text = template.render(tokenizer, TWICE[:2])
+    bare = text.removeprefix(tokenizer.bos_token)
+    (ids, answer), (whole, _) = (
+        template.encode(tokenizer, [template.Marked(row)])[0] for row in (bare, text)
+    )
+    assert ids.tolist() == whole.tolist() and tokenizer.decode(ids[answer]) == "Say<|eot_id|>"
+    cut = template.Marked(text.removesuffix("<|eot_id|>"))
+    ((ids, answer),) = template.encode(tokenizer, [cut])
+    assert tokenizer.decode(ids[answer]) == "Say"
+    other = template.Marked("<|im_start|>assistant\nSay<|im_end|>")
+    assert "without '<|start_header_id|>assistant" in template.encode(tokenizer, [other])[0]
+
+
+def test_rendered_text_is_said_and_read_by_a_flag(tmp_path, prepare, capsys):
+    text = "<|im_start|>user\nAsk {}<|im_end|>\n<|im_start|>assistant\nSay{}<|im_end|>\n"
+    rows = [{"text": text.format(i, i)} for i in range(6)] + [{"text": text.format("x" * 99, "")}]
+    prepare(rows, tiny.CHATML, "--val", "0", out="plain")
+    assert "rendered already (<|im_start|>)" in capsys.readouterr().out
+    words = ["--val", "0", "--columns", "rendered=text", "--max-len", "99"]
+    meta = files.read_json(prepare(rows, tiny.CHATML, *words) / "meta.json", mend="")
+    assert meta["dropped"] == {"too long": 1}  # and never cut into rows
+    assert meta["targets"]["train"] == 6 * len("Say0.")
+    assert "rendered already" not in capsys.readouterr().out
+    look(tmp_path, {"prompt": text, "completion": "Say"})
+    assert "rendered once more" in capsys.readouterr().out
 
 
 def test_an_unknown_role_is_named_and_can_be_told(tmp_path):

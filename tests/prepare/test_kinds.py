@@ -2,6 +2,7 @@
 is no data at all; long texts and rows, a limit over several sources, a run that goes on."""
 
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from lib import checkpoints, data, files, template
 from lib.prepare import formats, kinds, places, rows, schema, sources, split
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 988097824\n"
+TAR = b"0.json".ljust(257, b"\0") + b"ustar\0" + b"00" + bytes(1000)
 PAIR = {"prompt": "question", "answer": "reply"}
 PAIR_AS_MESSAGES = {
     "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -98,6 +100,9 @@ def test_another_split_is_asked_for_by_name(tmp_path):
     assert names(f"{tmp_path}/in:validation") == ["val-0.jsonl"]
     with pytest.raises(SystemExit, match=r"has no split nope; saw"):
         names(f"{tmp_path}/in:nope")
+    for word in ("train_sft", "train_gen"):  # as UltraChat's are called
+        put(tmp_path / "named" / word / f"{word}.jsonl", "x")
+    assert names(f"{tmp_path}/named:train_gen") == ["train_gen.jsonl"]
 
 
 def test_a_glob_over_several_splits_takes_them_and_says_so(tmp_path, capsys):
@@ -205,6 +210,15 @@ def test_an_empty_part_is_skipped_and_counted(tmp_path, prepare, capsys, suffix)
         ("a.json", '{"a": ' + "7" * 5000 + "}", "broken JSON"),
         ("a.jsonl", b'{"a": "\x81\x8d\x8f"}', "--encoding"),
         ("a.csv", "prompt,answer\na,b, c\n", "double quotes"),
+        ("a.tar", TAR, "tar -xf"),
+        ("a.jsonl", TAR, "tar -xf"),
+        ("a.tar.gz", gzip.compress(TAR), "tar -xf"),
+        ("a.xlsx", b"PK\3\4\x14\0", "save it as .csv"),
+        ("a.sqlite", b"SQLite format 3\0", "a table of it as .csv"),
+        ("a.yaml", "- prompt: x\n", "of a kind that is not read; saw .yaml"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), "unpack it"),
+        ("a.jsonl", "é".encode() * 30 + b"\xff", "iconv"),
+        ("a.csv", b"prompt,answer\n" + "é,ù\n".encode() * 30 + b"\xe2\x80,b\n", "iconv"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, name, content, word):
@@ -251,6 +265,12 @@ KINDS = {
     "plain.jsonl.gz": lines([PAIR]),
     "table.jsonl": parquet(),
     "table.arrow": parquet(),
+    "commas.jsonl": lines([PAIR]).rstrip("\n") + ",\n",
+    "several lines.jsonl": json.dumps(PAIR, indent=1) + "\n",
+    "carriage return.jsonl": lines([PAIR]).replace("\n", "\r"),
+    "carriage return.csv": "prompt,answer\rquestion,reply\r",
+    "dos.jsonl": lines([PAIR]).replace("\n", "\r\n"),
+    "no suffix": parquet(),
 }
 
 
@@ -262,6 +282,8 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name):
 def test_every_line_of_a_text_file_is_a_row(tmp_path):
     path = put(tmp_path / "a.txt", "one line\nanother, é\n")
     assert read(path) == [{"text": "one line"}, {"text": "another, é"}]
+    put(path, "a few NULs are dirt\nand no UTF-\0 16\n")
+    assert [row["text"] for row in read(path)] == ["a few NULs are dirt", "and no UTF-\0 16"]
 
 
 CHINESE = "说出一种颜色,绿色\r\n说出一种水果,梨\r\n"
@@ -348,6 +370,7 @@ MAPS = pa.list_(pa.map_(pa.string(), pa.string()))
     ("value", "kind"),
     [
         (IN_LISTS, LISTS),
+        (IN_LISTS | {"name": None}, pa.struct([*LISTS, ("name", pa.list_(pa.string()))])),
         (MESSAGES, pa.list_(PLAIN, 2)),
         (MESSAGES, pa.large_list(PLAIN)),
         ([list(message.items()) for message in MESSAGES], MAPS),
@@ -427,7 +450,7 @@ def test_long_texts_become_rows_and_lose_nothing(tmp_path, prepare, capsys, monk
     assert "".join(exported) == "".join(texts)
 
 
-@pytest.mark.parametrize("long", ["drop", "split", "truncate"])
+@pytest.mark.parametrize("long", ["drop", "pack", "truncate"])
 def test_what_is_longer_than_any_row_is_never_tokenized(tmp_path, prepare, monkeypatch, long):
     monkeypatch.setattr(rows, "LEAST", 1000)
     seen, encode = [], template.encode

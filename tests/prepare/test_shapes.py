@@ -2,6 +2,8 @@
 line that it ends in."""
 
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +11,7 @@ import pytest
 import tiny_tokenizers as tiny
 
 from lib import template
-from lib.prepare import places, schema, sources
+from lib.prepare import kinds, places, schema, sources
 
 ASK = {"role": "user", "content": "Ask"}
 SAY = {"role": "assistant", "content": "Say"}
@@ -268,3 +270,221 @@ def test_another_prompt_that_says_the_same_is_named(tmp_path):
         file = sources.look(places.on_disk(path))
         assert list(sources.rows(file)) == [PAIR]
         assert {name for _, name in file.unused} == {"query", "problem"}
+
+
+def turns(*texts):
+    """A conversation as ShareGPT has it."""
+    return [{"from": who, "value": text} for who, text in zip(("human", "gpt") * 9, texts)]
+
+
+def node(name, parent, text, rank=None, **more):
+    """A message of OASST, the columns that count and a few of the others."""
+    role = "prompter" if rank is None else "assistant"
+    labels = {"name": ["spam"], "value": [0.1], "count": [3]}
+    row = {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank}
+    return row | {"message_tree_id": "a", "deleted": False, "lang": "en", "labels": labels} | more
+
+
+THOUGHT = [ASK, SAY | {"reasoning_content": "Hm"}]
+TAGGED = [ASK, SAY | {"content": "<think>Hm</think>Say"}]
+GLAIVE = (
+    'USER: Ask\n\n\nASSISTANT: <functioncall> {"name": "add", "arguments": \'{"a": 1}\'} '
+    '<|endoftext|>\n\n\nFUNCTION RESPONSE: {"sum": 2}\n\n\nASSISTANT: Say <|endoftext|>\n\n\n'
+)
+S1K = {"solution": "x", "question": "Ask", "cot_type": "math", "source_type": "x", "metadata": "{}"}
+# name in the table of docs/data.md -> (rows by the published schema, what is read of them)
+HUB = {
+    "Dolly": (
+        [{"instruction": "Ask", "context": "C", "response": "Say", "category": "closed_qa"}],
+        asked("Ask\n\nC"),
+    ),
+    "OpenOrca": (
+        [{"id": "niv.1", "system_prompt": "Be", "question": "Ask", "response": "Say"}],
+        [BE, *PAIR],
+    ),
+    "OpenHermes 2.5": (
+        [{
+            "conversations": [turn | {"weight": None} for turn in turns("Ask", "Say")],
+            **dict.fromkeys(["system_prompt", "custom_instruction", "topic", "title", "model"]),
+            "source": "x", "category": "x", "skip_prompt_formatting": False, "views": None,
+        }],
+        PAIR,
+    ),
+    "ShareGPT": (
+        [{
+            "id": "x",
+            "conversations": [t | {"markdown": None, "text": None} for t in turns("Ask", "Say")],
+        }],
+        PAIR,
+    ),
+    "UltraChat": ([{"id": "0", "data": ["Ask", "Say"]}], PAIR),
+    "UltraChat 200k": ([{"prompt": "Ask", "prompt_id": "x", "messages": PAIR}], PAIR),
+    "SlimOrca": (
+        [{"conversations": [
+            {"from": "system", "value": "Be", "weight": None},
+            {"from": "human", "value": "Ask", "weight": 0.0},
+            {"from": "gpt", "value": "Say", "weight": 1.0},
+        ]}],
+        [BE, *PAIR],
+    ),
+    "WizardLM 70k": ([{"instruction": "Ask", "output": "Say"}], PAIR),
+    "WizardLM V2 196k": ([{"idx": "x", "conversations": turns("Ask", "Say")}], PAIR),
+    "MetaMath": (
+        [{"type": "x", "query": "Ask", "original_question": "x", "response": "Say"}],
+        PAIR,
+    ),
+    "GSM8K": ([{"question": "Ask", "answer": "Say"}], PAIR),
+    "Magicoder OSS-Instruct": (
+        [{"lang": "x", "raw_index": 1, "index": 2, "seed": "x", "openai_fingerprint": "x"}
+         | {"problem": "Ask", "solution": "Say"}],
+        PAIR,
+    ),
+    "Magicoder Evol-Instruct": ([{"instruction": "Ask", "response": "Say"}], PAIR),
+    "Glaive function calling v2": (
+        [{"system": "SYSTEM: Be", "chat": GLAIVE}],
+        [
+            BE, ASK, SAY | {"content": "", "tool_calls": [
+                {"type": "function", "function": CALL | {"arguments": '{"a": 1}'}}
+            ]},
+            {"role": "tool", "content": '{"sum": 2}'}, SAY,
+        ],
+    ),
+    "LIMA": ([{"conversations": ["Ask", "Say"], "source": "stackexchange"}], PAIR),
+    "OASST2": (
+        [
+            node("a", None, "Ask"), node("b", "a", "No", 1), node("c", "a", "Say", 0),
+            node("d", "c", "And?"), node("e", "d", "So", 0), node("f", "d", "!", 0, deleted=True),
+            node("g", "b", "Why?"),
+        ],
+        [*PAIR, ASK | {"content": "And?"}, SAY | {"content": "So"}],
+    ),
+    "Tulu 3": ([{"id": "x", "messages": PAIR, "source": "x"}], PAIR),
+    "Infinity-Instruct": (
+        [{
+            "id": "1", "conversations": turns("Ask", "Say"), "langdetect": "en", "source": "x",
+            "label": {"ability_en": ["a", "b"], "ability_zh": ["c"], "cate_ability_zh": []},
+        }],
+        PAIR,
+    ),
+    "Firefly": ([{"kind": "NLI", "input": "Ask", "target": "Say"}], PAIR),
+    "BELLE": ([{"instruction": "Ask", "input": "", "output": "Say"}], PAIR),
+    "BELLE 3.5M": (
+        [{"id": "x", "conversations": [turns("Ask")[0], {"from": "assistant", "value": "Say"}]}],
+        PAIR,
+    ),
+    "BELLE multiturn": (
+        [{"instruction": "Human:p\nAssistant:q\nHuman:Ask\nAssistant:\n", "input": "", "output": "Say"}],
+        [ASK | {"content": "p"}, SAY | {"content": "q"}, *PAIR],
+    ),
+    "COIG": (
+        [{"instruction": "Be", "conversations": [{"question": "Ask", "answer": "Say"}]}],
+        [BE, *PAIR],
+    ),
+    "COIG-CQIA": (
+        [{
+            "instruction": "Ask", "input": "", "output": "Say", "human_verified": False,
+            "task_type": {"major": ["x"], "minor": ["y", "z"]}, "domain": ["x"], "metadata": "x",
+        }],
+        PAIR,
+    ),
+    "DistilQwen_100k": ([{"instruction": "Ask", "output": "Say"}], PAIR),
+    "Chinese-DeepSeek-R1-Distill-110k": (
+        [{"input": "Ask", "content": "Say", "reasoning_content": "Hm", "repo_name": "x", "score": 10}],
+        THOUGHT,
+    ),
+    "AM-DeepSeek-R1-Distilled": (
+        [{"messages": [
+            turn | {"info": {"source": "x", "reference_answer": None, "think_content": "Hm"}}
+            for turn in TAGGED
+        ]}],
+        TAGGED,
+    ),
+    "OpenR1-Math": (
+        [{
+            "problem": "Ask", "solution": "x", "answer": "7", "generations": ["x", "y"],
+            "correctness_math_verify": [True, False], "messages": TAGGED,
+        }],
+        TAGGED,
+    ),
+    "R1-Distill-SFT": (
+        [{"id": "1", "problem": "Ask", "solution": "x", "verified": None}
+         | {"reannotated_assistant_content": "<think>Hm</think>Say"}],
+        TAGGED,
+    ),
+    "s1K": (
+        [S1K | {"cot": None, "thinking_trajectories": ["Hm"], "attempt": "Say"}],
+        THOUGHT,
+    ),
+    "s1K-1.1": (
+        [S1K | {
+            "gemini_thinking_trajectory": "x", "gemini_attempt": "x", "deepseek_grade": "Yes",
+            "deepseek_thinking_trajectory": "Hm", "deepseek_attempt": "Say",
+        }],
+        THOUGHT,
+    ),
+    "OpenThoughts": (
+        [{"system": "Be", "conversations": [ASK | {"from": "user"}, *turns("x", "Say")[1:]]}],
+        [BE, *PAIR],
+    ),
+    "OpenThoughts metadata": (
+        [{
+            "problem": "Ask", "deepseek_reasoning": "Hm", "deepseek_solution": "Say",
+            "ground_truth_solution": "x", "domain": "math", "test_cases": None,
+        }],
+        THOUGHT,
+    ),
+    "OpenThoughts 3": (
+        [{"difficulty": 8, "domain": "code", "conversations": turns("Ask", "<think>Hm</think>Say")}],
+        TAGGED,
+    ),
+    "UltraFeedback binarized": (
+        [{
+            "prompt": "Ask", "prompt_id": "x", "chosen": PAIR, "rejected": [ASK, SAY | {"content": "No"}],
+            "messages": PAIR, "score_chosen": 8.5, "score_rejected": 7.0,
+        }],
+        PAIR,
+    ),
+    "HelpSteer": (
+        [{"prompt": "Ask", "response": "Say", "helpfulness": 4, "verbosity": 2}],
+        PAIR,
+    ),
+    "HelpSteer 3": (
+        [{"domain": "x", "context": [ASK], "response1": "Say", "response2": "No"}
+         | {"overall_preference": -2, "individual_preference": [{"score": -2, "reasoning": "x"}]}],
+        PAIR,
+    ),
+    "CNN/DailyMail": ([{"article": "Ask", "highlights": "Say", "id": "x"}], PAIR),
+    "XSum": ([{"document": "Ask", "summary": "Say", "id": "x"}], PAIR),
+    "WikiText": ([{"text": " = Title = \n"}], " = Title = \n"),
+    "SST-2": ([{"idx": 0, "sentence": "x y", "label": 1}], ("x y", "1")),
+    "DBpedia": ([{"label": 1, "title": "T", "content": " x y"}], (" x y", "1")),
+    "AG News": ([{"text": "x y", "label": 2}], ("x y", "2")),
+}  # fmt: skip
+
+
+def flags_in_docs():
+    """Return the flag beside each name in the table of docs/data.md, "" where none is needed."""
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("## Data sets by name")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| ([^|]+?) \|[^|]*\| (?:`([^`|]+)`)? *\|$", table, re.MULTILINE))
+
+
+def test_the_docs_name_the_data_sets_that_are_tried_here():
+    assert {*flags_in_docs()} - {"data set", "---"} == {*HUB}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", HUB)
+def test_a_data_set_of_the_hub_is_read_with_the_flag_that_the_docs_name(tmp_path, name, suffix):
+    rows, wanted = HUB[name]
+    path, flag = tmp_path / f"rows{suffix}", flags_in_docs()[name]
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = flag.partition("--columns ")[2]
+    columns = schema.parse_columns(columns)[1] if columns else None
+    labelled = flag == "--task classify"
+    assert bool(flag) == bool(columns or labelled)
+    file = sources.look(kinds.recognised(places.on_disk(path)), columns, True, labelled)
+    assert list(sources.rows(file)) == [wanted]
