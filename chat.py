@@ -118,7 +118,7 @@ def run(args):
         return model.preflight(args, templates.make_ready)
     if args.out is not None:
         load = functools.partial(model.load, ready=templates.make_ready)
-        return prompts.answer_file(args, load, asked.asked)
+        return prompts.answer_file(args, load, asked.rows_asked)
     # a port that is taken is said before the models are loaded
     listening = serve.open_socket(args) if args.serve else None
     if args.teacher is not None and classifier.is_classifier(local_folder(args, args.teacher)):
@@ -147,7 +147,7 @@ def classify(args, folder):
     if args.out is None:
         talk.classify_lines(args, read, device)
     else:
-        prompts.classify_file(args, read, folder, asked.asked)
+        prompts.classify_file(args, read, folder, asked.rows_asked)
 
 
 def local_folder(args, name):

@@ -1,5 +1,5 @@
 """Prompts, and what is accepted as their answers, from one file of any kind that is read here:
-chat.py hands `asked` to lib/measure/prompts.py.
+chat.py hands `rows_asked` to lib/measure/prompts.py.
 
 Contract: a row is turned into messages as it would be for training (lib/prepare/conversations.py),
 by the names that lib/prepare/schema.py knows. Its references: the field "reference" (or
@@ -16,7 +16,7 @@ from lib import files
 from lib.prepare import conversations, formats, kinds, places, schema, sources
 
 
-def asked(path: Path) -> Iterator[tuple[dict, list[dict]]]:
+def rows_asked(path: Path) -> Iterator[tuple[dict, list[dict]]]:
     """Yield of each row of a file its fields and its messages up to the turn to answer. Of the
     fields "messages" are these, unless "prompt" alone says them, and "reference" is a text or a
     list of texts; the others are as they were. The first row that cannot be asked ends the
@@ -30,7 +30,7 @@ def asked(path: Path) -> Iterator[tuple[dict, list[dict]]]:
             there = tuple(name for name, value in record.items() if value is not None)
             try:
                 known[there] = known.get(there) or file_of(place, there)
-                yield prompt_of(known[there], record, number)
+                yield asked_of(known[there], record, number)
             except SystemExit as refused:  # in the words of prepare_data.py, but for its flags
                 said = str(refused).partition("; mend it with")[0].replace(f"{place}", "it")
                 files.fail(
@@ -50,8 +50,8 @@ def file_of(place: places.Place, there: tuple[str, ...]) -> sources.File:
     return sources.File(place, "", "", columns, None)
 
 
-def prompt_of(file: sources.File, record: dict, number: int) -> tuple[dict, list[dict]]:
-    """Return a row's fields and messages (see `asked`)."""
+def asked_of(file: sources.File, record: dict, number: int) -> tuple[dict, list[dict]]:
+    """Return a row's fields and messages (see `rows_asked`)."""
     fields, columns = dict(record), file.columns
     parts = {part: record[name] for part, name in columns.items() if sources.said(record[name])}
     given = fields.get("reference", fields.pop("references", None))

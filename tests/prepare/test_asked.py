@@ -12,7 +12,7 @@ from lib.prepare import asked
 def read(path, text=None, encoding="utf-8"):
     if text is not None:
         path.write_text(text, encoding=encoding)
-    return list(asked.asked(path))
+    return list(asked.rows_asked(path))
 
 
 def user(text):
