@@ -228,7 +228,9 @@ def open_out(out, settings, fresh):
             path.unlink(missing_ok=True)
     if out.exists() or part.exists():
         seen = files.read_json(meta, mend="the same command with --fresh")
-        if differing := [name for name in settings if seen.get(name) != settings[name]]:
+        # of the checkpoint its weights count, wherever it lies
+        named = [name for name in settings if name != "ckpt"]
+        if differing := [name for name in named if not files.same(seen.get(name), settings[name])]:
             files.fail(
                 f"{out if out.exists() else part} was made with other settings",
                 "; ".join(f"{name} {seen.get(name)}" for name in differing),

@@ -30,7 +30,7 @@ def rows_asked(path: Path) -> Iterator[tuple[dict, list[dict]]]:
             there = tuple(name for name, value in record.items() if value is not None)
             try:
                 known[there] = known.get(there) or file_of(place, there)
-                yield asked_of(known[there], record, number)
+                yield asked_row(known[there], record, number)
             except SystemExit as refused:  # in the words of prepare_data.py, but for its flags
                 said = str(refused).partition("; mend it with")[0].replace(f"{place}", "it")
                 files.fail(
@@ -50,7 +50,7 @@ def file_of(place: places.Place, there: tuple[str, ...]) -> sources.File:
     return sources.File(place, "", "", columns, None)
 
 
-def asked_of(file: sources.File, record: dict, number: int) -> tuple[dict, list[dict]]:
+def asked_row(file: sources.File, record: dict, number: int) -> tuple[dict, list[dict]]:
     """Return a row's fields and messages (see `rows_asked`)."""
     fields, columns = dict(record), file.columns
     parts = {part: record[name] for part, name in columns.items() if sources.said(record[name])}

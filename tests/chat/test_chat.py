@@ -778,6 +778,17 @@ def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(
     )
 
 
+def test_a_checkpoint_that_was_moved_is_known_by_its_weights(
+    checkpoint, asked, tmp_path, monkeypatch, capsys
+):
+    source, out = asked(checkpoint), tmp_path / "a.jsonl"
+    chat.main(scoring(checkpoint, source, out))
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for folder in (f"{checkpoint}/", "moved", "./moved/"):
+        assert "finished already" in finished(scoring(folder, source, "a.jsonl"), capsys)
+
+
 def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
     command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
     chat.main(command)
