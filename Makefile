@@ -41,11 +41,22 @@ endif
 ifneq ($(and $(ARGS),$(word 2,$(MAKECMDGOALS))),)
 $(info ARGS="$(ARGS)" goes to each of: $(MAKECMDGOALS). For one of them alone: STAGE1_ARGS, STAGE2_ARGS ... (make help))
 endif
-# a value with a blank in it (My Drive) is one word to the shell, unless it comes with quotes of its own; SOURCE may also be several
-one = $(if $(filter '% "% %' %",$(1)),$(1),$(if $(word 2,$(1))$(findstring ',$(1)),"$(1)",$(1)))
-bare = $(if $(filter '% "% %' %",$(1)),$(subst ",,$(subst ',,$(1))),$(1))
-there = $(if $(wildcard $(subst $(eval) ,\ ,$(call bare,$(1)))),$(call one,$(1)))
-some = $(or $(call there,$(1)),$(1))
+# values are words of the shell, whatever is in them (My Drive/it's); quotes of their own around them are taken off
+TYPED  := $(foreach v,RECIPE NAME SOURCE STUDENT TOKENIZER TEACHER DATA LOGITS RUNS,$(if $(filter command,$(origin $(v))),$(v)))
+hash   := \#
+HARD   := ' " ` \ ; & ( ) < > | * ? [ ] { } ! ~ $$ $(hash)
+blank  := $(subst ,, )
+bare = $(subst //blank//,$(blank),$(patsubst "%",%,$(patsubst '%',%,$(subst $(blank),//blank//,$(1)))))
+one = $(if $(word 2,$(1))$(strip $(foreach c,$(HARD),$(findstring $(c),$(1)))),'$(subst ','\'',$(1))',$(1))
+there = $(if $(shell test -e $(call one,$(1)) && echo yes),$(call one,$(1)))
+# one place, or else several, as the shell divides them
+some = $(or $(call there,$(call bare,$(1))),$(1))
+again = $(foreach v,$(TYPED),$(v)=$(call one,$(value typed_$(v))))
+OPEN   := $$( $${ $$$$
+lone = $(findstring $$,$(subst $(word 1,$(OPEN)),,$(subst $(word 2,$(OPEN)),,$(subst $(word 3,$(OPEN)),,$(1)))))
+$(foreach v,$(TYPED),$(eval typed_$(v) := $$(value $(v)))$(if $(call lone,$(value $(v))),\
+  $(error $(v)=$(value $(v)): to make a $$ begins the name of a variable; wanted $$$$ in its place, or the script itself (README.md: the five scripts))))
+$(foreach v,DATA LOGITS RUNS CKPT STUDENT TOKENIZER TEACHER DOMAIN_STUDENT,$(eval override $(v) := $$(call bare,$$($(v)))))
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
@@ -60,7 +71,19 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity clean
 .DEFAULT_GOAL := help
 
+define doors
+printf '%s\n' 'Where to begin:' \
+  '  nothing of your own:     make demo' \
+  '  your own rows:           make data NAME=mine SOURCE=mine.jsonl STUDENT=Qwen/Qwen2.5-0.5B-Instruct' \
+  '  prompts alone, which a teacher answers: the same with ARGS="--answers teacher --teacher Qwen/Qwen2.5-7B-Instruct"' \
+  'README.md, "Three doors", says how each goes on.'
+endef
+# what a stage reads, or else the three doors
+needs = @test -e $(call one,$(1)) || { echo 'error: $(subst ','\'',$(1)) is missing'; $(doors); exit 1; }
+
 help: ## this text
+	@$(doors)
+	@echo
 	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
 	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
 	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
@@ -77,13 +100,16 @@ setup: .venv/ready ## .venv with pinned packages (no NVIDIA GPU? PIP="--extra-in
 	touch $@
 
 data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
+	$(if $(filter file,$(origin SOURCE)),$(if $(RECIPE),,$(call needs,$(SOURCE))))
 	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --tokenizer $(call one,$(TOKENIZER)) --out $(call one,$(DATA)) $(DATA_ARGS) $(ARGS)
-	$(if $(word 2,$(MAKECMDGOALS)),,@echo 'next: make stage1 $(subst ','\'',$(MAKEOVERRIDES))')
+	$(if $(word 2,$(MAKECMDGOALS)),,@echo 'next: make stage1 $(subst ','\'',$(again))')
 
 stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
+	$(call needs,$(DATA)/meta.json)
 	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(STUDENT)) --out $(call one,$(RUNS)/stage1) $(STAGE1_ARGS) $(ARGS)
 
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
+	$(call needs,$(DATA)/meta.json)
 	$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
@@ -91,6 +117,7 @@ verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (
 	$(if $(VERIFY),$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
+	$(call needs,$(DATA)/meta.json)
 	$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/stage2) --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
 
 control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control

@@ -14,15 +14,15 @@
 Reads   --ckpt     a stage folder (its best/, else its final/), any Hugging Face checkpoint folder,
                    or a hub id
         --teacher  the same, or a GGUF file of the student's tokens
-        --prompts  one JSON object a line, {"prompt": "..."} or
-                   {"messages": [{"role": "user", "content": "..."}]}; its other fields are carried
-                   over
-        --score    the same, or a data folder (its val.prompts.jsonl); every line has a "reference"
-                   as well
-Writes  --out: the lines of --prompts in their order, each with "answer" added. Until all are there
-        they lie in OUT.part, and the same command continues there; OUT.meta.json holds the settings
-        they were made with. A sampled answer's seed is --seed + its line's number, so that a
-        continued file is the file of a straight run. With --score each line has "scores" too
+        --prompts  a file of prompts of any kind and shape that prepare_data.py reads, as
+                   {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; other
+                   fields are carried over
+        --score    the same, or a data folder (its val.prompts.jsonl); every row has a "reference"
+                   (a text, or a list of which any is right), or an answer, which is taken for it
+Writes  --out: the rows of --prompts in their order as .jsonl, each with "answer" added. Until all
+        are there they lie in OUT.part, and the same command continues there; OUT.meta.json holds
+        the settings they were made with. A sampled answer's seed is --seed + its row's number, so
+        that a continued file is the file of a straight run. With --score each line has "scores" too
         (lib/measure/score.py says of what), with --labels "logp" of every label
         (lib/measure/labels.py), and OUT.scores.json (answers.scores.json beside answers.jsonl),
         written last, the metrics over all lines with their intervals, and the speed. On a terminal,
@@ -39,7 +39,7 @@ from lib import checkpoints, files, flags, template
 from lib.chat import model, serve, talk
 from lib.measure import prompts
 from lib.options import classifier
-from lib.prepare import templates
+from lib.prepare import asked, templates
 
 
 def parse_args(argv=None):
@@ -117,7 +117,8 @@ def run(args):
     if args.dry_run:
         return model.preflight(args, templates.make_ready)
     if args.out is not None:
-        return prompts.answer_file(args, functools.partial(model.load, ready=templates.make_ready))
+        load = functools.partial(model.load, ready=templates.make_ready)
+        return prompts.answer_file(args, load, asked.rows_asked)
     # a port that is taken is said before the models are loaded
     listening = serve.open_socket(args) if args.serve else None
     if args.teacher is not None and classifier.is_classifier(local_folder(args, args.teacher)):
@@ -146,7 +147,7 @@ def classify(args, folder):
     if args.out is None:
         talk.classify_lines(args, read, device)
     else:
-        prompts.classify_file(args, read, folder)
+        prompts.classify_file(args, read, folder, asked.rows_asked)
 
 
 def local_folder(args, name):

@@ -210,7 +210,8 @@ def side_by_side(result: dict, rows: dict[str, list[dict]]) -> list[dict]:
     for answered in list(zip(*(rows[name] for name in shown_models)))[:PROMPTS]:
         card = {"asked": prompt_text(answered[0]), "answers": []}
         if "reference" in answered[0]:
-            card["reference"] = answered[0]["reference"]
+            right = answered[0]["reference"]
+            card["reference"] = " | ".join(map(str, right)) if isinstance(right, list) else right
         for name, row in zip(shown_models, answered):
             card["answers"].append((name, row.get("answer", ""), is_right(row)))
         cards.append(card)

@@ -1,6 +1,7 @@
 """A file of prompts, answered into a file of answers and scored: chat.py --prompts and --score.
 
-Contract: OUT has the lines of the prompts in their order, each with "answer" added. Until all are
+Contract: OUT has a line of JSON for each row of the prompts in their order, with "answer" added; of
+what shape the rows are, a reader that is handed over knows (lib/prepare/asked.py). Until all are
 there they lie in OUT.part, and the same command continues there, to the file of a straight run:
 each prompt has a seed of its own, and is answered the same beside any others (up to the rounding of
 kernels, see lib/generate.py). OUT.meta.json holds the settings, and a file made with others is
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,23 +24,24 @@ from lib import checkpoints, files, flags, generate, template
 from lib.measure import labels, results, score
 from lib.run import clock
 
-FORMS = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the file of prompts, and the one of answers."""
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="answer every line of this .jsonl file into --out (default: a conversation)",
+        help=(
+            "answer every row of this file, of any kind and names that prepare_data.py knows, into"
+            " --out (default: a conversation)"
+        ),
     )
     parser.add_argument(
         "--score",
         metavar="FILE|DIR",
         help=(
             "answer as with --prompts, greedily unless a flag below samples, and score the answers"
-            " against each line's reference; of a data folder its val prompts (default: a"
-            " conversation)"
+            " against each row's reference, or the nearest of several; of a data folder its val"
+            " prompts (default: a conversation)"
         ),
     )
     parser.add_argument(
@@ -125,15 +128,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of the file. number: of the line, from 1; fields: all that it says."""
+    """A row of the file. number: of the row, from 1; fields: all that it says."""
 
     number: int
     fields: dict
     messages: list[dict]
-
-    @property
-    def reference(self) -> str:
-        return self.fields["reference"].strip()
 
 
 def prompts_file(args):
@@ -150,69 +149,57 @@ def prompts_file(args):
     return path / "val.prompts.jsonl"
 
 
-def read_prompts(path: Path, system: str | None) -> list[Prompt]:
-    """Return the prompts of a file; the first line that is not one of the two forms ends the
-    program, by its number."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as broken:
-        files.fail(
-            f"the prompts {path} cannot be read", broken, f"a UTF-8 file of lines like {FORMS}"
-        )
+def read_prompts(args, path: Path, read) -> list[Prompt]:
+    """Return the prompts of a file, --limit at most; the first row that cannot be answered ends the
+    program, by its number. read: path -> (fields, messages) of each row."""
     found = []
-    for number, fields in files.json_lines(lines, path, FORMS):
-        if fault := fault_of(fields):
-            files.fail(f"{path} line {number}", fault, FORMS)
-        messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
-        found.append(Prompt(number, fields, template.with_system(messages, system)))
-    if not found:
-        files.fail(f"{path} holds no prompt", wanted="at least one line")
+    for number, (fields, messages) in enumerate(islice(read(path), args.limit or None), 1):
+        if fault := fault_of(fields, messages):
+            files.fail(
+                f"{path} row {number}", fault, "a prompt, or messages that end in a question"
+            )
+        found.append(Prompt(number, fields, template.with_system(messages, args.system)))
     return found
 
 
-def fault_of(fields: object) -> str | None:
-    """Return why a line's value cannot be answered, or None."""
+def fault_of(fields: dict, messages: list[dict]) -> str | None:
+    """Return why a row cannot be answered, or None."""
     try:
-        whole = json.dumps(fields)  # as it will be written again, with the answer
+        json.dumps(fields, default=str)  # as it will be written again, with the answer
     except RecursionError:
         return "JSON that is nested too deep"
-    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
-        return whole[:60]
     if "answer" in fields:
         return 'a field "answer", which the answer would overwrite'
-    if "prompt" in fields and not isinstance(fields["prompt"], str):
-        return f"the prompt {fields['prompt']!r:.60}"
-    if "messages" in fields and not template.is_conversation(fields["messages"]):
-        return f"the messages {fields['messages']!r:.60}"
-    if "messages" in fields and fields["messages"][-1]["role"] == "assistant":
+    if not messages or not template.is_conversation(messages):
+        return f"the fields {', '.join(fields)}: {json.dumps(messages)}"[:100]
+    if messages[-1]["role"] == "assistant":
         return "messages that end with an answer"
-    read = [fields.get(name) for name in ("prompt", "messages", "reference")]
-    if template.BROKEN.search(json.dumps(read, ensure_ascii=False)):
-        return f"half a character (\\ud800 to \\udfff) in {whole[:60]}"
+    if template.BROKEN.search(json.dumps([messages, fields.get("reference")], ensure_ascii=False)):
+        return f"half a character (\\ud800 to \\udfff) in {json.dumps(messages)[:60]}"
     return None
 
 
 def what_to_score(args, path: Path, prompts: list[Prompt]) -> tuple[list[str], list[str] | None]:
-    """Return (metrics, labels or None) of --score; a line without a reference, or with one that is
+    """Return (metrics, labels or None) of --score; a row without a reference, or with one that is
     no label, ends the program by its number."""
     for prompt in prompts:
-        given = prompt.fields.get("reference")
-        if not isinstance(given, str) or not given.strip():
+        if not all(map(str.strip, score.references_of(prompt.fields) or [""])):
             files.fail(
-                f"{path} line {prompt.number} has no reference to score against",
+                f"{path} row {prompt.number} has no reference to score against",
                 seen=f"the fields {', '.join(prompt.fields)}",
-                wanted='{"prompt": "...", "reference": "..."}',
+                wanted='{"prompt": "...", "reference": "..."}, or a list of those that are right',
                 mend="--prompts, which asks for none",
             )
-    references = [prompt.reference for prompt in prompts]
+    each = [score.references_of(prompt.fields) for prompt in prompts]
+    references = [text.strip() for texts in each for text in texts]
     if args.labels is None:
         return score.chosen(args.metrics, references), None
     names = labels.names(args.labels, references, path)
-    for prompt in prompts:
-        if prompt.reference not in names:
+    for prompt, texts in zip(prompts, each):
+        if unknown := [text for text in texts if text.strip() not in names]:
             files.fail(
-                f"{path} line {prompt.number}: the reference is no label",
-                seen=repr(prompt.reference[:60]),
+                f"{path} row {prompt.number}: the reference is no label",
+                seen=repr(unknown[0][:60]),
                 wanted=", ".join(names[:20]),
                 mend="--labels auto, or all labels in --labels",
             )
@@ -241,7 +228,9 @@ def open_out(out, settings, fresh):
             path.unlink(missing_ok=True)
     if out.exists() or part.exists():
         seen = files.read_json(meta, mend="the same command with --fresh")
-        if differing := [name for name in settings if seen.get(name) != settings[name]]:
+        # of the checkpoint its weights count, wherever it lies
+        named = [name for name in settings if name != "ckpt"]
+        if differing := [name for name in named if not files.same(seen.get(name), settings[name])]:
             files.fail(
                 f"{out if out.exists() else part} was made with other settings",
                 "; ".join(f"{name} {seen.get(name)}" for name in differing),
@@ -275,12 +264,12 @@ def answer_settings(args, path: Path, metrics: list[str] | None, names: list[str
     }
 
 
-def answer_file(args, load) -> None:
-    """Answer every line of --prompts or --score into --out, and score it. load(args): the Chat that
-    answers, once it is known to be needed."""
+def answer_file(args, load, read) -> None:
+    """Answer every row of --prompts or --score into --out, and score it. load(args): the Chat that
+    answers, once it is known to be needed; read: see `read_prompts`."""
     files.check_out(args.out, file=True)
     path, out = prompts_file(args), Path(args.out)
-    prompts = read_prompts(path, args.system)[: args.limit or None]
+    prompts = read_prompts(args, path, read)
     metrics, names = what_to_score(args, path, prompts) if args.score else (None, None)
     settings = answer_settings(args, path, metrics, names)
     summary = out.with_suffix(".scores.json")
@@ -336,10 +325,10 @@ def encode_prompts(chat, path: Path, prompts: list[Prompt], names: list[str] | N
                 ready.append(chat.ids(prompt.messages))
                 length = len(ready[-1])
         except SystemExit as refused:
-            files.fail(f"{path} line {prompt.number}", seen=str(refused).removeprefix("error: "))
+            files.fail(f"{path} row {prompt.number}", seen=str(refused).removeprefix("error: "))
         if chat.context and length >= chat.context:
             files.fail(
-                f"{path} line {prompt.number} leaves no room for an answer",
+                f"{path} row {prompt.number} leaves no room for an answer",
                 f"{length} tokens",
                 f"fewer than {chat.context}",
             )
@@ -348,7 +337,7 @@ def encode_prompts(chat, path: Path, prompts: list[Prompt], names: list[str] | N
 
 def written(args, chat, prompts: list[Prompt], ready: list[list[int]]) -> Iterator[dict]:
     """Yield the fields that prompts get, in their order: the answer. A prompt's seed is --seed and
-    its line's number: it is answered the same whatever is in work beside it."""
+    its row's number: it is answered the same whatever is in work beside it."""
     seeds = [(args.seed + prompt.number) % (1 << 63) for prompt in prompts]
     strange = generate.unknown_cache(chat.module) or ", ".join(generate.unknown_settings(chat.how))
     if strange:
@@ -395,7 +384,8 @@ def write_answers(
 ) -> None:
     """Write prompts and what they are answered behind the lines that are kept, with their scores,
     and publish the file. made: the fields of the prompts that have no line yet."""
-    scores = metrics and score.scorer(metrics, [prompt.fields["reference"] for prompt in prompts])
+    asked = [prompt.fields for prompt in prompts]
+    scores = metrics and score.scorer(metrics, score.all_references(asked))
     part, start = out.with_name(out.name + ".part"), len(lines)
     os.truncate(part, sum(len(line) + 1 for line in lines))
     if start:
@@ -407,8 +397,8 @@ def write_answers(
         for prompt, fields in zip(prompts[start:], made):
             row = prompt.fields | fields
             if scores:
-                row["scores"] = scores(row["reference"], row["answer"])
-            line = json.dumps(row, ensure_ascii=False) + "\n"
+                row["scores"] = scores(score.references_of(row), row["answer"])
+            line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
             part_file.write(line.encode("utf-8", "backslashreplace"))
             part_file.flush()
             bar.update()
@@ -467,11 +457,11 @@ def speed(chat, ids, new=32, rounds=3):
     }
 
 
-def classify_file(args, read, folder):
-    """Write the classes of every line of --prompts into --out, the likeliest as its answer. read:
-    see classifier.reader."""
+def classify_file(args, classes_of, folder, read):
+    """Write the classes of every row of --prompts into --out, the likeliest as its answer.
+    classes_of: see classifier.reader; read: see `read_prompts`."""
     files.check_out(args.out, file=True)
-    prompts, out = read_prompts(Path(args.prompts), None)[: args.limit or None], Path(args.out)
+    prompts, out = read_prompts(args, Path(args.prompts), read), Path(args.out)
     made = {
         "ckpt": args.ckpt,
         "weights": checkpoints.identity(folder),
@@ -482,12 +472,13 @@ def classify_file(args, read, folder):
     if open_out(out, made, args.fresh) is None:
         print(f"chat: {out} is finished already; nothing to do (--fresh starts anew)")
         return
-    answers = read([prompt.messages[-1]["content"] for prompt in prompts])
+    answers = classes_of([prompt.messages[-1]["content"] for prompt in prompts])
     lines = []
     for prompt, classes in zip(prompts, answers):
         p = {entry["label"]: round(entry["score"], 6) for entry in classes}
         lines.append({**prompt.fields, "answer": classes[0]["label"], "p": p})
-    files.write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    texts = (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    files.write_text(out, "".join(texts))
     out.with_name(out.name + ".part").unlink(missing_ok=True)
     holding.release()
     print(f"chat: {len(lines)} classes in {args.out}")

@@ -56,7 +56,10 @@ EVALUATION = MEASURED | {
     "weights?": str,
     "targets?": int,
 }  # of eval.json
-ANSWER = {"answer?": str, "reference?": (str, None)} | {  # a line of answers.jsonl
+ANSWER = {
+    "answer?": str,
+    "reference?": (str, float, None, [(str, float)]),
+} | {  # a line of answers.jsonl
     "scores?": (dict, None),
     "messages?": ([dict], None),
     "logp?": (dict, None),

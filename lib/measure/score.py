@@ -8,7 +8,9 @@ bootstrap intervals and a paired test.
         runs/demo/stage2-eval/answers.jsonl
 
 Reads   .jsonl files, one object a line with "reference" and "answer": chat.py --score writes them,
-        and so may anybody
+        and so may anybody. A reference may be a list of texts, of which any is right: a row's score
+        is that of the best by each metric (BLEU: sacrebleu's of several references, which takes
+        n-grams of any)
 
 All measures are shares from 0 to 1. Corpus BLEU is no mean over rows, and macro-F1 neither, so
 every metric is a function of the rows' weights (`measures`): how often a bootstrap sample drew each
@@ -30,6 +32,7 @@ Accuracy and macro-F1 take the whole texts as labels. A written answer that no r
 reference falls into the class `OTHER`.
 """
 
+import json
 import logging
 import re
 import string
@@ -63,6 +66,19 @@ CHINESE = re.compile(f"[{HAN}]")
 UNSPACED = f"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff{HAN}"  # Thai to Khmer, CJK
 # as rouge-score, none for é
 WORD = re.compile(rf"[a-z0-9]+|[{UNSPACED}]|[^\W\d_a-z\u00c0-\u024f\u1e00-\u1eff{UNSPACED}]+")
+
+
+def references_of(row: dict) -> list[str]:
+    """Return what is accepted as the answer of a row, numbers as text; [] where it says nothing of
+    that kind. references_of({"reference": ["four", 4]}) == ["four", "4"]"""
+    given = row.get("reference")
+    texts = given if isinstance(given, list) else [given]
+    plain = all(isinstance(text, str | int | float) for text in texts)
+    return [text if isinstance(text, str) else json.dumps(text) for text in texts] if plain else []
+
+
+def all_references(rows: Sequence[dict]) -> list[str]:
+    return [text for row in rows for text in references_of(row)]
 
 
 # --- exact match
@@ -193,16 +209,18 @@ def classes_of(
     """Return the class numbers of references and answers, (N,) each, and the names: `labels`, else
     those that rows were chosen among ("logp"), else the references, sorted; and `OTHER` at need."""
     names = list(
-        labels or rows[0].get("logp") or sorted({row["reference"].strip() for row in rows})
+        labels or rows[0].get("logp") or sorted({text.strip() for text in all_references(rows)})
     )
     place = {name: i for i, name in enumerate(names)}
-    if any(row[field].strip() not in place for row in rows for field in ("reference", "answer")):
+    pairs = []
+    for row in rows:
+        right, answer = [text.strip() for text in references_of(row)], row["answer"].strip()
+        # of several that are right, the one that was said
+        pairs.append([place.get(x, len(place)) for x in (min(right, key=answer.__ne__), answer)])
+    reference, predicted = np.array(pairs, np.int64).T
+    if max(reference.max(), predicted.max()) == len(place):
         names.append(OTHER)
-
-    def numbers(field):
-        return np.array([place.get(row[field].strip(), len(place)) for row in rows], np.int64)
-
-    return numbers("reference"), numbers("answer"), names
+    return reference, predicted, names
 
 
 def by_class(rows: Sequence[dict], labels: Sequence[str] | None = None) -> dict:
@@ -234,21 +252,21 @@ def chosen(metrics: str, references: Sequence[str]) -> list[str]:
 
 def scorer(
     metrics: Sequence[str], references: Sequence[str]
-) -> Callable[[str, str], dict[str, float]]:
-    """Return the function (reference, answer) -> {metric: the row's own score}; a row's bleu is its
-    sentence BLEU. `references`: of all rows."""
+) -> Callable[[Sequence[str], str], dict[str, float]]:
+    """Return the function (a row's references, its answer) -> {metric: the row's own score, by the
+    best of them}; a row's bleu is its sentence BLEU. `references`: of all rows."""
     bleu = bleu_of(references) if "bleu" in metrics else None
     rouge = rouge_of() if set(metrics) & set(ROUGE) else None
 
-    def scores(reference: str, answer: str) -> dict[str, float]:
-        parts = rouge.score(reference, answer) if rouge else {}
+    def scores(right: Sequence[str], answer: str) -> dict[str, float]:
+        parts = rouge.score_multi(right, answer) if rouge else {}
         found = {name: parts[name].fmeasure for name in metrics if name in parts}
         if bleu:
-            found["bleu"] = bleu.sentence_score(answer, [reference]).score / 100
+            found["bleu"] = bleu.sentence_score(answer, right).score / 100
         if "exact" in metrics:
-            found["exact"] = float(exact_match(reference, answer))
+            found["exact"] = float(any(exact_match(text, answer) for text in right))
         if set(metrics) & {"accuracy", "macro_f1"}:
-            found["accuracy"] = float(reference.strip() == answer.strip())
+            found["accuracy"] = float(answer.strip() in [text.strip() for text in right])
         return {name: found[name] for name in METRICS if name in found}
 
     return scores
@@ -260,18 +278,18 @@ def measures(
     """Return for each metric the function from how often each row counts, (N,) of whole numbers, to
     the metric's value."""
     found: dict[str, Callable[[np.ndarray], float]] = {}
-    references = [row["reference"] for row in rows]
+    references = all_references(rows)
 
     def mean(column):
         return lambda weights: float(weights @ column / weights.sum())
 
     if simple := [name for name in metrics if name not in ("bleu", "macro_f1")]:
         score = scorer(simple, references)
-        each = [score(row["reference"], row["answer"]) for row in rows]
+        each = [score(references_of(row), row["answer"]) for row in rows]
         found |= {name: mean(np.array([row[name] for row in each])) for name in simple}
     if "bleu" in metrics:
         bleu = bleu_of(references)
-        parts = [bleu.sentence_score(row["answer"], [row["reference"]]) for row in rows]
+        parts = [bleu.sentence_score(row["answer"], references_of(row)) for row in rows]
         counts = np.array(
             [[part.sys_len, part.ref_len, *part.counts, *part.totals] for part in parts], np.int64
         )  # (N, 10)
@@ -382,7 +400,10 @@ def read_answers(path: str) -> list[dict]:
     rows = []
     for number, row in files.json_lines(lines, path):
         for field in ("reference", "answer"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            found = isinstance(row, dict) and (
+                references_of(row) if field == "reference" else isinstance(row.get(field), str)
+            )
+            if not found:
                 seen, wanted = lines[number - 1][:60], f'a text in the field "{field}"'
                 files.fail(f"{path} line {number} has no {field}", seen, wanted)
         rows.append(row)
@@ -426,7 +447,7 @@ def main(argv=None):
     if args.metrics != "auto" or not all("logp" in row for row in sets[0]):
         # else they were chosen among labels (lib/measure/labels.py)
         try:
-            metrics = chosen(args.metrics, [row["reference"] for row in sets[0]])
+            metrics = chosen(args.metrics, all_references(sets[0]))
         except ValueError as wrong:
             parser.error(f"--metrics: {wrong}")
     of_classes = {"accuracy", "macro_f1"} & set(metrics)

@@ -8,6 +8,7 @@ formats      what a file holds: columns and records of parquet, arrow, csv, json
 schema       which column is the prompt, which the answer
 templates    the chat template: the tokenizer's own, named or plain; its date, its arguments
 conversations  what a row says, of any shape -> one conversation
+asked        a file of prompts, with what is accepted as their answers (for chat.py)
 rows         conversations -> token ids and masks, what is dropped and why
 classes      rows that have a class each (--task classify)
 workers      tokenizing in several processes, order kept

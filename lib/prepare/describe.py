@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files, template
-from lib.prepare import places, sources, split
+from lib.prepare import places, sources, split, templates
 
 BOTH = {"train": int, "val": int}
 DESCRIBED = data.META | {  # of meta.json, what is printed of it
@@ -29,6 +29,7 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 }
 
 
+PATHS = ("source", "tokenizer", "chat_template")  # flags that may name a file: its content counts
 FEW_VAL, FEW_STEPS = 20, 20
 STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
 
@@ -109,13 +110,14 @@ def staging_key(inputs: list[sources.Source], written, args, shaping: dict, toke
     import tokenizers
     import transformers
 
-    told = [shaping, template.identities(tokenizer), transformers.__version__]
-    told += [tokenizers.__version__, data.FORMAT, written and (written.count, written.meta)]
-    for file in (file for source in inputs for file in source.files):
+    told = [{name: value for name, value in shaping.items() if name not in PATHS}]
+    told += [template.identities(tokenizer), transformers.__version__, tokenizers.__version__]
+    told += [data.FORMAT, written and (written.count, written.meta)]
+    for name, file in ((source.name, file) for source in inputs for file in source.files):
         place = file.place
-        if place.is_local:
+        if place.is_local:  # wherever it lies now, by whatever path
             now = os.stat(place.path)
-            told.append([str(place), file.described, now.st_size, now.st_mtime_ns])
+            told.append([name, file.described, now.st_size, now.st_mtime_ns])
         else:
             told.append([str(place), file.described, places.stamp(place)])
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
@@ -139,11 +141,13 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
     again = "the same command with --fresh"
     meta = files.read_json(out / "meta.json", again, DESCRIBED)
     files.check(out, meta, False, again)
-    before, differs = meta.get("args", {}), []
+    before, differs, moved = meta["args"], [], moved_sources(args, meta)
+    own = {"source"} if moved else set()
+    own |= {*PATHS[1:]} if moved_tokenizer(args, meta) else set()
     for name, value in shaping.items():
         if name == "long" and value == "pack" and "text (" not in str(meta.get("schema")):
             value = before.get("long") if before.get("long") == "drop" else value  # the same there
-        if not files.same(before.get(name), value):
+        if name not in own and not files.same(before.get(name), value):
             differs.append(f"{name} {before.get(name)!r} -> {value!r}")
     if meta.get("format") != data.FORMAT:
         differs.append(f"format {meta.get('format')} -> {data.FORMAT}")
@@ -152,7 +156,7 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
         names = [source["name"] for source in meta["sources"]]
         if names != list(where):
             differs.append(f"sources {', '.join(names)} -> {', '.join(where)}")
-        for source in meta["sources"] if names == list(where) else ():
+        for source in meta["sources"] if names == list(where) and not moved else ():
             changed = places.changed(where[source["name"]], source["files"])
             differs += [f"{name} has changed" for name in changed]
     if differs:
@@ -161,7 +165,34 @@ def finished(out: Path, args, shaping: dict) -> dict | None:
             seen=f"{', '.join(differs)}",
             mend="another --out, or --fresh to prepare it anew",
         )
-    return meta
+    return meta | {"tokenizer": args.tokenizer}
+
+
+def moved_sources(args, meta: dict) -> bool:
+    """Return whether the sources are named by other paths, and are what the folder was made of."""
+    if files.same(meta["args"].get("source"), args.source):
+        return False
+    if [name for name, _ in args.wanted] != [source["name"] for source in meta["sources"]]:
+        return False
+    for (_, where), source in zip(args.wanted, meta["sources"]):
+        now = [places.stamp(place) for place in sources.locate(where)]
+        kinds = ("sha256", "size", "mtime")
+        if now != [{k: one[k] for k in kinds if k in one} for one in source["files"]]:
+            return False
+    return True
+
+
+def moved_tokenizer(args, meta: dict) -> bool:
+    """Return whether a tokenizer or a template is named by another path, and is a folder's own."""
+    before = {name: meta["args"].get(name) for name in PATHS[1:]}
+    same = {name: files.same(before[name], getattr(args, name)) for name in before}
+    if all(same.values()):
+        return False
+    tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
+    told = [template.identities(tokenizer)] if same["chat_template"] else []  # of plain texts
+    templates.make_ready(tokenizer, args.chat_template, args.template_args)
+    told.append(template.identities(tokenizer))
+    return meta["identities"].get("tokenizer") in [one["tokenizer"] for one in told]
 
 
 # --- for people

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -777,6 +778,17 @@ def test_a_data_folder_stands_for_its_held_out_prompts_and_limit_for_the_first(
     )
 
 
+def test_a_checkpoint_that_was_moved_is_known_by_its_weights(
+    checkpoint, asked, tmp_path, monkeypatch, capsys
+):
+    source, out = asked(checkpoint), tmp_path / "a.jsonl"
+    chat.main(scoring(checkpoint, source, out))
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for folder in (f"{checkpoint}/", "moved", "./moved/"):
+        assert "finished already" in finished(scoring(folder, source, "a.jsonl"), capsys)
+
+
 def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path, capsys):
     command = scoring(checkpoint, asked(checkpoint), tmp_path / "a.jsonl")
     chat.main(command)
@@ -789,12 +801,12 @@ def test_other_metrics_or_labels_are_other_settings(checkpoint, asked, tmp_path,
 @pytest.mark.parametrize(
     "references, more, says",
     [
-        (["1", "2", None], [], "line 3 has no reference"),
-        (["1", " "], [], "line 2 has no reference"),
+        (["1", "2", None], [], "row 3 has no reference"),
+        (["1", " "], [], "row 2 has no reference"),
         (
             ["Ann", "Zoe"],
             ["--labels", "Ann,Tom"],
-            "line 2: the reference is no label; saw 'Zoe'; wanted Ann, Tom",
+            "row 2: the reference is no label; saw 'Zoe'; wanted Ann, Tom",
         ),
     ],
 )
@@ -817,7 +829,7 @@ def test_a_label_that_does_not_fit_behind_its_prompt_is_refused_by_line_number(
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels")
     chat.main([*command, "Ann,Tom"])
-    assert "line 2 leaves no room for an answer" in refused(
+    assert "row 2 leaves no room for an answer" in refused(
         capsys, [*command, "Ann,Tom," + "Ann has " * 10, "--fresh"], 1
     )
 
@@ -828,6 +840,39 @@ def test_references_that_are_too_many_to_be_labels_are_refused(checkpoint, tmp_p
     )
     command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--labels", "auto")
     assert "201 distinct ones; wanted at most 200" in refused(capsys, command, 1)
+
+
+def test_a_file_as_people_have_it_is_scored(checkpoint, tmp_path):
+    """A byte order mark, blank lines, names of other data sets, an answer at the end of a
+    conversation, several that are right: refused before."""
+    said = [plain(checkpoint, question) for question in QUESTIONS]
+    rows = [
+        {"question": QUESTIONS[0], "answer": ["#### 1", said[0]], "id": 7},
+        {
+            "messages": [
+                {"role": "user", "content": QUESTIONS[1]},
+                {"role": "assistant", "content": said[1]},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": QUESTIONS[2]},
+                {"from": "gpt", "value": "x"},
+            ]
+        },
+    ]
+    text = "\n\n".join(map(json.dumps, rows)) + "\n\n\n"
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8-sig")
+    command = scoring(checkpoint, tmp_path / "p.jsonl", tmp_path / "a.jsonl", "--metrics", "exact")
+    chat.main(command)
+    made = answers(tmp_path / "a.jsonl")
+    assert [row["answer"] for row in made] == said[:3]
+    assert [row["scores"]["exact"] for row in made] == [1, 1, 0]
+    assert [row["reference"] for row in made] == [["#### 1", said[0]], said[1], "x"]
+    assert [row["messages"] for row in made] == [
+        [{"role": "user", "content": q}] for q in QUESTIONS[:3]
+    ]
+    assert made[0]["id"] == 7 and all("conversations" not in row for row in made)
 
 
 def test_one_class_only_is_warned_of(checkpoint, asked, tmp_path, capsys):
@@ -890,11 +935,11 @@ def test_speed_is_measured_within_the_context_and_memory_is_weights_and_cache(ch
     [
         ("{", "not JSON"),
         ("[]", "[]"),
-        ('{"text": "x"}', "text"),
-        ('{"prompt": 3}', "3"),
+        ('{"reply": "x"}', "columns reply"),
+        ('{"prompt": 3}', "not text"),
         ('{"messages": []}', "[]"),
-        ('{"prompt": "x", "answer": "y"}', "overwrite"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', "end with an answer"),
+        ('{"prompt": "x", "answer": "y", "reference": "z"}', "overwrite"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "[]"),
         (json.dumps({"prompt": "apples " * 300}), "no room"),
         ('{"prompt": "x", "y": ' + "[" * 100_000 + "}", "not JSON"),
         ('{"prompt": "x", "y": ' + "[" * 1000 + "]" * 1000 + "}", "not JSON"),
@@ -931,7 +976,9 @@ def test_a_broken_prompts_file_is_refused_by_line_number(checkpoint, tmp_path, c
         ],
         1,
     )
-    assert "line 2" in said and says in said and not (tmp_path / "o.jsonl").exists()
+    assert (
+        re.search(r"(line|row) 2\b", said) and says in said and not (tmp_path / "o.jsonl").exists()
+    )
 
 
 def test_what_is_carried_over_comes_back_whatever_it_is(checkpoint, tmp_path):

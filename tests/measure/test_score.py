@@ -143,7 +143,7 @@ def test_bleu_is_sacrebleus(pairs, tokens):
     )
     one = score.scorer(["bleu"], references)
     for reference, answer in pairs:
-        assert one(reference, answer)["bleu"] == pytest.approx(
+        assert one([reference], answer)["bleu"] == pytest.approx(
             sentence_bleu(answer, [reference], tokenize=tokens).score / 100, abs=1e-12
         )
 
@@ -157,9 +157,28 @@ def test_a_drawn_corpus_is_scored_as_sacrebleu_scores_its_rows():
 def test_rouge_is_the_librarys_for_latin_script():
     library, ours = rouge_scorer.RougeScorer(score.ROUGE), score.scorer(score.ROUGE, [])
     for reference, answer in ENGLISH:
-        assert ours(reference, answer) == {
+        assert ours([reference], answer) == {
             name: made.fmeasure for name, made in library.score(reference, answer).items()
         }
+
+
+def test_of_several_references_the_best_counts_by_each_metric():
+    right, answer = ["Rome", "the city of Rome in Italy", "roma"], "Rome in Italy"
+    row = {"reference": right, "answer": answer}
+    each = score.scorer(score.METRICS, right)
+    alone = [each([reference], answer) for reference in right]
+    best = each(right, answer)
+    for name in ("exact", *score.ROUGE, "accuracy"):
+        assert best[name] == max(one[name] for one in alone)
+    sacre = sentence_bleu(answer, right).score / 100
+    assert best["bleu"] == pytest.approx(sacre, abs=1e-12)
+    made = score.summarise([row, row], ["bleu", "macro_f1"], rounds=1)
+    assert made["bleu"]["value"] == pytest.approx(
+        corpus_bleu([answer] * 2, [[text] * 2 for text in right]).score / 100, abs=1e-12
+    )
+    said = {"reference": ["4", 4.0, "four"], "answer": "four"}
+    assert score.classes_of([said, {"reference": "4", "answer": "4"}])[0].tolist() == [2, 0]
+    assert score.references_of({"reference": None}) == []
 
 
 def test_rouge_of_other_scripts_is_the_librarys_on_the_same_tokens_spelt_in_latin():
@@ -167,13 +186,13 @@ def test_rouge_of_other_scripts_is_the_librarys_on_the_same_tokens_spelt_in_lati
     spell = collections.defaultdict(lambda: f"w{len(spell)}")
     for reference, answer in CHINESE:
         latin = [" ".join(spell[c] for c in text) for text in (reference, answer)]
-        assert ours(reference, answer) == {
+        assert ours([reference], answer) == {
             name: made.fmeasure for name, made in library.score(*latin).items()
         }
         assert (
             library.score(reference, answer)["rouge1"].fmeasure
             == 0
-            < ours(reference, answer)["rouge1"]
+            < ours([reference], answer)["rouge1"]
         )
     assert score.words("Das Kernel-Modul 内核 для ядра 6.1") == [
         "das",
@@ -355,7 +374,7 @@ def test_two_files_are_shown_and_compared(tmp_path, capsys):
         ('{"reference": "x"}', "line 2 has no answer"),
         ("{", "line 2 is not JSON"),
         ("[]", "line 2 has no reference"),
-        ('{"reference": 3, "answer": "3"}', "line 2 has no reference"),
+        ('{"reference": {}, "answer": "3"}', "line 2 has no reference"),
     ],
 )
 def test_a_broken_file_is_refused_by_line_number(tmp_path, line, words):

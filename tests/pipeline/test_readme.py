@@ -5,6 +5,7 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -85,10 +86,14 @@ def words_of_make(target, folder, quote=""):
     told = [f"{name}={quote}{folder}/{name.lower()}{quote}" for name in WHERE]
     command = ["make", "-n", "-o", ".venv/ready", target, *told]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [shlex.split(line) for line in said.splitlines() if line.strip() and line[:4] != "echo"]
+    lines = [shlex.split(line) for line in said.splitlines() if line.strip()]
+    for line in lines:
+        if line[0] == "echo":  # the next command, as it is to be pasted
+            assert {*told} <= {*shlex.split(line[1])}
+    return [line for line in lines if line[0] != "echo"]
 
 
-@pytest.mark.parametrize("name", ["My Drive", "Ann's"])
+@pytest.mark.parametrize("name", ["My Drive", "Ann's", """a 'q' "r" it's #1:2 `é` (x);&*\\"""])
 @pytest.mark.parametrize("target", STEPS.split())
 def test_a_path_with_a_blank_is_one_word_to_make(tmp_path, target, name):
     plain = words_of_make(target, tmp_path / "Drive")
@@ -155,3 +160,29 @@ def test_every_test_that_the_table_of_faults_names_is_there():
     named = set(re.findall(r"`(test_\w+)`", table))
     assert len(named) > 100
     assert not [name for name in sorted(named) if f"def {name}(" not in tests]
+
+
+def test_make_says_where_to_begin_where_nothing_is_there(tmp_path):
+    """A missing file was all that it said."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def said(*words):
+        command = ["make", "-o", ".venv/ready", *words]
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return made.returncode, made.stdout
+
+    for words in ([], ["data"], ["stage1"], ["logits"], ["stage2"]):
+        code, text = said(*words)
+        assert (code == 0) == (not words), text
+        for door in ("make demo", "make data NAME=mine", "--answers teacher"):
+            assert door in text
+        assert not words or "is missing" in text
+    assert "Where to begin" not in said("data", "SOURCE=mine.jsonl")[1]  # the script says it
+
+
+def test_a_dollar_that_make_would_take_for_a_variable_is_refused():
+    command = ["make", "-n", "-o", ".venv/ready", "data"]
+    made = subprocess.run([*command, "DATA=a$HOME"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode and "wanted $$ in its place" in made.stderr
+    made = subprocess.run([*command, "DATA=a$$HOME"], cwd=ROOT, capture_output=True, text=True)
+    assert "--out 'a$HOME'" in made.stdout

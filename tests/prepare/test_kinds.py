@@ -600,3 +600,33 @@ def test_a_source_that_changed_meanwhile_starts_over(tmp_path, prepare, monkeypa
     several(tmp_path, {"a": 24})
     assert len(prepare(*words).train.rows) == 24
     assert "goes on" not in capsys.readouterr().out
+
+
+def test_sources_and_tokenizer_are_known_by_what_they_hold(
+    tmp_path, prepare, tokenizer_dir, monkeypatch, capsys
+):
+    """From another working directory, or moved, they were something else; so was what a killed run
+    had staged, by any other spelling."""
+    monkeypatch.setattr(prepare_data, "SHARD_ROWS", 10)
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "in/rows.jsonl", lines(PAIR | {"prompt": f"q{i}"} for i in range(25)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(split, "refuse_empty", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare("--source", "in/rows.jsonl", "--val", 2)
+    shutil.copytree(tokenizer_dir, tmp_path / "copied")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    prepare("--source", "../in/./rows.jsonl", "--tokenizer", "../copied/", "--val", 2)
+    assert "prepare goes on" in capsys.readouterr().out
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    prepare("--source", "../moved/rows.jsonl", "--val", 2)
+    assert "finished already" in capsys.readouterr().out
+    put(tmp_path / "new/rows.jsonl", lines([PAIR] * 25))
+    with pytest.raises(SystemExit, match="was prepared from something else; saw source"):
+        prepare("--source", "../new/rows.jsonl", "--val", 2)
+    for more in (["--chat-template", "chatml"], ["--tokenizer", str(tmp_path / "other")]):
+        made = template.load_tokenizer(tokenizer_dir)
+        made.chat_template = made.chat_template.replace("im_end", "im_start")
+        made.save_pretrained(tmp_path / "other")
+        with pytest.raises(SystemExit, match="was prepared from something else; saw"):
+            prepare("--source", "../moved/rows.jsonl", "--val", 2, *more)
