@@ -126,23 +126,25 @@ def load_teacher(args, dataset, folder, device, dtype):
         teacher = classifier.load(args.teacher, device, dtype, rows=rows, **options)
         args.k, args.values, args.tail_rank = teacher.vocab, "fp16", 0
     else:
-        teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+        apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
+        teacher = models.load(args.teacher, device, dtype, pack=False, apart=apart, **options)
     teacher.module.requires_grad_(False)
-    return replace(teacher, limit=pick_vocab(args, teacher, dataset)), splits
+    return cut(args, teacher, dataset), splits
 
 
-def pick_vocab(args, teacher, dataset):
-    """Return V, the tokens both models know: the smaller output layer, cut before softmax and top-k
-    on both sides."""
+def cut(args, teacher, dataset):
+    """Return the teacher cut to V, the tokens both models know (the smaller output layer), before
+    softmax and top-k on both sides, and without those that are other tokens to one of them."""
     if dataset.labels:
-        return teacher.vocab
-    vocab = args.vocab or teacher.vocab
-    if args.student and not args.vocab:
-        folder = checkpoints.base_of(checkpoints.local_folder(args.student, args.trust_remote_code))
-        config = files.read_json(folder / "config.json")
-        vocab = min(vocab, config.get("text_config", config)["vocab_size"])
+        return replace(teacher, limit=teacher.vocab)
+    vocab, apart = args.vocab or teacher.vocab, {*teacher.apart}
+    if args.student:
+        folder = checkpoints.local_folder(args.student, args.trust_remote_code)
+        if not args.vocab:
+            vocab = min(vocab, checkpoints.tokens_of(folder))
+        apart |= {*models.check_fits(folder, dataset, args.trust_remote_code)}
     known = len(dataset.tokenizer())
-    if not args.vocab and vocab < known:  # works where no row holds the others
+    if vocab < known:  # works where no row holds the others
         known = max(dataset.used(), default=0) + 1
     if not known <= vocab <= teacher.vocab:
         files.fail(
@@ -152,9 +154,10 @@ def pick_vocab(args, teacher, dataset):
             " layer)",
             "--vocab 0",
         )
-    if args.k > vocab:
-        files.fail("k does not fit", f"--k {args.k}", f"at most V = {vocab}", f"--k {vocab}")
-    return vocab
+    left = vocab - sum(id < vocab for id in apart)
+    if args.k > left:
+        files.fail("k does not fit", f"--k {args.k}", f"at most V = {left}", f"--k {left}")
+    return replace(teacher, limit=vocab, apart=tuple(sorted(apart)))
 
 
 def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holding):

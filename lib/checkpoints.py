@@ -16,10 +16,11 @@ An adapter folder holds
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -33,6 +34,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
 CHECKSUMS = "checksums.json"
+OTHER_GGUF = "a GGUF file of a model with the same vocabulary"
+GGUF_UNUSED = 5  # the kind of a token that llama.cpp invented, which no text has
 ADAPTER = "default"  # PEFT's own name of the only adapter
 
 
@@ -330,53 +333,80 @@ def check_apart(out: str, source: Path, what: str = "student") -> None:
         )
 
 
-def check_gguf_vocabulary(folder: Path, tokenizer, whose: object) -> bool:
-    """Refuse a GGUF file that gives other ids to a tokenizer's tokens; return whether it names its
-    tokens at all."""
-    field = gguf_reader(folder).get_field("tokenizer.ggml.tokens")
-    tokens = field.contents() if field else None
+def gguf_names(path: Path, tokenizer) -> tuple[dict[int, str], dict[int, str]] | None:
+    """Return what a GGUF file calls its tokens, by id, and what a tokenizer does, both with blanks
+    as they are meant (of sentencepiece's, U+2581, llama.cpp writes some so); None where the file
+    names none. Names that were invented to fill its output layer up are left out."""
+    reader = gguf_reader(path)
+    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type")]
+    tokens, kinds = (field.contents() if field else None for field in fields)
     if tokens is None:
-        return False
-    # more tokens than ours it often has: invented ones; llama.cpp writes some of sentencepiece's
-    # blanks, U+2581, as they are meant
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        same = number < len(tokens)
-        if not same or tokens[number].replace("\u2581", " ") != token.replace("\u2581", " "):
-            seen = f"{len(tokens)} tokens"
-            if number < len(tokens):
-                seen = f"{tokens[number]!r} as token {number}"
-            files.fail(
-                f"{folder} has another tokenizer than {whose}",
-                seen,
-                repr(token),
-                "a GGUF file of a model with the same vocabulary",
+        return None
+    named = zip(tokens, kinds or [None] * len(tokens))
+    own = {i: token for i, (token, kind) in enumerate(named) if kind != GGUF_UNUSED}
+    of_file, of_tokenizer = (
+        {i: token.replace("\u2581", " ") for i, token in names.items()}
+        for names in (own, template.token_names(tokenizer))
+    )
+    return of_file, of_tokenizer
+
+
+def check_gguf_tokenizer(path: Path, tokenizer, whose: object) -> None:
+    """Refuse a GGUF file that calls one of a tokenizer's tokens otherwise."""
+    names, known = gguf_names(path, tokenizer) or ({}, {})
+    if wrong := [id for id in template.named_apart(names, known) if id in known]:
+        refuse_tokenizer(path, whose, wrong, names, known, OTHER_GGUF)
+
+
+def refuse_tokenizer(
+    folder: Path, whose: object, wrong: list[int], names: dict, known: dict, mend: str
+) -> NoReturn:
+    """Say that a model calls tokens `wrong` otherwise than it is to."""
+    more = f", and {len(wrong) - 1} more are others" if wrong[1:] else ""
+    seen, wanted = (
+        repr(some[wrong[0]]) if wrong[0] in some else "no token" for some in (names, known)
+    )
+    files.fail(
+        f"{folder} has another tokenizer than {whose}",
+        f"{seen} as token {wrong[0]}{more}",
+        wanted,
+        mend,
+    )
+
+
+def check_vocabulary(
+    folder: Path, dataset: data.Dataset, trust_remote_code: bool = False, teacher: bool = False
+) -> list[int]:
+    """Return the ids that are one token to the data's tokenizer and another, or none, to that of a
+    model, and say how many. (A model without a tokenizer has the data's.) Refused: a model for
+    which the rows hold one of them; equal sizes prove nothing."""
+    pair = gguf_names(folder, dataset.tokenizer()) if is_gguf(folder) else None
+    if pair is None:
+        folder = folder.parent if is_gguf(folder) else folder
+        if not any((folder / name).exists() for name in TOKENIZERS):
+            return []
+        tokenizer = template.load_tokenizer(folder, trust_remote_code)
+        if template.identities(tokenizer)["vocabulary"] == dataset.identities["vocabulary"]:
+            return []
+        pair = template.token_names(tokenizer), template.token_names(dataset.tokenizer())
+    apart = template.named_apart(*pair)
+    if held := sorted({*apart} & {*dataset.used()} if apart else ()):
+        mend = f"python prepare_data.py --tokenizer {folder} --out another folder"
+        if is_gguf(folder):
+            mend = OTHER_GGUF
+        elif teacher:  # to prepare with its tokenizer would only have the student refused
+            mend = (
+                "a teacher that calls them so (teacher and student must share one vocabulary), or"
+                f" text that it writes: python prepare_data.py --answers teacher --teacher {folder}"
+                f" --tokenizer {dataset.folder / 'tokenizer'} --source SOURCE --out another folder"
             )
-    return True
-
-
-def check_vocabulary(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
-    """Refuse a model whose tokenizer, if it has one, gives other ids to tokens than the data's:
-    equal sizes prove nothing."""
-    if is_gguf(folder):
-        if check_gguf_vocabulary(folder, dataset.tokenizer(), dataset.folder):
-            return
-        folder = folder.parent
-    if not any((folder / name).exists() for name in TOKENIZERS):
-        return
-    tokenizer = template.load_tokenizer(folder, trust_remote_code)
-    seen, wanted = template.identities(tokenizer)["vocabulary"], dataset.identities["vocabulary"]
-    if seen != wanted:
-        known = [{i: t for t, i in t.get_vocab().items()} for t in (tokenizer, dataset.tokenizer())]
-        if all(known[0].get(token) == known[1].get(token) for token in dataset.used()):
-            print(f"vocabulary: that of {folder} is the data's in all tokens that its rows hold")
-            return
-        files.fail(
-            f"{folder} has another tokenizer than {dataset.folder}",
-            f"vocabulary {seen[:12]}",
-            wanted[:12],
-            f"python prepare_data.py --tokenizer {folder} --out another folder (teacher and student"
-            " must share one vocabulary)",
+        refuse_tokenizer(folder, dataset.folder, held, *pair, mend)
+    if apart:
+        print(
+            f"vocabulary: {len(apart)} tokens of {folder} are not the data's, and no row holds them"
+            + (": what the teacher says of them is left out" if teacher else "")
         )
+    return apart
 
 
 def peft_library():
@@ -423,6 +453,18 @@ def check_base(folder: Path, base: Path) -> None:
             "the weights it was trained on, named as base_model_name_or_path in"
             f" {folder / ADAPTER_CONFIG}",
         )
+
+
+def tokens_of(folder: Path) -> int:
+    """Return how many tokens a checkpoint knows, by its files: an adapter may bring more than its
+    base has."""
+    config = files.read_json(base_of(folder) / "config.json")
+    rows = [config.get("text_config", config)["vocab_size"]]
+    if is_adapter(folder):
+        for name, shape in heads([folder / ADAPTER_WEIGHTS]).items():
+            if ".lora_" not in name and len(shape) == 2 and re.search("embed|lm_head", name):
+                rows.append(shape[0])
+    return max(rows)
 
 
 def grow(module: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # log of a mass that float32's exp can still tell from 0; a bucket that is empty counts as so light
 FLOOR = -70.0
+ABSENT = -1e9  # logit of a token that is left out: no mass at any temperature, and still a number
 CHUNK_BYTES = 1 << 27  # one buffer of (chunk, V) logits: 128 MiB, 220 targets at V = 151,936
 
 
@@ -23,7 +24,8 @@ class Head:
     bias)).
 
     `softcap` c maps z to c * tanh(z / c) (Gemma 2, eq. in section 2 of arXiv:2408.00118); 0 = none.
-    `vocab` = V tokens both models know.
+    `vocab` = V tokens both models know; apart (n,): ids among them that are another token to one of
+    them, whose logits are ABSENT in both, so that neither's distribution has them.
     """
 
     weight: Tensor
@@ -31,6 +33,7 @@ class Head:
     vocab: int
     scale: float = 1.0
     softcap: float = 0.0
+    apart: Tensor | None = None
 
     def chunk(self) -> int:
         """Return how many targets one buffer of logits holds."""
@@ -46,7 +49,7 @@ class Head:
             z *= self.scale
         if self.softcap:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+        return z if self.apart is None else z.index_fill_(1, self.apart, ABSENT)
 
     def operand(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (V, D) in the dtype that products are computed in: made once, used for
@@ -60,11 +63,17 @@ class Head:
         return weight.to(compute_dtype(dtype, weight.device))
 
     def beyond(self) -> "Head | None":
-        """Return the layer's other rows, from `vocab` on, as a head of their own; None without."""
-        if (more := len(self.weight) - self.vocab) <= 0:
+        """Return the layer's other rows, those from `vocab` on and those apart, as a head of their
+        own; None without."""
+
+        def others(rows: Tensor) -> Tensor:
+            above = rows[self.vocab :]
+            return above if self.apart is None else torch.cat([above, rows[self.apart]])
+
+        if not (more := len(weight := others(self.weight))):
             return None
-        bias = None if self.bias is None else self.bias[self.vocab :]
-        return replace(self, weight=self.weight[self.vocab :], bias=bias, vocab=more)
+        bias = None if self.bias is None else others(self.bias)
+        return replace(self, weight=weight, bias=bias, vocab=more, apart=None)
 
     @torch.no_grad()
     def chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -9,7 +9,7 @@ packed (`Model.packs`). An adapter is merged into its base in memory.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -45,13 +45,15 @@ HARMLESS = re.compile(
 @dataclass(frozen=True)
 class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
-    came from. limit: how many of its tokens are compared with a teacher's (None: all). packs: rows
-    on one line do not see each other."""
+    came from. limit: how many of its tokens are compared with a teacher's (None: all, with none).
+    apart: ids that its tokenizer and the data's do not call the same, left out where there is a
+    limit. packs: rows on one line do not see each other."""
 
     module: Any
     body: Any
     folder: Path
     limit: int | None = field(default=None, kw_only=True)
+    apart: tuple[int, ...] = field(default=(), kw_only=True)
     packs: bool = field(default=True, kw_only=True)
 
     @property
@@ -86,7 +88,10 @@ class Model:
         scale /= getattr(config, "logits_scaling", None) or 1.0
         softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         bias = getattr(layer, "bias", None)
-        return Head(layer.weight, bias, vocab or self.limit or self.vocab, scale, softcap)
+        vocab = vocab or self.limit or self.vocab
+        apart = [id for id in self.apart if id < vocab] if self.limit else []
+        ids = torch.tensor(apart, device=layer.weight.device) if apart else None
+        return Head(layer.weight, bias, vocab, scale, softcap, ids)
 
 
 @files.telling("loading a model")
@@ -105,7 +110,7 @@ def load(
     amp: torch.dtype | None = None,
     trust_remote_code: bool = False,
     placing: dict | None = None,
-    known: bool = False,
+    apart: Sequence[int] | None = None,
 ) -> Model:
     """Load a causal LM, check it, and put it on a device.
 
@@ -114,15 +119,15 @@ def load(
     pack          rows are to be packed, unless they would see each other in this model
     placing       options of from_pretrained (quantization_config, device_map) that put it where
                   it belongs by themselves
-    known         `check_fits` has been asked already
+    apart         what `check_fits` returned, where it has been asked already
     """
     from transformers import AutoModelForCausalLM
 
     check_attention(attn, amp or dtype)
     folder = checkpoints.local_folder(name, trust_remote_code)
     base = checkpoints.base_of(folder)
-    if dataset is not None and not known:
-        check_fits(folder, dataset, trust_remote_code)
+    if dataset is not None and apart is None:
+        apart = check_fits(folder, dataset, trust_remote_code)
     options: dict[str, Any] = dict(attn=attn, trust_remote_code=trust_remote_code)
     options |= {"dtype": dtype} | (placing or {})
     module, loaded = read(
@@ -139,7 +144,7 @@ def load(
     if not placing:
         module.to(device)
     module.eval()
-    model = Model(module, body_of(module), folder)
+    model = Model(module, body_of(module), folder, apart=tuple(apart or ()))
     if dataset is not None:
         dataset.check_tokens(model.vocab, folder)
         if (above := len(dataset.tokenizer()) - model.vocab) > 0:
@@ -149,13 +154,17 @@ def load(
     return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
 
 
-def check_fits(folder: Path, dataset: data.Dataset, trust_remote_code: bool = False) -> None:
+def check_fits(
+    folder: Path, dataset: data.Dataset, trust_remote_code: bool = False, teacher: bool = False
+) -> list[int]:
     """Refuse a model that cannot read a data set, by its files alone, before weights are loaded:
-    rows longer than its positions, or another vocabulary."""
+    rows longer than its positions, or with other tokens. Return the ids that are another token to
+    it than to the data's tokenizer."""
     splits = (dataset.train, dataset.val)
     longest = max(int(split.rows["length"].max(initial=0)) for split in splits)
     check_window(folder, longest, trust_remote_code)
-    checkpoints.check_vocabulary(checkpoints.with_tokenizer(folder), dataset, trust_remote_code)
+    words = checkpoints.with_tokenizer(folder)
+    return checkpoints.check_vocabulary(words, dataset, trust_remote_code, teacher)
 
 
 def config_of(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -133,12 +133,15 @@ def as_stored(name, trust_remote_code: bool = False):
     texts = [*TRIAL, *(f"{token} 1 a{token}b\n {token}" for token in special)]
     wanted = plain_ids(stored, texts)
     seen = plain_ids(made.backend_tokenizer, texts) if made else None
-    if seen == wanted:
+    more = {*made.get_vocab()} - {*stored.get_vocab()} if made else set()
+    if seen == wanted and not more:
         return made
-    if seen is not None and wanted is not None:
+    if seen is not None and wanted is not None and seen != wanted:
         text, ids, own = next(parts for parts in zip(texts, seen, wanted) if parts[1] != parts[2])
         why = f"makes {len(ids)} tokens of {text!r} where its tokenizer.json makes {len(own)}"
-    if made and type(stored.model).__name__ == "WordPiece":
+    elif more:
+        why = f"has tokens that its tokenizer.json has not ({', '.join(sorted(more)[:4])})"
+    if made and seen != wanted and type(stored.model).__name__ == "WordPiece":
         files.fail(
             f"the tokenizer {name} means two things",
             f"tokenizer_config.json's {kind} {why}",
@@ -146,8 +149,10 @@ def as_stored(name, trust_remote_code: bool = False):
             "the do_lower_case and strip_accents that the model was trained with, in both files",
         )
     plain = made_by(PreTrainedTokenizerFast.from_pretrained, name)
-    if seen is not None and plain_ids(plain.backend_tokenizer, texts) == seen:
-        return made  # not the class but a setting of tokenizer_config.json (add_prefix_space)
+    if made and seen is not None and plain_ids(plain.backend_tokenizer, texts) == seen:
+        # not the class but a setting of tokenizer_config.json (add_prefix_space, a token added)
+        if plain.get_vocab() == made.get_vocab():
+            return made
     print(
         f"tokenizer: {name}: tokenizer_config.json's class {kind} {why or 'does not read it'}:"
         " tokenizer.json is followed",
@@ -212,6 +217,17 @@ def identities(tokenizer) -> dict:
         "vocabulary": _hash(vocabulary),
         "tokenizer": _hash([vocabulary, special, tokenizer.chat_template]),
     }
+
+
+def token_names(tokenizer) -> dict[int, str]:
+    """Return what a tokenizer calls its tokens, by id."""
+    return {number: token for token, number in tokenizer.get_vocab().items()}
+
+
+def named_apart(one: dict[int, str], other: dict[int, str]) -> list[int]:
+    """Return the ids, in order, that two tokenizers' names give different tokens, or that only one
+    of them has: the logits of such an id mean two things."""
+    return sorted(id for id in one.keys() | other.keys() if one.get(id) != other.get(id))
 
 
 def adds_bos(tokenizer) -> bool:

@@ -150,13 +150,11 @@ def namer(tokenizer):
 def incomparable(student_tokenizer, teacher_tokenizer) -> str | None:
     """Return why the tokens of two tokenizers cannot be compared (the first that stands for
     something else), or None where they can."""
-    one = {number: token for token, number in student_tokenizer.get_vocab().items()}
-    two = {number: token for token, number in teacher_tokenizer.get_vocab().items()}
-    for number in sorted(one.keys() | two.keys()):
-        if one.get(number) != two.get(number):
-            mine, theirs = (repr(v[number]) if number in v else "nothing" for v in (one, two))
-            return (
-                f"the teacher has other tokens than the student: number {number} is {theirs} to"
-                f" it, {mine} to the student"
-            )
+    one, two = (template.token_names(one) for one in (student_tokenizer, teacher_tokenizer))
+    for number in template.named_apart(one, two):
+        mine, theirs = (repr(v[number]) if number in v else "nothing" for v in (one, two))
+        return (
+            f"the teacher has other tokens than the student: number {number} is {theirs} to"
+            f" it, {mine} to the student"
+        )
     return None

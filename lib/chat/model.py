@@ -173,7 +173,7 @@ def load(args, ready, name=None, student=None):
     folder = checkpoints.local_folder(name or args.ckpt, args.trust_remote_code, unfinished=True)
     if student is not None and checkpoints.is_gguf(folder):
         tokenizer = student.tokenizer
-        checkpoints.check_gguf_vocabulary(folder, tokenizer, args.ckpt)
+        checkpoints.check_gguf_tokenizer(folder, tokenizer, args.ckpt)
     else:
         tokenizer = template.load_tokenizer(
             checkpoints.with_tokenizer(folder), args.trust_remote_code

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib import files
-from lib.head import CHUNK_BYTES, matmul
+from lib.head import ABSENT, CHUNK_BYTES, matmul
 
 FORMAT = 1
 FILE = "basis.safetensors"
@@ -45,7 +45,8 @@ class Basis:
     coefficient is stored (`pack`).
 
     center (D,), encoder (D, R): from the teacher's hidden states to coefficients; a student needs
-    neither. softcap as in `Head`.
+    neither. softcap and apart as in `Head`; the file does not hold apart, which the student has a
+    part in.
     """
 
     mean: Tensor
@@ -55,6 +56,7 @@ class Basis:
     center: Tensor
     encoder: Tensor
     softcap: float = 0.0
+    apart: Tensor | None = None
 
     def encode(self, hidden: Tensor) -> Tensor:
         """Return the coefficients (n, R) of the teacher's hidden states (n, D)."""
@@ -67,7 +69,8 @@ class Basis:
         if out is not None and z is not out:  # half-precision products have no `out`
             z = out.copy_(z)
         z += self.mean
-        return z.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else z
+        z = z.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else z
+        return z if self.apart is None else z.index_fill_(1, self.apart, ABSENT)
 
     def pack(self, coef: Tensor) -> np.ndarray:
         """Return coefficients (n, R) as bytes (n, B): the number of the step each lies in, bit
@@ -108,12 +111,14 @@ class Basis:
         """Return it on a device: rows in float16 on CUDA, where products of halves are summed in
         float32, else in float32."""
         moved = replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+        if self.apart is not None:
+            moved = replace(moved, apart=self.apart.to(device))
         if device.type == "cuda" or self.rows.dtype != torch.float16:
             return moved
         return replace(moved, rows=moved.rows.float())
 
 
-TENSORS = [field.name for field in fields(Basis) if field.name != "softcap"]
+TENSORS = [field.name for field in fields(Basis) if field.name not in ("softcap", "apart")]
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class LiveTeacher:
         checkpoints.check_apart(args.out, self.folder, "teacher")
         if self.base == self.folder:  # an adapter may bring more
             self._check_k(output_layer(self.shapes)[0])
-        models.check_fits(self.folder, dataset, args.trust_remote_code)
+        self.apart = models.check_fits(self.folder, dataset, args.trust_remote_code, teacher=True)
         self.device = numbered(models.pick_device(args.teacher_device or args.device))
         self.dtype = models.pick_dtype(args.teacher_dtype, self.device, self.folder)
 
@@ -152,17 +152,19 @@ class LiveTeacher:
         self._load(self._room(student, amp))
         self.vocab = min(student.vocab, self.model.vocab)
         self._check_k(self.vocab)
-        self.model = replace(self.model, limit=self.vocab)
+        apart = tuple(sorted({*student.apart, *self.model.apart}))
+        self.model = replace(self.model, limit=self.vocab, apart=apart)
         head = self.model.head()
 
         def here(tensor):
             return None if tensor is None else tensor.detach()[: self.vocab].to(student.device)
 
-        head = replace(head, weight=here(head.weight), bias=here(head.bias))
+        ids = None if head.apart is None else head.apart.to(student.device)
+        head = replace(head, weight=here(head.weight), bias=here(head.bias), apart=ids)
         # widened once, and not for every chunk
         self.head = replace(head, weight=head.operand(head.weight.dtype))
         packs = student.packs and self.model.packs
-        return replace(student, limit=self.vocab, packs=packs)
+        return replace(student, limit=self.vocab, apart=apart, packs=packs)
 
     def _check_k(self, vocab: int) -> None:
         """Refuse a k beyond the tokens that there are: the teacher's own, before anything is
@@ -213,7 +215,7 @@ class LiveTeacher:
                 pack=not self.args.no_pack,
                 trust_remote_code=self.args.trust_remote_code,
                 placing=self._placing(room),
-                known=True,
+                apart=self.apart,
             )
         except torch.OutOfMemoryError:
             files.fail(

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 
 from lib import data, files, flags, losses, models
+from lib.head import ABSENT
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
 
 GUESS_LIMIT = 0.01  # mean error of a tail's mass that is computed instead of read (a share of 1)
 # what chunks that are read together share
-ALIKE = ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes")
+ALIKE = ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes", "apart")
 
 
 def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str:
@@ -56,10 +58,7 @@ class Chunk:
         if self.meta["chunk"] != chunk:
             files.fail(f"{folder} holds another chunk", self.meta["chunk"], chunk, again)
         own, wanted = self.meta["identities"], dataset.identities
-        for name, what in (
-            ("data", "other data"),
-            ("vocabulary", "a teacher with another vocabulary"),
-        ):
+        for name, what in (("data", "other data"), ("vocabulary", "data of another tokenizer")):
             if own[name] != wanted[name]:
                 files.fail(
                     f"{folder} was dumped from {what}",
@@ -126,6 +125,7 @@ class Records:
         # nothing is left for a tail: any temperature is exact
         self.whole = self.meta["k"] == self.vocab
         self.shape = self._basis(every if temperature is not None or not self.val else [self.val])
+        self.leave_out(())
         self.placed: torch.device | None = None  # the device that it has been moved to
         # (temperature, mean, max): how far the tail's mass is off where it is computed and not
         # read, measured
@@ -230,6 +230,15 @@ class Records:
             )
         return left, mean, worst
 
+    def leave_out(self, more: Iterable[int]) -> None:
+        """Leave out of every distribution what the dump did, and `more` ids, of which the top k may
+        hold some; their mass in a tail cannot be told from the others'."""
+        dumped = {*self.meta.get("apart", [])}
+        self.apart = tuple(sorted({*more} | dumped))
+        self.unforeseen = torch.tensor(sorted({*more} - dumped), dtype=torch.int64)
+        if self.shape is not None and (ids := [id for id in self.apart if id < self.vocab]):
+            self.shape = replace(self.shape, apart=torch.tensor(ids))
+
     @property
     def compares(self) -> bool:
         """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in
@@ -276,7 +285,8 @@ class Records:
                 f"at least {self.vocab:,}",
                 dump_command(self.meta | {"vocab": None}, self.dataset, self.folder, more),
             )
-        return replace(student, limit=self.vocab)
+        self.leave_out(student.apart)
+        return replace(student, limit=self.vocab, apart=self.apart)
 
     def say(self) -> None:
         """Print what the teacher is, how much of it is there, and what is missing."""
@@ -364,6 +374,10 @@ class Records:
         dumped = temperature in self.temperatures
         column = self.temperatures.index(temperature) if dumped else 0
         topk = record.unpack(records, self.vocab, column, self.shape)
+        if len(self.unforeseen):
+            other = torch.isin(topk.ids, self.unforeseen)
+            gap, order = topk.gap.masked_fill(other, -ABSENT).sort(dim=1, stable=True)
+            topk = replace(topk, ids=topk.ids.gather(1, order), gap=gap)
 
         def move(tensor):
             return tensor.to(batch.labels.device, non_blocking=True)

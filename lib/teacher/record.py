@@ -51,6 +51,7 @@ CHUNK_META = {  # of meta.json
     "teacher_ce": float,
     "teacher_acc1": float,
     "coverage": {...: float},
+    "apart?": [range(1 << 20)],
     "answers?": {...: [range(1 << 20)]},
     "sha256": str,
 }

@@ -76,7 +76,8 @@ def scored_again(
 ) -> tuple[float, float]:
     """Return the largest difference, and the share of targets with the same likeliest token, over
     targets of a chunk; rows: those of the chunk, in the split."""
-    teacher = replace(teacher, limit=part.meta["vocab"])
+    left_out = tuple(part.meta.get("apart", ()))
+    teacher = replace(teacher, limit=part.meta["vocab"], apart=left_out)
     head, first = teacher.head(), split.rows["first_target"][rows]
     absolute = numbers + int(first[0])
     owners = np.unique(rows[np.searchsorted(first, absolute, side="right") - 1])

@@ -123,6 +123,8 @@ def dump_settings(
         "dtype": str(dtype),
         "tokens_per_microbatch": args.tokens_per_microbatch,
     }
+    if head.apart is not None:  # older folders, and most, have none
+        settings["apart"] = head.apart.tolist()
     return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
 
 

@@ -368,10 +368,10 @@ def test_blanks_of_sentencepiece_are_blanks_in_a_gguf_file(monkeypatch):
             return [token.replace("\u2581", " ") for token in tokens]
 
     monkeypatch.setattr(checkpoints, "gguf_reader", lambda folder: Reader())
-    assert checkpoints.check_gguf_vocabulary(None, words, "data")
+    checkpoints.check_gguf_tokenizer(None, words, "data")
     tokens[-1] = "another"
     with pytest.raises(SystemExit, match="another tokenizer"):
-        checkpoints.check_gguf_vocabulary(None, words, "data")
+        checkpoints.check_gguf_tokenizer(None, words, "data")
     assert len(WORDS) == make.V
 
 
