@@ -23,6 +23,7 @@ sampled answer depends on its company.
 """
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,6 +39,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lib import files
 
+# what transformers' models call the memory that they hand back and take again
+MEMORIES = ("past_key_values", "cache_params", "state", "mems")
 ROOM = 256  # columns added when the buffer is full
 # likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
 NUCLEUS = 1024
@@ -265,17 +268,6 @@ def unknown_cache(module) -> str | None:
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
         return ", ".join(sorted(strange)) or "a state that is no cache"
     return None
-
-
-def refuse_unknown_cache(module) -> None:
-    """End with one line where rows of a model's memory cannot come and go one by one."""
-    if seen := unknown_cache(module):
-        files.fail(
-            f"{type(module).__name__} cannot be answered with here",
-            seen,
-            wanted="a decoder whose cache is keys and values",
-            mend="an OpenAI-compatible server for it, and --teacher-url",
-        )
 
 
 def left_padded(rows: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
@@ -572,6 +564,42 @@ class InFlight:
         return [(place, chosen[place]) for place in alive]
 
 
+class Alone(InFlight):
+    """One row in work, with whatever memory the model makes of it: states of Mamba, linear and
+    chunked attention cannot be put in slots."""
+
+    def __init__(self, module, how: Sampling) -> None:
+        super().__init__(module, how, 1)
+        self.memory: dict[str, Any] = {}
+        takes = inspect.signature(module.forward).parameters
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def admit(self, new: list[Request]) -> list[tuple[int, int]]:
+        [request] = new
+        self.rows, self.seen, self.memory = [None], None, {}
+        self.lengths, self.starts = (torch.zeros(1, dtype=torch.long) for _ in range(2))
+        self.seat(0, request, request.how or self.how)
+        return self.read(request.tokens)
+
+    def step(self) -> list[tuple[int, int]]:
+        return self.read([int(self.last)])
+
+    def read(self, tokens: list[int]) -> list[tuple[int, int]]:
+        """Run tokens, and choose the next one."""
+        ids = torch.tensor([tokens], device=self.device)
+        made = self.module(input_ids=ids, use_cache=True, **self.options, **self.memory)
+        self.memory = {name: made[name] for name in MEMORIES if made.get(name) is not None}
+        if self.tenant(0).how.repetition_penalty != 1:
+            self.remember(made.logits.shape[-1])
+        self.last = self.choose(made.logits[:, -1], [0], self.seen)
+        return [(0, int(self.last))]
+
+
+def in_flight(module, how: Sampling, slots: int) -> InFlight:
+    """Return an empty batch for a model, of as many rows as its memory allows."""
+    return Alone(module, how) if unknown_cache(module) else InFlight(module, how, slots)
+
+
 @torch.inference_mode()
 def generate(
     module,
@@ -592,8 +620,8 @@ def generate(
     (finish: stop). turn is held during each pass of the model, and at no other time. batch: an
     empty one, for who wants to look at it meanwhile.
     """
-    refuse_unknown_cache(module)
-    batch, waiting, more = batch or InFlight(module, how, slots), iter(requests), True
+    batch, waiting, more = batch or in_flight(module, how, slots), iter(requests), True
+    slots = batch.slots
     while True:
         # --- waiting prompts take the free places, a few together: a pass costs as much for one row
         # as for several

@@ -8,8 +8,10 @@ that reads what follows a token. Where packed rows would see each other it says 
 packed (`Model.packs`). An adapter is merged into its base in memory.
 """
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 from lib import checkpoints, data, files, generate
 from lib.head import Head
@@ -47,7 +50,8 @@ class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
     came from. limit: how many of its tokens are compared with a teacher's (None: all, with none).
     apart: ids that its tokenizer and the data's do not call the same, left out where there is a
-    limit. packs: rows on one line do not see each other."""
+    limit. packs: rows on one line do not see each other. scale, softcap: what it does to its output
+    layer's logits (`Head`). `model_of` makes one of a module."""
 
     module: Any
     body: Any
@@ -55,6 +59,8 @@ class Model:
     limit: int | None = field(default=None, kw_only=True)
     apart: tuple[int, ...] = field(default=(), kw_only=True)
     packs: bool = field(default=True, kw_only=True)
+    scale: float = field(default=1.0, kw_only=True)
+    softcap: float = field(default=0.0, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -82,16 +88,12 @@ class Model:
 
     def head(self, vocab: int | None = None) -> Head:
         """Return the output layer, cut to the first `vocab` tokens (default: `limit`, else all)."""
-        config, layer = self.module.config.get_text_config(), self.module.get_output_embeddings()
-        # Cohere multiplies, Granite divides
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-        bias = getattr(layer, "bias", None)
+        layer = self.module.get_output_embeddings()
         vocab = vocab or self.limit or self.vocab
         apart = [id for id in self.apart if id < vocab] if self.limit else []
         ids = torch.tensor(apart, device=layer.weight.device) if apart else None
-        return Head(layer.weight, bias, vocab, scale, softcap, ids)
+        bias = getattr(layer, "bias", None)
+        return Head(layer.weight, bias, vocab, self.scale, self.softcap, ids)
 
 
 @files.telling("loading a model")
@@ -144,12 +146,13 @@ def load(
     if not placing:
         module.to(device)
     module.eval()
-    model = Model(module, body_of(module), folder, apart=tuple(apart or ()))
-    if dataset is not None:
-        dataset.check_tokens(model.vocab, folder)
-        if (above := len(dataset.tokenizer()) - model.vocab) > 0:
-            print(f"vocabulary: {above} tokens above those of {folder} are in no row of the data")
-    probe(model, amp)
+    with on_text_alone(module):
+        model = replace(model_of(module, folder, amp), apart=tuple(apart or ()))
+        if dataset is not None:
+            dataset.check_tokens(model.vocab, folder)
+            if (above := len(dataset.tokenizer()) - model.vocab) > 0:
+                print(f"vocabulary: {above} tokens above {folder}'s are in no row of the data")
+        probe(model, amp)
     model = replace(model, packs=pack and packs(model, amp))
     return replace(model, body=torch.compile(model.body, dynamic=True)) if compiled else model
 
@@ -225,6 +228,108 @@ def body_of(module: Any) -> Any:
         "neither .base_model nor a part with .layers",
         "a decoder and an output layer",
     )
+
+
+class UpToHead(nn.Module):
+    """A causal LM up to its output layer, as its body: in some, more lies before that layer than
+    the decoder (BERT's transform, MiniCPM's scale)."""
+
+    class Reached(Exception):
+        """Carries what the output layer is given, and leaves the layer undone."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> BaseModelOutput:
+        def stop(_layer, given):
+            raise self.Reached(given[0])
+
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            self.module(**inputs)
+        except self.Reached as reached:
+            return BaseModelOutput(last_hidden_state=reached.args[0])
+        finally:
+            hook.remove()
+        raise AssertionError(f"{type(self.module).__name__} does not call its output layer")
+
+
+@contextmanager
+def on_text_alone(module: Any) -> Iterator[None]:
+    """End with one line where a model cannot run on tokens alone: it wants an image, or its
+    configuration fits no weights."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as no:
+        inner, outer = module.config.get_text_config().model_type, module.config.model_type
+        files.fail(
+            f"{type(module).__name__} does not run on text alone",
+            f"{type(no).__name__}: {' '.join(str(no).split())[:200]}",
+            "a decoder that is given tokens",
+            f"a checkpoint of the language model inside it ({inner})" if inner != outer else None,
+        )
+
+
+def model_of(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
+    """Return the Model whose body and head are the module's own: what follows its output layer is
+    measured, and what precedes it is the decoder, or all there is."""
+    scale, softcap = after_head(module)
+    model = Model(module, body_of(module), folder, scale=scale, softcap=softcap)
+    whole = replace(model, body=UpToHead(module))
+    return whole if head_error(model, amp) > 1 >= head_error(whole, amp) else model
+
+
+@torch.no_grad()
+def after_head(module: Any) -> tuple[float, float]:
+    """Return the (scale, softcap) that a model applies to its output layer's logits, whatever its
+    configuration calls them: small logits in their place come out scaled (Cohere, Granite,
+    Falcon-H1), large ones as the cap (Gemma 2)."""
+    small, large = 2.0**-20, 2.0**30
+    layer, ratios = module.get_output_embeddings(), []
+    token = torch.ones((1, 1), dtype=torch.long, device=next(module.parameters()).device)
+    for value in (small, large):
+        met: list[Tensor] = []
+
+        def replaced(_layer, _given, logits):
+            met.append(logits)
+            return torch.full_like(logits, value, dtype=torch.float32)  # noqa: B023
+
+        hook = layer.register_forward_hook(replaced)
+        try:
+            logits = module(input_ids=token, use_cache=False).logits
+        finally:
+            hook.remove()
+        if not met:
+            return 1.0, 0.0
+        ratios.append(logits.float().amax().item() / value)
+    scale = ratios[0] if abs(ratios[0] - 1) > 1e-5 else 1.0
+    return scale, 0.0 if ratios[1] > scale / 2 else ratios[1] * large
+
+
+@torch.no_grad()
+def head_error(model: Model, amp: torch.dtype | None) -> float:
+    """Return how far our head's logits of eight tokens are from the model's own, relative to what
+    rounding may be: at most 1 in a model whose body and head we know."""
+    row = rows_to_probe(model)[0][:8]
+    positions, head = torch.arange(len(row), device=model.device)[None], model.head()
+    hidden = states(model, amp, [row])[0]
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
+        own = model.module(input_ids=row[None], position_ids=positions, use_cache=False)
+    if hidden.shape[1] != head.weight.shape[1]:
+        return math.inf
+    ours = next(head.chunks(hidden))[1]
+    error = checkpoints.difference(ours, own.logits[0, : len(ours)])
+    return error / (1e-3 if is_exact(model, amp) else 0.1)
 
 
 def check_attention(attn: str, dtype: torch.dtype) -> None:
@@ -498,16 +603,10 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
             if getattr(config, "is_decoder", None) is False
             else None,
         )
-    ours = next(model.head().chunks(states(model, amp, [first[:8]])[0]))[1]
-    straight = torch.arange(8, device=model.device)[None]
-    with torch.autocast(model.device.type, amp, enabled=amp is not None):
-        own = model.module(input_ids=first[None, :8], position_ids=straight, use_cache=False)
-    limit = 1e-3 if is_exact(model, amp) else 0.1
-    if (error := checkpoints.difference(ours, own.logits[0, : len(ours)])) > limit:
+    if (error := head_error(model, amp)) > 1:
         files.fail(
             f"{name} changes its logits in a way this project does not know",
-            f"a relative difference of {error:.2g}",
-            f"at most {limit:g}",
+            f"a difference that is {error:.2g} times what rounding may be",
         )
 
 

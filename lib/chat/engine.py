@@ -130,15 +130,17 @@ class Engine:
     def __init__(
         self, module, tokenizer, how: generate.Sampling, slots: int, room: int, turns: Turns
     ) -> None:
-        generate.refuse_unknown_cache(module)
         self.module, self.tokenizer, self.how = module, tokenizer, how
-        self.slots, self.room, self.turns = slots, room, turns
+        self.batch = generate.in_flight(module, how, slots)
+        self.slots, self.room, self.turns = self.batch.slots, room, turns
+        if self.slots < slots:
+            memory = generate.unknown_cache(module)
+            print(f"chat: one answer at a time, for the model's memory is {memory}", flush=True)
         self.waiting: deque[Job] = deque()
         self.working: list[Job] = []
         self.fresh: set[Job] = set()  # those in work that have not had a pass yet
         self.more, self.closed, self.dead = threading.Condition(), False, False
         self.busy_s, self.prompt_tokens, self.answer_tokens = 0.0, 0, 0
-        self.batch = generate.InFlight(module, how, slots)
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -210,7 +212,7 @@ class Engine:
                 else:
                     continue
                 # by now the failed pass's tensors are gone
-                self.batch = generate.InFlight(self.module, self.how, self.slots)
+                self.batch = generate.in_flight(self.module, self.how, self.slots)
                 if not full:
                     self.probe()
                 self.again(suspects)
@@ -249,7 +251,9 @@ class Engine:
         after an assertion)."""
         with torch.inference_mode(), self, generate.one_memory_error():
             try:
-                generate.prefill(self.module, [[0]])
+                self.module(
+                    input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.module.device)
+                )
             except torch.OutOfMemoryError:
                 pass
 

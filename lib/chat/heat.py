@@ -46,9 +46,7 @@ def compare_tokens(
     `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
-    # made by models.load, whose probe knows that body and head are the module
-    mine = models.Model(student, models.body_of(student), None)
-    other = models.Model(teacher, models.body_of(teacher), None)
+    mine, other = models.model_of(student, None), models.model_of(teacher, None)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(

@@ -68,9 +68,6 @@ def answered(model: models.Model, dataset: data.Dataset, say=print) -> dict[str,
     """Return what a model answers, greedily, to the first ASKED val prompts that are not long, by
     the row's number; none, and a line that says why, where it cannot be asked in a few passes."""
     module, split = model.module, dataset.val
-    if strange := generate.unknown_cache(module):
-        say(f"val answers: {type(module).__name__} is not asked for any: it remembers in {strange}")
-        return {}
     longest = min(PROMPT, (generate.context_of(module) or PROMPT) - LONGEST - 1)
     asked: list[generate.Request] = []
     for row in range(len(split.rows)):

@@ -83,7 +83,7 @@ def fresh(config, dtype=torch.float32, **more):
     except ValueError:
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     module = module.to(dtype).eval()
-    return models.Model(module, models.body_of(module), None)
+    return models.model_of(module, None)
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -77,7 +77,7 @@ def net(
                 parameter *= spread
             if "embed" in name:
                 parameter *= 20
-    return models.Model(module.eval(), module.base_model, Path("nowhere"))
+    return models.model_of(module.eval(), Path("nowhere"))
 
 
 @pytest.fixture(scope="module")
