@@ -76,7 +76,7 @@ def compare_tokens(
 def likely_tokens(module: nn.Module, ids: list[int], top: int) -> list[generate.Likely | None]:
     """Return how likely a model finds each token of a text behind those before it; None for the
     first."""
-    model = models.Model(module, models.body_of(module), None)
+    model = models.model_of(module, None)
     found: list[generate.Likely | None] = [None]
     for part, z in model.head(model.vocab).chunks(hidden(model, ids[:1], ids[1:])):
         logp = logarithms(z)

@@ -49,7 +49,7 @@ IDLE = {
 OFF = (None, 0, False, "none", "", [])  # settings that do nothing
 
 
-def model_of(run: dict | None, where: Path) -> dict:
+def measured_of(run: dict | None, where: Path) -> dict:
     """Return one model of OUT.json: its measures, sizes, speed, and how it was trained."""
     model = {"folder": str(where)} | results.read_evaluation(where)
     if run:
@@ -397,7 +397,7 @@ def main(argv=None):
     folders = entries.named_models(args.runs, parser)
     roles = entries.roles_of(list(folders), args, parser)
     read = {name: runs.read_run(run) for name, (run, _) in folders.items() if run}
-    models = {name: model_of(read.get(name), where) for name, (_, where) in folders.items()}
+    models = {name: measured_of(read.get(name), where) for name, (_, where) in folders.items()}
     rows = {name: results.answers_in(where) for name, (_, where) in folders.items()}
     for name, (_, where) in folders.items():
         for line in entries.stale(models[name], read.get(name), where):

@@ -65,13 +65,13 @@ ANSWER = {
     "logp?": (dict, None),
 }
 SCORES = {  # answers.scores.json
-    "metrics": {...: {"value": float, "low?": float, "high?": float}},
+    "metrics": {...: {"value": float, "low": float, "high": float, "n": int}},
     "count": range(1 << 62),
     "settings?": dict,
     "speed?": {"prompt_tok_per_s?": float, "tok_per_s?": float, "memory_bytes?": float},
     "labels?": [str],
     "confusion?": [[int]],
-    "per_class?": {...: {...: float}},
+    "per_class?": {...: {"precision": float, "recall": float, "f1": float, "support": int}},
     "prompts?": (None, str),
     "weights?": str,
 }

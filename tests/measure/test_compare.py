@@ -259,7 +259,7 @@ def test_a_failure_is_the_headline(demo, tmp_path, no_pictures):
     for name, exact in (("teacher", 0.094), ("stage1", 0.372), ("stage2", 0.162)):
         path = demo / f"{name}-eval" / "answers.scores.json"
         made = json.loads(path.read_text())
-        made["metrics"]["exact"] = {"value": exact}
+        made["metrics"]["exact"] |= {"value": exact}
         path.write_text(json.dumps(made))
     said = compared(tmp_path / "out", demo)["verdict"]
     assert said.startswith(
@@ -269,7 +269,9 @@ def test_a_failure_is_the_headline(demo, tmp_path, no_pictures):
         " against 0.608. stage2 keeps 172.3 %"
     )
     path = demo / "teacher-eval" / "answers.scores.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"exact": {"value": 0}}}))
+    made = json.loads(path.read_text())
+    made["metrics"]["exact"] |= {"value": 0}
+    path.write_text(json.dumps(made))
     said = compared(tmp_path / "out", demo)["verdict"]
     assert said.startswith("FAILED: teacher has exact match of the answer 0.000: nothing to")
 

@@ -108,7 +108,7 @@ def test_sorted_by_time_or_by_a_measure_the_best_first_and_the_unmeasured_last(
         if exact:
             folders.write(
                 tmp_path / f"{name}-eval" / "answers.scores.json",
-                {"count": 1, "metrics": {"exact": {"value": exact}}},
+                {"count": 1, "metrics": {"exact": {"value": exact, "low": 0, "high": 1, "n": 1}}},
             )
     assert [run["name"] for run in listed(tmp_path, capsys, "--sort", by)] == order
 

@@ -14,7 +14,7 @@ from sacrebleu import corpus_bleu, sentence_bleu
 from scipy import stats
 from sklearn import metrics
 
-from lib.measure import score
+from lib.measure import results, score
 
 ENGLISH = [
     ("the cat sat on the mat", "the cat is on the mat"),
@@ -390,3 +390,12 @@ def test_files_that_hold_nothing_and_bad_arguments(tmp_path, capsys):
     for more in (["--metrics", "blue"], ["--rounds", "0"], [path, path]):
         assert refused(path, *more) == 2
     assert "no metric 'blue'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["value", "low", "high", "n"])
+def test_scores_that_lack_what_their_table_shows_are_one_line(tmp_path, lost):
+    whole = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 3}
+    made = {"metrics": {"exact": {k: v for k, v in whole.items() if k != lost}}, "count": 3}
+    (tmp_path / "answers.scores.json").write_text(json.dumps(made))
+    with pytest.raises(SystemExit, match=f"no metrics.exact.{lost}"):
+        results.read_scores(tmp_path, "answers.scores.json")
