@@ -225,7 +225,7 @@ def print_table(folder: Path, meta: dict) -> None:
     print(f"{'dropped':<10}{sum(meta['dropped'].values()):,}{drops}")
     if split := meta.get("split"):
         print(
-            f"{'split':<10}{split['texts']:,} texts longer than --max-len into"
+            f"{'packed':<10}{split['texts']:,} texts longer than --max-len into"
             f" {split['rows']:,} rows (--long drop leaves them out)"
         )
     what = "read"

@@ -814,7 +814,11 @@ def test_the_rows_kept_are_pushed_private_unless_public(
     [
         ("a.csv.gz", [{"prompt": "", "answer": ""}][:0], ["a.csv.gz", "holds no row"]),
         ("a.parquet", [{"prompt": 1.5, "answer": "b"}], ["a.parquet", "prompt", "double", "text"]),
-        ("a.jsonl.xz", [{"prompt": "a", "answer": ["b"]}], ["a.jsonl.xz, row 1", "answer", "list"]),
+        (
+            "a.jsonl.xz",
+            [{"prompt": "a", "answer": {"b": 1}}],
+            ["a.jsonl.xz, row 1", "answer", "dict"],
+        ),
         ("a.jsonl.bz2", [{"who": "a", "what": "b"}], ["a.jsonl.bz2", "who, what", "--columns"]),
     ],
 )
