@@ -17,6 +17,8 @@ import torch
 
 from lib import data, files
 
+FEW_STEPS = 20  # of a run that nobody gave a number of steps: a word is said
+
 
 def steps(
     rows: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int
@@ -194,6 +196,10 @@ class Rows:
             f"plan: {self.steps} steps of about {self.args.tokens_per_step:,} tokens,"
             f" evaluation every {eval_every}"
         )
+        if self.steps < FEW_STEPS and not self.args.steps:
+            tokens = int(self.lengths[self.there].sum(dtype=np.int64))
+            smaller = f"--tokens-per-step {max(256, tokens // 50)}"
+            print(f"plan: WARNING: few steps for so little data: {smaller} or more --epochs help")
 
     def of(self, step: int) -> np.ndarray:
         """Return the numbers of a step's rows."""

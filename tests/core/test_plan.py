@@ -1,3 +1,6 @@
+import argparse
+
+import make
 import numpy as np
 import pytest
 
@@ -108,3 +111,16 @@ def test_a_run_of_so_many_steps_has_them_whatever_the_epochs(count):
     assert [step.tolist() for step in run] == [
         step.tolist() for step in plan.whole_run(ROWS, LENGTHS, 0, 1000, 9, count)
     ]
+
+
+@pytest.mark.parametrize(
+    "steps, tokens, warns", [(0, 10**6, True), (3, 10**6, False), (0, 500, False)]
+)
+def test_few_steps_are_said_by_who_knows_them(tmp_path, capsys, steps, tokens, warns):
+    """prepare_data.py guessed them, and was wrong of every run with --tokens-per-step."""
+    dataset = make.dataset(tmp_path / "data", rows=400)
+    flags = {"tokens_per_step": tokens, "steps": steps, "epochs": 1, "seed": 0, "no_pack": False}
+    rows = plan.Rows(argparse.Namespace(**flags, tokens_per_microbatch=4096), dataset)
+    rows.resume({})
+    rows.say(10)
+    assert ("few steps" in capsys.readouterr().out) == warns
