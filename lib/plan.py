@@ -198,8 +198,9 @@ class Rows:
         )
         if self.steps < FEW_STEPS and not self.args.steps:
             tokens = int(self.lengths[self.there].sum(dtype=np.int64))
-            smaller = f"--tokens-per-step {max(256, tokens // 50)}"
-            print(f"plan: WARNING: few steps for so little data: {smaller} or more --epochs help")
+            smaller = max(256, tokens // 50)
+            mend = f"--tokens-per-step {smaller} or " * (smaller < self.args.tokens_per_step)
+            print(f"plan: WARNING: few steps for so little data: {mend}more --epochs help")
 
     def of(self, step: int) -> np.ndarray:
         """Return the numbers of a step's rows."""

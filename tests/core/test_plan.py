@@ -114,12 +114,19 @@ def test_a_run_of_so_many_steps_has_them_whatever_the_epochs(count):
 
 
 @pytest.mark.parametrize(
-    "steps, tokens, warns", [(0, 10**6, True), (3, 10**6, False), (0, 500, False)]
+    "steps, tokens, warns", [(0, 10**6, True), (3, 10**6, False), (0, 100, False)]
 )
 def test_few_steps_are_said_by_who_knows_them(tmp_path, capsys, steps, tokens, warns):
     """prepare_data.py guessed them, and was wrong of every run with --tokens-per-step."""
     dataset = make.dataset(tmp_path / "data", rows=400)
-    flags = {"tokens_per_step": tokens, "steps": steps, "epochs": 1, "seed": 0, "no_pack": False}
+    flags = {
+        "tokens_per_step": tokens,
+        "steps": steps,
+        "epochs": 1,
+        "seed": 0,
+        "no_pack": False,
+        "attn": "auto",
+    }
     rows = plan.Rows(argparse.Namespace(**flags, tokens_per_microbatch=4096), dataset)
     rows.resume({})
     rows.say(10)
