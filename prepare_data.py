@@ -288,6 +288,10 @@ def main(argv=None):
     tokenizer = template.load_tokenizer(args.tokenizer, args.trust_remote_code)
     with files.telling("trying the chat template"):
         dated = rows.make_template_ready(tokenizer, inputs, args)
+    for source in inputs if args.show else ():
+        numbered = rows.short_of(sources.all_rows([source], args.system), tokenizer, args)
+        most = -(-args.show // len(inputs))
+        describe.show_first(numbered, source.name, args, tokenizer, most)
     if args.dry_run:
         return describe.dry_run(out, args, inputs, tokenizer)
     store = Store(out / files.NEVER_DELETED, settings) if settings else None

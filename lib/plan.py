@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from lib import data, files
 
+FEW_STEPS = 20  # of a run that nobody gave a number of steps: a word is said
+
 
 def steps(
     rows: np.ndarray, lengths: np.ndarray, seed: int, epoch: int, tokens_per_step: int
@@ -197,6 +199,11 @@ class Rows:
             f"plan: {self.steps} steps of about {self.args.tokens_per_step:,} tokens,"
             f" evaluation every {eval_every}"
         )
+        if self.steps < FEW_STEPS and not self.args.steps:
+            tokens = int(self.lengths[self.there].sum(dtype=np.int64))
+            smaller = max(256, tokens // 50)
+            mend = f"--tokens-per-step {smaller} or " * (smaller < self.args.tokens_per_step)
+            print(f"plan: WARNING: few steps for so little data: {mend}more --epochs help")
 
     def of(self, step: int) -> np.ndarray:
         """Return the numbers of a step's rows."""

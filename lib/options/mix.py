@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -85,8 +86,11 @@ def parse(text: str) -> dict[str, tuple[float, float]]:
     return shares
 
 
-def divide(text: str, dataset: data.Dataset, there: np.ndarray) -> list[Part]:
-    """Return the sources that have a share, each with those of its rows that are `there`.
+def divide(
+    text: str, dataset: data.Dataset, there: np.ndarray, logits: str | None = None
+) -> list[Part]:
+    """Return the sources that have a share, each with those of its rows that are `there`, in
+    `logits`.
 
     Refused: a name that the data folder does not have, and a source with a share and no row.
     """
@@ -109,12 +113,14 @@ def divide(text: str, dataset: data.Dataset, there: np.ndarray) -> list[Part]:
         number = names.index(name)
         rows = there[source[there] == number]
         if not len(rows):
-            refuse_without_rows(name, number, dataset)
+            refuse_without_rows(name, number, dataset, logits)
         parts.append(Part(number, name, rows, first, last))
     return parts
 
 
-def refuse_without_rows(name: str, number: int, dataset: data.Dataset) -> NoReturn:
+def refuse_without_rows(
+    name: str, number: int, dataset: data.Dataset, logits: str | None
+) -> NoReturn:
     """Say why a source has no row to train on, and what brings some."""
     rows = np.flatnonzero(dataset.train.rows["source"] == number)
     seen, make = "no row of it in train", "prepare_data.py with more of it"
@@ -122,7 +128,10 @@ def refuse_without_rows(name: str, number: int, dataset: data.Dataset) -> NoRetu
         chunks = np.unique(rows // dataset.meta["rows_per_chunk"])
         some = ", ".join(map(str, chunks[:4])) + " ..." * (len(chunks) > 4)
         seen = f"all its rows in chunks without logits: {some}"
-        make = f"make logits NAME={dataset.folder.name} CHUNK={chunks[0]}"
+        dumped = next(Path(logits or "").glob("*/meta.json"), None)
+        teacher = files.read_json(dumped).get("teacher_folder") if dumped else "TEACHER"
+        words = ["--data", dataset.folder, "--teacher", teacher, "--out", logits or "LOGITS"]
+        make = files.command("dump_logits.py", *words, "--chunk", chunks[0])
     files.fail(
         f"{name} has a share in the mix and no row to train on",
         seen,
@@ -274,5 +283,6 @@ def open_rows(args, dataset: data.Dataset, there: np.ndarray | None = None) -> p
     wanted."""
     there = np.arange(len(dataset.train.rows)) if there is None else there
     if text := wanted(args, dataset):
-        return MixedRows(args, dataset, divide(text, dataset, there))
+        parts = divide(text, dataset, there, getattr(args, "logits", None))
+        return MixedRows(args, dataset, parts)
     return plan.Rows(args, dataset, there)

@@ -112,5 +112,6 @@ def open_rows(args, dataset: data.Dataset, there: np.ndarray | None = None) -> p
         return mix.open_rows(args, dataset, there)
     there = np.arange(len(dataset.train.rows)) if there is None else there
     text = mix.wanted(args, dataset)
-    parts = mix.divide(text, dataset, there) if text else mix.natural(dataset, there)
+    logits = getattr(args, "logits", None)
+    parts = mix.divide(text, dataset, there, logits) if text else mix.natural(dataset, there)
     return SampledRows(args, dataset, parts)

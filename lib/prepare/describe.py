@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,7 @@ DESCRIBED = data.META | {  # of meta.json, what is printed of it
 
 
 PATHS = ("source", "tokenizer", "chat_template")  # flags that may name a file: its content counts
-FEW_VAL, FEW_STEPS = 20, 20
-STEP_TOKENS = 16384  # the default --tokens-per-step of the trainers
+FEW_VAL = 20
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="print N training rows, targets marked (default: %(default)s)",
+        help=(
+            "print the first N rows as they are understood, before all are read, and N training"
+            " rows in the end, targets marked (default: %(default)s)"
+        ),
     )
 
 
@@ -200,20 +203,12 @@ def moved_tokenizer(args, meta: dict) -> bool:
 
 def say_small(meta: dict) -> None:
     """Warn of a data set that is so small that its figures say little."""
-    rows, tokens = meta["rows"], meta["tokens"]
+    rows = meta["rows"]
     if 0 < rows["val"] < FEW_VAL:
         more = min(100, (rows["train"] + rows["val"]) // 5)
         mend = f"--val {more} makes" if more > rows["val"] else "more rows make"
         said = f"val is {rows['val']} row(s): its figures are noise; {mend} it larger"
         print(f"prepare warning: {said}", flush=True)
-    epoch = tokens["train"]
-    if (steps := round(epoch / STEP_TOKENS)) < FEW_STEPS:
-        print(
-            f"prepare warning: {epoch:,} tokens an epoch, {max(1, steps)} step(s) of the"
-            f" trainers' {STEP_TOKENS:,}: --tokens-per-step {max(256, epoch // 50)}"
-            " and more --epochs help",
-            flush=True,
-        )
 
 
 def print_table(folder: Path, meta: dict) -> None:
@@ -284,33 +279,55 @@ def _say_classes(classes: dict, most: int = 8) -> None:
     print(f"{'classes':<10}{len(classes)}: {'   '.join(said)}")
 
 
-def show_rows(folder: Path, count: int) -> None:
-    """Print training rows, spread over all of them, with their targets green on a terminal, in
-    brackets elsewhere."""
-    rows, meta = data.Split(folder, "train"), files.read_json(folder / "meta.json")
-    tokenizer = template.load_tokenizer(folder / "tokenizer")
+def show_first(numbered: Iterator[tuple], name: str, args, tokenizer, most: int) -> None:
+    """Print the first rows of a source as they are understood, before the long run over all."""
+    for place, (_, row) in enumerate(itertools.islice(numbered, most), 1):
+        head = f"row {place} of {name} as it is read"
+        if isinstance(row, tuple):
+            show_row(tokenizer, head, tokenizer(row[0])["input_ids"], row[1] or "none")
+            continue
+        made = "too long"
+        if row is not None:
+            (made,) = template.encode(tokenizer, [row], args.turns, args.think)
+        if isinstance(made, str):  # prompts that a teacher is to answer are such rows
+            print(
+                f"\n{head}, {made if args.answers == 'given' else 'to be answered'}: {row}"[:2000]
+            )
+        else:
+            show_row(tokenizer, head, *made)
+    sys.stdout.flush()
+
+
+def show_row(tokenizer, head: str, ids, answer) -> None:
+    """Print a row with its targets green on a terminal, in brackets elsewhere; of a row with a
+    class `answer` is its name."""
     grey, green, bold, plain, end = "", "[", "", "", "]"
     if sys.stdout.isatty():
         grey, green, bold, plain, end = "\x1b[90m", "\x1b[32m", "\x1b[1m", "\x1b[0m", "\x1b[0m"
+    if isinstance(answer, str):
+        print(f"\n{bold}{head}: {len(ids)} tokens, of the class{plain} {green}{answer}{end}")
+        return print(f"{grey}{tokenizer.decode(ids)}{plain}")
+    print(f"\n{bold}{head}: {len(ids)} tokens, {answer.sum()} targets{plain}")
+    text, cuts = "", [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
+    for begin, stop in itertools.pairwise(cuts):
+        part = tokenizer.decode(
+            ids[begin:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        text += f"{green}{part}{end}" if answer[begin] else f"{grey}{part}{plain}"
+    print(text.rstrip("\n"))
+
+
+def show_rows(folder: Path, count: int) -> None:
+    """Print training rows, spread over all of them."""
+    rows, meta = data.Split(folder, "train"), files.read_json(folder / "meta.json")
+    tokenizer = template.load_tokenizer(folder / "tokenizer")
     if count:
         say_unused(meta)
     for row in np.linspace(0, len(rows.rows) - 1, min(count, len(rows.rows))).astype(int):
         ids, answer = rows.row(row)
         name = meta["sources"][rows.rows[row]["source"]]["name"]
-        head = f"\n{bold}row {row:,} of {len(rows.rows):,} from {name}: {len(ids)} tokens,"
-        if rows.labels is not None:
-            label = meta["labels"][rows.labels[row]]
-            print(f"{head} of the class{plain} {green}{label}{end}")
-            print(f"{grey}{tokenizer.decode(ids)}{plain}")
-            continue
-        print(f"{head} {answer.sum()} targets{plain}")
-        text, cuts = "", [0, *(np.flatnonzero(np.diff(answer)) + 1), len(ids)]
-        for begin, stop in itertools.pairwise(cuts):
-            part = tokenizer.decode(
-                ids[begin:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            text += f"{green}{part}{end}" if answer[begin] else f"{grey}{part}{plain}"
-        print(text.rstrip("\n"))
+        answer = answer if rows.labels is None else meta["labels"][rows.labels[row]]
+        show_row(tokenizer, f"row {row:,} of {len(rows.rows):,} from {name}", ids, answer)
 
 
 def dry_run(out: Path, args, inputs: list[sources.Source], tokenizer) -> None:

@@ -63,14 +63,24 @@ def prompt_of(split: data.Split, row: int) -> tuple[list[int], list[int]]:
     return ids[:first].tolist(), ids[first : min(end, first + LONGEST)].tolist()
 
 
+def in_turn(source: np.ndarray) -> list[int]:
+    """Return the numbers of rows, of each source one after the other: of rows of the sources
+    [0, 0, 0, 1], [0, 3, 1, 2]."""
+    turn = np.zeros(len(source), np.int64)  # of a row among those of its source
+    for number in np.unique(source):
+        turn[source == number] = np.arange(np.sum(source == number))
+    return np.argsort(turn, kind="stable").tolist()
+
+
 @torch.no_grad()
 def answered(model: models.Model, dataset: data.Dataset, say=print) -> dict[str, list[int]]:
-    """Return what a model answers, greedily, to the first ASKED val prompts that are not long, by
-    the row's number; none, and a line that says why, where it cannot be asked in a few passes."""
+    """Return what a model answers, greedily, to the first ASKED val prompts that are not long, of
+    each source in turn, by the row's number; none, and a line that says why, where it cannot be
+    asked in a few passes."""
     module, split = model.module, dataset.val
     longest = min(PROMPT, (generate.context_of(module) or PROMPT) - LONGEST - 1)
     asked: list[generate.Request] = []
-    for row in range(len(split.rows)):
+    for row in in_turn(split.rows["source"]):
         prompt, wanted = prompt_of(split, row)
         # a plain text's first token is no prompt
         if wanted and 1 < len(prompt) <= longest and len(asked) < ASKED:

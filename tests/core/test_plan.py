@@ -1,5 +1,7 @@
+import argparse
 from types import SimpleNamespace
 
+import make
 import numpy as np
 import pytest
 
@@ -123,3 +125,23 @@ def test_a_step_that_takes_long_says_how_far_it_is(monkeypatch, capsys, every_s,
     rows.line, rows.steps_of_rows = 8, [np.arange(3)]
     assert len(list(rows.batches(0, None))) == 3
     assert capsys.readouterr().err.count("of 3 micro-batches") == told
+
+
+@pytest.mark.parametrize(
+    "steps, tokens, warns", [(0, 10**6, True), (3, 10**6, False), (0, 100, False)]
+)
+def test_few_steps_are_said_by_who_knows_them(tmp_path, capsys, steps, tokens, warns):
+    """prepare_data.py guessed them, and was wrong of every run with --tokens-per-step."""
+    dataset = make.dataset(tmp_path / "data", rows=400)
+    flags = {
+        "tokens_per_step": tokens,
+        "steps": steps,
+        "epochs": 1,
+        "seed": 0,
+        "no_pack": False,
+        "attn": "auto",
+    }
+    rows = plan.Rows(argparse.Namespace(**flags, tokens_per_microbatch=4096), dataset)
+    rows.resume({})
+    rows.say(10)
+    assert ("few steps" in capsys.readouterr().out) == warns

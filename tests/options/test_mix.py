@@ -439,7 +439,8 @@ def test_stage_2_names_the_chunk_that_a_source_is_missing(world, tmp_path):
         " logits: 1" in words
     )
     assert (
-        "make logits NAME=data CHUNK=1, or a --mix without it" in words
+        f"--teacher {world / 'teacher'} --out {tmp_path / 'logits'} --chunk 1, or a --mix without it"
+        in words
         and not (tmp_path / "run").exists()
     )
     make.call(

@@ -521,7 +521,7 @@ def test_small_data_is_said_with_the_flags(tmp_path, prepare, capsys):
     prepare(*words, "--val", 2)
     said = capsys.readouterr().out
     assert "val is 2 row(s)" in said and "--val 8" in said
-    assert "1 step(s) of the trainers' 16,384" in said and "--tokens-per-step" in said
+    assert "--tokens-per-step" not in said, "the trainers know theirs"
 
 
 def everything(folder):
@@ -631,3 +631,23 @@ def test_sources_and_tokenizer_are_known_by_what_they_hold(
         made.save_pretrained(tmp_path / "other")
         with pytest.raises(SystemExit, match="was prepared from something else; saw"):
             prepare("--source", "../moved/rows.jsonl", "--val", 2, *more)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["", "dry"])
+def test_show_says_what_was_understood_before_all_rows_are_read(
+    tmp_path, prepare, monkeypatch, capsys, more
+):
+    """It came at the very end of a long run."""
+
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    put(tmp_path / "a.jsonl", lines([PAIR_AS_MESSAGES] * 3))
+    put(tmp_path / "b.csv", "instruction,output\nask,say\n")
+    monkeypatch.setattr(prepare_data, "stage", stops)
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        prepare("--source", tmp_path / "a.jsonl", tmp_path / "b.csv", "--show", 3, *more)
+    said = capsys.readouterr().out
+    assert said.count("row 1 of a as it is read") == said.count("row 2 of a as it is read") == 1
+    assert "row 3 of a" not in said and "[a<|im_end|>]" in said
+    assert "ask" in said.split("row 1 of b as it is read")[1]

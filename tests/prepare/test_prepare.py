@@ -598,7 +598,9 @@ def test_a_folder_that_another_process_fills_is_refused(tmp_path, prepare):
 
 def test_show_marks_the_targets(prepare, capsys):
     prepare(PAIRS, "--val", "0", "--show", "2")
-    shown = capsys.readouterr().out
+    first, shown = capsys.readouterr().out.split("\nrow 0 of 30", 1)
+    assert first.count("<|im_start|>assistant\n[reply ") == 2, "before all are tokenized"
+    shown = f"row 0 of 30{shown}"
     assert (
         "row 0 of 30 from" in shown
         and " tokens, 8 targets\n" in shown

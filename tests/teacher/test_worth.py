@@ -245,6 +245,10 @@ def test_what_a_teacher_answers_is_in_the_val_dump_and_told_before_the_first_ste
     assert lines[0] == lines[1] and len(lines[0]) == 2
 
 
+def test_of_several_sources_each_is_asked():
+    assert worth.in_turn(np.array([0, 0, 0, 2, 2, 1])) == [0, 3, 5, 1, 4, 2]
+
+
 def test_a_plain_text_is_not_asked(world, monkeypatch):
     """Its prompt is its first token."""
     dataset, plain = data.Dataset(world / "data"), worth.prompt_of
