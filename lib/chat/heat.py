@@ -46,7 +46,7 @@ def compare_tokens(
     `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
-    mine, other = models.model_of(student, None), models.model_of(teacher, None)
+    mine, other = models.matched(student, None), models.matched(teacher, None)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(
