@@ -242,7 +242,8 @@ def window(config) -> int | None:
     say: its positions, or what rope scaling makes of those it was first trained with."""
     config = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    most = next((value for name in names if (value := getattr(config, name, None))), None)
+    known = [getattr(config, name, None) or 0 for name in names]  # XLNet's is -1: no limit
+    most = next((value for value in known if value > 0), None)
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         first = kind.get("original_max_position_embeddings")

@@ -26,7 +26,7 @@ from lib import checkpoints, data, files, generate
 from lib.head import Head
 
 # what other tokens on its line may change of a row, relative: nothing in a sound model (4e-7 is
-# float32's rounding), 9e-4 and more in those that leak: docs/real-models.md has the table
+# float32's rounding), 9e-4 and more in those that leak: docs/models.md
 LEAK = 3e-5
 QUANTISED_BY = {  # what transformers needs to read weights that are quantised by a method
     "awq": "gptqmodel",
@@ -51,7 +51,7 @@ class Model:
     came from. limit: how many of its tokens are compared with a teacher's (None: all, with none).
     apart: ids that its tokenizer and the data's do not call the same, left out where there is a
     limit. packs: rows on one line do not see each other. scale, softcap: what it does to its output
-    layer's logits (`Head`). `model_of` makes one of a module."""
+    layer's logits (`Head`). `matched` makes one of a module."""
 
     module: Any
     body: Any
@@ -147,7 +147,7 @@ def load(
         module.to(device)
     module.eval()
     with on_text_alone(module):
-        model = replace(model_of(module, folder, amp), apart=tuple(apart or ()))
+        model = replace(matched(module, folder, amp), apart=tuple(apart or ()))
         if dataset is not None:
             dataset.check_tokens(model.vocab, folder)
             if (above := len(dataset.tokenizer()) - model.vocab) > 0:
@@ -280,7 +280,7 @@ def on_text_alone(module: Any) -> Iterator[None]:
         )
 
 
-def model_of(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
+def matched(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
     """Return the Model whose body and head are the module's own: what follows its output layer is
     measured, and what precedes it is the decoder, or all there is."""
     scale, softcap = after_head(module)
@@ -296,6 +296,8 @@ def after_head(module: Any) -> tuple[float, float]:
     Falcon-H1), large ones as the cap (Gemma 2)."""
     small, large = 2.0**-20, 2.0**30
     layer, ratios = module.get_output_embeddings(), []
+    if layer is None:
+        raise ValueError("it has no output layer")
     token = torch.ones((1, 1), dtype=torch.long, device=next(module.parameters()).device)
     for value in (small, large):
         met: list[Tensor] = []
@@ -593,15 +595,27 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     logits, or where what follows a row, padding or another one, changes what is known of it."""
     first, _, second = rows_to_probe(model)
     config, name = model.module.config.get_text_config(), type(model.module).__name__
+    switch = next((s for s in ("is_decoder", "causal") if getattr(config, s, None) is False), None)
+    mend = f'"{switch}": true in its config.json, if it was trained as one' if switch else None
     padding = torch.zeros_like(second)
     if (error := influence(model, amp, first, second, padding, behind=True)) > LEAK:
         files.fail(
             f"{name} attends to later tokens",
             f"a row of {len(first)} that moves by {error:.2g} with what stands behind it",
             f"at most {LEAK:g}: a decoder",
-            '"is_decoder": true in its config.json, if it was trained as one'
-            if getattr(config, "is_decoder", None) is False
-            else None,
+            mend,
+        )
+    straight = torch.arange(len(first), device=model.device)[None]
+    with torch.autocast(model.device.type, amp, enabled=amp is not None):
+        counted, own = (
+            model.module(input_ids=first[None], use_cache=False, **more).logits
+            for more in (dict(position_ids=straight), {})
+        )
+    if (error := checkpoints.difference(counted, own)) > (1e-3 if is_exact(model, amp) else 0.1):
+        files.fail(
+            f"{name} does not count its positions from 0, as transformers' generation does",
+            f"logits that differ by {error:.2g} without position_ids",
+            "one way to count (RoBERTa's kin begin behind their padding token's number)",
         )
     if (error := head_error(model, amp)) > 1:
         files.fail(

@@ -117,6 +117,13 @@ def described(student: models.Model, amp: torch.dtype | None) -> str:
         f"student: {student.folder}, {student.parameters:,} parameters, {student.vocab:,} tokens,"
         f" on {student.device}, {amp or 'float32'}"
     )
+    config = student.module.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if weight and getattr(config, "output_router_logits", False):
+        line += (
+            "\nstudent: its config.json asks for the router's load-balancing loss (times"
+            f" {weight:g}) in training: it is not added here"
+        )
     cut = evaluate.tokens_measured(student)
     return line + (cut and f"\nstudent: {cut}, those the teacher knows too; own_ce is over all")
 

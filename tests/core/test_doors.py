@@ -1,6 +1,7 @@
 """What a model or tokenizer is asked at the door: rows that see each other, positions that end, a
 class that cuts text otherwise than its tokenizer.json, a template without end."""
 
+import copy
 import json
 
 import make
@@ -15,7 +16,7 @@ from tokenizers.models import BPE
 import dump_logits
 import stage1_sft
 import stage2_kd
-from lib import checkpoints, files, generate, models, template
+from lib import checkpoints, files, generate, models, template, train
 from lib.prepare import templates
 
 SIZES = dict(
@@ -83,7 +84,7 @@ def fresh(config, dtype=torch.float32, **more):
     except ValueError:
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     module = module.to(dtype).eval()
-    return models.model_of(module, None)
+    return models.matched(module, None)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -144,6 +145,35 @@ def test_a_model_that_sees_the_future_is_told_how_to_become_a_decoder(tmp_path):
     save(fresh(transformers.BertConfig(**small)), tmp_path)
     with pytest.raises(SystemExit, match='attends to later tokens.*"is_decoder": true'):
         load(tmp_path)
+
+
+def test_a_model_that_counts_its_positions_otherwise_is_refused(tmp_path):
+    small = {name: SIZES[name] for name in SIZES if name not in ("head_dim", "num_key_value_heads")}
+    config = transformers.RobertaConfig(**small, is_decoder=True, initializer_range=0.3)
+    save(fresh(config), tmp_path)
+    with pytest.raises(SystemExit, match="does not count its positions from 0"):
+        load(tmp_path)
+
+
+def test_a_model_that_wants_an_image_is_one_line(tmp_path):
+    torch.manual_seed(0)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=make.V, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config = transformers.BlipConfig(
+        text_config=text | dict(num_attention_heads=2, bos_token_id=1, sep_token_id=2),
+        vision_config=vision | dict(image_size=28, patch_size=14),
+    )
+    transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="does not run on text alone.*language model inside it"):
+        load(tmp_path)
+
+
+def test_a_routers_loss_that_is_not_added_is_said(tmp_path):
+    for asked, said in ((True, "load-balancing loss (times 0.01)"), (False, "float32")):
+        config = copy.deepcopy(APART["qwen3_moe"])
+        config.output_router_logits, config.router_aux_loss_coef = asked, 0.01
+        line = train.described(load(save(fresh(config), tmp_path / str(asked))), None)
+        assert said in line and asked is ("load-balancing" in line)
 
 
 def test_a_model_that_takes_padding_for_text_is_refused():

@@ -65,7 +65,7 @@ def family(name):
         module.get_output_embeddings().weight *= 20
         if module.get_output_embeddings().bias is not None:
             module.get_output_embeddings().bias.normal_()
-    return models.model_of(module, None)
+    return models.matched(module, None)
 
 
 @torch.no_grad()
@@ -87,6 +87,41 @@ def test_our_logits_are_the_models_own(name, monkeypatch):
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
     models.probe(model)
     assert models.packs(model)
+
+
+BERT = {name: SIZES[name] for name in SIZES if name not in ("head_dim", "num_key_value_heads")}
+LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
+STRANGE = {
+    # Granite divides by what HyperCLOVA X multiplies with; MPT's logit_scale transformers leaves out
+    "hyperclovax": transformers.HyperCLOVAXConfig(**SIZES, logits_scaling=0.25),
+    "mpt": transformers.MptConfig(
+        vocab_size=make.V, d_model=32, n_layers=1, n_heads=4, logit_scale=9.0
+    ),
+    # more than the decoder lies before the output layer
+    "bert": transformers.BertConfig(**BERT, is_decoder=True),
+    "electra": transformers.ElectraConfig(**BERT, embedding_size=16, is_decoder=True),
+    "minicpm3": transformers.MiniCPM3Config(
+        **SIZES | dict(head_dim=4, num_key_value_heads=4), **LATENT, dim_model_base=16
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_lies_before_and_behind_the_output_layer_is_found_without_a_name(name, monkeypatch):
+    monkeypatch.setitem(FAMILIES, name, STRANGE[name])
+    model = family(name)
+    own, ours = both(model)
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
+    models.probe(model)
+    module, tokens = model.module, torch.arange(12)[None]
+    module(input_ids=tokens, use_cache=False).logits.logsumexp(-1).sum().backward()
+    wanted = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    head, hidden = model.head(), model.body(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    head.logits(hidden, head.weight).logsumexp(-1).sum().backward()
+    for name, parameter in module.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, change", FORGOTTEN.items())

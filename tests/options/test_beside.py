@@ -77,7 +77,7 @@ def net(
                 parameter *= spread
             if "embed" in name:
                 parameter *= 20
-    return models.model_of(module.eval(), Path("nowhere"))
+    return models.matched(module.eval(), Path("nowhere"))
 
 
 @pytest.fixture(scope="module")
