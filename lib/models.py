@@ -51,7 +51,7 @@ class Model:
     came from. limit: how many of its tokens are compared with a teacher's (None: all, with none).
     apart: ids that its tokenizer and the data's do not call the same, left out where there is a
     limit. packs: rows on one line do not see each other. scale, softcap: what it does to its output
-    layer's logits (`Head`). `matched` makes one of a module."""
+    layer's logits (`Head`). `as_model` makes one of a module."""
 
     module: Any
     body: Any
@@ -147,7 +147,7 @@ def load(
         module.to(device)
     module.eval()
     with on_text_alone(module):
-        model = replace(matched(module, folder, amp), apart=tuple(apart or ()))
+        model = replace(as_model(module, folder, amp), apart=tuple(apart or ()))
         if dataset is not None:
             dataset.check_tokens(model.vocab, folder)
             if (above := len(dataset.tokenizer()) - model.vocab) > 0:
@@ -280,7 +280,7 @@ def on_text_alone(module: Any) -> Iterator[None]:
         )
 
 
-def matched(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
+def as_model(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
     """Return the Model whose body and head are the module's own: what follows its output layer is
     measured, and what precedes it is the decoder, or all there is."""
     scale, softcap = after_head(module)

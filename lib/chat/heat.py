@@ -46,7 +46,7 @@ def compare_tokens(
     `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
-    mine, other = models.matched(student, None), models.matched(teacher, None)
+    mine, other = models.as_model(student, None), models.matched(teacher, None)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(
@@ -76,7 +76,7 @@ def compare_tokens(
 def likely_tokens(module: nn.Module, ids: list[int], top: int) -> list[generate.Likely | None]:
     """Return how likely a model finds each token of a text behind those before it; None for the
     first."""
-    model = models.matched(module, None)
+    model = models.as_model(module, None)
     found: list[generate.Likely | None] = [None]
     for part, z in model.head(model.vocab).chunks(hidden(model, ids[:1], ids[1:])):
         logp = logarithms(z)
