@@ -34,7 +34,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
 CHECKSUMS = "checksums.json"
-OTHER_GGUF = "a GGUF file of a model with the same vocabulary"
+OTHER_GGUF = "a GGUF file of a model with the same tokens"
 GGUF_UNUSED = 5  # the kind of a token that llama.cpp invented, which no text has
 ADAPTER = "default"  # PEFT's own name of the only adapter
 
@@ -396,15 +396,17 @@ def check_vocabulary(
             mend = OTHER_GGUF
         elif teacher:  # to prepare with its tokenizer would only have the student refused
             mend = (
-                "a teacher that calls them so (teacher and student must share one vocabulary), or"
-                f" text that it writes: python prepare_data.py --answers teacher --teacher {folder}"
-                f" --tokenizer {dataset.folder / 'tokenizer'} --source SOURCE --out another folder"
+                "learn the text that it writes: python prepare_data.py --tokenizer"
+                f" {dataset.folder / 'tokenizer'} --answers teacher --teacher {folder} --source"
+                " SOURCE --out another folder"
             )
+        mend += " (teacher and student must share one vocabulary)"
         refuse_tokenizer(folder, dataset.folder, held, *pair, mend)
     if apart:
         print(
-            f"vocabulary: {len(apart)} tokens of {folder} are not the data's, and no row holds them"
-            + (": what the teacher says of them is left out" if teacher else "")
+            f"vocabulary: that of {folder} is the data's in all tokens that its rows hold, and"
+            f" differs in {len(apart)} others"
+            + (": what the teacher says of these is left out" if teacher else "")
         )
     return apart
 

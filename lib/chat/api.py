@@ -235,16 +235,12 @@ def chat_prompt(
 def completion_prompts(side: ServedModel, asked) -> list[list[int]]:
     """Return the tokens of a completion's prompts: a text, tokens, or a list of either."""
     several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
-    vocabulary = side.chat.module.config.get_text_config().vocab_size
-    for prompt in several:
-        if not isinstance(prompt, str) and max(prompt) >= vocabulary:
-            raise Refused(
-                400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt"
-            )
-    return [
-        side.chat.tokenizer(prompt, verbose=False).input_ids if isinstance(prompt, str) else prompt
-        for prompt in several
-    ]
+    tokenizer = side.chat.tokenizer
+    read = [tokenizer(p, verbose=False).input_ids if isinstance(p, str) else p for p in several]
+    try:
+        return [generate.known(side.chat.module, ids, tokenizer) for ids in read]
+    except SystemExit as refused:
+        raise Refused(400, str(refused).removeprefix("error: "), "prompt") from None
 
 
 def asked_of(side: ServedModel, args, body: dict, chat: bool) -> Asked:
