@@ -457,31 +457,38 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
+def grown(folder: Path) -> dict[str, int]:
+    """Return how many rows an adapter's own weights have, by the layer that they are of: of a base
+    that was resized before it was trained, PEFT writes embeddings and output layer down whole."""
+    whole = re.compile(r"base_model\.model\.(.+?)(\.token_adapter)?(\.base_layer)?\.weight")
+    found = {}
+    for name, shape in heads([folder / ADAPTER_WEIGHTS]).items():
+        if (layer := whole.fullmatch(name)) and len(shape) == 2 and ".lora_" not in name:
+            found[layer[1]] = shape[0]
+    return found
+
+
 def tokens_of(folder: Path) -> int:
     """Return how many tokens a checkpoint knows, by its files: an adapter may bring more than its
     base has."""
     config = files.read_json(base_of(folder) / "config.json")
     rows = [config.get("text_config", config)["vocab_size"]]
-    if is_adapter(folder):
-        for name, shape in heads([folder / ADAPTER_WEIGHTS]).items():
-            if ".lora_" not in name and len(shape) == 2 and re.search("embed|lm_head", name):
-                rows.append(shape[0])
-    return max(rows)
+    own = grown(folder) if is_adapter(folder) else {}
+    return max(rows + [own[layer] for layer in own if re.search("embed|lm_head", layer)])
 
 
 def grow(module: Any, folder: Path) -> None:
     """Give a base the rows that its adapter's own embeddings have: it was resized before it was
     trained, as PEFT wants it done again."""
     layers = {layer: name for name, layer in module.named_modules()}
-    name = "base_model.model." + layers[module.get_input_embeddings()]
-    rows = module.get_input_embeddings().weight.shape[0]
-    for key, shape in heads([folder / ADAPTER_WEIGHTS]).items():
-        if key in (f"{name}.weight", f"{name}.base_layer.weight") and shape[0] != rows:
-            print(
-                f"adapter: {folder} holds {shape[0]:,} tokens, so its base of {rows:,} gets as many"
-            )
-            module.resize_token_embeddings(shape[0], mean_resizing=False)
-            return
+    inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+    held, rows = grown(folder), inner.weight.shape[0]
+    if (more := held.get(layers[inner], rows)) == rows:
+        return
+    if outer.weight is not inner.weight and layers[outer] not in held:  # they would be random
+        raise ValueError(f"{more} embeddings, and no output layer of as many rows")
+    print(f"adapter: {folder} holds {more:,} tokens, so its base of {rows:,} gets as many")
+    module.resize_token_embeddings(more, mean_resizing=False)
 
 
 @torch.no_grad()
