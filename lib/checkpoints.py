@@ -34,7 +34,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
 CHECKSUMS = "checksums.json"
-OTHER_GGUF = "a GGUF file of a model with the same vocabulary"
+OTHER_GGUF = "a GGUF file of a model with the same tokens"
 GGUF_UNUSED = 5  # the kind of a token that llama.cpp invented, which no text has
 ADAPTER = "default"  # PEFT's own name of the only adapter
 
@@ -396,15 +396,17 @@ def check_vocabulary(
             mend = OTHER_GGUF
         elif teacher:  # to prepare with its tokenizer would only have the student refused
             mend = (
-                "a teacher that calls them so (teacher and student must share one vocabulary), or"
-                f" text that it writes: python prepare_data.py --answers teacher --teacher {folder}"
-                f" --tokenizer {dataset.folder / 'tokenizer'} --source SOURCE --out another folder"
+                "learn the text that it writes: python prepare_data.py --tokenizer"
+                f" {dataset.folder / 'tokenizer'} --answers teacher --teacher {folder} --source"
+                " SOURCE --out another folder"
             )
+        mend += " (teacher and student must share one vocabulary)"
         refuse_tokenizer(folder, dataset.folder, held, *pair, mend)
     if apart:
         print(
-            f"vocabulary: {len(apart)} tokens of {folder} are not the data's, and no row holds them"
-            + (": what the teacher says of them is left out" if teacher else "")
+            f"vocabulary: that of {folder} is the data's in all tokens that its rows hold, and"
+            f" differs in {len(apart)} others"
+            + (": what the teacher says of these is left out" if teacher else "")
         )
     return apart
 
@@ -455,31 +457,38 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
+def grown(folder: Path) -> dict[str, int]:
+    """Return how many rows an adapter's own weights have, by the layer that they are of: of a base
+    that was resized before it was trained, PEFT writes embeddings and output layer down whole."""
+    whole = re.compile(r"base_model\.model\.(.+?)(\.token_adapter)?(\.base_layer)?\.weight")
+    found = {}
+    for name, shape in heads([folder / ADAPTER_WEIGHTS]).items():
+        if (layer := whole.fullmatch(name)) and len(shape) == 2 and ".lora_" not in name:
+            found[layer[1]] = shape[0]
+    return found
+
+
 def tokens_of(folder: Path) -> int:
     """Return how many tokens a checkpoint knows, by its files: an adapter may bring more than its
     base has."""
     config = files.read_json(base_of(folder) / "config.json")
     rows = [config.get("text_config", config)["vocab_size"]]
-    if is_adapter(folder):
-        for name, shape in heads([folder / ADAPTER_WEIGHTS]).items():
-            if ".lora_" not in name and len(shape) == 2 and re.search("embed|lm_head", name):
-                rows.append(shape[0])
-    return max(rows)
+    own = grown(folder) if is_adapter(folder) else {}
+    return max(rows + [own[layer] for layer in own if re.search("embed|lm_head", layer)])
 
 
 def grow(module: Any, folder: Path) -> None:
     """Give a base the rows that its adapter's own embeddings have: it was resized before it was
     trained, as PEFT wants it done again."""
     layers = {layer: name for name, layer in module.named_modules()}
-    name = "base_model.model." + layers[module.get_input_embeddings()]
-    rows = module.get_input_embeddings().weight.shape[0]
-    for key, shape in heads([folder / ADAPTER_WEIGHTS]).items():
-        if key in (f"{name}.weight", f"{name}.base_layer.weight") and shape[0] != rows:
-            print(
-                f"adapter: {folder} holds {shape[0]:,} tokens, so its base of {rows:,} gets as many"
-            )
-            module.resize_token_embeddings(shape[0], mean_resizing=False)
-            return
+    inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+    held, rows = grown(folder), inner.weight.shape[0]
+    if (more := held.get(layers[inner], rows)) == rows:
+        return
+    if outer.weight is not inner.weight and layers[outer] not in held:  # they would be random
+        raise ValueError(f"{more} embeddings, and no output layer of as many rows")
+    print(f"adapter: {folder} holds {more:,} tokens, so its base of {rows:,} gets as many")
+    module.resize_token_embeddings(more, mean_resizing=False)
 
 
 @torch.no_grad()

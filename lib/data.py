@@ -270,14 +270,18 @@ class Dataset:
         return range(chunk * size, min((chunk + 1) * size, len(self.train.rows)))
 
     def check_tokens(self, rows: int, folder: Path) -> None:
-        """Refuse rows that hold tokens which a model of so many embeddings does not know."""
+        """Refuse rows that hold tokens which a model of so many embeddings does not know. (Those
+        that the tokenizer has above them, and no row holds, are of no weight.)"""
         most = max(self.train.largest_token, self.val.largest_token)
         if most >= rows:
+            # its own tokenizer may have been given them: data made anew would hold them again
             files.fail(
                 f"{self.folder} holds tokens that {folder} does not know",
-                f"token {most}",
+                f"token {most}, {self.tokenizer().convert_ids_to_tokens(most)!r}",
                 f"0 to {rows - 1}",
-                MAKE_AGAIN,
+                f"a model with a row for it (model.resize_token_embeddings({most + 1}),"
+                " save_pretrained), or prepare_data.py with a --tokenizer or --chat-template"
+                " without it",
             )
 
     def tokenizer(self):

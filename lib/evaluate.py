@@ -63,7 +63,7 @@ def measure(
 ) -> dict:
     """Return the measures (docs/measures.md says what each means) over all targets of a split;
     `kl`, `rkl` and `agree` where the teacher is known there at T=1; `own_ce` where the output layer
-    has more rows than the first `vocab`, over which all others are; "by_source": {NAME: the same}
+    has more rows than those that all others are over; "by_source": {NAME: the same}
     where the rows come from several of the `sources`; of rows with a class each "predicted": the
     class numbers (rows,)."""
     if not split.targets:
@@ -294,9 +294,13 @@ def alone(
 def tokens_measured(model: Model) -> str:
     """Return in words which of a model's tokens are measured and trained, where these are not all;
     else ""."""
-    if model.limit is None or model.limit >= model.vocab:
+    limit = model.limit or model.vocab
+    apart = sum(id < limit for id in model.apart) if model.limit else 0
+    if limit >= model.vocab and not apart:
         return ""
-    return f"ce and all else is over the first {model.limit:,} of its {model.vocab:,} tokens"
+    return f"ce and all else is over the first {limit:,} of its {model.vocab:,} tokens" + (
+        f" but {apart}, which are not the same to teacher, student and data" if apart else ""
+    )
 
 
 def sources_apart(split: data.Split, sources: Sequence[str]) -> list[tuple[int, str]]:

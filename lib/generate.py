@@ -145,6 +145,20 @@ def pad_token(how, tokenizer, vocab: int) -> int:
     return next(token for token in known if token is not None and token < vocab)
 
 
+def known(module, ids: list[int], tokenizer) -> list[int]:
+    """Return a prompt's tokens; the one-line error where the model has no row for one of them: a
+    tokenizer may have more tokens than its model, and a text may name them."""
+    most, rows = max(ids, default=0), module.get_input_embeddings().weight.shape[0]
+    if most >= rows:
+        name = f", {tokenizer.convert_ids_to_tokens(most)!r}" if most < len(tokenizer) else ""
+        files.fail(
+            "the prompt holds a token that is none of the model's",
+            f"token {most}{name}",
+            f"0 to {rows - 1}",
+        )
+    return ids
+
+
 def read_config(folder: Path):
     """Return a folder's generation_config as transformers can write it again, or None where there
     is no file. What it sets beyond that is left out, and said; greedy is what a temperature or

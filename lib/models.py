@@ -177,9 +177,21 @@ def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
 
     base = checkpoints.base_of(folder)
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as broken:  # as in `read`: each library has its own
         refuse_broken(base, "a model", broken)
+    pads_above(config)
+    return config
+
+
+def pads_above(config: Any) -> bool:
+    """Take the padding token off a configuration where the embedding has no row for it (with which
+    transformers builds none), and return whether that was so: how rows are padded is ours."""
+    text = config.get_text_config()
+    above = (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf)
+    if above:
+        text.pad_token_id = None
+    return above
 
 
 def check_window(folder: Path, longest: int, trust_remote_code: bool = False) -> None:
@@ -401,7 +413,7 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     if not checkpoints.has_weights(base):
         torch.manual_seed(seed)
         trust = options["trust_remote_code"]
-        config = config or AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        config = config or config_of(base, trust)
         return auto.from_config(config, **options), {"missing_keys": ()}
     if checkpoints.is_gguf(base):
         from transformers import modeling_gguf_pytorch_utils as gguf
@@ -414,9 +426,12 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
             options = checkpoints.widening(base) | options
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
-        known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
+        told = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        known = type(told)
         if known not in auto._model_mapping and known in AutoModelForImageTextToText._model_mapping:
             auto = AutoModelForImageTextToText  # read with text alone
+        if pads_above(told):
+            config = config or told
     module, loaded = auto.from_pretrained(
         base, config=config, use_safetensors=True, output_loading_info=True, **options
     )
@@ -587,6 +602,8 @@ def stop_at(model: Model, end_tokens: list[int], tokenizer) -> None:
         config.temperature = config.top_p = config.top_k = None
     config.eos_token_id = generate.end_tokens(config, *end_tokens)
     config.pad_token_id = generate.pad_token(config, tokenizer, model.vocab)
+    if (tokenizer.pad_token_id or 0) >= model.vocab:  # what reads best/ would pad with it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 @torch.no_grad()

@@ -273,17 +273,15 @@ def completion_prompts(side: ServedModel, asked) -> tuple[list[list[int]], list[
     """Return the tokens of a completion's prompts, and their texts: a text, tokens, or a list of
     either."""
     several = [asked] if isinstance(asked, str) or isinstance(asked[0], int) else asked
-    vocabulary = side.chat.module.config.get_text_config().vocab_size
-    for prompt in several:
-        if not isinstance(prompt, str) and max(prompt) >= vocabulary:
-            raise Refused(
-                400, f"prompt: token {max(prompt)} is none of the model's {vocabulary}", "prompt"
-            )
     ids, texts, tokenizer = [], [], side.chat.tokenizer
     for prompt in several:
-        known = isinstance(prompt, str)
-        ids.append(tokenizer(prompt, verbose=False).input_ids if known else prompt)
-        texts.append(prompt if known else tokenizer.decode(prompt, skip_special_tokens=True))
+        is_text = isinstance(prompt, str)
+        read = tokenizer(prompt, verbose=False).input_ids if is_text else prompt
+        try:
+            ids.append(generate.known(side.chat.module, read, tokenizer))
+        except SystemExit as refused:
+            raise Refused(400, str(refused).removeprefix("error: "), "prompt") from None
+        texts.append(prompt if is_text else tokenizer.decode(prompt, skip_special_tokens=True))
     return ids, texts
 
 

@@ -94,7 +94,8 @@ class Chat:
 
     def ids(self, messages, **more):
         """Return the prompt's token ids, ready for the answer. more: arguments of the template."""
-        return template.prompt_ids(self.tokenizer, messages, **more)
+        ids = template.prompt_ids(self.tokenizer, messages, **more)
+        return generate.known(self.module, ids, self.tokenizer)
 
     def fit(self, messages, **more):
         """Return (prompt ids, messages dropped): the oldest turns go, until a quarter of the

@@ -131,13 +131,13 @@ def load(
     check_kind(folder)
     own, weights = own_labels(folder), checkpoints.has_weights(folder)
     order = None if own is None else matched(own, dataset.labels)
-    tokenizer = dataset.tokenizer()
+    config = models.config_of(folder, trust_remote_code)
     if rows is None:
         checkpoints.check_vocabulary(folder, dataset, trust_remote_code)
+        dataset.check_tokens(config.get_text_config().vocab_size, folder)
     else:
         check_teacher(name, folder, dataset.labels, own, order)
-        tokenizer = tokenizer_of(folder, dataset, trust_remote_code)
-    config = models.config_of(folder, trust_remote_code)
+    tokenizer = tokenizer_of(folder, dataset, trust_remote_code) if rows else dataset.tokenizer()
     name_labels(config, folder, dataset.labels, own, order)
     pad = choose_pad(config.get_text_config(), tokenizer)
     check_positions(folder, rows or [dataset.train, dataset.val])
@@ -214,7 +214,8 @@ def name_labels(
 def choose_pad(config, tokenizer) -> int:
     """Return the token that padding is made of, and put it into the text model's configuration."""
     tokens = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    config.pad_token_id = next((token for token in tokens if token is not None), 0)
+    known = [token for token in tokens if token is not None and token < config.vocab_size]
+    config.pad_token_id = next(iter(known), 0)
     config.use_cache = False
     return config.pad_token_id
 

@@ -115,7 +115,8 @@ def by_model(
     def requests():
         for question, number in missing:
             seed = seed_of(args.seed, question.key, number)
-            yield generate.Request((question, number), question.ids, args.max_new_tokens, seed)
+            ids = generate.known(module, question.ids, tokenizer)
+            yield generate.Request((question, number), ids, args.max_new_tokens, seed)
 
     written = generate.generate(module, generate.by_length(requests()), how, args.teacher_batch)
     while (answer := within_memory(written)) is not None:

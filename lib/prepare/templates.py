@@ -98,7 +98,13 @@ def make_ready(
         notes.append(f"the chat template writes a date; it is pinned, for good: {dated!r}")
     set_arguments(tokenizer, args)
     try:
-        template.render(tokenizer, [{"role": "user", "content": "x"}])
+        text = template.render(tokenizer, [{"role": "user", "content": "x"}], True)
+        named = dict.fromkeys(re.findall(r"<\|[^<>|\s]+\|>", text))
+        if unknown := [name for name in named if name not in tokenizer.get_vocab()]:
+            notes.append(
+                f"the chat template writes {' '.join(unknown)}, no token of the tokenizer: it is"
+                " learnt letter by letter (a --chat-template with the tokenizer's own tokens)"
+            )
     except jinja2.TemplateSyntaxError as broken:
         files.fail(
             f"the chat template of {tokenizer.name_or_path} cannot be read",

@@ -77,6 +77,9 @@ LAYERS = {
     "savedhead": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "tokens": dict(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
     "resized": dict(target_modules=["q_proj"], rows=make.V + 2),
+    "resizedtokens": dict(
+        target_modules=["q_proj"], rows=make.V + 2, trainable_token_indices=[make.V, make.V + 1]
+    ),
     "resizedsave": dict(target_modules=["q_proj"], rows=make.V + 2, modules_to_save=["lm_head"]),
 }
 
@@ -94,6 +97,21 @@ def test_a_merged_adapter_has_pefts_logits_in_memory_and_saved(tmp_path, name, t
     torch.testing.assert_close(logits(saved), wanted, rtol=1e-3, atol=1e-3)
     both = saved.get_input_embeddings().weight, saved.get_output_embeddings().weight
     assert saved.config.tie_word_embeddings == (both[0] is both[1])  # other readers go by it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_leaves_rows_of_the_output_layer_out_is_refused(tmp_path):
+    """PEFT fills them with random numbers when it reads what it has written."""
+    resized = dict(target_modules=["q_proj", "embed_tokens"], rows=make.V + 2)
+    for tied in (True, False):
+        base = make.model(tmp_path / "base", tie_word_embeddings=tied)
+        wanted = adapter(base, tmp_path / "adapter", **resized)
+        if tied:
+            module = models.load(str(tmp_path / "adapter"), CPU, pack=False).module
+            torch.testing.assert_close(logits(module), wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(SystemExit, match="63 embeddings, and no output layer of as many rows"):
+        models.load(str(tmp_path / "adapter"), CPU, pack=False)
+    assert checkpoints.tokens_of(tmp_path / "adapter") == make.V + 2
 
 
 @pytest.mark.filterwarnings("ignore")
