@@ -374,6 +374,22 @@ def test_a_class_that_agrees_with_its_file_stays(tmp_path, capsys):
     assert type(made).__name__ == "Qwen2Tokenizer" and not capsys.readouterr().out
 
 
+def test_a_class_that_has_tokens_of_its_own_gives_way_to_the_file(tmp_path, capsys):
+    """AutoTokenizer reads the tokenizer of any model of type qwen2 as Qwen's, which has
+    <|endoftext|>: of stage 1's result stage 2 said that it had another tokenizer."""
+    pieces = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = transformers.Qwen2Tokenizer(vocab=pieces, merges=[])
+    core = Tokenizer(BPE(pieces, []))
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        setattr(core, part, getattr(made.backend_tokenizer, part))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    words.save_pretrained(tmp_path)
+    transformers.Qwen2Config(**SIZES | {"vocab_size": len(words)}).save_pretrained(tmp_path)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path)) == len(words) + 1
+    assert template.load_tokenizer(tmp_path).get_vocab() == words.get_vocab()
+    assert "<|endoftext|>" in capsys.readouterr().out
+
+
 def test_best_says_where_plain_transformers_reads_its_tokenizer_otherwise(tmp_path, capsys):
     """AutoTokenizer takes Qwen2Tokenizer for a model of type qwen2, whatever class is named."""
     words = tt.tiny(merges=[("1", "2")])

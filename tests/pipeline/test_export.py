@@ -2,15 +2,19 @@
 PEFT's own logits, quantised students, settings that cannot be saved, weights without a place."""
 
 import json
+from types import SimpleNamespace
 
 import make
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 
+import chat
 import stage1_sft
 from lib import checkpoints, data, files, generate, models
+from lib.chat import api
 from lib.measure import plots
 
 CPU = torch.device("cpu")
@@ -542,17 +546,55 @@ def test_the_pattern_of_windows_fits_the_layers_kept(tmp_path, capsys, keep, pat
 # --- tokenizers that have more tokens
 
 
-def test_tokens_above_the_embedding_are_of_no_weight_where_no_row_holds_them(tmp_path, capsys):
+@pytest.fixture
+def padded(tmp_path):
+    """A student whose tokenizer, configuration and generation_config have a padding token that its
+    embedding has no row for, and data of that tokenizer, which do not hold it."""
     words = make.tokenizer()
     words.add_special_tokens({"pad_token": "[PAD]"})
-    dataset = make.dataset(tmp_path / "data")
-    dataset.tokenizer = lambda: words
-    make.model(tmp_path / "student")
-    words.save_pretrained(tmp_path / "student")
-    model = models.load(str(tmp_path / "student"), CPU, dataset=dataset)
+    make.dataset(tmp_path / "data", rows=8, val=4, longest=10)
+    words.save_pretrained(tmp_path / "data/tokenizer")
+    make.model(tmp_path / "student", with_tokenizer=words)
+    for name in ("config.json", "generation_config.json"):
+        edit(tmp_path / "student" / name, pad_token_id=make.V)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tokens_above_the_embedding_are_of_no_weight_where_no_row_holds_them(padded, capsys):
+    make.call(stage1_sft.main, *make.stage1(padded, "--steps", 1))
     assert "1 tokens above" in capsys.readouterr().out
-    models.stop_at(model, [3], words)
-    assert model.module.generation_config.pad_token_id < make.V
+    best = padded / "stage1/best"
+    words, model = (kind.from_pretrained(best) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    words.padding_side = "left"
+    rows = words(["w1", "w1 w2"], padding=True, return_tensors="pt")  # plain transformers pads
+    model.generate(rows["input_ids"], attention_mask=rows["attention_mask"], max_new_tokens=2)
+    assert words.pad_token_id < make.V and words.get_vocab()["[PAD]"] == make.V
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_token_above_the_embedding_in_a_row_is_refused_by_name(padded):
+    tokens = np.load(padded / "data/train.tokens.npy")
+    tokens[5] = make.V
+    np.save(padded / "data/train.tokens.npy", tokens)
+    code, words = make.ends(stage1_sft.main, *make.stage1(padded, "--steps", 1))
+    assert code == 1 and f"token {make.V}, '[PAD]'; wanted 0 to {make.V - 1}" in words
+    assert "resize_token_embeddings(62)" in words and "--chat-template" in words
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prompt_that_names_a_token_above_the_embedding_is_one_line(padded, capsys):
+    argv = ["--ckpt", padded / "student", "--max-new-tokens", 2, "--device", "cpu", "--prompt"]
+    make.call(chat.main, *argv, "w1")
+    with pytest.raises(SystemExit):
+        make.call(chat.main, *argv, "w1 [PAD] w2")
+    assert "none of the model's; saw token 61, '[PAD]'; wanted 0 to 60" in capsys.readouterr().out
+    side = SimpleNamespace(chat=SimpleNamespace())
+    side.chat.module = AutoModelForCausalLM.from_pretrained(make.model(padded / "plain"))
+    side.chat.tokenizer = AutoTokenizer.from_pretrained(padded / "data/tokenizer")
+    assert api.completion_prompts(side, "w1") == [[5]]
+    with pytest.raises(api.Refused, match="token 61"):
+        api.completion_prompts(side, ["w1", "[PAD]"])
 
 
 def test_a_teacher_with_other_tokens_that_no_row_holds(mine, capsys):

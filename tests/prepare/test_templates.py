@@ -155,3 +155,11 @@ def test_the_fallback_template_ends_turns_by_eos_and_is_saved_with_the_tokenizer
 def test_a_tokenizer_with_neither_template_nor_eos_is_refused_in_one_line():
     with pytest.raises(SystemExit, match="neither a chat template nor an eos_token"):
         templates.ensure_template(tiny.tiny(None, eos=None))
+
+
+def test_a_template_that_writes_tokens_the_tokenizer_calls_otherwise_is_named():
+    words = tiny.tiny()
+    assert not templates.make_ready(words)[0]
+    words.chat_template = tiny.CHATML.replace("<|im_start|>", "<|turn|>")
+    notes, _ = templates.make_ready(words)
+    assert len(notes) == 1 and "<|turn|>, no token of the tokenizer" in notes[0]
