@@ -38,6 +38,8 @@ QUANTISED_BY = {  # what transformers needs to read weights that are quantised b
     "aqlm": "aqlm",
     "quanto": "optimum-quanto",
     "eetq": "eetq",
+    "auto-round": "auto-round",
+    "vptq": "vptq",
 }
 # tensors inside layers that older checkpoints hold, and that say nothing: buffers made anew
 HARMLESS = re.compile(
@@ -50,7 +52,7 @@ class Model:
     """module: the Hugging Face model. body: its decoder (compiled on request). folder: where it
     came from. limit: how many of its tokens are compared with a teacher's (None: all). packs: rows
     on one line do not see each other. scale, softcap: what it does to its output layer's logits
-    (`Head`). `matched` makes one of a module."""
+    (`Head`). `as_model` makes one of a module."""
 
     module: Any
     body: Any
@@ -142,7 +144,7 @@ def load(
         module.to(device)
     module.eval()
     with on_text_alone(module):
-        model = matched(module, folder, amp)
+        model = as_model(module, folder, amp)
         if dataset is not None:
             dataset.check_tokens(model.vocab, folder)
             if (above := len(dataset.tokenizer()) - model.vocab) > 0:
@@ -271,7 +273,7 @@ def on_text_alone(module: Any) -> Iterator[None]:
         )
 
 
-def matched(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
+def as_model(module: Any, folder: Path, amp: torch.dtype | None = None) -> Model:
     """Return the Model whose body and head are the module's own: what follows its output layer is
     measured, and what precedes it is the decoder, or all there is."""
     scale, softcap = after_head(module)
@@ -406,8 +408,10 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
-        if known not in auto._model_mapping and known in AutoModelForImageTextToText._model_mapping:
-            auto = AutoModelForImageTextToText  # read with text alone
+        causal, whole = auto._model_mapping, AutoModelForImageTextToText._model_mapping
+        # read whole and with text alone, where there is no causal LM of it that can be read again
+        if known in whole and (known not in causal or causal[known].config_class not in causal):
+            auto = AutoModelForImageTextToText
     module, loaded = auto.from_pretrained(
         base, config=config, use_safetensors=True, output_loading_info=True, **options
     )
@@ -419,7 +423,8 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     """Say why transformers cannot load a checkpoint, and what may mend it."""
-    text, mend = str(broken), None
+    # what follows is a list of all the classes there are
+    text, mend = str(broken).split(" Model type should be one of")[0], None
     if needs := QUANTISED_BY.get(checkpoints.quantised(folder) or ""):
         mend = f"pip install {needs}"
     if "trust_remote_code" in text or "custom code" in text:

@@ -60,7 +60,7 @@ def model(s: dict, device: torch.device) -> models.Model:
         tie_word_embeddings=True,
     )
     module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
-    return models.matched(module, Path("random"))
+    return models.as_model(module, Path("random"))
 
 
 def batch(s: dict, device: torch.device) -> data.Batch:

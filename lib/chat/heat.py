@@ -46,7 +46,7 @@ def compare_tokens(
     `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
-    mine, other = models.matched(student, None), models.matched(teacher, None)
+    mine, other = models.as_model(student, None), models.as_model(teacher, None)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(

@@ -84,7 +84,7 @@ def fresh(config, dtype=torch.float32, **more):
     except ValueError:
         module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     module = module.to(dtype).eval()
-    return models.matched(module, None)
+    return models.as_model(module, None)
 
 
 @pytest.mark.parametrize("kind", DTYPES)

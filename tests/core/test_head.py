@@ -65,7 +65,7 @@ def family(name):
         module.get_output_embeddings().weight *= 20
         if module.get_output_embeddings().bias is not None:
             module.get_output_embeddings().bias.normal_()
-    return models.matched(module, None)
+    return models.as_model(module, None)
 
 
 @torch.no_grad()

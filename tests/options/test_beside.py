@@ -77,7 +77,7 @@ def net(
                 parameter *= spread
             if "embed" in name:
                 parameter *= 20
-    return models.matched(module.eval(), Path("nowhere"))
+    return models.as_model(module.eval(), Path("nowhere"))
 
 
 @pytest.fixture(scope="module")
