@@ -38,6 +38,8 @@ QUANTISED_BY = {  # what transformers needs to read weights that are quantised b
     "aqlm": "aqlm",
     "quanto": "optimum-quanto",
     "eetq": "eetq",
+    "auto-round": "auto-round",
+    "vptq": "vptq",
 }
 # tensors inside layers that older checkpoints hold, and that say nothing: buffers made anew
 HARMLESS = re.compile(
@@ -427,9 +429,11 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         told = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        causal, whole = auto._model_mapping, AutoModelForImageTextToText._model_mapping
+        # read whole and with text alone, where there is no causal LM of it that can be read again
         known = type(told)
-        if known not in auto._model_mapping and known in AutoModelForImageTextToText._model_mapping:
-            auto = AutoModelForImageTextToText  # read with text alone
+        if known in whole and (known not in causal or causal[known].config_class not in causal):
+            auto = AutoModelForImageTextToText
         if pads_above(told):
             config = config or told
     module, loaded = auto.from_pretrained(
@@ -443,7 +447,8 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
 
 def refuse_broken(folder: Path, what: str, broken: Exception) -> NoReturn:
     """Say why transformers cannot load a checkpoint, and what may mend it."""
-    text, mend = str(broken), None
+    # what follows is a list of all the classes there are
+    text, mend = str(broken).split(" Model type should be one of")[0], None
     if needs := QUANTISED_BY.get(checkpoints.quantised(folder) or ""):
         mend = f"pip install {needs}"
     if "trust_remote_code" in text or "custom code" in text:

@@ -165,7 +165,7 @@ OWN = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16} | THREE,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
-    "kimi_linear": {"num_experts_per_token": 2},
+    "kimi_linear": {"num_experts_per_token": 2, "linear_head_dim": 16, "linear_num_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
@@ -249,7 +249,7 @@ def build(kind, folder, vocab, **more):
 
     config = CONFIG_MAPPING[kind]()
     config = type(config)(**small(config, vocab) | more)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = type(config) not in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     with torch.device("meta"):
         size = sum(p.numel() for p in auto.from_config(config).parameters())
@@ -261,6 +261,8 @@ def build(kind, folder, vocab, **more):
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 parameter *= LARGER
+        words = module.get_input_embeddings().weight
+        words[0] = words[2]  # an initializer leaves that of padding 0, training does not
         try:
             logits = module(input_ids=torch.arange(5, 15)[None]).logits
             assert torch.isfinite(logits).all(), "weights that overflow"
