@@ -17,6 +17,7 @@ from lib import checkpoints, data, files, losses, models
 from lib.head import Head
 from lib.losses import Method
 from lib.teacher import live, logits
+from lib.teacher.basis import Basis
 
 CPU = torch.device("cpu")
 LINES = [[0, 3, 5], [2, 1]]
@@ -209,3 +210,9 @@ def test_the_mass_of_what_is_left_out_is_in_own_ce():
     z = next(head.chunks(hidden))[1].logsumexp(1)
     beyond = next(head.beyond().chunks(hidden))[1].logsumexp(1)
     torch.testing.assert_close(torch.logaddexp(z, beyond), (hidden @ weight.t()).logsumexp(1))
+
+
+def test_a_soft_cap_does_not_bring_back_what_is_left_out_of_a_tail():
+    one = torch.ones(1)
+    shape = Basis(torch.zeros(5), torch.zeros(1, 5), one, one, one, one, 4.0, torch.tensor([2]))
+    assert (shape.logits(torch.ones(1, 1)) == torch.tensor([[0, 0, -1e9, 0, 0]])).all()
