@@ -429,7 +429,8 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
     if auto is AutoModelForCausalLM and "gguf_file" not in options:
         trust = options["trust_remote_code"]
         told = AutoConfig.from_pretrained(base, trust_remote_code=trust)
-        causal, whole = auto._model_mapping, AutoModelForImageTextToText._model_mapping
+        causal: Any = auto._model_mapping
+        whole = AutoModelForImageTextToText._model_mapping
         # read whole and with text alone, where there is no causal LM of it that can be read again
         known = type(told)
         if known in whole and (known not in causal or causal[known].config_class not in causal):
