@@ -51,11 +51,7 @@ one = $(if $(word 2,$(1))$(strip $(foreach c,$(HARD),$(findstring $(c),$(1)))),'
 there = $(if $(shell test -e $(call one,$(1)) && echo yes),$(call one,$(1)))
 # one place, or else several, as the shell divides them
 some = $(or $(call there,$(call bare,$(1))),$(1))
-again = $(foreach v,$(TYPED),$(v)=$(call one,$(value typed_$(v))))
-OPEN   := $$( $${ $$$$
-lone = $(findstring $$,$(subst $(word 1,$(OPEN)),,$(subst $(word 2,$(OPEN)),,$(subst $(word 3,$(OPEN)),,$(1)))))
-$(foreach v,$(TYPED),$(eval typed_$(v) := $$(value $(v)))$(if $(call lone,$(value $(v))),\
-  $(error $(v)=$(value $(v)): to make a $$ begins the name of a variable; wanted $$$$ in its place, or the script itself (README.md: the five scripts))))
+again = $(foreach v,$(TYPED),$(v)=$(call one,$($(v))))
 $(foreach v,DATA LOGITS RUNS CKPT STUDENT TOKENIZER TEACHER DOMAIN_STUDENT,$(eval override $(v) := $$(call bare,$$($(v)))))
 
 PYTHON  ?= python3

@@ -89,7 +89,8 @@ def words_of_make(target, folder, quote=""):
     lines = [shlex.split(line) for line in said.splitlines() if line.strip()]
     for line in lines:
         if line[0] == "echo":  # the next command, as it is to be pasted
-            assert {*told} <= {*shlex.split(line[1])}
+            pasted = {word.replace("='", "=").removesuffix(quote) for word in shlex.split(line[1])}
+            assert {word.replace("='", "=").removesuffix(quote) for word in told} <= pasted
     return [line for line in lines if line[0] != "echo"]
 
 
@@ -178,11 +179,3 @@ def test_make_says_where_to_begin_where_nothing_is_there(tmp_path):
             assert door in text
         assert not words or "is missing" in text
     assert "Where to begin" not in said("data", "SOURCE=mine.jsonl")[1]  # the script says it
-
-
-def test_a_dollar_that_make_would_take_for_a_variable_is_refused():
-    command = ["make", "-n", "-o", ".venv/ready", "data"]
-    made = subprocess.run([*command, "DATA=a$HOME"], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode and "wanted $$ in its place" in made.stderr
-    made = subprocess.run([*command, "DATA=a$$HOME"], cwd=ROOT, capture_output=True, text=True)
-    assert "--out 'a$HOME'" in made.stdout
