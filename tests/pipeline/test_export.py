@@ -592,7 +592,7 @@ def test_a_prompt_that_names_a_token_above_the_embedding_is_one_line(padded, cap
     side = SimpleNamespace(chat=SimpleNamespace())
     side.chat.module = AutoModelForCausalLM.from_pretrained(make.model(padded / "plain"))
     side.chat.tokenizer = AutoTokenizer.from_pretrained(padded / "data/tokenizer")
-    assert api.completion_prompts(side, "w1") == [[5]]
+    assert api.completion_prompts(side, "w1") == ([[5]], ["w1"])
     with pytest.raises(api.Refused, match="token 61"):
         api.completion_prompts(side, ["w1", "[PAD]"])
 
