@@ -135,7 +135,8 @@ def load(
     check_complete(base, loaded["missing_keys"])
     check_used(module, base, loaded.get("unexpected_keys", ()))
     if not placing:
-        check_tie(module, base)
+        with on_text_alone(module):
+            check_tie(module, base)
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
     keep_only_layers(module, keep_layers)
@@ -594,7 +595,9 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     switch = next((s for s in ("is_decoder", "causal") if getattr(config, s, None) is False), None)
     mend = f'"{switch}": true in its config.json, if it was trained as one' if switch else None
     padding = torch.zeros_like(second)
-    if (error := influence(model, amp, first, second, padding, behind=True)) > LEAK:
+    half = [row[: len(row) // 2] for row in (first, second, padding)]  # of one row
+    error = influence(model, amp, first, second, padding, behind=True)
+    if (error := max(error, influence(model, amp, *half, behind=True, one=True))) > LEAK:
         files.fail(
             f"{name} attends to later tokens",
             f"a row of {len(first)} that moves by {error:.2g} with what stands behind it",
@@ -647,15 +650,18 @@ def influence(
     beside: Tensor,
     other: Tensor,
     behind: bool = False,
+    one: bool = False,
 ) -> float:
     """Return how far a row moves, relative, when what lies before it on its line (or `behind` it)
-    is `other` and not `beside`; less ten times what that changes on a line of its own, where it
-    cannot be seen (experts' sums are cut otherwise, and half precision rounds them otherwise)."""
+    is `other` and not `beside` (`one`: as one row with it); less ten times what that changes on a
+    line of its own, where it cannot be seen (experts' sums are cut otherwise, and half precision
+    rounds them otherwise)."""
 
     def seen(neighbour: Tensor, apart: bool) -> Tensor:
         if apart:
             return states(model, amp, [row], [neighbour])[0]
         line = [row, neighbour] if behind else [neighbour, row]
+        line = [torch.cat(line)] if one else line
         return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
 
     moved = checkpoints.difference(seen(other, False), seen(beside, False))
