@@ -262,7 +262,7 @@ def unknown_cache(module) -> str | None:
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             strange.add(type(layer).__name__)
-    if not MEMORIES & {*inspect.signature(module.forward).parameters}:
+    if not MEMORIES & {*inspect.signature(type(module).forward).parameters}:
         strange.add("none that it takes")
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
         return ", ".join(sorted(strange)) or "a state that is no cache"
@@ -565,7 +565,7 @@ class Alone(InFlight):
     def __init__(self, module, how: Sampling) -> None:
         super().__init__(module, how, 1)
         self.memory: dict[str, Any] = {}
-        self.takes = inspect.signature(module.forward).parameters
+        self.takes = inspect.signature(type(module).forward).parameters
 
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         [request] = new

@@ -411,7 +411,9 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         known = type(AutoConfig.from_pretrained(base, trust_remote_code=trust))
         causal, whole = auto._model_mapping, AutoModelForImageTextToText._model_mapping
         # read whole and with text alone, where there is no causal LM of it that can be read again
-        if known in whole and (known not in causal or causal[known].config_class not in causal):
+        if known in whole and (
+            known not in causal or getattr(causal[known], "config_class", known) not in causal
+        ):
             auto = AutoModelForImageTextToText
     module, loaded = auto.from_pretrained(
         base, config=config, use_safetensors=True, output_loading_info=True, **options
@@ -595,9 +597,11 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     switch = next((s for s in ("is_decoder", "causal") if getattr(config, s, None) is False), None)
     mend = f'"{switch}": true in its config.json, if it was trained as one' if switch else None
     padding = torch.zeros_like(second)
-    half = [row[: len(row) // 2] for row in (first, second, padding)]  # of one row
+    row, beside, other = (row[: len(row) // 2] for row in (first, second, padding))
     error = influence(model, amp, first, second, padding, behind=True)
-    if (error := max(error, influence(model, amp, *half, behind=True, one=True))) > LEAK:
+    if (
+        error := max(error, influence(model, amp, row, beside, other, behind=True, one=True))
+    ) > LEAK:
         files.fail(
             f"{name} attends to later tokens",
             f"a row of {len(first)} that moves by {error:.2g} with what stands behind it",
