@@ -40,7 +40,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lib import files
 
 # what transformers' models call the memory that they hand back and take again
-MEMORIES = ("past_key_values", "cache_params", "state", "mems")
+MEMORIES = {"past_key_values", "cache_params", "state", "mems"}
 ROOM = 256  # columns added when the buffer is full
 # likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
 NUCLEUS = 1024
@@ -280,6 +280,8 @@ def unknown_cache(module) -> str | None:
     for layer in DynamicCache(config=config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             strange.add(type(layer).__name__)
+    if not MEMORIES & {*inspect.signature(type(module).forward).parameters}:
+        strange.add("none that it takes")
     if strange or getattr(module, "_is_stateful", False) or config.is_encoder_decoder:
         return ", ".join(sorted(strange)) or "a state that is no cache"
     return None
@@ -586,12 +588,14 @@ class Alone(InFlight):
     def __init__(self, module, how: Sampling) -> None:
         super().__init__(module, how, 1)
         self.memory: dict[str, Any] = {}
-        takes = inspect.signature(module.forward).parameters
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.takes = inspect.signature(type(module).forward).parameters
 
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         [request] = new
         self.rows, self.seen, self.memory = [None], None, {}
+        if "past_key_values" in self.takes:  # some fill it, and hand nothing back
+            config = self.module.config.get_text_config()
+            self.memory["past_key_values"] = DynamicCache(config=config)
         self.lengths, self.starts = (torch.zeros(1, dtype=torch.long) for _ in range(2))
         self.seat(0, request, request.how or self.how)
         return self.read(request.tokens)
@@ -600,11 +604,19 @@ class Alone(InFlight):
         return self.read([int(self.last)])
 
     def read(self, tokens: list[int]) -> list[tuple[int, int]]:
-        """Run tokens, and choose the next one."""
+        """Run tokens behind those that are remembered, or behind all where nothing is; choose the
+        next one."""
+        row = self.tenant(0)
+        if not MEMORIES & {*self.takes}:
+            tokens = [*row.request.ids, *row.ids]
+        end = len(row.request.ids) + len(row.ids)
+        places = torch.arange(end - len(tokens), end, device=self.device)[None]
+        options = {"position_ids": places, "logits_to_keep": 1, "use_cache": True}
+        options = {name: value for name, value in options.items() if name in self.takes}
         ids = torch.tensor([tokens], device=self.device)
-        made = self.module(input_ids=ids, use_cache=True, **self.options, **self.memory)
-        self.memory = {name: made[name] for name in MEMORIES if made.get(name) is not None}
-        if self.tenant(0).how.repetition_penalty != 1:
+        made = self.module(input_ids=ids, **options, **self.memory)
+        self.memory |= {name: made[name] for name in MEMORIES if made.get(name) is not None}
+        if row.how.repetition_penalty != 1:
             self.remember(made.logits.shape[-1])
         self.last = self.choose(made.logits[:, -1], [0], self.seen)
         return [(0, int(self.last))]

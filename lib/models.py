@@ -140,7 +140,8 @@ def load(
     check_complete(base, loaded["missing_keys"])
     check_used(module, base, loaded.get("unexpected_keys", ()))
     if not placing:
-        check_tie(module, base)
+        with on_text_alone(module):
+            check_tie(module, base)
     if base != folder:
         module = checkpoints.merge_adapter(module, folder, base)
     keep_only_layers(module, keep_layers)
@@ -433,7 +434,9 @@ def made(auto: Any, base: Path, seed: int | None, config: Any, options: dict) ->
         whole = AutoModelForImageTextToText._model_mapping
         # read whole and with text alone, where there is no causal LM of it that can be read again
         known = type(told)
-        if known in whole and (known not in causal or causal[known].config_class not in causal):
+        if known in whole and (
+            known not in causal or getattr(causal[known], "config_class", known) not in causal
+        ):
             auto = AutoModelForImageTextToText
         if pads_above(told):
             config = config or told
@@ -621,7 +624,11 @@ def probe(model: Model, amp: torch.dtype | None = None) -> None:
     switch = next((s for s in ("is_decoder", "causal") if getattr(config, s, None) is False), None)
     mend = f'"{switch}": true in its config.json, if it was trained as one' if switch else None
     padding = torch.zeros_like(second)
-    if (error := influence(model, amp, first, second, padding, behind=True)) > LEAK:
+    row, beside, other = (row[: len(row) // 2] for row in (first, second, padding))
+    error = influence(model, amp, first, second, padding, behind=True)
+    if (
+        error := max(error, influence(model, amp, row, beside, other, behind=True, one=True))
+    ) > LEAK:
         files.fail(
             f"{name} attends to later tokens",
             f"a row of {len(first)} that moves by {error:.2g} with what stands behind it",
@@ -674,15 +681,18 @@ def influence(
     beside: Tensor,
     other: Tensor,
     behind: bool = False,
+    one: bool = False,
 ) -> float:
     """Return how far a row moves, relative, when what lies before it on its line (or `behind` it)
-    is `other` and not `beside`; less ten times what that changes on a line of its own, where it
-    cannot be seen (experts' sums are cut otherwise, and half precision rounds them otherwise)."""
+    is `other` and not `beside` (`one`: as one row with it); less ten times what that changes on a
+    line of its own, where it cannot be seen (experts' sums are cut otherwise, and half precision
+    rounds them otherwise)."""
 
     def seen(neighbour: Tensor, apart: bool) -> Tensor:
         if apart:
             return states(model, amp, [row], [neighbour])[0]
         line = [row, neighbour] if behind else [neighbour, row]
+        line = [torch.cat(line)] if one else line
         return states(model, amp, line)[0].split(len(row))[0 if behind else 1]
 
     moved = checkpoints.difference(seen(other, False), seen(beside, False))

@@ -66,6 +66,7 @@ def kept_bytes(model: models.Model, split: data.Split, amp: torch.dtype | None) 
         batch = data.Batch(tokens, positions, nothing, nothing, nothing, [0] * lines, row_of)
         batch = batch.to(model.device)
         with (
+            models.on_text_alone(module),
             torch.random.fork_rng(enabled=model.device.type == "cpu"),
             torch.autocast(model.device.type, amp, enabled=amp is not None),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

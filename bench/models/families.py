@@ -187,6 +187,8 @@ OWN = {
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
     },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (32, 32)},
     "xlnet": {"max_position_embeddings": DROP},
     "xmod": {"default_language": "en_XX"},

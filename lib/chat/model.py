@@ -82,6 +82,7 @@ class Chat:
         if args.greedy or args.temperature == 0 or not how.do_sample:
             how.do_sample, how.temperature, how.top_p, how.top_k = False, None, None, None
         how.max_new_tokens, how.max_length, how.num_beams = how.max_new_tokens or 512, None, 1
+        how.use_cache = True  # or transformers reads all anew, behind the cache that it is given
         how.eos_token_id = generate.end_tokens(how, self.tokenizer.eos_token_id) or None
         how.pad_token_id = generate.pad_token(
             how, self.tokenizer, self.module.config.get_text_config().vocab_size
@@ -130,6 +131,8 @@ class Chat:
         """
         plain = DynamicCache(config=self.module.config.get_text_config()).layers
         if any(type(layer) is not DynamicLayer for layer in plain):
+            return None
+        if generate.unknown_cache(self.module):
             return None
         known, cache = self.past
         common = len(os.path.commonprefix([known, ids]))

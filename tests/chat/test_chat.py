@@ -81,6 +81,18 @@ def plain(folder, question, **options):
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def test_a_checkpoint_that_switches_its_cache_off_is_answered_by(checkpoint, tmp_path, capsys):
+    """Trainers that checkpoint gradients leave `use_cache: false` in what they save."""
+    shutil.copytree(checkpoint, tmp_path / "off")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "off" / name
+        told = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(told | {"use_cache": False}))
+    for question in QUESTIONS:
+        chat.main(["--ckpt", str(tmp_path / "off"), "--prompt", question, *SHORT, "--greedy"])
+        assert capsys.readouterr().out.strip() == plain(checkpoint, question).strip()
+
+
 def answers(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

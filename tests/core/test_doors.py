@@ -147,6 +147,19 @@ def test_a_model_that_sees_the_future_is_told_how_to_become_a_decoder(tmp_path):
         load(tmp_path)
 
 
+def test_a_model_whose_rows_alone_see_their_own_future_is_refused(tmp_path):
+    """PaliGemma reads a prompt both ways; what stands behind a packed row it does not see."""
+    torch.manual_seed(0)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**SIZES),
+        vision_config=vision | dict(image_size=28, patch_size=14),
+    )
+    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="attends to later tokens"):
+        load(tmp_path)
+
+
 def test_a_model_that_counts_its_positions_otherwise_is_refused(tmp_path):
     small = {name: SIZES[name] for name in SIZES if name not in ("head_dim", "num_key_value_heads")}
     config = transformers.RobertaConfig(**small, is_decoder=True, initializer_range=0.3)
