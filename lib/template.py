@@ -695,8 +695,10 @@ def by_marks(tokenizer, text: str, turns: str, think: str) -> Rendered | str:
         masked += [(start + first, start + last) for first, last in traced]
     if think == "drop":
         for start, stop in reversed(masked):
-            if not EMPTY_TRACE.fullmatch(text[start:stop]):
-                text = text[:start] + text[stop:]
+            trace = text[start:stop]
+            if not EMPTY_TRACE.fullmatch(trace):
+                blanks = trace[: len(trace) - len(trace.lstrip())]  # of the template (Mistral's)
+                text = text[:start] + blanks + text[stop:]
         return by_marks(tokenizer, text, turns, "keep")
     return Rendered(text, spans[-1:] if turns == "last" else spans, masked)
 
