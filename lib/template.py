@@ -679,20 +679,27 @@ def by_marks(tokenizer, text: str, turns: str, think: str) -> Rendered | str:
     that is cut ends where it is cut."""
     bos, begin, blanks, trace, end = marks(tokenizer, str(tokenizer.chat_template))
     before = "{}(?:{}(?:{})?)?".format(*map(re.escape, (begin, blanks, trace)))
-    if think == "drop":
-        text = re.sub(rf"{OPEN}(?!\s*{CLOSE}).*?{CLOSED.pattern}", "", text, flags=re.DOTALL)
     text = text if text.startswith(bos) else bos + text
-    spans = []
+    spans: list[Span] = []
     for found in re.finditer(before, text):
         stop = text.find(end, found.end())
+        if spans and found.start() < spans[-1][1]:  # or else it would hold the turn behind it
+            return f"an answer without {end!r}, which ends it in the chat template"
         spans.append((found.end(), stop + len(end) if stop >= 0 else len(text)))
     if not spans:
         return f"without {begin!r}, which begins an answer in the chat template"
     masked: list[Span] = []
-    for start, stop in spans if think == "mask" else ():
+    for start, stop in spans if think != "keep" else ():
         if (traced := traces(text[start:stop])) is None:
             return "unclosed think"
         masked += [(start + first, start + last) for first, last in traced]
+    if think == "drop":
+        for start, stop in reversed(masked):
+            trace = text[start:stop]
+            if not EMPTY_TRACE.fullmatch(trace):
+                blanks = trace[: len(trace) - len(trace.lstrip())]  # of the template (Mistral's)
+                text = text[:start] + blanks + text[stop:]
+        return by_marks(tokenizer, text, turns, "keep")
     return Rendered(text, spans[-1:] if turns == "last" else spans, masked)
 
 

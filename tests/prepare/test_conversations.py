@@ -249,6 +249,22 @@ def test_rendered_text_that_lacks_its_beginning_or_end_is_read(tmp_path):
     assert "without '<|start_header_id|>assistant" in template.encode(tokenizer, [other])[0]
 
 
+def test_rendered_answers_never_hold_another_turn():
+    """Llama 2's way of several turns in one <s> has no end behind the first answer; a question may
+    name a tag of reasoning."""
+    mistral, chatml = tiny.model("mistral"), tiny.model("chatml")
+    row = template.Marked("<s>[INST] Ask[/INST] Say[INST] More?[/INST] Yes</s>")
+    assert "an answer without '</s>'" in template.encode(mistral, [row])[0]
+    text = "<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>"
+    thought, plain = (
+        template.Marked(text.format(answer)) for answer in ("<think>hm</think>\n\nSay", "Say")
+    )
+    (ids, answer), (wanted, learnt) = template.encode(chatml, [thought, plain], think="drop")
+    assert ids.tolist() == wanted.tolist() and answer.tolist() == learnt.tolist()
+    unclosed = template.Marked(text.format("<think>hm"))
+    assert template.encode(chatml, [unclosed], think="drop") == ["unclosed think"]
+
+
 def test_rendered_text_is_said_and_read_by_a_flag(tmp_path, prepare, capsys):
     text = "<|im_start|>user\nAsk {}<|im_end|>\n<|im_start|>assistant\nSay{}<|im_end|>\n"
     rows = [{"text": text.format(i, i)} for i in range(6)] + [{"text": text.format("x" * 99, "")}]
