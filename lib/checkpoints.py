@@ -17,6 +17,7 @@ An adapter folder holds
 
 import copy
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"
 CHECKSUMS = "checksums.json"
+# what a model that sees reads its images and videos with
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 OTHER_GGUF = "a GGUF file of a model with the same tokens"
 GGUF_UNUSED = 5  # the kind of a token that llama.cpp invented, which no text has
 ADAPTER = "default"  # PEFT's own name of the only adapter
@@ -639,6 +642,9 @@ def save(
         module.config.save_pretrained(folder)
         module.config.dtype = in_memory
         tokenizer.save_pretrained(folder)
+        if module.config.get_text_config() is not module.config:
+            for path in filter(Path.exists, map(Path(module.name_or_path).joinpath, PROCESSORS)):
+                shutil.copyfile(path, folder / path.name)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as refused:
         files.fail(
             f"transformers cannot save this {type(module).__name__}",

@@ -6,6 +6,7 @@ cut to the tokens that both know, and logits are made a chunk of places at a tim
 KL(teacher || student) is over all these tokens, at T = 1, in nats.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class ComparedToken:
     teacher_p: float
 
 
+@functools.lru_cache(maxsize=2)  # of the two that are served
+def measured(module: nn.Module) -> models.Model:
+    """Return the Model of a module; it takes four passes, and so is made once."""
+    return models.as_model(module, None)
+
+
 @generate.one_memory_error()
 @torch.inference_mode()
 def compare_tokens(
@@ -46,7 +53,7 @@ def compare_tokens(
     `teacher_prompt`, where the teacher's template writes others."""
     if not answer:
         return []
-    mine, other = models.as_model(student, None), models.as_model(teacher, None)
+    mine, other = measured(student), measured(teacher)
     vocab = min(mine.vocab, other.vocab)
     if max(answer) >= vocab:
         files.fail(
@@ -76,7 +83,7 @@ def compare_tokens(
 def likely_tokens(module: nn.Module, ids: list[int], top: int) -> list[generate.Likely | None]:
     """Return how likely a model finds each token of a text behind those before it; None for the
     first."""
-    model = models.as_model(module, None)
+    model = measured(module)
     found: list[generate.Likely | None] = [None]
     for part, z in model.head(model.vocab).chunks(hidden(model, ids[:1], ids[1:])):
         logp = logarithms(z)

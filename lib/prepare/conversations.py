@@ -560,11 +560,11 @@ def threads(messages: Iterable[dict]) -> Iterator[dict]:
     for _, tree in itertools.groupby(messages, key=lambda message: message.get("message_tree_id")):
         replies: dict[str | None, list[dict]] = {}
         for message in tree:
-            if not message.get("deleted"):
+            if not mark_of("deleted", message.get("deleted")):  # a csv has it as text
                 replies.setdefault(message["parent_id"] or None, []).append(message)
         talk, at = [], None
         while at in replies:
-            best = min(replies.pop(at), key=lambda reply: reply.get("rank") or 0)
+            best = min(replies.pop(at), key=lambda reply: float(reply.get("rank") or 0))
             talk.append({"role": best["role"], "content": best["text"]})
             at = best["message_id"]
         yield {"messages": talk}

@@ -220,3 +220,12 @@ def test_tokens_are_comparable_only_where_every_number_means_the_same():
     assert "number 61 is 'w57' to it, nothing to the student" in heat.incomparable(
         one, make.tokenizer(size=62)
     )
+
+
+def test_a_model_is_measured_once_and_not_at_every_request(pair):
+    student, passes = pair[0], []
+    heat.likely_tokens(student, ANSWER, 3)
+    hook = student.register_forward_hook(lambda *_: passes.append("the head is measured"))
+    heat.likely_tokens(student, ANSWER, 3)
+    hook.remove()
+    assert not passes  # of the body alone

@@ -237,6 +237,28 @@ def test_a_model_with_a_vision_part_is_read_with_text_alone(tmp_path):
     assert model.vocab == make.V
 
 
+def test_what_an_image_is_read_with_goes_along_with_the_vision_part(tmp_path):
+    """Without it neither AutoProcessor nor vLLM can read best/."""
+    config = transformers.Gemma3Config(
+        text_config=SIZES | dict(head_dim=8, vocab_size=make.V),
+        vision_config=dict(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        | dict(num_hidden_layers=1, image_size=28, patch_size=14),
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "from")
+    make.tokenizer().save_pretrained(tmp_path / "from")
+    (tmp_path / "from" / "preprocessor_config.json").write_text('{"size": 28}', encoding="utf-8")
+    checkpoints.save(load(tmp_path / "from").module, make.tokenizer(), tmp_path / "to")
+    assert (tmp_path / "to" / "preprocessor_config.json").read_text("utf-8") == '{"size": 28}'
+
+
+def test_a_model_is_tried_with_logits_of_a_few_tokens():
+    """Of all that a row may have, 2,112, they are gigabytes."""
+    model, seen = fresh(transformers.LlamaConfig(**SIZES)), []
+    model.module.lm_head.register_forward_hook(lambda *given: seen.append(given[2].shape[1]))
+    models.probe(model)
+    assert seen and max(seen) == 8
+
+
 # --- rows that are longer than positions
 
 

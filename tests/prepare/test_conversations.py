@@ -215,6 +215,17 @@ def test_lists_of_two_lengths_are_no_conversation(tmp_path):
         read(tmp_path, {"messages": {"role": ["user", "assistant"], "content": ["Ask"]}})
 
 
+def test_a_tree_in_a_csv_has_its_ranks_and_marks_as_text(tmp_path):
+    path = tmp_path / "tree.csv"
+    path.write_text(
+        "message_tree_id,message_id,parent_id,role,text,rank,deleted\nt,1,,prompter,Ask,,False\n"
+        "t,2,1,assistant,Worse,10.0,False\nt,3,1,assistant,Say,9.0,False\n"
+        "t,4,1,assistant,Gone,0.0,True\n",
+        encoding="utf-8",
+    )
+    assert list(sources.rows(sources.look(places.on_disk(path)))) == [[ASK, SAY]]
+
+
 # --- conversations that are rendered already
 
 
