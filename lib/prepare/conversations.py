@@ -10,6 +10,7 @@ message the conversation's tools.
 import ast
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
@@ -540,8 +541,8 @@ def content_of(value: object) -> object:
     "\n\nHuman: ...\n\nAssistant: ..." (HH-RLHF), the same on lines of their own (BELLE), behind
     "### " (Guanaco), "USER: ..." (Glaive)."""
     begin = re.match(r"\s*(### )?(Human|SYSTEM|USER):", value) if isinstance(value, str) else None
-    if begin is None:
-        return value
+    if begin is None or not re.search(r"(^|### )assistant:", value, re.I | re.M):
+        return value  # a question that begins so is no conversation
     lines = "\n\n" if re.search(r"\n\nassistant:", value, re.IGNORECASE) else "\n"
     _, *parts = re.split(f"(?:^|{begin[1] or lines}){SPOKEN}", value.lstrip())
     turns = []
@@ -564,10 +565,17 @@ def threads(messages: Iterable[dict]) -> Iterator[dict]:
                 replies.setdefault(message["parent_id"] or None, []).append(message)
         talk, at = [], None
         while at in replies:
-            best = min(replies.pop(at), key=lambda reply: float(reply.get("rank") or 0))
+            best = min(replies.pop(at), key=_rank)
             talk.append({"role": best["role"], "content": best["text"]})
             at = best["message_id"]
         yield {"messages": talk}
+
+
+def _rank(reply: dict) -> float:
+    try:
+        return float(reply.get("rank") or 0)
+    except (TypeError, ValueError):  # no number: behind all that have one
+        return math.inf
 
 
 def options_of(value: object) -> list[tuple[str, str]] | str:

@@ -177,6 +177,8 @@ def test_a_conversation_in_one_text_is_read(tmp_path, case):
     assert read(tmp_path, {"chat": SPOKEN[case]}) == [ASK, SAY]
     inside = read(tmp_path, {"chat": "\n\nHuman: a\nHuman: b\n\nAssistant: Say"})
     assert inside[0]["content"] == "a\nHuman: b"
+    plain = read(tmp_path, {"instruction": "USER: say hi", "output": "Say"})
+    assert [message["content"] for message in plain] == ["USER: say hi", "Say"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -220,7 +222,7 @@ def test_a_tree_in_a_csv_has_its_ranks_and_marks_as_text(tmp_path):
     path.write_text(
         "message_tree_id,message_id,parent_id,role,text,rank,deleted\nt,1,,prompter,Ask,,False\n"
         "t,2,1,assistant,Worse,10.0,False\nt,3,1,assistant,Say,9.0,False\n"
-        "t,4,1,assistant,Gone,0.0,True\n",
+        "t,4,1,assistant,Gone,0.0,True\nt,5,1,assistant,Odd,first,False\n",
         encoding="utf-8",
     )
     assert list(sources.rows(sources.look(places.on_disk(path)))) == [[ASK, SAY]]
