@@ -593,9 +593,6 @@ class Alone(InFlight):
     def admit(self, new: list[Request]) -> list[tuple[int, int]]:
         [request] = new
         self.rows, self.seen, self.memory = [None], None, {}
-        if "past_key_values" in self.takes:  # some fill it, and hand nothing back
-            config = self.module.config.get_text_config()
-            self.memory["past_key_values"] = DynamicCache(config=config)
         self.lengths, self.starts = (torch.zeros(1, dtype=torch.long) for _ in range(2))
         self.seat(0, request, request.how or self.how)
         return self.read(request.tokens)
@@ -616,6 +613,10 @@ class Alone(InFlight):
         ids = torch.tensor([tokens], device=self.device)
         made = self.module(input_ids=ids, **options, **self.memory)
         self.memory |= {name: made[name] for name in MEMORIES if made.get(name) is not None}
+        if not self.memory and "past_key_values" in self.takes:  # filled, and not handed back
+            config = self.module.config.get_text_config()
+            self.memory["past_key_values"] = DynamicCache(config=config)
+            return self.read(tokens)
         if row.how.repetition_penalty != 1:
             self.remember(made.logits.shape[-1])
         self.last = self.choose(made.logits[:, -1], [0], self.seen)

@@ -484,7 +484,7 @@ def tables(results):
         " moves with its neighbour on the line, or from itself alone, relative, in float32): "
         + ", ".join(
             one["type"]
-            + " with `is_decoder`" * bool(SWITCH & {*one})
+            + "".join(f" with `{name}`" for name in SWITCH & {*one})
             + "".join(
                 f" ({found[1]})"
                 for line in one["said"]
@@ -503,7 +503,7 @@ def tables(results):
     ]
     for one in refused:
         line = re.sub(r"/\S*/model\b\S*", "MODEL", one["refused"].removeprefix("error: "))
-        kind = one["type"] + " with `is_decoder`" * bool(SWITCH & {*one})
+        kind = one["type"] + "".join(f" with `{name}`" for name in SWITCH & {*one})
         lines.append(f"| {kind} | {one['at']} | {line.replace('|', '/')[:300]} |")
     for word in ("traceback", "wrong"):
         lines += [

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import make
@@ -258,20 +259,29 @@ def test_a_free_place_is_taken_at_once():
 @torch.no_grad()
 def test_a_model_with_another_kind_of_memory_answers_one_row_at_a_time():
     """As it would without a memory, whatever it is called and whoever was answered before."""
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64)
     small = dict(vocab_size=make.V, hidden_size=32, num_hidden_layers=2)
     for config in (
         transformers.MambaConfig(**small, state_size=4, initializer_range=0.5),
         transformers.RwkvConfig(**small, attention_hidden_size=32),
+        # a cache of its own kind; one that is filled and not handed back; none
+        transformers.MiniMaxConfig(**small, **heads, num_local_experts=2, block_size=16),
+        transformers.RecurrentGemmaConfig(
+            **small | dict(num_hidden_layers=3), **heads, lru_width=32
+        ),
+        transformers.OpenAIGPTConfig(vocab_size=make.V, n_embd=32, n_layer=1, n_head=4),
     ):
         torch.manual_seed(0)
         module, wanted = transformers.AutoModelForCausalLM.from_config(config).eval(), {}
-        for request in requests(3):
+        # RecurrentGemma takes a prompt of one token for a later step
+        asked = [replace(request, ids=[20, *request.ids]) for request in requests(3)]
+        for request in asked:
             ids = [*request.ids]
             for _ in range(request.max_new_tokens):
                 logits = module(torch.tensor([ids]), use_cache=False).logits
                 ids.append(logits[0, -1].argmax().item())
             wanted[request.key] = ids[len(request.ids) :]
-        made = generate.generate(module, requests(3), generate.Sampling(), 16)
+        made = generate.generate(module, asked, generate.Sampling(), 16)
         assert {answer.request.key: answer.ids for answer in made} == wanted
 
 
