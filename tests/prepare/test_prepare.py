@@ -734,7 +734,8 @@ def test_a_template_that_rewrites_earlier_answers_is_a_warning_where_there_are_s
         assert ("only the last one is learnt" in capsys.readouterr().out) == warned
 
 
-def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys):
+def test_the_last_lines_are_a_table_and_the_next_command(prepare, capsys, monkeypatch):
+    monkeypatch.delenv("MAKELEVEL", raising=False)  # a Makefile says its own
     prepare([*PAIRS, PAIRS[0]], "--val", "5", "--rows-per-chunk", "10")
     table = capsys.readouterr().out
     for line in ("train 25   val 5", "duplicate 1", "chunks    3 of 10 rows"):
