@@ -129,6 +129,7 @@ def picture(results: dict[str, dict], path: Path) -> None:
     figure.legend(handles=lines, loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def main(argv=None):

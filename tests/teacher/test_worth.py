@@ -272,6 +272,7 @@ def test_where_answers_are_not_looked_at_a_line_says_so(world, tmp_path, capsys)
 def drawn(monkeypatch, tmp_path):
     """Return the figure of a live run with the losses beside the logits."""
     plt = plots.pyplot()
+    plt.close("all")  # what other tests of this process left
     monkeypatch.setattr(plt, "close", lambda figure: None)
 
     def draw(world, *more):
