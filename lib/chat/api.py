@@ -160,12 +160,12 @@ def outline(body: object) -> object:
 
 def validator(schema: dict):
     """Return what finds a body's faults; a field that the schema does not name is one of
-    `additionalProperties`, unless it says nothing."""
+    `additionalProperties`."""
     import jsonschema
 
     def unknown(_, more, instance, schema):
         for name in instance if isinstance(instance, dict) else ():
-            if name not in schema["properties"] and instance[name] not in (None, "", [], {}):
+            if name not in schema["properties"]:
                 yield jsonschema.ValidationError(name)
 
     base = jsonschema.Draft202012Validator
@@ -173,8 +173,8 @@ def validator(schema: dict):
 
 
 def checked(request, validator) -> tuple[dict, list[str]]:
-    """Return a POST's body, if it is what the schema says, and which fields of it the schema does
-    not name. Raises Refused (400, 413, 415)."""
+    """Return a POST's body, if it is what the schema says, without the fields that the schema does
+    not name; and the names of those that say something. Raises Refused (400, 413, 415)."""
     import jsonschema
 
     # curl -d calls everything a form
@@ -201,11 +201,14 @@ def checked(request, validator) -> tuple[dict, list[str]]:
         faults = [*validator.iter_errors(outline(body))]
     except (ValueError, RecursionError) as broken:
         raise Refused(400, f"the body is no JSON: {str(broken)[:200]}") from None
-    wrong, not_done, names = [], [], set()
+    wrong, not_done, names, unknown = [], [], set(), set()
     for fault in faults:
         place = [at for at in (*fault.absolute_path, fault.message) if type(at) is not int]
         if fault.validator == "additionalProperties":
-            names.add(quote(".".join(place))[:100])
+            if not fault.absolute_path:  # nobody has looked at it: nobody reads it
+                unknown.add(fault.message)
+            if fault.instance[fault.message] not in (None, "", [], {}):
+                names.add(quote(".".join(place))[:100])
         elif fault.schema.get("description", "").startswith(NOT_DONE):
             not_done.append(fault)
         else:
@@ -215,7 +218,8 @@ def checked(request, validator) -> tuple[dict, list[str]]:
         said = fault.schema["description"] if not_done else fault.message
         said = said if len(said) <= 200 else f"{said[:100]} ... {said[-100:]}"
         raise Refused(400, f"{where}: {said}" if where else said, where)
-    return {name: value for name, value in body.items() if value is not None}, sorted(names)[:20]
+    known = {k: v for k, v in body.items() if v is not None and k not in unknown}
+    return known, sorted(names)[:20]
 
 
 def template_messages(messages: list[dict]) -> list[dict]:

@@ -574,6 +574,15 @@ def test_what_does_not_change_an_answer_is_ignored_and_named(server, model, capl
     assert [line.partition(": ")[2] for line in lines] == [ignored] * (ignored is not None)
 
 
+@pytest.mark.parametrize("value", [[], [1], -5, "x"])
+def test_a_field_that_is_ignored_is_not_read(server, model, value):
+    """A chat's max_completion_tokens, which nobody has looked at, in a completion: 500."""
+    body = {"model": model, "prompt": "Ann has", "max_tokens": 2, "max_completion_tokens": value}
+    status, headers, text = ask(server.url, "/v1/completions", body)
+    assert status == 200, text
+    assert headers.get("X-Ignored-Fields") == ("max_completion_tokens" if value else None)
+
+
 def test_an_answer_goes_back_as_the_sdk_has_it(client, server, model):
     asked = {"model": model, "max_tokens": 4}
     said = client.chat.completions.create(messages=user("How many?"), **asked).choices[0].message
