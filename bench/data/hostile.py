@@ -5,8 +5,8 @@ processes, or the one line that it ends in.
     python bench/data/hostile.py --tokenizer DIR --out out/hostile --scale 0.01
 
 Each case is written, prepared, and deleted: a row of 100 MB (jsonl, json, csv, plain text), a gz of
-1 GB that is one line and one of many lines, a parquet file of one row group of 1 GB, 1,000,000 tiny
-rows.
+1 GB that is one line and one of 1,100,000 lines, a parquet file of one row group of 1 GB, 1,000,000
+tiny rows.
 """
 
 import argparse
@@ -58,15 +58,16 @@ def bomb_line(path, size):
 
 
 def bomb_lines(path, size):
-    block = PAIR * 1000
+    words = "a word or two of " * 50
+    block = json.dumps({"prompt": "question", "answer": words}) + "\n"
     with gzip.open(path, "wt") as file:
         for _ in range(size // len(block)):
             file.write(block)
 
 
 def row_group(path, size):
-    schema, rows = pa.schema([("prompt", pa.string()), ("answer", pa.string())]), size // 2000
-    answer = "a word or two of " * 117
+    schema, rows = pa.schema([("prompt", pa.string()), ("answer", pa.string())]), size // 850
+    answer = "a word or two of " * 50
     table = pa.table({"prompt": [f"p{i}" for i in range(rows)], "answer": [answer] * rows}, schema)
     pq.write_table(table, path, row_group_size=rows, use_dictionary=False, compression="zstd")
 
@@ -83,7 +84,7 @@ CASES = {
     "a row of 100 MB.csv": (huge_cell, 100e6),
     "a text of 100 MB.jsonl": (huge_text, 100e6),
     "1 GB in one line.jsonl.gz": (bomb_line, 1e9),
-    "1 GB in short lines.jsonl.gz": (bomb_lines, 1e9),
+    "1 GB in lines of 0.9 kB.jsonl.gz": (bomb_lines, 1e9),
     "1 GB in one row group.parquet": (row_group, 1e9),
     "1,000,000 tiny rows.jsonl": (tiny_rows, 1e9),
 }

@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -380,7 +381,15 @@ def enqueue(asked: api.Asked, args) -> None:
 def heatmap_route(app, args, sides: list[ServedModel], without: str | None, validator) -> None:
     """Add the route of student beside teacher. without: why there is none of them, or None."""
     student, teacher = sides[0], sides[-1]
-    looking, heats = threading.Lock(), threading.BoundedSemaphore(HEATS)
+    # one thread for all: each that runs a model keeps megabytes of scratch memory to its end
+    looking, heats = ThreadPoolExecutor(1, "heatmap"), threading.BoundedSemaphore(HEATS)
+
+    def compared(prompts: list[list[int]], ids: list[int]) -> list[heat.ComparedToken]:
+        modules = student.chat.module, teacher.chat.module
+        with student.engine.turns:
+            return heat.compare_tokens(
+                *modules, student.chat.tokenizer, prompts[0], ids, teacher_prompt=prompts[1]
+            )
 
     @app.post("/v1/heatmap")
     def heatmap():
@@ -395,12 +404,8 @@ def heatmap_route(app, args, sides: list[ServedModel], without: str | None, vali
                 code="queue_full",
                 **{"Retry-After": "1"},
             )
-        modules = student.chat.module, teacher.chat.module
         try:
-            with looking, student.engine.turns:  # one at a time: its memory is that of a pass
-                found = heat.compare_tokens(
-                    *modules, student.chat.tokenizer, prompts[0], ids, teacher_prompt=prompts[1]
-                )
+            found = looking.submit(compared, prompts, ids).result()
         except torch.OutOfMemoryError:
             length = max(map(len, prompts)) + len(ids)
             raise Refused(

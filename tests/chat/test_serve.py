@@ -36,7 +36,7 @@ from transformers import (
 
 import chat
 from lib import generate, template
-from lib.chat import api, engine, routes, serve
+from lib.chat import api, engine, heat, routes, serve
 from lib.chat import model as chat_model
 from lib.chat.text import Text
 from lib.prepare import demo, templates
@@ -1627,6 +1627,21 @@ def test_a_heatmap_wants_a_teacher_and_room(run, server, model):
         assert json.loads(ask(made.url, "/v1/models")[2])["heatmap"] is False
     assert json.loads(ask(server.url, "/v1/models")[2])["heatmap"] is True
     assert ask(server.url, "/v1/heatmap", body | {"answer": "6 " * 300})[0] == 400
+
+
+def test_all_heatmaps_are_made_in_one_thread(server, monkeypatch):
+    """Each thread that runs a model keeps scratch memory to its end: of 160 it was a gigabyte."""
+    threads, whole = [], heat.compare_tokens
+
+    def noted(*args, **more):
+        threads.append(threading.current_thread())
+        return whole(*args, **more)
+
+    monkeypatch.setattr(heat, "compare_tokens", noted)
+    body = {"messages": user("How many?"), "answer": "6"}
+    with concurrent.futures.ThreadPoolExecutor(3) as askers:
+        statuses = [*askers.map(lambda _: ask(server.url, "/v1/heatmap", body)[0], range(3))]
+    assert statuses == [200] * 3 and len(threads) == 3 and len(set(threads)) == 1
 
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_turns_where_fit_is_asked_for(
