@@ -1,7 +1,7 @@
 """Do well-known clients of OpenAI's API run against chat.py --serve untouched? The openai SDK,
 lm-eval and GuideLLM, with nothing from a hub.
 
-    python bench/serving/clients.py --ckpt runs/demo/stage2 --venv clients-venv
+    python bench/serving/clients.py --ckpt runs/demo/stage2/best --venv clients-venv
 
 Installs the three into --venv, if they are not there (it sees this Python's packages, and changes
 none of them), starts the server, and prints how many requests of each client were answered, failed,
@@ -140,7 +140,12 @@ def main(argv=None):
     if sys.argv[1:2] == ["--sdk"]:
         return sdk(*sys.argv[2:4])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, metavar="DIR")
+    parser.add_argument(
+        "--ckpt",
+        required=True,
+        metavar="DIR",
+        help="RUN/STAGE/best: the clients read its tokenizer",
+    )
     parser.add_argument("--venv", required=True, type=Path, metavar="DIR", help="made if need be")
     parser.add_argument("--asks", type=int, default=32, metavar="N", help="of each client and way")
     args, rest = parser.parse_known_args(argv)  # the rest is chat.py's: --threads 2
