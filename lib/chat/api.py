@@ -185,6 +185,9 @@ def checked(request, validator) -> tuple[dict, list[str]]:
             " application/json",
         )
 
+    if (encoded := request.headers.get("Content-Encoding", "identity").strip()) != "identity":
+        raise Refused(415, f"the body is encoded ({encoded[:100]}), wanted it as it is")
+
     def not_a_number(name: str) -> None:
         raise ValueError(f"{name} is no number")
 

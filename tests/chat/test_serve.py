@@ -5,6 +5,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import gzip
 import http.client
 import json
 import math
@@ -867,6 +868,9 @@ def test_a_body_of_another_type_or_a_large_one_is_refused_and_memory_stays_flat(
         )[0]
         == 415
     )
+    zipped = gzip.compress(json.dumps({"model": model} | GOOD).encode())
+    told = ask(server.url, "/v1/chat/completions", zipped, {"Content-Encoding": "gzip"})
+    assert told[0] == 415 and "gzip" in told[2]
     big = b'{"messages": "' + b"x" * 10_000_000 + b'"}'
     assert ask(server.url, "/v1/chat/completions", big)[0] == 413
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
