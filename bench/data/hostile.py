@@ -5,14 +5,13 @@ processes, or the one line that it ends in.
     python bench/data/hostile.py --tokenizer DIR --out out/hostile --scale 0.01
 
 Each case is written, prepared, and deleted: a row of 100 MB (jsonl, json, csv, plain text), a gz of
-1 GB that is one line and one of 1,100,000 lines, a parquet file of one row group of 1 GB, 1,000,000
+1 GB that is one line and one of 54,000 lines, a parquet file of one row group of 1 GB, 1,000,000
 tiny rows.
 """
 
 import argparse
 import gzip
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
+# a small process between: a child's peak is never below what its parent held when it began
+MEASURED = """import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)"""
 PAIR = '{"prompt": "question", "answer": "reply"}\n'
 
 
@@ -57,19 +61,23 @@ def bomb_line(path, size):
         file.write('"}\n')
 
 
+# of ten rows nine are too long for --max-len: to tokenize a gigabyte would take an hour
+ANSWERS = ["a word or two of " * 1200] * 9 + ["a word or two of " * 50]
+
+
 def bomb_lines(path, size):
-    words = "a word or two of " * 50
-    block = json.dumps({"prompt": "question", "answer": words}) + "\n"
-    with gzip.open(path, "wt") as file:
+    block = "".join(json.dumps({"prompt": "question", "answer": one}) + "\n" for one in ANSWERS)
+    with gzip.open(path, "wt", compresslevel=1) as file:
         for _ in range(size // len(block)):
             file.write(block)
 
 
 def row_group(path, size):
-    schema, rows = pa.schema([("prompt", pa.string()), ("answer", pa.string())]), size // 850
-    answer = "a word or two of " * 50
-    table = pa.table({"prompt": [f"p{i}" for i in range(rows)], "answer": [answer] * rows}, schema)
-    pq.write_table(table, path, row_group_size=rows, use_dictionary=False, compression="zstd")
+    answers = ANSWERS * (size // sum(map(len, ANSWERS)))
+    table = pa.table({"prompt": [f"p{i}" for i in range(len(answers))], "answer": answers})
+    pq.write_table(
+        table, path, row_group_size=len(answers), use_dictionary=False, compression="zstd"
+    )
 
 
 def tiny_rows(path, size):
@@ -84,7 +92,7 @@ CASES = {
     "a row of 100 MB.csv": (huge_cell, 100e6),
     "a text of 100 MB.jsonl": (huge_text, 100e6),
     "1 GB in one line.jsonl.gz": (bomb_line, 1e9),
-    "1 GB in lines of 0.9 kB.jsonl.gz": (bomb_lines, 1e9),
+    "1 GB in 54,000 lines.jsonl.gz": (bomb_lines, 1e9),
     "1 GB in one row group.parquet": (row_group, 1e9),
     "1,000,000 tiny rows.jsonl": (tiny_rows, 1e9),
 }
@@ -106,11 +114,12 @@ def main(argv=None):
         make(folder / name, int(size * args.scale))
         words = ["--source", folder / name, "--tokenizer", args.tokenizer, "--out", folder / "data"]
         command = [sys.executable, ROOT / "prepare_data.py", *words, "--workers", "2"]
+        command = [sys.executable, "-c", MEASURED, *command]
         begun = time.time()
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:160]
-        line = {"case": name, "rc": done.returncode, "largest_so_far_gb": round(peak, 2)}
+        *said, peak = done.stdout.splitlines()
+        last = (done.stderr.strip().splitlines() or said)[-1][:160]
+        line = {"case": name, "rc": done.returncode, "largest_gb": round(int(peak) / 1e6, 2)}
         print(json.dumps(line | {"time_s": round(time.time() - begun), "last": last}), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
 

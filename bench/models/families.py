@@ -523,6 +523,8 @@ def main(argv=None):
     parser.add_argument("--doc", help="the file whose table is written anew")
     parser.add_argument("--keep", action="store_true", help="the models and runs stay in --out")
     args = parser.parse_args(argv)
+    if args.doc and BEGIN not in Path(args.doc).read_text():
+        parser.error(f"--doc {args.doc} holds no line {BEGIN}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
