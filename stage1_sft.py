@@ -135,7 +135,7 @@ def main(argv=None):
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
-    rows.lay(student.packs, run.more)
+    rows.lay(student, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every

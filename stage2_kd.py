@@ -28,12 +28,23 @@ import torch
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib import teacher as teachers
 from lib.measure import plots
-from lib.options import beside, classifier, lora, mix, samples, sampling, tags, track
+from lib.options import (
+    beside,
+    bysource,
+    classifier,
+    lora,
+    mix,
+    onpolicy,
+    samples,
+    sampling,
+    tags,
+    track,
+)
 from lib.run import Run, clock
 from lib.teacher import worth
 
 STAGE = "stage2"
-OPTIONS = (beside, mix, sampling, lora, samples, tags, track)
+OPTIONS = (beside, mix, sampling, onpolicy, lora, samples, tags, track)
 
 
 def next_step(args):
@@ -49,36 +60,40 @@ def parse_args(argv=None):
     group = parser.add_argument_group("the method")
     group.add_argument(
         "--alpha",
-        type=flags.moving,
+        type=flags.by_source(flags.moving),
         default=0.9,
         help=(
-            "weight of the teacher; the rest is cross-entropy; 0.9->0.5: moving over the run"
-            " (default: %(default)s)"
+            "weight of the teacher; the rest is cross-entropy; 0.9->0.5: moving over the run;"
+            " 'given:0.9 own:1': by source (default: %(default)s)"
         ),
     )
     group.add_argument(
         "--temperature",
-        type=flags.moving,
+        type=flags.by_source(flags.moving),
         default=2.0,
         help=(
-            "T of the divergence; best one that was dumped; 4->2: moving over the run (default:"
-            " %(default)s)"
+            "T of the divergence; best one that was dumped; 4->2: moving over the run; by source"
+            " likewise (default: %(default)s)"
         ),
     )
     group.add_argument(
         "--divergence",
-        choices=losses.DIVERGENCES,
+        type=flags.by_source(flags.choice_of(losses.DIVERGENCES)),
         default="fkl",
+        metavar="|".join(losses.DIVERGENCES),
         help=(
-            "forward KL, reverse KL, Jensen-Shannon, skewed KL, total variation (default:"
-            " %(default)s)"
+            "forward KL, reverse KL, Jensen-Shannon, skewed KL and reverse KL, total variation;"
+            " 'given:fkl own:rkl': by source (default: %(default)s)"
         ),
     )
     group.add_argument(
         "--beta",
         type=float,
         default=None,
-        help="the teacher's share of the mixture in jsd and skl (default: 0.5 and 0.1)",
+        help=(
+            "the teacher's share of the mixture in jsd and skl, the student's in srkl (default:"
+            " 0.5, 0.1 and 0.1)"
+        ),
     )
     group.add_argument(
         "--best",
@@ -100,9 +115,9 @@ def parse_args(argv=None):
         option.check_flags(parser, args)
     if not all(0 <= share <= 1 for share in flags.ends(args.alpha)):
         parser.error(f"--alpha is {args.alpha}, wanted a share from 0 to 1")
-    if args.beta is None:
-        args.beta = 0.1 if args.divergence == "skl" else 0.5
-    if not 0 < args.beta < 1:
+    if args.beta is None and isinstance(args.divergence, str):
+        args.beta = losses.BETA.get(args.divergence, 0.5)
+    if args.beta is not None and not 0 < args.beta < 1:
         parser.error(f"--beta is {args.beta}, wanted a share between 0 and 1")
     flags.positive(parser, args, "temperature")
     return args
@@ -142,7 +157,7 @@ def main(argv=None):
 
     # what is read, and the run that it belongs to
     teacher = teachers.open_teacher(args, dataset)
-    rows = sampling.open_rows(args, dataset, teacher.rows())
+    rows = onpolicy.open_rows(args, dataset, teacher.rows())
     rows.check()
     source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
@@ -160,7 +175,7 @@ def main(argv=None):
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
-    rows.lay(student.packs, run.more)
+    rows.lay(student, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -190,7 +205,7 @@ def main(argv=None):
     written.hear(teacher.model)
     run.progress(steps)
     measures = run.measures
-    schedule = losses.Schedule(args.alpha, args.temperature, args.divergence, args.beta, steps)
+    schedule = bysource.open_schedule(args, dataset, rows, steps)
 
     # one pass more than `steps`: step 0 scores the untouched student, the last pass scores the
     # finished one
@@ -221,12 +236,12 @@ def main(argv=None):
         # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole
         started = clock(device)
         targets, tokens = rows.targets(step), rows.tokens(step)
-        method = schedule(step)
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
         sums = torch.zeros(3, device=device)
         batches = rows.batches(step, device)
         batches = near.begin(batches, step, tokens, len(rows.of(step)))
         for batch in batches:
+            method = schedule(step, batch)
             with near.watch("teacher"):
                 known = teacher.at(batch, method.temperature)
             with near.watch("student"), torch.autocast(device.type, amp, enabled=amp is not None):
@@ -238,8 +253,7 @@ def main(argv=None):
             scaler.scale(loss_sum / targets).backward()
             near.backward(batch, scaler)
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
-        loss, ce, kd = (sums / targets).tolist()
-        figures = {"loss": loss, "kd": kd, "ce": ce, **near.end(), **schedule.moving(step)}
+        figures = schedule.figures(step, sums, targets, near.end())
         run.check_finite(step, rows.of(step), **figures)
         lr = train.cosine(run.updates, steps, args.lr, args.warmup)
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)

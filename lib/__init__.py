@@ -29,7 +29,8 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
     teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
                reader), verify, basis and fit (the shape of a record's tail), live, worth (can it
                teach?)
-    options/   what a trainer can do without: lora, mix, sampling, beside (losses beside the logits;
+    options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
+               source), onpolicy (the student's own text, live), beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
                templates and asked (chat.py hands them over), rows, classes, workers, split,

@@ -22,6 +22,7 @@ The model's output at position t-1 predicts token t; position 0 of a row is neve
 is the rows [c * rows_per_chunk, (c+1) * rows_per_chunk) of train; nothing is split physically.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +68,7 @@ class Batch:
     numbers    (N,)   int64   each target's number in its split: its record in a logits file
     rows       the row numbers, in order
     row_of     (B, L) int64   the place in `rows` of the row that a token belongs to; -1 is padding
+    source     the number of the first row's source
     """
 
     tokens: torch.Tensor
@@ -76,6 +78,7 @@ class Batch:
     numbers: torch.Tensor
     rows: list[int]
     row_of: torch.Tensor
+    source: int = 0
 
     def to(self, device: torch.device) -> "Batch":
         """Return what a model reads of it on a device; numbers and rows stay on the CPU."""
@@ -109,6 +112,20 @@ class Split:
             self.labels = np.asarray(part("labels", np.uint32))
         if wrong := self._misfit():
             files.fail(f"{folder}/{name}.*.npy do not fit together", wrong, mend=MAKE_AGAIN)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> "Split":
+        """Return rows that lie in no file: token ids (L,), answer mask (L,) and source of each."""
+        made = cls.__new__(cls)
+        made.tokens = np.concatenate([ids for ids, _, _ in rows])
+        made.answer = np.concatenate([answer for _, answer, _ in rows])
+        lengths = np.array([len(ids) for ids, _, _ in rows])
+        targets = np.array([int(answer.sum()) for _, answer, _ in rows])
+        made.rows = np.zeros(len(rows), ROW)
+        made.rows["length"], made.rows["start"] = lengths, np.cumsum(lengths) - lengths
+        made.rows["targets"], made.rows["first_target"] = targets, np.cumsum(targets) - targets
+        made.rows["source"] = [source for _, _, source in rows]
+        return made
 
     @property
     def targets(self) -> int:
@@ -200,6 +217,7 @@ class Split:
             join(numbers),
             rows,
             torch.from_numpy(row_of),
+            int(self.rows[rows[0]]["source"]),
         )
 
 

@@ -305,6 +305,19 @@ def best_measure(*names: str) -> Callable[[str], str]:
     return read
 
 
+def choice_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    """Return a reader of one of `names`."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {text!r} (choose from {', '.join(names)})"
+            )
+        return text
+
+    return read
+
+
 def moving(text: str) -> Moving:
     """Read a number, or FIRST->LAST: one that moves in a straight line from the first step to the
     last."""
@@ -312,9 +325,38 @@ def moving(text: str) -> Moving:
     return (float(first), float(last)) if arrow else float(first)
 
 
-def ends(value: Moving) -> tuple[float, float]:
-    """Return what a number of `moving` is at the first step and at the last."""
+def by_source(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader of what `read` reads, or of "NAME:VALUE NAME:VALUE", a value for each source:
+    {name: value}."""
+
+    def reader(text: str) -> Any:
+        if ":" not in text:
+            return read(text)
+        found: dict[str, Any] = {}
+        for item in text.split():
+            name, _, value = item.rpartition(":")
+            if not name or name in found:
+                raise argparse.ArgumentTypeError(f"{item!r} is not one NAME:VALUE for each source")
+            found[name] = read(value)
+        return found
+
+    return reader
+
+
+def ends(value: Moving | dict[str, Moving]) -> tuple[float, ...]:
+    """Return what a number of `moving` is at the first step and at the last; of several sources,
+    that of each."""
+    if isinstance(value, dict):
+        return tuple(end for one in value.values() for end in ends(one))
     return value if isinstance(value, tuple) else (value, value)
+
+
+def span(value: Moving | dict[str, Moving]) -> Moving:
+    """Return what a number of several sources lies between; of one for all, that number."""
+    if not isinstance(value, dict):
+        return value
+    least, most = min(ends(value)), max(ends(value))
+    return least if least == most else (least, most)
 
 
 def spelled(name: str) -> str:

@@ -38,10 +38,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lib.data import Batch
 from lib.flags import Moving
 from lib.head import CHUNK_BYTES, FLOOR, Head, compute_dtype, lift, matmul, wide
 
-DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "tvd")
+DIVERGENCES = ("fkl", "rkl", "jsd", "skl", "srkl", "tvd")
+BETA = {"skl": 0.1, "srkl": 0.1}  # the beta of those for which it is not 0.5
 # Of a chunk, what a divergence over all V tokens is computed on at once: what stays in a CPU's
 # cache, or few enough kernels on a GPU. It takes about six temporaries of this size.
 PIECE_BYTES = {"cpu": 1 << 24}
@@ -123,12 +125,14 @@ class Whole:
 @dataclass(frozen=True)
 class Method:
     """alpha weighs the teacher (0 = cross-entropy alone). `beta`: jsd's weight of the teacher,
-    skl's share of the teacher in the mixture."""
+    skl's share of the teacher in the mixture, srkl's of the student. reference: whether the labels
+    are one; where they are not, their cross-entropy is no figure (0), and alpha is 1."""
 
     alpha: float = 0.0
     temperature: float = 1.0
     divergence: str = "fkl"
     beta: float = 0.5
+    reference: bool = True
 
     @property
     def slope(self) -> float:
@@ -148,8 +152,8 @@ class Schedule:
     beta: float = 0.5
     steps: int = 1
 
-    def __call__(self, step: int) -> Method:
-        """Return the method of step `step`, counted from 0."""
+    def __call__(self, step: int, batch: Batch | None = None) -> Method:
+        """Return the method of step `step`, counted from 0; it is the same for all its batches."""
         share = min(1.0, step / max(1, self.steps - 1))
         alpha, temperature = interpolated(self.alpha, share), interpolated(self.temperature, share)
         return Method(alpha, temperature, self.divergence, self.beta)
@@ -161,6 +165,12 @@ class Schedule:
             if isinstance(getattr(self, name), tuple):
                 moved[name] = getattr(method, name)
         return moved
+
+    def figures(self, step: int, sums: Tensor, targets: int, beside: dict) -> dict[str, float]:
+        """Return what the log says of a step: loss, divergence and cross-entropy a target, what was
+        had beside them, and what moves. sums (3,): of loss, cross-entropy, divergence."""
+        loss, ce, kd = (sums / targets).tolist()
+        return {"loss": loss, "kd": kd, "ce": ce, **beside, **self.moving(step)}
 
 
 def interpolated(value: Moving, share: float) -> float:
@@ -177,7 +187,9 @@ def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tens
 
     fkl KL(p||q) | rkl KL(q||p) | jsd generalised Jensen-Shannon, beta KL(p||m) + (1-beta) KL(q||m),
     m = beta p + (1-beta) q (GKD, arXiv:2306.13649, eq. 1) | skl skewed KL(p || beta p + (1-beta) q)
-    (DistiLLM, arXiv:2402.03898, eq. 2) | tvd total variation, half the sum of |p - q|.
+    (DistiLLM, arXiv:2402.03898, eq. 2) | srkl skewed reverse KL(q || (1-beta) p + beta q) (there,
+    section 3.1; on the student's own text in DistiLLM-2, arXiv:2503.07067) | tvd total variation,
+    half the sum of |p - q|.
     """
 
     def kl(a, b):
@@ -189,6 +201,8 @@ def divergence(logp: Tensor, logq: Tensor, kind: str, beta: float = 0.5) -> Tens
         return kl(logq, logp)
     if kind == "tvd":
         return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    if kind == "srkl":
+        return kl(logq, torch.logaddexp(logp + math.log(1 - beta), logq + math.log(beta)))
     # of logs: where both underflow, log(0) would be NaN
     mixture = torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
     if kind == "skl":
@@ -416,7 +430,7 @@ class _HeadLoss(torch.autograd.Function):
             slope = 1 - (z / head.softcap) ** 2 if head.softcap else None
             known = None if teacher is None else teacher[part]
             ce, kd = loss_of_logits(z, labels[part], known, method, second[: len(rows)])
-            ce_sum += ce
+            ce_sum += ce if method.reference else 0.0
             kd_sum += kd
             if gradients is None:
                 continue

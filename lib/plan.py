@@ -123,6 +123,40 @@ def whole_run(
     return run[:count] if count else run
 
 
+def in_groups(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    groups: np.ndarray | None,
+    tokens_per_microbatch: int,
+    line: int,
+    pack: bool,
+) -> list[list[list[int]]]:
+    """Return the micro-batches of a step, none of which holds rows of two groups. groups: the group
+    of each row (by its number); None: all are one."""
+    parts = [rows]
+    if groups is not None:
+        parts = [rows[groups[rows] == group] for group in np.unique(groups[rows])]
+    return [
+        lines
+        for part in parts
+        for lines in microbatches(part, lengths, tokens_per_microbatch, line, pack)
+    ]
+
+
+def told(
+    step: int, parts: list[list[list[int]]], split: data.Split, device: torch.device
+) -> Iterator[data.Batch]:
+    """Yield the micro-batches `parts` of a step, on a device; of a step that takes long, say how
+    far it has come."""
+    said_at = time.monotonic()
+    for done, lines in enumerate(parts):
+        if time.monotonic() - said_at > files.TOLD_EVERY_S:
+            said_at = time.monotonic()
+            said = f"step {step}: {done} of {len(parts)} micro-batches"
+            tqdm.write(said, file=sys.stderr)  # above the progress bar, if there is one
+        yield split.batch(lines).to(device)
+
+
 class Rows:
     """Which rows a run trains on, and in which step: here every row once an epoch.
 
@@ -131,12 +165,14 @@ class Rows:
 
     there   the numbers of the rows that can be trained on (default: all)
     line    how long a line may be (`line_length`)
+    groups  the group of each row of the split, where rows of two must not share a micro-batch
 
     Which row comes when is known from `resume` on: a run that is finished needs none of it.
     """
 
     line: int
     steps_of_rows: list[np.ndarray]
+    groups: np.ndarray | None = None
 
     def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
         self.args, self.dataset, self.split = args, dataset, dataset.train
@@ -160,6 +196,24 @@ class Rows:
     def steps(self) -> int:
         return len(self.steps_of_rows)
 
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources; that of a batch is a place in this list."""
+        return self.dataset.sources or ["data"]
+
+    @property
+    def own(self) -> set[str]:
+        """The names of the sources that the student wrote itself."""
+        return {*self.dataset.meta.get("own", ())}
+
+    def trained(self) -> list[int]:
+        """Return the numbers of the sources that are trained on."""
+        return np.unique(self.split.rows["source"][self.there]).tolist()
+
+    def keep_apart(self, group: np.ndarray) -> None:
+        """Let no micro-batch hold rows of two groups. group: of each source."""
+        self.groups = group[self.split.rows["source"]]
+
     def identity(self) -> dict[str, str]:
         """Return what a run that is continued must find again, beside the data's own identity."""
         return {}
@@ -172,10 +226,10 @@ class Rows:
         self.line = line_length(lengths, tokens, self.args.attn)
         self.steps_of_rows = self.choose()
 
-    def lay(self, packs: bool, more: dict[str, Any]) -> None:
-        """Pack rows or not, as the models allow it; a run that began with one row a line goes on
-        so: its state says `packed`."""
-        self.pack = self.pack and packs and more.get("packed", True)
+    def lay(self, student: Any, more: dict[str, Any]) -> None:
+        """Pack rows or not, as the models allow it (`student.packs`); a run that began with one row
+        a line goes on so: its state says `packed`."""
+        self.pack = self.pack and student.packs and more.get("packed", True)
         if not self.pack:
             more["packed"] = False
 
@@ -210,16 +264,10 @@ class Rows:
         return self.steps_of_rows[step]
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        """Yield the micro-batches of a step, on a device; of a step that takes long, say how far it
-        has come."""
-        tokens, said_at = self.args.tokens_per_microbatch, time.monotonic()
-        parts = microbatches(self.of(step), self.lengths, tokens, self.line, self.pack)
-        for done, lines in enumerate(parts):
-            if time.monotonic() - said_at > files.TOLD_EVERY_S:
-                said_at = time.monotonic()
-                told = f"step {step}: {done} of {len(parts)} micro-batches"
-                tqdm.write(told, file=sys.stderr)  # above the progress bar, if there is one
-            yield self.split.batch(lines).to(device)
+        """Yield the micro-batches of a step, on a device."""
+        tokens = self.args.tokens_per_microbatch
+        parts = in_groups(self.of(step), self.lengths, self.groups, tokens, self.line, self.pack)
+        return told(step, parts, self.split, device)
 
     def targets(self, step: int) -> int:
         """Return how many targets a step has: what its sums are divided by, once."""

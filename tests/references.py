@@ -9,7 +9,7 @@ from lib import losses
 from lib.head import Head
 from lib.losses import Method, TopK
 
-BETAS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3, "skl": 0.1, "tvd": 0.5}
+BETAS = {"fkl": 0.5, "rkl": 0.5, "jsd": 0.3, "skl": 0.1, "srkl": 0.1, "tvd": 0.5}
 TEMPERATURES = (1.0, 2.0, 4.0)
 CE = Method()
 
@@ -49,6 +49,7 @@ def reference_divergence(p, q, kind, beta):
         "rkl": lambda: kl(q, p),
         "jsd": lambda: beta * kl(p, mixture) + (1 - beta) * kl(q, mixture),
         "skl": lambda: kl(p, mixture),
+        "srkl": lambda: kl(q, beta * q + (1 - beta) * p),
         "tvd": lambda: (p - q).abs().sum(1) / 2,
     }[kind]()
 

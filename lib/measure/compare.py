@@ -122,7 +122,7 @@ def settings_in_use(run: dict | None, model: dict) -> dict:
     for setting, switch in IDLE.items():
         if settings.get(switch) in OFF:
             settings.pop(setting, None)
-    if settings.get("divergence") not in ("jsd", "skl"):
+    if settings.get("divergence") in ("fkl", "rkl", "tvd"):
         settings.pop("beta", None)
     return settings | {f"answers: {key}": value for key, value in model.get("settings", {}).items()}
 

@@ -4,6 +4,8 @@ script names it in a few lines, and no flat file knows it.
     lora         --lora-rank: adapters in PEFT's format
     mix          --mix: each source's share of the tokens, fixed or moving over the run
     sampling     --eval-sampling: shares that follow each source's val loss
+    bysource     --divergence "given:fkl own:rkl": a method for each source
+    onpolicy     --on-policy: rows that the student answers anew while it learns
     beside       losses beside the logits: hidden states, attention maps, whole rows
     capture      ... what is captured of a forward pass for them
     attention    ... the attention maps of chosen layers

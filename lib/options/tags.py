@@ -64,7 +64,9 @@ def method(args) -> str:
     """Return what the name of a run says of its method: T2.0-a0.9, T4-2-a0.9-0.5 where they move;
     of stage 1 lr2e-05."""
 
-    def text(value: flags.Moving) -> str:
+    def text(value: flags.Moving | dict[str, flags.Moving]) -> str:
+        if isinstance(value, dict):
+            return "-".join(f"{name}{text(one)}" for name, one in value.items())
         return f"{value[0]:g}-{value[1]:g}" if isinstance(value, tuple) else str(value)
 
     if hasattr(args, "temperature"):

@@ -16,7 +16,7 @@ import typing
 import numpy as np
 import torch
 
-from lib import data, losses, models
+from lib import data, flags, losses, models
 from lib.teacher import live, logits
 
 
@@ -96,6 +96,5 @@ def open_teacher(args: argparse.Namespace, dataset: data.Dataset) -> Teacher:
     """Return the teacher that the flags name. With --eval-only no train rows are asked for."""
     if args.teacher:
         return live.LiveTeacher(args, dataset)
-    return logits.Records(
-        args.logits, dataset, None if args.eval_only else args.temperature, args.verify
-    )
+    temperature = None if args.eval_only else flags.span(args.temperature)
+    return logits.Records(args.logits, dataset, temperature, args.verify)

@@ -3,6 +3,7 @@ class that cuts text otherwise than its tokenizer.json, a template without end."
 
 import copy
 import json
+from types import SimpleNamespace
 
 import make
 import pytest
@@ -357,9 +358,9 @@ def test_a_run_that_began_with_one_row_a_line_goes_on_so(data_of_24):
     from lib import plan
 
     rows = plan.Rows(make.plan_args(), data_of_24)
-    rows.lay(True, {})
+    rows.lay(SimpleNamespace(packs=True), {})
     assert rows.pack
-    rows.lay(True, {"packed": False})
+    rows.lay(SimpleNamespace(packs=True), {"packed": False})
     assert not rows.pack
 
 

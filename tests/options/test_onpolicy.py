@@ -1,0 +1,194 @@
+"""Rows that the student answers anew while it learns (lib/options/onpolicy.py)."""
+
+from types import SimpleNamespace
+
+import make
+import numpy as np
+import pytest
+import torch
+
+import stage2_kd
+from lib import data, losses, models
+from lib.options import bysource, onpolicy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make.sourced(make.world(tmp_path_factory.mktemp("onpolicy")))
+
+
+def opened(folder, share=0.5, **more):
+    """Return the plan of a run, its student and its arguments."""
+    plain = dict(
+        on_policy=share,
+        max_new_tokens=None,
+        mix="off",
+        eval_sampling=False,
+        tokens_per_step=256,
+        amp="off",
+        divergence="fkl",
+        alpha=0.9,
+        temperature=1.0,
+        beta=None,
+    )
+    args = make.plan_args(**plain | more)
+    dataset = data.Dataset(folder / "data")
+    rows = onpolicy.open_rows(args, dataset)
+    rows.resume({})
+    student = models.load(str(folder / "student"), CPU)
+    models.stop_at(student, dataset.train.end_tokens(), dataset.tokenizer())
+    rows.lay(student, {})
+    return rows, student, args
+
+
+def test_a_share_of_the_rows_keeps_its_prompts_and_gets_the_students_answers(folder):
+    rows, student, _ = opened(folder)
+    own = given = 0
+    for step in range(rows.steps):
+        split, numbers = rows.of_step(step), rows.of(step).tolist()
+        assert len(split.rows) == len(numbers)
+        left = {tuple(rows.dataset.train.row(n)[0]): n for n in numbers}
+        prompts = sorted(onpolicy.before_answer(*rows.dataset.train.row(n)) for n in numbers)
+        found = []
+        for place, source in enumerate(split.rows["source"].tolist()):
+            ids, answer = split.row(place)
+            found.append(onpolicy.before_answer(ids, answer) if answer.any() else ids.tolist())
+            if source == len(rows.sources) - 1:
+                own += 1
+                assert answer[int(np.argmax(answer)) :].all() and len(ids) <= rows.longest()
+            else:
+                given += 1
+                assert tuple(ids) in left
+        assert sorted(found) == prompts
+        targets = sum(int(split.row(place)[1].sum()) for place in range(len(split.rows)))
+        assert (targets, len(split.tokens)) == (rows.targets(step), rows.tokens(step))
+    assert abs(own - given) <= rows.steps  # half of each step's, up to one by chance
+
+
+def test_the_tokens_are_drawn_from_the_students_own_distribution_at_each_place(folder):
+    """Each place's uniform number, read off the answer, is the one that its seed has."""
+    rows, student, args = opened(folder, 1.0)
+    number = int(rows.of(0)[0])
+    [(ids, answer)] = rows.write(0, [number])
+    prompt = int(np.argmax(answer))
+    tokens = torch.tensor(ids.astype(np.int64))[None]
+    with torch.no_grad():
+        p = student.module.eval()(tokens).logits[0].softmax(-1).double()
+    seed = (args.seed << 64) + number
+    uniform = np.random.default_rng(seed).random(len(ids))
+    for place in range(prompt, len(ids)):
+        mass = p[place - 1].cumsum(0)
+        below = mass[ids[place] - 1].item() if ids[place] else 0.0
+        drawn = uniform[place - prompt]
+        assert below - 1e-4 <= drawn * mass[-1].item() <= mass[ids[place]].item() + 1e-4
+
+
+def test_what_is_written_follows_from_seed_step_row_and_weights_alone(folder):
+    one, _, _ = opened(folder)
+    two, _, _ = opened(folder)
+    two.of_step(0)
+    assert (one.of_step(1).tokens == two.of_step(1).tokens).all()
+
+
+def test_own_rows_have_micro_batches_and_a_method_of_their_own(folder):
+    rows, _, args = opened(folder, divergence={"general": "fkl", "finance": "fkl", "own": "rkl"})
+    schedule = bysource.open_schedule(args, rows.dataset, rows, rows.steps)
+    kinds = set()
+    for batch in rows.batches(0, CPU):
+        method = schedule(0, batch)
+        is_own = batch.source == len(rows.sources) - 1
+        kinds.add((is_own, method.divergence, method.alpha, method.reference))
+    assert kinds == {(False, "fkl", 0.9, True), (True, "rkl", 1.0, False)}
+
+
+def test_an_answer_ends_before_the_first_token_that_the_teacher_does_not_know(folder):
+    rows, student, _ = opened(folder)
+    rows.student = SimpleNamespace(head=lambda: SimpleNamespace(vocab=50), apart=(7,))
+    request = SimpleNamespace(ids=[4, 5])
+    answer = SimpleNamespace(request=request, ids=[6, 49, 50, 6], end=3)
+    assert rows.row_of(answer)[0].tolist() == [4, 5, 6, 49]
+    answer = SimpleNamespace(request=request, ids=[6, 7, 6], end=3)
+    assert rows.row_of(answer)[0].tolist() == [4, 5, 6]
+    answer = SimpleNamespace(request=request, ids=[6], end=3)
+    ids, mask = rows.row_of(answer)
+    assert ids.tolist() == [4, 5, 6, 3] and mask.tolist() == [False, False, True, True]
+
+
+def test_the_gradient_is_that_of_the_divergence_at_the_text_as_it_stands(folder):
+    """By finite differences in float64 along a random direction: no gradient flows through
+    sampling."""
+    rows, _, args = opened(folder, 1.0, divergence="rkl")
+    schedule = bysource.open_schedule(args, rows.dataset, rows, rows.steps)
+    student = models.load(str(folder / "student"), CPU, torch.float64)
+    teacher = models.load(str(folder / "teacher"), CPU, torch.float64)
+    batch = next(rows.batches(0, CPU))
+
+    def loss():
+        with torch.no_grad():
+            known = losses.Whole(teacher.hidden(batch), teacher.head())
+        method = schedule(0, batch)
+        hidden = student.hidden(batch)
+        return losses.head_loss(hidden, student.head(), batch.labels, known, method)[0]
+
+    loss().backward()
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(student.module.parameters())
+    way = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    slope = sum((p.grad * d).sum().item() for p, d in zip(parameters, way))
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, way):
+                p.add_(d, alpha=sign * 1e-3)
+            ends.append(loss().item())
+            for p, d in zip(parameters, way):
+                p.sub_(d, alpha=sign * 1e-3)
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-2)
+
+
+def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(folder, tmp_path, monkeypatch):
+    more = "--on-policy", "0.5", "--steps", "6", "--save-every", "2", "--log-every", "1"
+    make.call(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "straight"))
+    write, count = onpolicy.OwnRows.write, []
+
+    def killed(rows, step, numbers):
+        count.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+        return write(rows, step, numbers)
+
+    monkeypatch.setattr(onpolicy.OwnRows, "write", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make.call(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "stopped"))
+    monkeypatch.setattr(onpolicy.OwnRows, "write", write)
+    make.call(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "stopped"))
+    straight, stopped = (
+        (tmp_path / name / "final/model.safetensors").read_bytes()
+        for name in ("straight", "stopped")
+    )
+    assert straight == stopped and 3 in count
+    assert make.history(tmp_path / "straight") == make.history(tmp_path / "stopped")
+    train = make.history(tmp_path / "straight", "train")
+    assert all(0 <= line["own_ended"] <= 1 and line["own_tokens"] >= 0 for line in train)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--on-policy", "1.5"],
+        ["--max-new-tokens", "9"],
+        ["--on-policy", "1", "--max-new-tokens", "0"],
+    ],
+)
+def test_flags_that_cannot_work_are_an_error_of_usage(folder, tmp_path, more, capsys):
+    code, _ = make.ends(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "out"))
+    assert code == 2 and "--" in capsys.readouterr().err
+
+
+def test_it_wants_the_teacher_live(folder, tmp_path, capsys):
+    code, _ = make.ends(
+        stage2_kd.main, *make.stage2(folder, "--on-policy", "1", out=tmp_path / "o")
+    )
+    assert code == 2 and "--teacher" in capsys.readouterr().err
