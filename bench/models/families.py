@@ -398,6 +398,8 @@ GREEDY = ["--greedy", "--max-new-tokens", "8", *CPU]
 
 def one(kind, more, folder, shared, queue):
     """Try one type; put what was seen into the queue."""
+    # in this process alone: the picture of a run is not looked at
+    stage1_sft.plots.curves = stage2_kd.plots.curves = lambda *_: None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     begun, result = time.process_time(), {"type": kind, **more}
@@ -538,9 +540,7 @@ def main(argv=None):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # what every type imports is imported before the forks; a picture of each run is not looked at
-    for stage in (stage1_sft, stage2_kd):
-        stage.plots.curves = lambda *_: None
+    # what every type imports is imported before the forks
     Plain(build("llama", out / "model", demo.vocabulary()) and out / "model")
     results = out / "results.jsonl"
     if not args.types:
