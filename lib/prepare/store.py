@@ -75,7 +75,7 @@ WITH_MORE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
 # what the student sampled (lib/prepare/own.py): the ids of the prompt and of the answer, with the
 # token that ended it, if one did; the sum of their log-probabilities, nats; of what weights, and
 # whose ids these are
-OWN = (
+SAMPLED = (
     ("prompt_ids", pa.list_(pa.uint32())),
     ("answer_ids", pa.list_(pa.uint32())),
     ("logp", pa.float64()),
@@ -84,10 +84,10 @@ OWN = (
 )
 
 
-def schema(own: bool, more: bool = True) -> pa.Schema:
+def part_schema(own: bool, more: bool = True) -> pa.Schema:
     """Return the columns of a part, of the student's own text or not."""
     every = WITH_MORE if more else SCHEMA
-    return pa.schema([*every, *(pa.field(*one) for one in OWN)]) if own else every
+    return pa.schema([*every, *(pa.field(*one) for one in SAMPLED)]) if own else every
 
 
 def folder_name(made: dict) -> str:
@@ -100,7 +100,7 @@ def folder_name(made: dict) -> str:
 
 def read_part(path: Path, columns: list[str] | None = None, own: bool = False) -> pa.Table:
     """Return a part; one that is none is a one-line error."""
-    every = schema(own)
+    every = part_schema(own)
     try:
         return pq.read_table(path, columns=columns or every.names, schema=every)
     except (pa.ArrowException, OSError, KeyError) as broken:
@@ -222,7 +222,7 @@ class Store:
             partial = path.with_name(path.name + ".part")
             rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
             more = any("more" in message for row in rows for message in row["prompt"])
-            table = pa.Table.from_pylist(rows, schema(self.own, more))
+            table = pa.Table.from_pylist(rows, part_schema(self.own, more))
             pq.write_table(table, partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
