@@ -408,6 +408,7 @@ def collect(store: Store, answers: Iterator[dict], done: int, total: int) -> Non
                         flush=True,
                     )
     except SystemExit as end:
+        store.spent(time.monotonic() - begun)
         if not isinstance(end.code, str):
             print(
                 f"answers: stopped with {done + fresh} of {total}, all of them kept; the same"
@@ -415,7 +416,7 @@ def collect(store: Store, answers: Iterator[dict], done: int, total: int) -> Non
                 flush=True,
             )
         raise
-    time_s = time.monotonic() - begun
+    store.spent(time_s := time.monotonic() - begun)
     print(
         f"answers: {fresh:,} written in {time_s:.1f} s, {tokens:,} tokens, {tokens / time_s:.1f}"
         " tokens/s",

@@ -1,7 +1,7 @@
 """Answers that the student wrote itself (--answers student): sampled token ids, learnt as they are.
 
 On-policy data is what the model says, not what its text would be tokenized to: of such a row the
-ids of the prompt and those that were sampled are kept (lib/prepare/store.py, `SAMPLED`), and nothing is
+ids of the prompt and those that were sampled are kept (lib/prepare/store.py), and nothing is
 rendered or tokenized again, here or where these files are a source later. Nothing is judged but
 what is empty: refusals, loops and equal answers stay, each as often as it was sampled, for a mean
 over the rows is a mean over what the student says. An answer that was cut has no end of turn; one

@@ -6,6 +6,7 @@ OUT/answers/HASH/ (HASH of the settings, all that an answer depends on) holds
 - settings.json   the teacher, its weights' hash or (of the first run) its server's host, the
                   sampling settings, the seed; sealed (lib/files.py)
 - checksums.json  of all parts
+- cost.json       written_s, the seconds it took to write them
 - part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set
 - journal.jsonl   the newest answers, one a line with its CRC-32, until they are a part; its last
                   line may be torn by a kill, and is then ignored, as a damaged one is
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from lib import files
 
 PART_ROWS = 1000
+COST = "cost.json"
 ASK_AGAIN = f"move it away; its {PART_ROWS} are asked again"
 JOURNAL_LINE = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -231,6 +233,11 @@ class Store:
             files.write_json(self.folder / "checksums.json", {"checksums": self.sums})
         self.fresh = []
         os.ftruncate(self.file.fileno(), 0)
+
+    def spent(self, seconds: float) -> None:
+        """Add to the seconds that answers were waited for (a process that was killed adds none)."""
+        before = files.read_json(path) if (path := self.folder / COST).exists() else {}
+        files.write_json(path, {"written_s": round(before.get("written_s", 0) + seconds, 1)})
 
     def close(self) -> None:
         self.compact()
