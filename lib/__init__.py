@@ -28,7 +28,7 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
 
     teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
                reader), verify, basis and fit (the shape of a record's tail), live, worth (can it
-               teach?)
+               teach?), written (who wrote the rows?)
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
                source), onpolicy (the student's own text, live), beside (losses beside the logits;
                with capture, attention, gradnorm), classifier, tags, track, samples

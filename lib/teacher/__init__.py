@@ -8,6 +8,7 @@ which it is. `open_teacher` chooses by the flags.
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
     verify.py   records held against their checksums, and against the teacher
+    written.py  who wrote the rows
 """
 
 import argparse

@@ -10,7 +10,7 @@ import torch
 
 from lib import data, generate, models
 from lib.run import Run
-from lib.teacher import Teacher
+from lib.teacher import Teacher, written
 
 ASKED = 8  # val prompts that are answered
 PROMPT, LONGEST = 1024, 48  # tokens of a prompt, and of an answer, at most
@@ -36,9 +36,15 @@ def report(
     student: models.Model,
     tokenizer,
 ) -> None:
-    """At step 0, log the teacher's own measures on val, as far as they are known, and say whether
-    it has something to give. measures: the untouched student's."""
-    if step or not dataset.val.targets or not (own := teacher.val_measures()):
+    """At step 0, say who wrote the rows, log the teacher's own measures on val, as far as they are
+    known, and say whether it has something to give. measures: the untouched student's."""
+    if step:
+        return
+    if dataset.train.logp is not None:
+        source = run.identities["student"]
+        line, warning = written.own_text(run.args, dataset, student, source)
+        run.say(line + (warning and red(warning)))
+    if not dataset.val.targets or not (own := teacher.val_measures()):
         return
     run.log("teacher", 0, **own)
     chance = unigram_ce(dataset.train, dataset.val, student.head().vocab)
