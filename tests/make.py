@@ -327,7 +327,7 @@ def live(folder: Path, *more, out: str = "live") -> list:
     ]
 
 
-TIMES = {"tok_per_s", "left_s", "time_s"}
+TIMES = {"tok_per_s", "left_s", "time_s", "own_time"}
 
 
 def store(

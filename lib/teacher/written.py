@@ -34,8 +34,8 @@ def own_text(args, dataset: data.Dataset, student: models.Model, source: str) ->
     now = logp_of(student, split, chosen, args)
     kl, size = drift(split.logp[chosen], now, split.rows["targets"][chosen])
     line = (
-        f"own text: written by {who}; KL {kl:.3f} nats a token from then to now, effective sample"
-        f" size {size:.1f} of {len(chosen)}"
+        f"own text: written by {who}; KL {round(kl, 3) + 0:.3f} nats a token from then to now,"
+        f" effective sample size {size:.1f} of {len(chosen)}"
     )
     if abs(kl) <= STALE:
         return line, ""
