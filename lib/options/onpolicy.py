@@ -11,15 +11,18 @@ is written, follow from (seed, step, row) and the weights: a continued run write
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lib import data, files, flags, generate, models, plan
 from lib.options import sampling
+from lib.options.drift import Drift
 
 SLOTS = 64  # answers in work at once
 SOURCE = "own"  # what --divergence, --alpha and the log call these rows
@@ -90,6 +93,10 @@ class OwnRows:
 
     def keep_apart(self, group: np.ndarray) -> None:
         self.group = group
+
+    def resume(self, more: dict[str, Any]) -> None:
+        self.drift = Drift(more)
+        self.rows.resume(more)
 
     def lay(self, student: models.Model, more: dict[str, Any]) -> None:
         self.student = student
@@ -182,14 +189,18 @@ class OwnRows:
         return [self.row_of(written[number]) for number in numbers]
 
     def hear_written(self, answers: list[generate.Answer], logp: list[float]) -> None:
-        """Take what the log says of a step's answers. logp: of their tokens, nats, without those
-        that ended one."""
+        """Take what the log says of a step's answers, and say what has gone wrong with them since
+        the first steps. logp: of their tokens, nats, without those that ended one."""
         ends = [answer.likely.logp for answer in answers if answer.end is not None]
         self.figures = {}
         if answers:
             count, logp = len(answers), logp + ends
+            tokens = [len(answer.ids) for answer in answers]
+            for line in self.drift.add(tokens, len(ends), logp):
+                tqdm.write(f"on-policy: WARNING: {line}")  # above the progress bar, if there is one
+                sys.stdout.flush()
             self.figures = {
-                "own_tokens": sum(len(answer.ids) for answer in answers) / count,
+                "own_tokens": sum(tokens) / count,
                 "own_ended": len(ends) / count,
                 "own_entropy": -sum(logp) / len(logp),
             }
