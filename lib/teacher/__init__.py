@@ -29,6 +29,10 @@ class Teacher(typing.Protocol):
         """V, the tokens that both know; a live teacher's is known from `join` on."""
 
     @property
+    def name(self) -> str:
+        """The folder or hub id that it was loaded from, as it was given."""
+
+    @property
     def compares(self) -> bool:
         """Whether `val_at` knows it at T=1, so that KL and agreement can be measured."""
 

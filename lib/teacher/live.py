@@ -103,7 +103,7 @@ class LiveTeacher:
     head: Head
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
-        self.args, self.dataset, self.k = args, dataset, args.k
+        self.args, self.dataset, self.k, self.name = args, dataset, args.k, args.teacher
         # what it said at val batches: the same at every evaluation; and the bytes left for it
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES

@@ -240,6 +240,11 @@ class Records:
             self.shape = replace(self.shape, apart=torch.tensor(ids))
 
     @property
+    def name(self) -> str:
+        """The teacher's folder, or hub id."""
+        return self.meta["teacher_folder"]
+
+    @property
     def compares(self) -> bool:
         """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in
         it."""

@@ -1,7 +1,9 @@
 """Who wrote the rows, said before the first step: is the student's own text (prepare_data.py
---answers student) still what it would write?"""
+--answers student) still what it would write, and are a teacher's answers (--answers teacher) those
+of the teacher that teaches?"""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +43,32 @@ def own_text(args, dataset: data.Dataset, student: models.Model, source: str) ->
         return line, ""
     again = files.command("prepare_data.py", "--answers", "student", "--student", args.student)
     return line, f"; WARNING: stale: the student would not write it now; anew: {again}"
+
+
+def other_teacher(dataset: data.Dataset, name: str, identity: str) -> str:
+    """Return a line where the answers are not those of the teacher `name` of this identity, ""
+    where they are, or nobody knows who wrote them. Of a server's model the name alone is known.
+
+    Source: teacher consistency, arXiv:2604.13010: where stage 1's answers are one teacher's and the
+    distribution another's, what the student ends in is biased, however long it trains.
+    """
+    about = dataset.meta.get("teacher", {})
+    by, weights = about.get("teacher"), about.get("weights")
+    if not by or weights == identity:
+        return ""
+    one_for_both = "one for both is better (docs/methods.md, teacher consistency)"
+    if weights:
+        return (
+            f"answers: WARNING: {by} wrote them, and the teacher is another model, {name}:"
+            f" {one_for_both}"
+        )
+    called, known = (Path(text).name.casefold() for text in (by, name))
+    if called == known:
+        return ""
+    return (
+        f"answers: {by} on {about.get('host')} wrote them, and the teacher is {name}: if these are"
+        f" two models, {one_for_both}"
+    )
 
 
 def drift(then: np.ndarray, now: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

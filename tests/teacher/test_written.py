@@ -112,3 +112,40 @@ def test_a_row_of_the_sample_may_lie_anywhere(folder):
     seen = written.logp_of(student, dataset.train, own, args)
     assert seen == pytest.approx(dataset.train.logp[own], rel=1e-5)
     assert files.read_json(folder / "data/meta.json")["own"] == ["mine"]
+
+
+def answered_by(folder, **about):
+    """Let meta.json say who wrote the answers."""
+    meta = files.read_json(folder / "data/meta.json")
+    files.write_json(folder / "data/meta.json", meta | {"teacher": about})
+
+
+def test_the_answers_of_another_teacher_are_warned_of_in_dump_and_both_stage_2(tmp_path, capsys):
+    folder = make.world(tmp_path)
+    for by, count in (("student", 1), ("teacher", 0)):
+        weights = checkpoints.identity(folder / by)
+        answered_by(folder, teacher=str(folder / by), weights=weights)
+        make.call(dump_logits.main, *make.dump(folder, "--fresh"))
+        make.call(stage2_kd.main, *make.stage2(folder, "--steps", 1, "--fresh"))
+        make.call(stage2_kd.main, *make.live(folder, "--steps", 1, "--fresh"))
+        said = capsys.readouterr().out
+        warned = f"answers: WARNING: {folder / by} wrote them, and the teacher is another model"
+        assert said.count(f"{warned}, {folder / 'teacher'}: one for both is better") == 3 * count
+        assert said.count("wrote them") == 3 * count
+
+
+@pytest.mark.parametrize(
+    "about, words",
+    [
+        (None, ""),
+        ({"teacher": "org/Big-7B", "host": "gpu1"}, ""),  # as far as its name tells
+        ({"teacher": "Other", "host": "gpu1"}, "Other on gpu1 wrote them"),
+        ({"teacher": "/models/Big-7B", "weights": "a" * 64}, ""),
+        ({"teacher": "/models/Big-7B", "weights": "b" * 64}, "WARNING: /models/Big-7B wrote them"),
+    ],
+)
+def test_a_teacher_is_known_by_its_weights_and_one_of_a_server_by_its_name(folder, about, words):
+    dataset = data.Dataset(folder / "data")
+    dataset.meta = dataset.meta | ({"teacher": about} if about else {})
+    said = written.other_teacher(dataset, "models/big-7b", "a" * 64)
+    assert words in said and bool(words) == bool(said)
