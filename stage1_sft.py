@@ -143,7 +143,7 @@ def main(argv=None):
     print(train.described(student, amp))
     rows.say(eval_every)
     trained = student.module
-    train.make_room(args, student, amp, dataset, merge=args.merge)
+    train.make_room(args, student, amp, rows, merge=args.merge)
 
     run.begin(student, tokenizer)
     track.start(run, args.track)

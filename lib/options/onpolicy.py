@@ -25,6 +25,7 @@ from lib.options import sampling
 from lib.options.drift import Drift
 
 SLOTS = 64  # answers in work at once
+LOOKED_THROUGH = 4096  # rows whose prompts are measured for an estimate
 SOURCE = "own"  # what --divergence, --alpha and the log call these rows
 
 
@@ -113,6 +114,20 @@ class OwnRows:
         """Return the most tokens of a row: those of the longest one given, so that whatever fits
         there fits here."""
         return int(self.lengths[self.there].max())
+
+    def kinds(self) -> list[tuple[float, int, float]]:
+        """Return the rows given, and those written, as if all of these went to their limit: the
+        share of targets is that of the shortest prompt."""
+        count = min(LOOKED_THROUGH, len(self.there))
+        some = self.there[np.linspace(0, len(self.there) - 1, count).astype(int)].tolist()
+        row = self.dataset.train.row
+        prompts = np.array([len(before_answer(*row(number))) for number in some])
+        limits = np.minimum(self.longest() - prompts, self.args.max_new_tokens or self.longest())
+        lengths, share = prompts + limits, self.args.on_policy
+        tokens = share * float(lengths.mean()) * len(self.lengths)
+        given = [((1 - share) * there, *more) for there, *more in self.rows.kinds()]
+        own = (tokens, int(lengths.max()), float((limits / lengths).max()))
+        return [*(given if share < 1 else []), own]
 
     def targets(self, step: int) -> int:
         return int(self.of_step(step).rows["targets"].sum())

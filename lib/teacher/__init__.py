@@ -17,7 +17,7 @@ import typing
 import numpy as np
 import torch
 
-from lib import data, flags, losses, models
+from lib import data, flags, losses, models, plan
 from lib.teacher import live, logits
 
 
@@ -52,10 +52,15 @@ class Teacher(typing.Protocol):
         """Return the numbers of the train rows that it can teach."""
 
     def join(
-        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
     ) -> models.Model:
         """Get ready beside a student (a live teacher loads here), refuse one that does not fit, and
-        return it cut to the tokens that both know."""
+        return it cut to the tokens that both know. rows: of a run; None where nothing is trained.
+        """
 
     def say(self) -> None:
         """Print what it is, how much of it is compared, and what is missing."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, files, flags, losses, models
+from lib import data, files, flags, losses, models, plan
 from lib.head import ABSENT
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
@@ -279,7 +279,11 @@ class Records:
         return {"teacher": self.meta["teacher"], "chunks": self.chunks, "records": records}
 
     def join(
-        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
     ) -> models.Model:
         """Return the student cut to the records' tokens; refuse one that lacks some of them."""
         if student.vocab < self.vocab:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import stage2_kd
-from lib import data, generate, losses, models
+from lib import data, generate, losses, models, train
 from lib.options import bysource, onpolicy
 
 CPU = torch.device("cpu")
@@ -222,6 +222,23 @@ def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(folder, tmp_path, monke
     lines = (tmp_path / "straight/history.jsonl").read_text().splitlines()
     times = [line["own_time"] for line in map(json.loads, lines) if line["event"] == "train"]
     assert len(times) == 6 and all(0 < share < 1 for share in times)
+
+
+@pytest.mark.parametrize("share", (0.5, 1.0))
+@pytest.mark.parametrize("more", ({}, {"max_new_tokens": 4}))
+def test_the_estimate_of_memory_covers_micro_batches_of_own_answers(folder, share, more):
+    """Answers that all go to their limit: so do those of a student that never ends."""
+    rows, student, args = opened(folder, share, tokens_per_microbatch=64, **more)
+    student.module.generation_config.eos_token_id = None
+    bysource.open_schedule(args, rows.dataset, rows, rows.steps)
+    most, own = train.largest(args, rows), []
+    for step in range(rows.steps):
+        batches = [b for b in rows.batches(step, CPU) if b.source == len(rows.sources) - 1]
+        own += [(len(batch.labels), batch.tokens.numel()) for batch in batches]
+    targets, tokens = (max(sizes) for sizes in zip(*own))
+    assert targets <= most.targets and tokens <= most.tokens
+    plain = train.largest(args, rows.rows)  # rows as they are given do not cover them
+    assert more or targets > plain.targets
 
 
 @pytest.mark.parametrize(
