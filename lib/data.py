@@ -282,6 +282,22 @@ class Dataset:
         return [source["name"] for source in self.meta["sources"]]
 
     @property
+    def val_own(self) -> np.ndarray:
+        """Whether each val row (rows,) is text that the student wrote: no reference."""
+        own = [self.sources.index(name) for name in self.meta.get("own", ())]
+        return np.isin(self.val.rows["source"], own)
+
+    def val_described(self) -> str:
+        """Return in words what val's measures are not, where the student wrote some of it; else
+        ""."""
+        if not (count := int(self.val_own.sum())):
+            return ""
+        return (
+            f"val: {count:,} of {len(self.val_own):,} rows are the student's own text: ce, ppl and"
+            " acc there are of what was sampled, no loss on references"
+        )
+
+    @property
     def labels(self) -> list[str]:
         """The names of the classes, for rows that have one each; else empty."""
         return self.meta.get("labels", [])

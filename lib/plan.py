@@ -255,6 +255,8 @@ class Rows:
             f"data: {len(self.there):,} rows, {int(train.sum()):,} targets;"
             f" val {len(val.rows):,} rows, {val.targets:,} targets"
         )
+        if own := self.dataset.val_described():
+            print(own)
         print(
             f"plan: {self.steps} steps of about {self.args.tokens_per_step:,} tokens,"
             f" evaluation every {eval_every}"

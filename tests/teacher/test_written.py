@@ -92,6 +92,21 @@ def test_stage_2_says_it_once_before_the_first_step(folder, tmp_path, capsys, ar
     assert said.index("own text:") < said.index("train step 0")
 
 
+@pytest.mark.parametrize("arguments", (make.stage2, make.live))
+def test_own_text_in_val_is_no_reference_that_the_teacher_falls_behind(
+    folder, tmp_path, capsys, arguments
+):
+    """The line is there, the teacher is not blamed, and answers are held against the others."""
+    out = tmp_path / "run"
+    make.call(stage2_kd.main, *arguments(folder, "--steps", 1, "--out", out))
+    said = capsys.readouterr().out
+    assert "val: 3 of 6 rows are the student's own text: ce, ppl and acc there" in said
+    assert "val cross-entropy, of the student's own text too: teacher" in said
+    assert "no better" not in said and "to 3 prompts: teacher" in said
+    make.call(stage2_kd.main, *arguments(folder, "--eval-only", "--out", tmp_path / "eval"))
+    assert "no loss on references" in capsys.readouterr().out
+
+
 def test_given_rows_have_no_such_line(tmp_path, capsys):
     make.call(stage2_kd.main, *make.live(make.world(tmp_path), "--steps", 1))
     assert "own text" not in capsys.readouterr().out
