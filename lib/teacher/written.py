@@ -42,7 +42,7 @@ def own_text(args, dataset: data.Dataset, student: models.Model, source: str) ->
     if abs(kl) <= STALE:
         return line, ""
     again = files.command("prepare_data.py", "--answers", "student", "--student", args.student)
-    return line, f"; WARNING: stale: the student would not write it now; anew: {again}"
+    return line, f"; WARNING: stale: the student has changed since then; anew: {again}"
 
 
 def other_teacher(dataset: data.Dataset, name: str, identity: str) -> str:
