@@ -32,7 +32,7 @@ from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
 from lib.options import classifier
 from lib.run import Interrupt, clock
-from lib.teacher import basis, fit, record, verify, worth, writer
+from lib.teacher import basis, fit, record, verify, worth, writer, written
 
 
 def parse_args(argv=None):
@@ -257,6 +257,8 @@ def main(argv=None):
             missing.append(chunk)
         else:
             print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
+    if other := written.other_teacher(dataset, args.teacher, settings["teacher"]):
+        print(other)
     print(
         f"teacher: {folder}, {teacher.parameters:,} parameters, {teacher.limit:,} tokens, on"
         f" {device}, {dtype}; the top {args.k}, the exact rest at T ="

@@ -19,7 +19,7 @@ import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib.measure import plots
-from lib.options import classifier, lora, mix, samples, sampling, tags, track
+from lib.options import bysource, classifier, lora, mix, samples, sampling, tags, track
 from lib.run import Run, clock
 
 STAGE = "stage1"
@@ -112,7 +112,7 @@ def main(argv=None):
         return measure_only(args, dataset, device, amp)
 
     # what is read, and the run that it belongs to
-    rows = sampling.open_rows(args, dataset)
+    rows = bysource.referenced(sampling.open_rows(args, dataset))
     rows.check()
     source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
     lora.check_start(args, source)
@@ -143,7 +143,7 @@ def main(argv=None):
     print(train.described(student, amp))
     rows.say(eval_every)
     trained = student.module
-    train.make_room(args, student, amp, dataset, merge=args.merge)
+    train.make_room(args, student, amp, rows, merge=args.merge)
 
     run.begin(student, tokenizer)
     track.start(run, args.track)

@@ -171,7 +171,7 @@ def main(argv=None):
     load = classifier.load if dataset.labels else models.load
     student = load(args.student, device, **train.loading(args, dataset, amp))
     lora.attach(args, student)
-    student = teacher.join(student, args, amp)
+    student = teacher.join(student, args, amp, rows)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
@@ -189,8 +189,8 @@ def main(argv=None):
         args,
         student,
         amp,
-        dataset,
-        teacher.memory_bytes(device, train.largest(args, dataset.train).targets),
+        rows,
+        teacher.memory_bytes(device, train.largest(args, rows).targets),
         near.memory_bytes(args.tokens_per_microbatch, rows.line),
         merge=args.merge,
     )

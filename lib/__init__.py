@@ -28,10 +28,10 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
 
     teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
                reader), verify, basis and fit (the shape of a record's tail), live, worth (can it
-               teach?)
+               teach?), written (who wrote the rows?)
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
-               source), onpolicy (the student's own text, live), beside (losses beside the logits;
-               with capture, attention, gradnorm), classifier, tags, track, samples
+               source), onpolicy (the student's own text, live; with drift), beside (losses beside
+               the logits; with capture, attention, gradnorm), classifier, tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
                templates and asked (chat.py hands them over), rows, classes, workers, split,
                quality, export, describe, demo; answers that a model writes: answers, own (the

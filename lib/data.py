@@ -10,8 +10,8 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/prepare/classes.py): its
                        number in meta.json's `labels`; the row's only target
     SPLIT.texts.parquet                   ... and their texts, for a teacher with another tokenizer
-    SPLIT.logp.npy     float32 (rows,)    rows that the student sampled (lib/prepare/own.py): its
-                       log-probability of the targets when it wrote them, nats; NaN for others
+    SPLIT.logp.npy     float32 (rows,)    where some are the student's own text (meta.json's `own`):
+                       log p of a row's targets, nats at T=1, by who wrote them; NaN of the others
     tokenizer/         the tokenizer itself, so that no later stage needs a network
     report.png         how long rows are, where they come from, why others were dropped
                        (lib/measure/plots.py; without matplotlib there is none)
@@ -100,7 +100,8 @@ class Batch:
 
 class Split:
     """The rows of train or val. labels: the class of each, where they have one
-    (lib/prepare/classes.py), else None; logp: of what the student sampled, nats, where some are."""
+    (lib/prepare/classes.py), else None; logp: log p of each one's targets when they were written,
+    where the student wrote some, else None."""
 
     labels: np.ndarray | None = None
     logp: np.ndarray | None = None
@@ -279,6 +280,22 @@ class Dataset:
     def sources(self) -> list[str]:
         """The names of the sources; a row's `source` is a place in this list."""
         return [source["name"] for source in self.meta["sources"]]
+
+    @property
+    def val_own(self) -> np.ndarray:
+        """Whether each val row (rows,) is text that the student wrote: no reference."""
+        own = [self.sources.index(name) for name in self.meta.get("own", ())]
+        return np.isin(self.val.rows["source"], own)
+
+    def val_described(self) -> str:
+        """Return in words what val's measures are not, where the student wrote some of it; else
+        ""."""
+        if not (count := int(self.val_own.sum())):
+            return ""
+        return (
+            f"val: {count:,} of {len(self.val_own):,} rows are the student's own text: ce, ppl and"
+            " acc there are of what was sampled, no loss on references"
+        )
 
     @property
     def labels(self) -> list[str]:

@@ -288,6 +288,8 @@ def alone(
     files.write_json(Path(args.out) / "eval.json", about | line | of_classes | sealed)
     if "own_ce" in line:
         print(f"eval: {tokens_measured(model)}; own_ce is over all its rows")
+    if own := dataset.val_described():
+        print(own)
     print(f"eval {model.folder}: " + "  ".join(f"{name} {line[name]:.4g}" for name in line))
 
 

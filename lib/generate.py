@@ -42,6 +42,10 @@ from lib import files
 # what transformers' models call the memory that they hand back and take again
 MEMORIES = {"past_key_values", "cache_params", "state", "mems"}
 ROOM = 256  # columns added when the buffer is full
+# a student's own text has gone wrong (`drifted`) where its answers are so many times as long, or as
+# short, and by more than a token; where the share that ends is at most so much of what it was, and
+# less by a tenth of all; where the entropy is
+LONGER, FEWER_ENDS, LESS_ENTROPY = 1.5, 0.5, 0.1
 # likeliest tokens that are sorted first for top_p; all are, where these hold less than its mass
 NUCLEUS = 1024
 # settings of a generation_config that would change an answer and that `Sampling` does not know
@@ -700,3 +704,31 @@ def by_length(requests: Iterable[Request], window: int = 4096) -> Iterator[Reque
             yield from sorted(pool, key=lambda request: -len(request.ids))
             pool = []
     yield from sorted(pool, key=lambda request: -len(request.ids))
+
+
+def drifted(first: dict[str, float], now: dict[str, float]) -> dict[str, str]:
+    """Return what has gone wrong with the text that a student writes since it wrote the `first`: a
+    line each, by name. Both are means over many answers, as meta.json's `student` has them:
+    mean_tokens of an answer, ended (the share that did by itself), entropy (nats a token)."""
+    found = {}
+    (length, ended, entropy), (length_now, ended_now, entropy_now) = (
+        [means[name] for name in ("mean_tokens", "ended", "entropy")] for means in (first, now)
+    )
+    more = length_now > length
+    short, long = sorted((length, length_now))
+    if long > LONGER * short and long > short + 1:
+        found["length"] = (
+            f"the student's answers {'grow' if more else 'shrink'}: {length_now:.1f} tokens on"
+            f" average, {length:.1f} before"
+        )
+    if ended_now < FEWER_ENDS * ended and ended_now < ended - 0.1:
+        found["ended"] = (
+            f"the end of turn fades: {ended_now:.1%} of the student's answers end by themselves,"
+            f" {ended:.1%} before"
+        )
+    if entropy_now < LESS_ENTROPY * entropy:
+        found["entropy"] = (
+            f"the student's entropy collapses: {entropy_now:.4f} nats a token where it writes,"
+            f" {entropy:.4f} before"
+        )
+    return found

@@ -242,6 +242,12 @@ class Rows:
         none was asked for."""
         return {}
 
+    def kinds(self) -> list[tuple[float, int, float]]:
+        """Return of each kind of rows, those that share no micro-batch with another one's: how many
+        tokens there are of it in an epoch, in its longest row, and how many targets a token."""
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        return [(tokens, int(self.lengths.max(initial=1)), self.split.targets / max(1, tokens))]
+
     def say(self, eval_every: int) -> None:
         """Print what is trained on, and in how many steps."""
         train, val = self.split.rows["targets"][self.there], self.dataset.val
@@ -249,6 +255,8 @@ class Rows:
             f"data: {len(self.there):,} rows, {int(train.sum()):,} targets;"
             f" val {len(val.rows):,} rows, {val.targets:,} targets"
         )
+        if own := self.dataset.val_described():
+            print(own)
         print(
             f"plan: {self.steps} steps of about {self.args.tokens_per_step:,} tokens,"
             f" evaluation every {eval_every}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoints, data, evaluate, files, head, models
+from lib import checkpoints, data, evaluate, files, head, models, plan
 
 PROBE_TOKENS = 512  # of a line by which it is measured what a forward pass keeps
 # on the CPU: pages of code that a first step touches (oneDNN, torch._dynamo), and what the C
@@ -27,22 +28,24 @@ def available_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest micro-batch of a run: its tokens, its targets (on average), and how many of them
-    there are in a step."""
+    """The largest micro-batch of a run: its tokens, its targets (on average; of text that is yet to
+    be written at most), and how many of them there are in a step."""
 
     tokens: int
     targets: int
     batches: int
 
 
-def largest(args, split: data.Split) -> Largest:
-    """Return the Largest of a run on a split."""
-    lengths = split.rows["length"]
-    there, longest = int(lengths.sum()), int(lengths.max(initial=1))
-    step = max(longest, min(args.tokens_per_step, there))
-    tokens = min(args.tokens_per_microbatch, step)
-    targets = math.ceil(tokens * split.targets / max(1, there))
-    return Largest(tokens, targets, math.ceil(step / tokens))
+def largest(args, rows: plan.Rows) -> Largest:
+    """Return the Largest of a run."""
+    part = min(1.0, args.tokens_per_step / max(1, int(rows.lengths.sum(dtype=np.int64))))
+    most = Largest(0, 0, 0)
+    for there, longest, share in rows.kinds():
+        step = max(longest, round(part * there))
+        tokens = min(args.tokens_per_microbatch, step)
+        targets, batches = math.ceil(tokens * share), math.ceil(step / tokens)
+        most = Largest(max(most.tokens, tokens), max(most.targets, targets), most.batches + batches)
+    return most
 
 
 def kept_bytes(model: models.Model, split: data.Split, amp: torch.dtype | None) -> float:
@@ -133,7 +136,7 @@ def make_room(
     args,
     model: models.Model,
     amp: torch.dtype | None,
-    dataset: data.Dataset,
+    rows: plan.Rows,
     *more: int,
     merge: bool = False,
 ) -> None:
@@ -144,7 +147,7 @@ def make_room(
     merge  whole weights are saved, even where few are trained
     """
     have = available_bytes(model.device)
-    most, each = largest(args, dataset.train), kept_bytes(model, dataset.train, amp)
+    most, each = largest(args, rows), kept_bytes(model, rows.split, amp)
     more += (CODE_BYTES,) if model.device.type == "cpu" else ()
     plain, saved = (sum(more) + training_bytes(model, most, each, amp, on) for on in (False, True))
     use = args.checkpointing or plain > have

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from lib import data, files, template
+from lib import checkpoints, data, files, template
 from lib.prepare import demo
 from lib.teacher import logits
 
@@ -239,6 +239,32 @@ def sourced(folder: Path, bounds=(0, 30), names=("general", "finance"), **more) 
     return folder
 
 
+def own_text(folder: Path, bounds=(0, 30), writer: str = "student", **more) -> Path:
+    """Make the rows of a `world` from bounds[1] on of train, and every other one of val, the text of
+    a source `mine` that `writer` wrote, as prepare_data.py --answers student leaves it."""
+    about = {
+        "student": str(folder / writer),
+        "weights": checkpoints.identity(folder / writer),
+        "sampling": {"temperature": 1.0},
+        "generations": 1,
+        "mean_tokens": 4.0,
+        "ended": 1.0,
+        "entropy": 2.0,
+    }
+    sourced(folder, bounds, ("given", "mine"), own=["mine"], student=about, **more)
+    module = AutoModelForCausalLM.from_pretrained(folder / writer)
+    for name in ("train", "val"):
+        split = data.Split(folder / "data", name)
+        logp = np.full(len(split.rows), np.nan, np.float32)
+        for row in np.flatnonzero(split.rows["source"] == 1).tolist():
+            ids, answer = split.row(row)
+            with torch.no_grad():
+                known = module(torch.tensor(ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
+            logp[row] = sum(known[at - 1, ids[at]].item() for at in np.flatnonzero(answer))
+        np.save(folder / "data" / f"{name}.logp.npy", logp)
+    return folder
+
+
 def stage1(folder: Path, *more, out: str = "stage1") -> list:
     """Return stage1_sft.py's arguments for a `world`."""
     return [
@@ -301,7 +327,7 @@ def live(folder: Path, *more, out: str = "live") -> list:
     ]
 
 
-TIMES = {"tok_per_s", "left_s", "time_s"}
+TIMES = {"tok_per_s", "left_s", "time_s", "own_time"}
 
 
 def store(

@@ -6,6 +6,7 @@ script names it in a few lines, and no flat file knows it.
     sampling     --eval-sampling: shares that follow each source's val loss
     bysource     --divergence "given:fkl own:rkl": a method for each source
     onpolicy     --on-policy: rows that the student answers anew while it learns
+    drift        ... and whether what it writes goes wrong over the run
     beside       losses beside the logits: hidden states, attention maps, whole rows
     capture      ... what is captured of a forward pass for them
     attention    ... the attention maps of chosen layers

@@ -32,6 +32,21 @@ def asked_for(asked: Any, name: str, flag: str) -> Any:
     return asked[name]
 
 
+def referenced(rows: plan.Rows) -> plan.Rows:
+    """Return the plan of a run on references alone (stage 1); refuse one that has the student's own
+    text in it."""
+    if own := [name for name in map(rows.sources.__getitem__, rows.trained()) if name in rows.own]:
+        folder = rows.dataset.folder
+        files.fail(
+            "the student's own text is no reference: cross-entropy on it teaches nothing new",
+            f"{', '.join(own)} in {folder}, which the student wrote",
+            "sources with answers to learn",
+            f"{files.command('stage2_kd.py', '--data', folder)} ..., which asks the teacher at"
+            " every token of it; or a --mix without it",
+        )
+    return rows
+
+
 class Schedules:
     """The Method of each micro-batch, by its rows' source: `method = schedule(step, batch)`.
 

@@ -11,16 +11,21 @@ is written, follow from (seed, step, row) and the weights: a continued run write
 
 import argparse
 import itertools
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lib import data, files, flags, generate, models, plan
 from lib.options import sampling
+from lib.options.drift import Drift
 
 SLOTS = 64  # answers in work at once
+LOOKED_THROUGH = 4096  # rows whose prompts are measured for an estimate
 SOURCE = "own"  # what --divergence, --alpha and the log call these rows
 
 
@@ -79,6 +84,7 @@ class OwnRows:
         self.args, self.dataset, self.rows = args, dataset, rows
         self.sources, self.own = [*rows.sources, SOURCE], {*rows.own, SOURCE}
         self.step, self.fresh, self.figures = -1, False, {}
+        self.begun, self.writing_s = 0.0, 0.0  # of the step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rows, name)
@@ -88,6 +94,10 @@ class OwnRows:
 
     def keep_apart(self, group: np.ndarray) -> None:
         self.group = group
+
+    def resume(self, more: dict[str, Any]) -> None:
+        self.drift = Drift(more)
+        self.rows.resume(more)
 
     def lay(self, student: models.Model, more: dict[str, Any]) -> None:
         self.student = student
@@ -104,6 +114,20 @@ class OwnRows:
         """Return the most tokens of a row: those of the longest one given, so that whatever fits
         there fits here."""
         return int(self.lengths[self.there].max())
+
+    def kinds(self) -> list[tuple[float, int, float]]:
+        """Return the rows given, and those written, as if all of these went to their limit: the
+        share of targets is that of the shortest prompt."""
+        count = min(LOOKED_THROUGH, len(self.there))
+        some = self.there[np.linspace(0, len(self.there) - 1, count).astype(int)].tolist()
+        row = self.dataset.train.row
+        prompts = np.array([len(before_answer(*row(number))) for number in some])
+        limits = np.minimum(self.longest() - prompts, self.args.max_new_tokens or self.longest())
+        lengths, share = prompts + limits, self.args.on_policy
+        tokens = share * float(lengths.mean()) * len(self.lengths)
+        given = [((1 - share) * there, *more) for there, *more in self.rows.kinds()]
+        own = (tokens, int(lengths.max()), float((limits / lengths).max()))
+        return [*(given if share < 1 else []), own]
 
     def targets(self, step: int) -> int:
         return int(self.of_step(step).rows["targets"].sum())
@@ -124,14 +148,18 @@ class OwnRows:
 
     def shares(self, first: int, end: int) -> dict[str, float]:
         """Return for the log what the rows say, and of the newest step's own answers, once, the
-        mean of their tokens and the share that was ended."""
+        mean of their tokens, the share that was ended, their entropy, and the share of the step's
+        time until now in which they were written."""
         own, self.fresh = self.figures if self.fresh else {}, False
+        if own:
+            own = own | {"own_time": self.writing_s / (time.perf_counter() - self.begun)}
         return self.rows.shares(first, end) | own
 
     def of_step(self, step: int) -> data.Split:
         """Return the rows that a step trains on, the given ones first; the others are written by
         the student as it is now, once."""
         if step != self.step:
+            self.begun = time.perf_counter()
             numbers = self.rows.of(step)
             rng = np.random.default_rng([self.args.seed, step, 1])
             # of 2.5 rows 2 or 3, by chance: the share holds over the run
@@ -142,6 +170,7 @@ class OwnRows:
                 rows.append((*train.row(number), int(train.rows["source"][number])))
             for ids, answer in self.write(step, numbers[chosen].tolist()):
                 rows.append((ids, answer, len(self.sources) - 1))
+            self.writing_s = time.perf_counter() - self.begun
             self.step, self.split, self.fresh = step, data.Split.of(rows), True
         return self.split
 
@@ -155,22 +184,41 @@ class OwnRows:
             ids = before_answer(*self.dataset.train.row(number))
             limit = min(longest - len(ids), self.args.max_new_tokens or longest)
             seed = (self.args.seed << 64) + (step << 32) + number
-            requests.append(generate.Request(number, ids, limit, seed))
+            requests.append(generate.Request(number, ids, limit, seed, top=0))
         how = generate.Sampling(1.0, stops=tuple(generate.end_tokens(module.generation_config)))
+        logp: list[float] = []  # of every token, as it is drawn
+
+        def drawn(request: generate.Request, token: int, likely: generate.Likely | None) -> None:
+            logp.append(likely.logp)
+
         training, written = module.training, {}
         module.eval()
         with (
             torch.autocast(device.type, amp, enabled=amp is not None),
             files.telling(f"step {step}: writing {len(numbers)} answers"),
         ):
-            for answer in generate.generate(module, requests, how, SLOTS):
+            for answer in generate.generate(module, requests, how, SLOTS, drawn):
                 written[answer.request.key] = answer
         module.train(training)
-        if written:
-            count, ended = len(written), sum(a.end is not None for a in written.values())
-            tokens = sum(len(answer.ids) for answer in written.values())
-            self.figures = {"own_tokens": tokens / count, "own_ended": ended / count}
+        self.hear_written([*written.values()], logp)
         return [self.row_of(written[number]) for number in numbers]
+
+    def hear_written(self, answers: list[generate.Answer], logp: list[float]) -> None:
+        """Take what the log says of a step's answers, and say what has gone wrong with them since
+        the first steps. logp: of their tokens, nats, without those that ended one."""
+        ends = [answer.likely.logp for answer in answers if answer.end is not None]
+        self.figures = {}
+        if answers:
+            count, logp = len(answers), logp + ends
+            tokens = [len(answer.ids) for answer in answers]
+            for line in self.drift.add(tokens, len(ends), logp):
+                tqdm.write(f"on-policy: WARNING: {line}")  # above the progress bar, if there is one
+                sys.stdout.flush()
+            self.figures = {
+                "own_tokens": sum(tokens) / count,
+                "own_ended": len(ends) / count,
+                "own_entropy": -sum(logp) / len(logp),
+            }
 
     def row_of(self, answer: generate.Answer) -> tuple[np.ndarray, np.ndarray]:
         """Return a row: the prompt, the answer and the token that ended it, up to the first one

@@ -21,7 +21,6 @@ from lib import checkpoints, files, generate, models, template
 from lib.prepare import formats, store, templates
 
 OF_FILES = ("prompt", "answer", "reference", "finish_reason", "prompt_ids", "answer_ids", "logp")
-GROWN, FADED, NARROWED = 1.5, 0.5, 0.1  # against what was before: a word is said
 
 
 class Sampled(list):
@@ -209,18 +208,8 @@ def say(told: dict[str, Any], before: dict[str, Any] | None) -> None:
         " nats a token",
         flush=True,
     )
-    if not before:
-        return
-    amiss, ratio = [], told["mean_tokens"] / max(1e-9, before["mean_tokens"])
-    if not 1 / GROWN < ratio < GROWN:
-        amiss.append(f"answers are {ratio:.2f} times as long")
-    if told["ended"] < FADED * before["ended"]:
-        amiss.append(f"{told['ended']:.1%} end by themselves, {before['ended']:.1%} did")
-    if told["entropy"] < NARROWED * before["entropy"]:
-        amiss.append(f"the entropy was {before['entropy']:.3f} nats a token")
-    if amiss:
-        said = "; ".join(amiss)
-        print(f"own text: WARNING: against the round before, {said}: look at --show", flush=True)
+    for amiss in generate.drifted(before, told).values() if before else ():
+        print(f"own text: WARNING: {amiss} (the round before): look at --show", flush=True)
 
 
 def round_before(args) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ which it is. `open_teacher` chooses by the flags.
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
     verify.py   records held against their checksums, and against the teacher
+    written.py  who wrote the rows
 """
 
 import argparse
@@ -16,7 +17,7 @@ import typing
 import numpy as np
 import torch
 
-from lib import data, flags, losses, models
+from lib import data, flags, losses, models, plan
 from lib.teacher import live, logits
 
 
@@ -26,6 +27,10 @@ class Teacher(typing.Protocol):
     @property
     def vocab(self) -> int:
         """V, the tokens that both know; a live teacher's is known from `join` on."""
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id that it was loaded from, as it was given."""
 
     @property
     def compares(self) -> bool:
@@ -47,10 +52,15 @@ class Teacher(typing.Protocol):
         """Return the numbers of the train rows that it can teach."""
 
     def join(
-        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
     ) -> models.Model:
         """Get ready beside a student (a live teacher loads here), refuse one that does not fit, and
-        return it cut to the tokens that both know."""
+        return it cut to the tokens that both know. rows: of a run; None where nothing is trained.
+        """
 
     def say(self) -> None:
         """Print what it is, how much of it is compared, and what is missing."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import checkpoints, data, evaluate, files, flags, losses, models, train
+from lib import checkpoints, data, evaluate, files, flags, losses, models, plan, train
 from lib.head import Head, topk_and_tails
 
 # a weight of the layers; 4bit: and a float32 scale for each 64 of them
@@ -103,7 +103,7 @@ class LiveTeacher:
     head: Head
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
-        self.args, self.dataset, self.k = args, dataset, args.k
+        self.args, self.dataset, self.k, self.name = args, dataset, args.k, args.teacher
         # what it said at val batches: the same at every evaluation; and the bytes left for it
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES
@@ -145,11 +145,15 @@ class LiveTeacher:
         return np.arange(len(self.dataset.train.rows))
 
     def join(
-        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
     ) -> models.Model:
         """Load the teacher beside a student: say what both need, check it, and cut both to the
         tokens that both know."""
-        self._load(self._room(student, amp))
+        self._load(self._room(student, amp, rows))
         self.vocab = min(student.vocab, self.model.vocab)
         self._check_k(self.vocab)
         apart = tuple(sorted({*student.apart, *self.model.apart}))
@@ -177,14 +181,13 @@ class LiveTeacher:
                 f"--k {vocab}, or 0 for all tokens",
             )
 
-    def _room(self, student: models.Model, amp: torch.dtype | None) -> int:
+    def _room(self, student: models.Model, amp: torch.dtype | None, rows: plan.Rows | None) -> int:
         """Return the bytes that the teacher's device has for its weights, beside its activations
         and the student; say them, and warn where they are too few."""
-        tokens, train_split = self.args.tokens_per_microbatch, self.dataset.train
-        more = activation_bytes(self.shapes, tokens, self.dtype)
-        if self.device == numbered(student.device) and not self.args.eval_only:
-            most = train.largest(self.args, train_split)
-            each, on = train.kept_bytes(student, train_split, amp), self.args.checkpointing
+        more = activation_bytes(self.shapes, self.args.tokens_per_microbatch, self.dtype)
+        if self.device == numbered(student.device) and rows is not None:
+            most = train.largest(self.args, rows)
+            each, on = train.kept_bytes(student, rows.split, amp), self.args.checkpointing
             more = self.memory_bytes(student.device, most.targets)
             more += train.training_bytes(student, most, each, amp, on)
         weights, have = self.weight_bytes(), train.available_bytes(self.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import data, files, flags, losses, models
+from lib import data, files, flags, losses, models, plan
 from lib.head import ABSENT
 from lib.teacher import basis, record
 from lib.teacher.basis import Basis
@@ -240,6 +240,11 @@ class Records:
             self.shape = replace(self.shape, apart=torch.tensor(ids))
 
     @property
+    def name(self) -> str:
+        """The teacher's folder, or hub id."""
+        return self.meta["teacher_folder"]
+
+    @property
     def compares(self) -> bool:
         """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in
         it."""
@@ -274,7 +279,11 @@ class Records:
         return {"teacher": self.meta["teacher"], "chunks": self.chunks, "records": records}
 
     def join(
-        self, student: models.Model, args: argparse.Namespace, amp: torch.dtype | None
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
     ) -> models.Model:
         """Return the student cut to the records' tokens; refuse one that lacks some of them."""
         if student.vocab < self.vocab:

@@ -10,7 +10,7 @@ import torch
 
 from lib import data, generate, models
 from lib.run import Run
-from lib.teacher import Teacher
+from lib.teacher import Teacher, written
 
 ASKED = 8  # val prompts that are answered
 PROMPT, LONGEST = 1024, 48  # tokens of a prompt, and of an answer, at most
@@ -36,13 +36,25 @@ def report(
     student: models.Model,
     tokenizer,
 ) -> None:
-    """At step 0, log the teacher's own measures on val, as far as they are known, and say whether
-    it has something to give. measures: the untouched student's."""
-    if step or not dataset.val.targets or not (own := teacher.val_measures()):
+    """At step 0, say who wrote the rows, log the teacher's own measures on val, as far as they are
+    known, and say whether it has something to give. measures: the untouched student's."""
+    if step:
+        return
+    if dataset.train.logp is not None:
+        source = run.identities["student"]
+        line, warning = written.own_text(run.args, dataset, student, source)
+        run.say(line + (warning and red(warning)))
+    if other := written.other_teacher(dataset, teacher.name, run.identities["teacher"]):
+        run.say(red(other))
+    if not dataset.val.targets or not (own := teacher.val_measures()):
         return
     run.log("teacher", 0, **own)
-    chance = unigram_ce(dataset.train, dataset.val, student.head().vocab)
-    teacher_can_teach(own, measures, chance, run.say)
+    if dataset.val_own.any():  # who wrote a text finds it likelier than who is to teach
+        said = f"teacher {own['ce']:.4f}, student {measures['ce']:.4f}"
+        run.say(f"val cross-entropy, of the student's own text too: {said}")
+    else:
+        chance = unigram_ce(dataset.train, dataset.val, student.head().vocab)
+        teacher_can_teach(own, measures, chance, run.say)
     if dataset.labels:
         return classifier_can_teach(own, measures, dataset, run.say)
     said = answered(teacher.model, dataset, run.say) if teacher.model else teacher.answers
@@ -116,7 +128,8 @@ def compare_answers(
 ) -> None:
     """Say how near the answers of teacher and untouched student are to the references, in red where
     the teacher's are further away, or nowhere near; and show one of the teacher's."""
-    rows = [key for key in teacher if key in student and int(key) < len(dataset.val.rows)]
+    own = dataset.val_own  # no references
+    rows = [key for key in teacher if key in student and int(key) < len(own) and not own[int(key)]]
     if not rows:
         return
 
@@ -131,16 +144,16 @@ def compare_answers(
         text = " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
         return repr(text[:120] + "..." * (len(text) > 120))
 
-    own, other = near(teacher), near(student)
+    mine, other = near(teacher), near(student)
     prompt, reference = prompt_of(dataset.val, int(rows[0]))
     warning = ""
-    if own < other:
+    if mine < other:
         warning = red("; WARNING: the teacher's are further from the references than the student's")
-    elif not own:
+    elif not mine:
         warning = red("; WARNING: the teacher's have nothing of the references")
     say(
         f"val answers: ROUGE-L of the first {LONGEST} tokens to {len(rows)} prompts: teacher"
-        f" {own:.3f}, student {other:.3f}{warning}"
+        f" {mine:.3f}, student {other:.3f}{warning}"
     )
     say(
         f"val answers: to {words(prompt[-40:])} the teacher says {words(teacher[rows[0]])}, where"

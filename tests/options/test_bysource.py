@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dump_logits
+import stage1_sft
 import stage2_kd
 from lib import data, losses, models, plan
 from lib.options import bysource
@@ -138,3 +139,15 @@ def test_a_run_by_source_goes_on_after_a_stop_as_if_there_were_none(folder, tmp_
     assert lines[0]["alpha_general"] == 0.9 and all("alpha_finance" not in line for line in lines)
     state = (tmp_path / "straight/config.json").read_text()
     assert '"general": "fkl"' in state
+
+
+@pytest.mark.parametrize("more", ([], ["--mix", "general:0.5 finance:0.5"], ["--dry-run"]))
+def test_stage_1_refuses_the_students_own_text_and_names_what_takes_it(folder, tmp_path, more):
+    code, said = make.ends(stage1_sft.main, *make.stage1(folder, *more, out=tmp_path / "out"))
+    assert code == 1 and "own text is no reference" in said and "\n" not in said
+    assert "finance in " in said and "stage2_kd.py" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", (["--mix", "general:1", "--steps", 1], ["--eval-only"]))
+def test_stage_1_takes_the_sources_beside_it_and_measures_on_all(folder, tmp_path, more):
+    make.call(stage1_sft.main, *make.stage1(folder, *more, out=tmp_path / "out"))

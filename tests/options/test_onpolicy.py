@@ -1,5 +1,6 @@
 """Rows that the student answers anew while it learns (lib/options/onpolicy.py)."""
 
+import json
 from types import SimpleNamespace
 
 import make
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import stage2_kd
-from lib import data, losses, models
+from lib import data, generate, losses, models, train
 from lib.options import bysource, onpolicy
 
 CPU = torch.device("cpu")
@@ -83,6 +84,51 @@ def test_the_tokens_are_drawn_from_the_students_own_distribution_at_each_place(f
         below = mass[ids[place] - 1].item() if ids[place] else 0.0
         drawn = uniform[place - prompt]
         assert below - 1e-4 <= drawn * mass[-1].item() <= mass[ids[place]].item() + 1e-4
+
+
+def test_the_entropy_of_the_log_is_that_of_the_tokens_drawn(folder, monkeypatch):
+    """Each answer is read again by the student: of its tokens and the one that ends it."""
+    rows, student, _ = opened(folder, 1.0)
+    made, plain = [], generate.generate
+
+    def kept(*args):
+        for answer in plain(*args):
+            made.append(answer)
+            yield answer
+
+    monkeypatch.setattr(generate, "generate", kept)
+    rows.of_step(0)
+    logp = []
+    for answer in made:
+        told = answer.ids + ([] if answer.end is None else [answer.end])
+        ids = torch.tensor([answer.request.ids + told])
+        with torch.no_grad():
+            known = student.module.eval()(ids).logits[0].double().log_softmax(-1)
+        first = len(answer.request.ids)
+        logp += [known[at - 1, ids[0, at]].item() for at in range(first, len(ids[0]))]
+    assert any(answer.end is not None for answer in made)
+    said = rows.shares(0, 1)
+    assert said["own_entropy"] == pytest.approx(-sum(logp) / len(logp), rel=1e-4)
+    assert said["own_tokens"] == pytest.approx(sum(len(a.ids) for a in made) / len(made))
+    assert rows.shares(0, 1) == {}  # it is said once
+
+
+def test_the_time_of_the_log_is_the_share_of_the_step_that_was_spent_writing(folder, monkeypatch):
+    rows, _, _ = opened(folder, 1.0)
+    clock = iter([100.0, 106.0, 108.0])  # the step begins, its answers are written, it ends
+    monkeypatch.setattr(onpolicy.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(rows, "write", lambda step, numbers: [])
+    monkeypatch.setattr(data.Split, "of", lambda rows: rows)
+    rows.figures = {"own_tokens": 1.0}
+    rows.of_step(0)
+    assert rows.shares(0, 1)["own_time"] == 0.75
+
+
+def test_a_step_without_own_answers_says_nothing_of_those_before_it(folder):
+    rows, _, _ = opened(folder)
+    rows.figures = {"own_tokens": 1.0}
+    rows.write(0, [])
+    assert rows.figures == {}
 
 
 def test_what_is_written_follows_from_seed_step_row_and_weights_alone(folder):
@@ -172,6 +218,27 @@ def test_a_run_stopped_in_the_middle_goes_on_bit_for_bit(folder, tmp_path, monke
     assert make.history(tmp_path / "straight") == make.history(tmp_path / "stopped")
     train = make.history(tmp_path / "straight", "train")
     assert all(0 <= line["own_ended"] <= 1 and line["own_tokens"] >= 0 for line in train)
+    assert all(line["own_entropy"] > 0 and "own_time" not in line for line in train)
+    lines = (tmp_path / "straight/history.jsonl").read_text().splitlines()
+    times = [line["own_time"] for line in map(json.loads, lines) if line["event"] == "train"]
+    assert len(times) == 6 and all(0 < share < 1 for share in times)
+
+
+@pytest.mark.parametrize("share", (0.5, 1.0))
+@pytest.mark.parametrize("more", ({}, {"max_new_tokens": 4}))
+def test_the_estimate_of_memory_covers_micro_batches_of_own_answers(folder, share, more):
+    """Answers that all go to their limit: so do those of a student that never ends."""
+    rows, student, args = opened(folder, share, tokens_per_microbatch=64, **more)
+    student.module.generation_config.eos_token_id = None
+    bysource.open_schedule(args, rows.dataset, rows, rows.steps)
+    most, own = train.largest(args, rows), []
+    for step in range(rows.steps):
+        batches = [b for b in rows.batches(step, CPU) if b.source == len(rows.sources) - 1]
+        own += [(len(batch.labels), batch.tokens.numel()) for batch in batches]
+    targets, tokens = (max(sizes) for sizes in zip(*own))
+    assert targets <= most.targets and tokens <= most.tokens
+    plain = train.largest(args, rows.rows)  # rows as they are given do not cover them
+    assert more or targets > plain.targets
 
 
 @pytest.mark.parametrize(
