@@ -14,6 +14,9 @@ reads.
         --answers teacher --teacher DIR
     python prepare_data.py --source asked.jsonl --tokenizer DIR --out data/asked \\
         --answers teacher --teacher-url http://HOST:8000/v1 --teacher-model X
+    # the student's own text, for another round of stage 2; what data/mine holds out stays held out
+    python prepare_data.py --source asked.jsonl --out data/mine-own1 --val data/mine \
+        --answers student --student runs/mine/stage2 --generations 4
 
 Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file, folder or glob; a
                      hub id org/name[:split][@revision]; a URI (s3://, gs://, hdfs://). Parquet,
@@ -21,12 +24,12 @@ Reads   --source     [NAME=]WHERE, as often as there are sources. WHERE: a file,
                      from the column names, or --columns says it. FOLDER:test: another split
         --tokenizer  a folder or hub id; its chat template decides what a conversation looks like
         --teacher    with --answers teacher: a model folder, or an OpenAI-compatible server, that
-                     answers the prompts anew
+                     answers the prompts anew; --student with --answers student
 Writes  --out        {train,val}.{tokens,answer,rows}.npy (see lib/data.py), val.prompts.jsonl,
                      tokenizer/, meta.json last, and report.png: how long rows are, where they come
                      from, why others were dropped
-                     answers/: the teacher's, as parquet (see lib/prepare/store.py); a run continues
-                     there, and --fresh keeps them
+                     answers/: the teacher's or the student's, as parquet (lib/prepare/store.py); a
+                     run continues there, and --fresh keeps them. A student's may be a --source
         --export, --push-to-hub  the rows that were kept, as an ordinary parquet data set (messages
                                  or text, source, split, teacher)
 
@@ -53,7 +56,7 @@ from tqdm import tqdm
 from lib import data, files, flags, template
 from lib.measure import plots
 from lib.options import mix
-from lib.prepare import answers, classes, describe, export, rows, sources, split, workers
+from lib.prepare import answers, classes, describe, export, own, rows, sources, split, workers
 from lib.prepare.store import Store
 
 SHAPING = (
@@ -70,9 +73,11 @@ def parse_args(argv=None):
     sources.add_flags(parser)
     parser.add_argument(
         "--tokenizer",
-        required=True,
         metavar="DIR|ID",
-        help="tokenizer of the teacher and the student: a folder or a hub id",
+        help=(
+            "tokenizer of the teacher and the student: a folder or a hub id (default with --answers"
+            " student: the student's)"
+        ),
     )
     flags.add(parser, "--chat-template", "--template-args", "--out")
     export.add_flags(parser)
@@ -82,10 +87,12 @@ def parse_args(argv=None):
     # --- which rows
     parser.add_argument(
         "--val",
-        type=float,
-        default=0.02,
-        metavar="X",
-        help="validation rows: a share below 1, or a count (default: %(default)s)",
+        default="0.02",
+        metavar="X|DIR",
+        help=(
+            "validation rows: a share below 1; a count; or those whose prompts another prepared"
+            " folder holds out, answered once whatever --generations (default: %(default)s)"
+        ),
     )
     parser.add_argument(
         "--limit",
@@ -130,8 +137,9 @@ def parse_args(argv=None):
     for name in ("limit", "workers", "show", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} is {getattr(args, name)}, wanted 0 or more")
-    if not args.val >= 0 or args.val >= 1 and args.val % 1:
-        parser.error(f"--val is {args.val}, wanted a share below 1 or a whole number of rows")
+    rows.check_val(parser, args)
+    if not args.tokenizer and args.answers != "student":
+        parser.error("--tokenizer is missing: that of the teacher and the student")
     names = [name for name, _ in args.wanted]
     try:
         shares = mix.parse(args.mix) if args.mix else dict.fromkeys(names)
@@ -165,10 +173,10 @@ def each_row(partial, inputs, args, written, tokenizer, progress, kept):
                     yield number, row, result
 
 
-def stage(partial, inputs, args, written, tokenizer, texts, progress):
+def stage(partial, inputs, args, written, tokenizer, texts, progress, val_rows):
     """Encode all rows into temporary files in their order, and the kept ones as text into `texts`,
     if given; note now and then how far it has come. Return what was staged."""
-    seen, val_rows = split.Seen(), split.ValRows(args.val)
+    seen = split.Seen()
     staging, said = split.Staging(partial, progress.sizes), time.time()
     staging.replay(seen, val_rows)
     read, lost, saved, begun = progress.read, progress.lost, staging.tokens.count, time.time()
@@ -193,12 +201,12 @@ def stage(partial, inputs, args, written, tokenizer, texts, progress):
                 progress.cut[0] += 1
                 progress.cut[1] += len(result)
             for one in result if several else [result]:
-                if not isinstance(one, str) and not seen.add(one.digest):
+                if not isinstance(one, str) and one.digest and not seen.add(one.digest):
                     one = "duplicate"
                 if isinstance(one, str):
                     lost[number[0], one] += 1
                     continue
-                staging.append(one.ids, one.answer, number[0], one.prompt)
+                staging.append(one.ids, one.answer, number[0], one.prompt, one.logp)
                 if args.think == "drop" and not isinstance(row, str):
                     row = template.without_think(row)
                 if val_rows.candidate(one.prompt) and not isinstance(row, str):
@@ -236,7 +244,8 @@ def write(partial, staged, inputs, args, shaping, tokenizer, dated, written, tex
     meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
     meta |= {"date": dated} if dated else {}
     meta |= rows.told_of(tokenizer, inputs)
-    if written:
+    meta |= own.told_of(inputs, args, written)
+    if written and args.answers == "teacher":
         meta["teacher"] = written.meta
     meta["checksums"] = files.checksums(partial)
     files.write_json(partial / "meta.json", meta)
@@ -263,6 +272,7 @@ def main(argv=None):
     if out.is_symlink() or out.name in ("", ".."):
         out = out.resolve()
     settings = answers.settings(args)
+    held_out = rows.held_out(args)
     shaping = {name: getattr(args, name) for name in SHAPING} | answers.shaping(args, settings)
     partial = files.beside(out, "part")
     if not args.dry_run:
@@ -297,7 +307,8 @@ def main(argv=None):
     store = Store(out / files.NEVER_DELETED, settings) if settings else None
     if args.fresh:
         files.remove_ours(out, ("train.rows.npy",))
-    written = answers.answer_all(store, inputs, args, tokenizer) if store else None
+    val_rows = split.ValRows(held_out)
+    written = answers.answer_all(store, inputs, args, tokenizer, val_rows) if store else None
 
     # --- tokenize into temporary files, then divide them into train and val
     key = describe.staging_key(inputs, written, args, shaping, tokenizer)
@@ -318,7 +329,7 @@ def main(argv=None):
             numbered = rows.short_of(sources.all_rows(inputs), tokenizer, args)
             staged = classes.stage(partial, numbered, inputs, tokenizer, args)
         else:
-            staged = stage(partial, inputs, args, written, tokenizer, texts, progress)
+            staged = stage(partial, inputs, args, written, tokenizer, texts, progress, val_rows)
         if written:
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)

@@ -34,8 +34,8 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
                with capture, attention, gradnorm), classifier, tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
                templates and asked (chat.py hands them over), rows, classes, workers, split,
-               quality, export, describe, demo; answers that a teacher writes: answers, questions,
-               ask (of a server), store
+               quality, export, describe, demo; answers that a model writes: answers, own (the
+               student's), questions, ask (of a server), store
     measure/   for chat.py --score and `make compare`: score, labels, prompts; results, runs,
                compare, entries, page, panels, plots
     chat/      for chat.py: model, talk, terminal, heat; its server: serve, routes, api, engine,

@@ -10,6 +10,8 @@ On disk, in data/NAME/ (SPLIT is train or val):
     SPLIT.labels.npy   uint32 (rows,)     rows with a class each (lib/prepare/classes.py): its
                        number in meta.json's `labels`; the row's only target
     SPLIT.texts.parquet                   ... and their texts, for a teacher with another tokenizer
+    SPLIT.logp.npy     float32 (rows,)    rows that the student sampled (lib/prepare/own.py): its
+                       log-probability of the targets when it wrote them, nats; NaN for others
     tokenizer/         the tokenizer itself, so that no later stage needs a network
     report.png         how long rows are, where they come from, why others were dropped
                        (lib/measure/plots.py; without matplotlib there is none)
@@ -98,9 +100,10 @@ class Batch:
 
 class Split:
     """The rows of train or val. labels: the class of each, where they have one
-    (lib/prepare/classes.py), else None."""
+    (lib/prepare/classes.py), else None; logp: of what the student sampled, nats, where some are."""
 
     labels: np.ndarray | None = None
+    logp: np.ndarray | None = None
 
     def __init__(self, folder: Path, name: str) -> None:
         def part(what: str, dtype: np.dtype | type) -> np.ndarray:
@@ -110,6 +113,8 @@ class Split:
         self.rows = part("rows", ROW)
         if (folder / f"{name}.labels.npy").exists():
             self.labels = np.asarray(part("labels", np.uint32))
+        if (folder / f"{name}.logp.npy").exists():
+            self.logp = part("logp", np.float32)
         if wrong := self._misfit():
             files.fail(f"{folder}/{name}.*.npy do not fit together", wrong, mend=MAKE_AGAIN)
 
@@ -140,6 +145,8 @@ class Split:
             return f"{count} tokens, {len(self.answer)} mask entries"
         if self.labels is not None and len(self.labels) != len(self.rows):
             return f"{len(self.labels)} labels of {len(self.rows)} rows"
+        if self.logp is not None and len(self.logp) != len(self.rows):
+            return f"log-probabilities of {len(self.logp)} of {len(self.rows)} rows"
         if int(lengths.sum(dtype=np.uint64)) != count or not lengths.all():
             return f"rows of {int(lengths.sum(dtype=np.uint64))} tokens, {count} tokens"
         for begin, size in (("start", lengths), ("first_target", targets)):

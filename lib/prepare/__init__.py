@@ -13,7 +13,8 @@ rows         conversations -> token ids and masks, what is dropped and why
 classes      rows that have a class each (--task classify)
 workers      tokenizing in several processes, order kept
 split        duplicates, and the division into train and val
-answers      --answers teacher: answers written by a teacher, checked
+answers      --answers teacher, student: answers written by a model; a teacher's are checked
+own          ... the student's own: the token ids that it sampled, learnt as they are
 questions    ... what is asked, of a model here or of a server
 ask          ... a client of any OpenAI-compatible server
 store        ... each answer kept exactly once, whatever is killed

@@ -1,5 +1,5 @@
-"""Answers written by a teacher, for prepare_data.py: asked for once, kept for good
-(lib/prepare/store.py), checked (quality.py), and handed on as rows.
+"""Answers written by a teacher, or by the student itself, for prepare_data.py: asked for once, kept
+for good (lib/prepare/store.py), a teacher's checked (quality.py), and handed on as rows.
 
 Contract: every (prompt, generation) of lib/prepare/questions.py is asked for until the store has
 its answer, and never again.
@@ -17,33 +17,41 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from lib import checkpoints, files, flags, generate, models, run, template
-from lib.prepare import ask, quality, questions, sources, templates
+from lib.prepare import ask, own, quality, questions, sources, split, templates
+from lib.prepare import rows as prepared
 from lib.prepare.store import ABOUT, Store, folder_name
 
 SAY_EVERY_S = 30.0
+LONGEST = 1024  # tokens of an answer, where nobody says
+SHARED = ("teacher_url", "teacher_model", "teacher_temperature", "teacher_top_p")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what --answers teacher needs, under its own heading."""
-    group = parser.add_argument_group("answers written by a teacher")
+    """Add what --answers teacher and --answers student need, under a heading of their own."""
+    group = parser.add_argument_group("answers written by a teacher, or by the student")
     group.add_argument(
         "--answers",
-        choices=["given", "teacher"],
+        choices=["given", "teacher", "student"],
         default="given",
         help=(
-            "the sources' own, or a teacher's, which are kept in OUT/answers (default: %(default)s)"
+            "the sources' own; a teacher's; or the student's own text, whose tokens are learnt as"
+            " they were sampled. Both are kept in OUT/answers (default: %(default)s)"
         ),
     )
-    group.add_argument("--teacher", metavar="DIR|ID", help="a model that is run here")
+    group.add_argument("--teacher", metavar="DIR|ID", help="a teacher that is run here")
+    group.add_argument("--student", metavar="DIR|ID", help="the student, run here")
     group.add_argument(
         "--teacher-url",
+        "--student-url",
         metavar="URL",
         help=(
             f"an OpenAI-compatible server, up to and with /v1; its key: {' or '.join(ask.KEYS)} "
             "in the environment"
         ),
     )
-    group.add_argument("--teacher-model", metavar="NAME", help="the model's name on that server")
+    group.add_argument(
+        "--teacher-model", "--student-model", metavar="NAME", help="the model's name on that server"
+    )
     group.add_argument(
         "--generations",
         type=int,
@@ -54,9 +62,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-new-tokens",
         type=int,
-        default=1024,
+        default=None,
         metavar="N",
-        help="tokens of the longest answer (default: %(default)s)",
+        help=f"tokens of the longest answer (default: {LONGEST}; of a student, --max-len's)",
     )
     group.add_argument(
         "--max-prompt",
@@ -65,14 +73,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the longest prompt asked (default: %(default)s)",
     )
+    _add_sampling_flags(group)
+    _add_speed_flags(group)
+
+
+def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Add how an answer's tokens are chosen, and whether it may be cut."""
     group.add_argument(
         "--teacher-temperature",
+        "--student-temperature",
         type=float,
         metavar="T",
-        help="0 = greedy (default: the teacher's own, or its server's)",
+        help="0 = greedy (default: the teacher's own, or its server's; of a student 1)",
     )
     group.add_argument(
         "--teacher-top-p",
+        "--student-top-p",
         type=float,
         metavar="P",
         help="sample among the likeliest tokens of this mass (default: likewise)",
@@ -82,7 +98,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep answers cut at --max-new-tokens; their cut is not learnt as an end",
     )
-    _add_speed_flags(group)
 
 
 def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
@@ -90,17 +105,18 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
     for."""
     group.add_argument(
         "--teacher-batch",
+        "--student-batch",
         type=int,
         default=32,
         metavar="N",
-        help="answers in work at once with --teacher (default: %(default)s)",
+        help="answers in work at once of a model run here (default: %(default)s)",
     )
     group.add_argument(
         "--concurrency",
         type=int,
         default=64,
         metavar="N",
-        help="requests in flight with --teacher-url (default: %(default)s)",
+        help="requests in flight to a server (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
@@ -123,15 +139,23 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work together."""
-    for name in ("teacher", "teacher_url", "teacher_model", "teacher_temperature", "teacher_top_p"):
-        if args.answers == "given" and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} needs --answers teacher")
-    if args.answers == "given":
+    who, other = args.answers, "teacher" if args.answers == "student" else "student"
+    for name in ("teacher", "student", *SHARED):
+        if getattr(args, name) is not None and (who == "given" or name == other):
+            wanted = "teacher" if name in SHARED else name
+            parser.error(f"{flags.spelled(name)} needs --answers {wanted}")
+    if who == "given":
+        args.max_new_tokens = args.max_new_tokens or LONGEST
         return
-    if (args.teacher is None) == (args.teacher_url is None):
-        parser.error("--answers teacher wants exactly one of --teacher DIR and --teacher-url URL")
+    args.writer = getattr(args, who)
+    if (args.writer is None) == (args.teacher_url is None):
+        parser.error(f"--answers {who} wants exactly one of --{who} DIR and --{who}-url URL")
     if (args.teacher_url is None) != (args.teacher_model is None):
-        parser.error("--teacher-url URL and --teacher-model NAME belong together")
+        parser.error(f"--{who}-url URL and --{who}-model NAME belong together")
+    if who == "teacher":
+        args.max_new_tokens = LONGEST if args.max_new_tokens is None else args.max_new_tokens
+    else:
+        own.check_flags(parser, args)
     flags.positive(
         parser,
         args,
@@ -162,11 +186,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             )
 
 
-def teacher_here(args) -> tuple:
-    """Return the folder of --teacher and its tokenizer, with a chat template; no model is
-    loaded."""
+def writer_here(args) -> tuple:
+    """Return the folder of --teacher or --student and its tokenizer, with a chat template; no model
+    is loaded."""
 
-    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+    folder = checkpoints.local_folder(args.writer, args.trust_remote_code)
     tokenizer = template.load_tokenizer(checkpoints.with_tokenizer(folder), args.trust_remote_code)
     templates.make_ready(tokenizer, args.chat_template, args.template_args, beside=True)
     return folder, tokenizer
@@ -186,6 +210,8 @@ def settings(args) -> dict | None:
     answers given. No model is loaded for it."""
     if args.answers == "given":
         return None
+    if args.answers == "student":
+        return own.settings(args)
     common = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.teacher_url:
         how = {"temperature": args.teacher_temperature, "top_p": args.teacher_top_p}
@@ -193,12 +219,10 @@ def settings(args) -> dict | None:
         if args.template_args:
             how["chat_template_kwargs"] = args.template_args
         return {"teacher": args.teacher_model, "host": host, "sampling": how} | common
-    from lib import generate
-
-    folder, tokenizer = teacher_here(args)
-    own = own_sampling(folder, args.trust_remote_code)
+    folder, tokenizer = writer_here(args)
+    usual = own_sampling(folder, args.trust_remote_code)
     how = dataclasses.asdict(
-        generate.sampling_of(own, tokenizer, args.teacher_temperature, args.teacher_top_p)
+        generate.sampling_of(usual, tokenizer, args.teacher_temperature, args.teacher_top_p)
     )
     return {
         "teacher": args.teacher,
@@ -253,71 +277,90 @@ def refuse_texts(inputs: list[sources.Source]) -> None:
 
 
 def longest_prompt(args) -> int:
-    """Return the tokens of the longest prompt asked, which leaves a teacher that is run here room
-    in its context."""
-    if not args.teacher:
-        return args.max_prompt
-    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+    """Return the tokens of the longest prompt asked, which leaves a model that is run here room in
+    its context, and the student's row room in --max-len."""
+    longest = min(args.max_prompt, args.max_len - 1) if own.asked(args) else args.max_prompt
+    if not args.writer:
+        return longest
+    folder = checkpoints.local_folder(args.writer, args.trust_remote_code)
     config = models.config_of(folder, args.trust_remote_code).get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or args.max_prompt + 1
-    return min(args.max_prompt, context - 1)
+    context = getattr(config, "max_position_embeddings", None) or longest + 1
+    return min(longest, context - 1)
 
 
-def answer_all(store: Store, inputs: list[sources.Source], args, tokenizer) -> AnsweredRows:
-    """Ask the teacher for every answer that the store lacks, then read and judge them all.
-    tokenizer: the data set's."""
+def answer_all(
+    store: Store, inputs: list[sources.Source], args, tokenizer, val: split.ValRows
+) -> AnsweredRows:
+    """Ask the teacher, or the student, for every answer that the store lacks, then read and judge
+    them all. tokenizer: the data set's. Prompts that another data set holds out (--val FOLDER) are
+    asked once, whatever --generations."""
     refuse_texts(inputs)
     longest = longest_prompt(args)
     if args.teacher:  # the prompt is written as the teacher knows it
-        _, tokenizer = teacher_here(args)
-    numbers = range(args.generations)
+        _, tokenizer = writer_here(args)
 
     def asked(lost, read):
         return questions.questions(inputs, args, tokenizer, longest, lost, read)
 
+    def numbers(question):
+        return range(1 if val.known and held_out(question, val, args) else args.generations)
+
     lost, read = collections.Counter(), collections.Counter()
-    wanted = {question.key: question.place for question in asked(lost, read)}
-    total = len(wanted) * args.generations
-    done = sum(name in store.have for name in itertools.product(wanted, numbers))
+    wanted: dict[tuple[str, int], tuple[int, int]] = {}  # (key, generation) -> place
+    prompts, done = 0, 0
+    for question in asked(lost, read):
+        prompts += 1
+        for number in numbers(question):
+            wanted[question.key, number] = question.place
+            done += (question.key, number) in store.have
+    total = len(wanted)
     print(
-        f"answers: {len(wanted):,} prompts, {args.generations} each: {total:,}; {done:,} are there"
+        f"answers: {prompts:,} prompts, {args.generations} each: {total:,}; {done:,} are there"
         f" already ({store.folder})",
         flush=True,
     )
     if done < total:
         known = set(store.have)
         again = asked(collections.Counter(), collections.Counter())
-        pairs = ((question, number) for question in again for number in numbers)
+        pairs = ((question, number) for question in again for number in numbers(question))
         missing = (pair for pair in pairs if (pair[0].key, pair[1]) not in known)
-        if args.teacher:
+        if args.writer:  # run here
             answers = questions.by_model(args, store.made, missing, tokenizer)
         else:
             answers = questions.by_server(args, missing)
         collect(store, answers, done, total)
     store.close()
-    good, dropped = judge(store, wanted, args)
+    good, dropped = (own.judge if own.asked(args) else judge)(store, wanted, args)
     meta = store.made | {
         "generations": args.generations,
-        "prompts": len(wanted),
+        "prompts": prompts,
         "answers": total,
         "folder": f"{files.NEVER_DELETED}/{store.folder.name}",
     }
+    if own.asked(args):
+        meta |= own.facts(itertools.compress(store.rows(), good))
     rows = handed_on(store, good, wanted)
     return AnsweredRows(rows, sum(good), read, lost + dropped, meta)
 
 
+def held_out(question: questions.Question, val: split.ValRows, args) -> bool:
+    """Return whether a prompt is on the side that is not trained on."""
+    return val.candidate(prepared.prompt_hash(question.prompt, args.seed))
+
+
 def judge(store: Store, wanted: dict, args) -> tuple[list[bool], collections.Counter]:
-    """Return which answers of the store are good, and how many of those to the prompts `wanted`
-    are not, by (source, reason)."""
+    """Return which answers of the store are good, and how many of those `wanted` are not, by
+    (source, reason)."""
     good, dropped = [], collections.Counter()
     found: list[tuple[int, str | None] | None] = []  # (source, reason); None: not asked for
     duplicates = quality.Duplicates(several=args.generations > 1)
     for row in store.rows():
-        if row["key"] not in wanted or row["generation"] >= args.generations:
+        name = row["key"], row["generation"]
+        if name not in wanted:
             found.append(None)
             continue
         reason = quality.rejection(row["answer"], row["finish_reason"], args.keep_truncated)
-        found.append((wanted[row["key"]][0], reason))
+        found.append((wanted[name][0], reason))
         if reason is None:
             prompt = "\n".join(message["content"] for message in row["prompt"])
             duplicates.add(prompt, row["answer"], int(row["key"], 16))
@@ -336,7 +379,9 @@ def handed_on(store: Store, good: list[bool], wanted: dict) -> Iterator[tuple]:
     for row in itertools.compress(store.rows(), good):
         written = {field.name: row[field.name] for field in ABOUT}
         answer = {"role": "assistant", "content": row["answer"], "written": written}
-        yield wanted[row["key"]], [*row["prompt"], answer]
+        said = [*row["prompt"], answer]
+        place = wanted[row["key"], row["generation"]]
+        yield place, own.sampled(row, said) if store.own else said
 
 
 def collect(store: Store, answers: Iterator[dict], done: int, total: int) -> None:

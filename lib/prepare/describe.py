@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files, template
-from lib.prepare import places, sources, split, templates
+from lib.prepare import own, places, sources, split, templates
 
 BOTH = {"train": int, "val": int}
 DESCRIBED = data.META | {  # of meta.json, what is printed of it
@@ -115,7 +115,7 @@ def staging_key(inputs: list[sources.Source], written, args, shaping: dict, toke
 
     told = [{name: value for name, value in shaping.items() if name not in PATHS}]
     told += [template.identities(tokenizer), transformers.__version__, tokenizers.__version__]
-    told += [data.FORMAT, written and (written.count, written.meta)]
+    told += [data.FORMAT, split.STAGED.descr, written and (written.count, written.meta)]
     for name, file in ((source.name, file) for source in inputs for file in source.files):
         place = file.place
         if place.is_local:  # wherever it lies now, by whatever path
@@ -224,8 +224,8 @@ def print_table(folder: Path, meta: dict) -> None:
             f" {split['rows']:,} rows (--long drop leaves them out)"
         )
     what = "read"
-    if meta.get("teacher"):
-        what = f"prompts, answered {meta['teacher']['generations']} times"
+    if several := (meta.get("teacher") or meta.get("student", {})).get("generations"):
+        what = f"prompts, answered {several} times"
     for source in meta["sources"] if len(meta["sources"]) > 1 else ():
         rows, drops = source["rows"], sum(source["dropped"].values())
         print(
@@ -252,6 +252,10 @@ def say_next(folder: Path, meta: dict) -> None:
     student = meta["tokenizer"]
     if Path(student).is_dir() and not Path(student, "config.json").exists():
         student = "STUDENT"  # a tokenizer alone
+    if meta.get("own"):
+        words = ["--data", folder, "--teacher", "TEACHER", "--out", f"logits/{folder.name}"]
+        print(f"next: {files.command('dump_logits.py', *words)}, then stage2_kd.py", flush=True)
+        return
     words = ["--data", folder, "--student", student, "--out", f"runs/{folder.name}/stage1"]
     print(f"next: {files.command('stage1_sft.py', *words)}", flush=True)
 
@@ -287,6 +291,9 @@ def show_first(numbered: Iterator[tuple], name: str, args, tokenizer, most: int)
             show_row(tokenizer, head, tokenizer(row[0])["input_ids"], row[1] or "none")
             continue
         made = "too long"
+        if isinstance(row, own.Sampled):
+            show_row(tokenizer, head, row.ids, np.array(row.answer))
+            continue
         if row is not None:
             (made,) = template.encode(tokenizer, [row], args.turns, args.think)
         if isinstance(made, str):  # prompts that a teacher is to answer are such rows

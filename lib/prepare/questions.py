@@ -1,4 +1,5 @@
-"""What a teacher is asked, and the two who may answer: a model that is run here, or a server.
+"""What a teacher (or the student itself) is asked, and the two who may answer: a model that is run
+here, or a server.
 
 Contract: the teacher sees a conversation up to the turn to answer and never its reference answer.
 `questions` yields every different prompt once; `by_model` and `by_server` yield an answer (a row of
@@ -101,24 +102,35 @@ def seed_of(seed: int, key: str, generation: int) -> int:
 def by_model(
     args, made: dict, missing: Iterator[tuple[Question, int]], tokenizer
 ) -> Iterator[dict]:
-    """Yield the answers of a model that is run here."""
+    """Yield the answers of a model that is run here; the student's with the ids that it sampled, up
+    to the first one that is none of the tokenizer's, and their log-probability."""
     from lib import checkpoints, generate, models
 
     device = models.pick_device(args.device, args.threads)
-    folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
+    folder = checkpoints.local_folder(args.writer, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     module = models.load(
         str(folder), device, dtype, pack=False, trust_remote_code=args.trust_remote_code
     ).module
     how = generate.Sampling(**made["sampling"] | {"stops": tuple(made["sampling"]["stops"])})
 
+    own, likely = "student" in made, collections.defaultdict(list)
+    known = {*tokenizer.get_vocab().values()} if own else ()
+
     def requests():
         for question, number in missing:
             seed = seed_of(args.seed, question.key, number)
-            ids = generate.known(module, question.ids, tokenizer)
-            yield generate.Request((question, number), ids, args.max_new_tokens, seed)
+            ids, most = generate.known(module, question.ids, tokenizer), args.max_new_tokens
+            most = min(most, args.max_len - len(ids)) if own else most
+            top = 0 if own else None
+            yield generate.Request((question, number), ids, most, seed, top=top)
 
-    written = generate.generate(module, generate.by_length(requests()), how, args.teacher_batch)
+    def hear(request, token, told):
+        if own:
+            likely[request.seed].append(told.logp)
+
+    ordered = generate.by_length(requests())
+    written = generate.generate(module, ordered, how, args.teacher_batch, hear)
     while (answer := within_memory(written)) is not None:
         text = tokenizer.decode(
             answer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -126,7 +138,15 @@ def by_model(
         if answer.finish == "length":
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that the limit cut in two
         question, number = answer.request.key
-        yield row_of(question, number, text, answer.finish, len(question.ids), len(answer.ids))
+        row = row_of(question, number, text, answer.finish, len(question.ids), len(answer.ids))
+        if own:
+            told = likely.pop(answer.request.seed, [])
+            ids = answer.ids
+            if answer.end is not None:
+                ids, told = [*ids, answer.end], [*told, answer.likely.logp]
+            ids = list(itertools.takewhile(known.__contains__, ids))
+            row |= {"prompt_ids": question.ids, "answer_ids": ids, "logp": sum(told[: len(ids)])}
+        yield row
 
 
 def within_memory(written: Iterator):

@@ -8,14 +8,15 @@ the flags alone.
 import argparse
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lib import flags, template
-from lib.prepare import conversations, sources, split, templates
+from lib import data, files, flags, template
+from lib.prepare import conversations, own, sources, split, templates
 
 LEAST = 1 << 20  # characters: a shorter row is tokenized as it is, whatever --max-len
 AT_ONCE = 1 << 17  # of a longer text, tokenized at once: a token takes 300 bytes there
@@ -24,13 +25,15 @@ AT_ONCE = 1 << 17  # of a longer text, tokenized at once: a token takes 300 byte
 class Encoded(NamedTuple):
     """ids (L,) uint32; answer (L,) bool: the targets. prompt: the hash that decides the side, the
     same for equal prompts; digest: of the ids, the same for duplicates. reference: the last answer,
-    of a conversation; the text of a piece of a text, to export it."""
+    of a conversation; the text of a piece of a text, to export it. digest 0: what the student
+    sampled is no duplicate of anything; its logp: see data.Split."""
 
     ids: np.ndarray
     answer: np.ndarray
     prompt: int
     digest: int
     reference: str = ""
+    logp: float = math.nan
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +84,43 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--long pack is about plain texts: it does not go with --task classify")
 
 
+def check_val(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Read --val: a number, or else a folder, which stays a text. Refuse (exit code 2) others."""
+    try:
+        args.val = float(args.val)
+    except ValueError:
+        if args.task == "classify":
+            parser.error(f"--val is {args.val}: of rows with a class, wanted a share or a count")
+        return
+    if not args.val >= 0 or args.val >= 1 and args.val % 1:
+        parser.error(
+            f"--val is {args.val}, wanted a share below 1, a whole number of rows, or a prepared"
+            " folder"
+        )
+
+
+def held_out(args) -> float | frozenset[int]:
+    """Return --val as it is used: of another prepared folder the hashes of the prompts that it
+    holds out; args.val becomes what is stored of it."""
+    if not isinstance(args.val, str):
+        return args.val
+    folder = Path(args.val)
+    dataset = data.Dataset(folder, args.trust_remote_code)
+    if not (path := folder / "val.prompts.jsonl").exists():
+        files.fail(
+            f"--val {folder} holds out no prompt",
+            f"no {path.name}",
+            "conversations that prepare_data.py prepared, or a share or a count",
+        )
+    args.val = f"that of data {dataset.identities['data'][:12]}"
+    prompts = (line["messages"] for line in files.read_jsonl(path))
+    return frozenset(prompt_hash(messages, args.seed) for messages in prompts)
+
+
 def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
     """Give a tokenizer the chat template that the data is written with, and tell what was done to
     it, and of one that leaves earlier answers out. Return the line that has its date, or ""."""
+    own.check_vocabulary(inputs, tokenizer)
     every = [file.columns for source in inputs for file in source.files]
     turns, dated = args.turns, ""
     if any("text" not in columns for columns in every):
@@ -131,9 +168,8 @@ def prompt_hash(row: list[dict] | str, seed: int) -> int:
     """Return 64 bits of what comes before the first answer (all of a plain text): equal prompts
     share one side of the split."""
     if not isinstance(row, str):
-        first = next(
-            place for place, message in enumerate(row) if place and message["role"] == "assistant"
-        )
+        answers = (n for n, message in enumerate(row) if n and message["role"] == "assistant")
+        first = next(answers, None)
         row = [[message["role"], message["content"]] for message in row[:first]]
     return split.hash64(json.dumps(row).encode(), seed)
 
@@ -152,6 +188,9 @@ def short_of(numbered: Iterator[tuple], tokenizer, args: argparse.Namespace) -> 
     longest = max(map(len, tokenizer.get_vocab()))
     most = max(args.max_len * longest, LEAST) + 1000
     for number, row in numbered:
+        if isinstance(row, own.Sampled):
+            yield number, row
+            continue
         if isinstance(row, list) and len(row) > args.max_len:  # every turn is a token at least
             row = row[: args.max_len] if args.long == "truncate" else None
         if row is not None and conversations.characters(row) > most:
@@ -199,11 +238,18 @@ def encode_batch(
     reason it is dropped. folder: of the tokenizer."""
     tokenizer = saved_tokenizer(folder, args.trust_remote_code)
     result = []
-    texts = [row for row in rows if row is not None and not _is_long(row)]
+    texts = [
+        row
+        for row in rows
+        if row is not None and not isinstance(row, own.Sampled) and not _is_long(row)
+    ]
     usual = iter(template.encode(tokenizer, texts, args.turns, args.think))
     for row in rows:
         if row is None:
             result.append("too long")
+            continue
+        if isinstance(row, own.Sampled):
+            result.append(_verbatim(row, args))
             continue
         encoded = encode_text(tokenizer, row) if _is_long(row) else next(usual)
         if not isinstance(encoded, str):
@@ -216,6 +262,17 @@ def encode_batch(
             encoded = encoded._replace(reference=template.reference(tokenizer, shown))
         result.append(encoded)
     return result
+
+
+def _verbatim(row: own.Sampled, args) -> Encoded | str:
+    """Return the row of an answer that the student sampled: its tokens as they are."""
+    if len(row.ids) > args.max_len:
+        return "too long"
+    ids, answer = np.array(row.ids, np.uint32), np.array(row.answer)
+    if own.is_blank(row[-1]["content"]):
+        return "empty"
+    prompt = prompt_hash(row, args.seed)
+    return Encoded(ids, answer, prompt, 0, own.reference_of(row), row.logp)
 
 
 def is_text(row: object) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files
-from lib.prepare import conversations, formats, hub, kinds, places, schema, split
+from lib.prepare import conversations, formats, hub, kinds, own, places, schema, split
 from lib.prepare.places import Place
 
 MOST_SHAPES = 1000  # sets of columns of JSON rows that are remembered, and names that are noted
@@ -223,6 +223,10 @@ def look(
     name = "--columns"
     columns, ignored, roles = schema.aside(columns or {})
     guessed = not {"prompt", "messages", "text", "rendered"} & {*columns}
+    if guessed and need_answer and not labelled and own.is_file(found.types):
+        told = "the student's own answers, their tokens as they were sampled"
+        named = {name: name for name in own.COLUMNS}
+        return File(path, "sampled", told, named, found.count)
     if guessed and not labelled and {*schema.TREE[:5]} <= {*found.types}:
         name, columns = "trees", {"messages": "messages"}
         found.types["messages"] = None
@@ -303,6 +307,9 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
     known: dict[tuple[str, ...], File] = {}  # by the columns that a JSON row has
     try:
         for number, record in enumerate(records, 1):
+            if source.schema == "sampled":
+                yield own.of_file(record)
+                continue
             file = source
             if source.exact:
                 there = tuple(name for name, value in record.items() if said(value))

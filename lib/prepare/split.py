@@ -5,6 +5,7 @@ import collections
 import hashlib
 import heapq
 import json
+import math
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ FILES = ("tokens.npy", "answer.npy", "rows.npy")  # of each side
 COUNTED = ("read", "lost")
 NOTED = "staged.json"  # in a folder that is not finished: how far it has come
 BLOCK_TOKENS = 1 << 22  # tokens copied at once
-# one row before it has a side; prompt: its hash
-STAGED = np.dtype([("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8")])
+# one row before it has a side; prompt: its hash; logp: see data.Split
+STAGED = np.dtype(
+    [("length", "<u4"), ("targets", "<u4"), ("source", "<u2"), ("prompt", "<u8"), ("logp", "<f4")]
+)
 
 
 def hash64(value: bytes, seed: int | None = None) -> int:
@@ -131,7 +134,9 @@ class Staging:
                 np.lib.format.read_magic(file)
                 np.lib.format.read_array_header_1_0(file)
             for row in np.fromfile(rows, STAGED, self.count):
-                seen.add(hash64(np.fromfile(tokens, np.uint32, row["length"]).tobytes()))
+                ids = np.fromfile(tokens, np.uint32, row["length"])
+                if np.isnan(row["logp"]):
+                    seen.add(hash64(ids.tobytes()))
                 val_rows.candidate(int(row["prompt"]))
                 self.kept[int(row["source"])] += 1
 
@@ -139,11 +144,13 @@ class Staging:
     def count(self) -> int:
         return self.rows.count
 
-    def append(self, ids: np.ndarray, answer: np.ndarray, source: int, prompt: int) -> None:
+    def append(
+        self, ids: np.ndarray, answer: np.ndarray, source: int, prompt: int, logp: float = math.nan
+    ) -> None:
         self.tokens.append(ids)
         self.answer.append(answer)
         self.kept[source] += 1
-        self.rows.append(np.array([(len(ids), answer.sum(), source, prompt)], STAGED))
+        self.rows.append(np.array([(len(ids), answer.sum(), source, prompt, logp)], STAGED))
 
     def append_prompt(self, messages: list[dict], reference: str) -> None:
         """Note the prompt and the reference of the row appended last: it may become a validation
@@ -224,14 +231,17 @@ class Seen:
 
 class ValRows:
     """Which rows are validation rows: those whose prompts have the smallest hashes, up to a share
-    of all hashes or a count of rows."""
+    of all hashes or a count of rows; or those whose prompts have one of a set of hashes."""
 
-    def __init__(self, val):
+    def __init__(self, val: float | frozenset[int]):
         # a heap of negated hashes: its top is the largest of the `val` smallest so far
         self.val, self.smallest = val, []
+        self.known = isinstance(val, frozenset)  # from the beginning
 
     def candidate(self, prompt):
         """Return False for a row that can no longer become a validation row, whatever follows."""
+        if isinstance(self.val, frozenset):
+            return prompt in self.val
         if self.val < 1:
             return prompt < int(self.val * 2**64)
         if len(self.smallest) < self.val:
@@ -243,6 +253,8 @@ class ValRows:
     def mask(self, prompts):
         """Return the mask of validation rows. A count takes whole groups of equal prompts, so that
         it may stay a little below."""
+        if isinstance(self.val, frozenset):
+            return np.isin(prompts, np.array([*self.val], np.uint64))
         if self.val < 1:
             return prompts < np.uint64(int(self.val * 2**64))
         values, counts = np.unique(prompts, return_counts=True)
@@ -300,6 +312,7 @@ def write_sides(partial: Path, staged: Staged) -> None:
     was staged."""
     for part, dtype in (("tokens", np.uint32), ("answer", bool)):
         _copy(partial, part, dtype, staged)
+    own = not np.isnan(staged.rows["logp"]).all()
     for side, mask in (("train", ~staged.is_val), ("val", staged.is_val)):
         mine = staged.rows[mask]
         records = np.zeros(len(mine), data.ROW)
@@ -307,9 +320,11 @@ def write_sides(partial: Path, staged: Staged) -> None:
             records[name] = mine[name]
         for name, counted in (("start", "length"), ("first_target", "targets")):
             records[name][1:] = np.cumsum(mine[counted][:-1], dtype=np.uint64)
-        writer = NpyWriter(partial / f"{side}.rows.npy", data.ROW)
-        writer.append(records)
-        writer.close()
+        told = {"rows": records} | ({"logp": mine["logp"]} if own else {})
+        for part, values in told.items():
+            writer = NpyWriter(partial / f"{side}.{part}.npy", values.dtype)
+            writer.append(values)
+            writer.close()
     if (partial / "staged.prompts.jsonl").stat().st_size:
         with (
             open(partial / "staged.prompts.jsonl", encoding="utf-8") as source,

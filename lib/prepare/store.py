@@ -72,20 +72,37 @@ def unflattened(messages: list[dict]) -> list[dict]:
 
 
 WITH_MORE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
+# what the student sampled (lib/prepare/own.py): the ids of the prompt and of the answer, with the
+# token that ended it, if one did; the sum of their log-probabilities, nats; of what weights, and
+# whose ids these are
+OWN = (
+    ("prompt_ids", pa.list_(pa.uint32())),
+    ("answer_ids", pa.list_(pa.uint32())),
+    ("logp", pa.float64()),
+    ("weights", pa.string()),
+    ("vocabulary", pa.string()),
+)
+
+
+def schema(own: bool, more: bool = True) -> pa.Schema:
+    """Return the columns of a part, of the student's own text or not."""
+    every = WITH_MORE if more else SCHEMA
+    return pa.schema([*every, *(pa.field(*one) for one in OWN)]) if own else every
 
 
 def folder_name(made: dict) -> str:
     """Return the name of the settings' folder. Where the teacher lies or is served does not matter:
     its weights, or its name there, do."""
-    where = "teacher" if "weights" in made else "host"
-    told = {name: value for name, value in made.items() if name != where}
+    where = ("teacher", "student") if "weights" in made else ("host",)
+    told = {name: value for name, value in made.items() if name not in where}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_part(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_part(path: Path, columns: list[str] | None = None, own: bool = False) -> pa.Table:
     """Return a part; one that is none is a one-line error."""
+    every = schema(own)
     try:
-        return pq.read_table(path, columns=columns or SCHEMA.names, schema=WITH_MORE)
+        return pq.read_table(path, columns=columns or every.names, schema=every)
     except (pa.ArrowException, OSError, KeyError) as broken:
         files.fail(
             f"{path} cannot be read", broken, "answers as this program wrote them", ASK_AGAIN
@@ -112,6 +129,7 @@ class Store:
 
     def __init__(self, folder: Path, made: dict) -> None:
         self.folder, self.made = folder / folder_name(made), made
+        self.own = "student" in made
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = files.lock(folder)
         if (settings := self.folder / "settings.json").exists():
@@ -196,12 +214,15 @@ class Store:
                     self.folder
                     / f"part-{max(int(other.stem[5:]) for other in self.parts) + 1:05d}.parquet"
                 )
-            told = f"{self.made['teacher']}@{self.made.get('host') or self.made['weights'][:12]}"
-            same = {"teacher": told, "sampling": json.dumps(self.made["sampling"], sort_keys=True)}
+            made = self.made
+            who = made.get("student") or made["teacher"]
+            told = f"{who}@{made.get('host') or made['weights'][:12]}"
+            same = {"teacher": told, "sampling": json.dumps(made["sampling"], sort_keys=True)}
+            same |= {name: made.get(name) for name in ("weights", "vocabulary")} if self.own else {}
             partial = path.with_name(path.name + ".part")
             rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
             more = any("more" in message for row in rows for message in row["prompt"])
-            table = pa.Table.from_pylist(rows, WITH_MORE if more else SCHEMA)
+            table = pa.Table.from_pylist(rows, schema(self.own, more))
             pq.write_table(table, partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
@@ -220,5 +241,5 @@ class Store:
         """Yield all answers, a part at a time. (The newest are among them once the store is
         closed.)"""
         for path in self.parts:
-            for row in read_part(path).to_pylist():
+            for row in read_part(path, own=self.own).to_pylist():
                 yield row | {"prompt": unflattened(row["prompt"])}
