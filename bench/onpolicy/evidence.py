@@ -20,6 +20,7 @@ import argparse
 import os
 import random
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -119,8 +120,8 @@ class Steps:
     def log(self, name: str) -> Path:
         return self.out / "logs" / f"{name}.log"
 
-    def run(self, name: str, script: str, *words: object) -> float:
-        """Run a script unless it has ended well before; return the seconds it took."""
+    def run(self, name: str, script: str, *words: object) -> None:
+        """Run a script unless it has ended well before; note the seconds that it took."""
         record, log = self.out / "steps" / f"{name}.json", self.log(name)
         command = [script, *map(str, words)]
         if record.exists():
@@ -132,10 +133,10 @@ class Steps:
                     shlex.join(command),
                     "another --out, or delete it and what it made",
                 )
-            return seen["time_s"]
+            return
         again = ["--fresh"] if log.exists() else []
         print(f"{self.out.parent.name} {self.out.name} {name}", flush=True)
-        started = time.monotonic()
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with open(log, "a") as told:
             told.write(f"$ {shlex.join([*command, *again])}\n")
             told.flush()
@@ -144,9 +145,10 @@ class Steps:
         if code:
             tail = log.read_text(errors="replace").splitlines()[-3:]
             files.fail(f"{script} ended with {code}", " / ".join(tail), "0", f"a look at {log}")
-        time_s = time.monotonic() - started
-        files.write_json(record, {"command": command, "time_s": time_s, "checksums": {}})
-        return time_s
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = {"time_s": time.monotonic() - started, "cpu_s": used.ru_utime + used.ru_stime}
+        seconds["cpu_s"] -= before.ru_utime + before.ru_stime
+        files.write_json(record, {"command": command, **seconds, "checksums": {}})
 
     def keep(self, name: str, make) -> dict:
         """Return the condition that is kept by this name, else what `make()` gives, kept."""
@@ -219,9 +221,15 @@ class Seed:
         text.logits = self.out / f"{name}-logits"
         words = ["--data", text.data, "--teacher", self.teacher, "--out", text.logits]
         words += self.s["dump"].split()
-        time_s = self.steps.run(f"{name}-dump", "dump_logits.py", *words)
-        size = sum(path.stat().st_size for path in text.logits.rglob("*") if path.is_file())
-        text.cost = added(text.cost, {"dump_s": time_s, "record_bytes": size})
+        self.steps.run(f"{name}-dump", "dump_logits.py", *words)
+        there = [text.logits, *text.logits.glob("chunk-*")]  # without val's
+        size = sum(path.stat().st_size for at in there for path in at.iterdir() if path.is_file())
+        targets = files.read_json(text.data / "meta.json")["targets"]["train"]
+        log = self.steps.log(f"{name}-dump").read_text()
+        fit_s = sum(map(float, re.findall(r"fitted to [\d,]+ targets in (\d+) s", log)[-1:]))
+        # a single batch is not timed
+        read_s = targets / last_rate(log, "targets/s") if "targets/s" in log else 0.0
+        text.cost = added(text.cost, {"dump_s": read_s + fit_s, "record_bytes": size})
         return text
 
     def asked(self, name: str, prompts: list[str]) -> Path:
