@@ -224,12 +224,14 @@ class Seed:
         self.steps.run(f"{name}-dump", "dump_logits.py", *words)
         there = [text.logits, *text.logits.glob("chunk-*")]  # without val's
         size = sum(path.stat().st_size for at in there for path in at.iterdir() if path.is_file())
-        targets = files.read_json(text.data / "meta.json")["targets"]["train"]
+        meta = files.read_json(text.data / "meta.json")
+        targets = meta["targets"]["train"]
         log = self.steps.log(f"{name}-dump").read_text()
         fit_s = sum(map(float, re.findall(r"fitted to [\d,]+ targets in (\d+) s", log)[-1:]))
         # a single batch is not timed
         read_s = targets / last_rate(log, "targets/s") if "targets/s" in log else 0.0
-        text.cost = added(text.cost, {"dump_s": read_s + fit_s, "record_bytes": size})
+        cost = {"dump_s": read_s + fit_s, "record_bytes": size, "rows": meta["rows"]["train"]}
+        text.cost = added(text.cost, cost)
         return text
 
     def asked(self, name: str, prompts: list[str]) -> Path:
@@ -260,9 +262,17 @@ class Seed:
         return self.written("by-teacher", "teacher", self.teacher, self.prompts, often)
 
     def both(self, name: str, **parts: object) -> Text:
-        """Return the text of several sources, with records of its own."""
-        sources = [f"{source}={where}" for source, where in parts.items()]
-        return self.text(name, sources, "--val", 0)
+        """Return the text of several sources, files or what a model wrote, with records of its
+        own."""
+        sources, writing = [], []
+        for source, part in parts.items():
+            if isinstance(part, Text):
+                writing.append({k: part.cost[k] for k in ("written_tokens", "write_s")})
+                part = part.data / "answers"
+            sources.append(f"{source}={part}")
+        text = self.text(name, sources, "--val", 0)
+        text.cost = added(text.cost, *writing)
+        return text
 
     # --- training and measures
 
@@ -360,16 +370,12 @@ class Seed:
 
 
 def half(seed: Seed, name: str, divergence: str) -> dict:
-    text = seed.both("half", given=seed.out / "rows/train.parquet", own=seed.own().data / "answers")
-    text.cost = added(text.cost, seed.own().cost | {"dump_s": 0, "record_bytes": 0})
+    text = seed.both("half", given=seed.out / "rows/train.parquet", own=seed.own())
     return seed.offline(name, text, "--mix", "given:0.5 own:0.5", "--divergence", divergence)
 
 
 def pair(seed: Seed) -> dict:
-    teacher, own = seed.by_teacher(), seed.own()
-    text = seed.both("pair", teacher=teacher.data / "answers", own=own.data / "answers")
-    for part in (teacher, own):  # of these the text was needed, not the records
-        text.cost = added(text.cost, part.cost | {"dump_s": 0, "record_bytes": 0})
+    text = seed.both("pair", teacher=seed.by_teacher(), own=seed.own())
     return seed.offline("pair", text, "--divergence", "teacher:skl own:srkl")
 
 

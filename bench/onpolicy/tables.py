@@ -27,6 +27,7 @@ MEASURES = {
     "kl_own": "KL, own",
 }
 COSTS = {  # title, what a value is divided by, its format
+    "rows": ("rows to train on", 1, ",.0f"),
     "written_tokens": ("tokens written", 1, ",.0f"),
     "write_s": ("writing, s", 1, ".0f"),
     "dump_s": ("teacher's records, s", 1, ".0f"),

@@ -19,7 +19,7 @@ def result(setting="demo"):
 
     labels = {"start": "the start", "given": "(a) given", "own-fkl": "(c) own", "wider": "(g)"}
     first = {"start": kept(0.5, 0.4), "given": kept(0.6, 0.3, train_s=10.0)}
-    own = {"train_s": 12.0, "written_tokens": 1000, "record_bytes": 2_500_000}
+    own = {"train_s": 12.0, "rows": 3200, "written_tokens": 1000, "record_bytes": 2_500_000}
     second = {"given": kept(0.8, 0.1, train_s=20.0), "own-fkl": kept(0.9, 0.2, **own)}
     seeds = {"0": first | {"own-fkl": kept(0.7, 0.2, **own)}, "1": second}
     return {"setting": setting, "settings": {"score": "exact"}, "labels": labels, "seeds": seeds}
@@ -41,7 +41,7 @@ def test_differences_are_taken_within_a_seed_and_before_the_mean():
     assert "| +0.100 ± 0.000 | +0.000 ± 1.271 |" in line and line.endswith("| 2 |")
     told = tables.measures(result())
     assert "| the start | 0.500 |" in told and "(g)" not in told  # one seed: no interval
-    assert "| (c) own | 1,000 |  |  | 2.5 | 12 |" in tables.cost(result())
+    assert "| (c) own | 3,200 | 1,000 |  |  | 2.5 | 12 |" in tables.cost(result())
 
 
 def test_the_document_is_filled_between_its_marks(tmp_path, capsys):
