@@ -210,7 +210,7 @@ def stage(partial, inputs, args, written, tokenizer, texts, progress, val_rows):
                 if args.think == "drop" and not isinstance(row, str):
                     row = template.without_think(row)
                 if val_rows.candidate(one.prompt) and not isinstance(row, str):
-                    staging.append_prompt(row, one.reference)
+                    staging.append_prompt(rows.before_answer(row), one.reference)
                 if texts:
                     texts.append(one.reference if several else row, args.wanted[number[0]][0])
                 if staging.kept[number[0]] == progress.quotas[number[0]]:

@@ -110,10 +110,16 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
     cpu = ("--device", "cpu", "--threads", "1")
     answered = ("--answers", "teacher", "--teacher", teacher, "--max-new-tokens", "6")
     answered += ("--keep-truncated", "--teacher-batch", "1", "--teacher-temperature", "3", *cpu)
+    own = ("--source", f"own={rows}", "--val", "4", "--workers", "1", "--generations", "2")
+    own += ("--answers", "student", "--student", student, "--max-new-tokens", "6")
+    own += ("--student-batch", "1", "--student-temperature", "3", *cpu)
     talk = ("--ckpt", student, "--max-new-tokens", "6", "--greedy", "--batch-size", "1", *cpu)
     dump = ("--data", data, "--teacher", teacher, "--k", "8", "--tokens-per-microbatch", "60", *cpu)
     stage1 = ("--data", data, "--student", student, *train)
     stage2 = (*stage1, "--logits", str(world / "logits"))
+    round2 = ("--data", str(world / "own"), "--logits", str(world / "own-logits"))
+    round2 += ("--student", student, *train)
+    live = (*stage1, "--teacher", teacher, "--on-policy", "0.5", "--max-new-tokens", "6")
     lines = ("data", "student")
     made = {
         "prepare": (prepare_data.main, prepare, "out", ("rows.jsonl", "student")),
@@ -121,6 +127,9 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
         "stage1": (stage1_sft.main, stage1, "out", lines),
         "dump": (dump_logits.main, dump, "out", ("data", "teacher")),
         "stage2": (stage2_kd.main, stage2, "out", (*lines, "logits")),
+        "own": (prepare_data.main, own, "out", ("rows.jsonl", "student")),
+        "round": (stage2_kd.main, round2, "out", ("own", "own-logits", "student")),
+        "live": (stage2_kd.main, live, "out", (*lines, "teacher")),
         "eval": (stage2_kd.main, (*stage2, "--eval-only"), "out", (*lines, "logits")),
         "prompts": (
             chat.main,
@@ -151,9 +160,15 @@ def build(world: Path, log: Path) -> None:
     rows_file(world / "rows.jsonl")
     asked = [{"prompt": f"w{i} w{i + 1}", "reference": f"w{i}"} for i in range(8)]
     (world / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    argv = stages(world, world)["dump"].argv[:-1] + (str(world / "logits"),)
-    code, said = finish(start(dump_logits.main, argv, log), log)
-    assert code == 0, said
+    made = stages(world, world)
+    dump = ("--data", str(world / "own"), *made["dump"].argv[2:-1], str(world / "own-logits"))
+    for main, argv in (
+        (dump_logits.main, (*made["dump"].argv[:-1], str(world / "logits"))),
+        (prepare_data.main, (*made["own"].argv[:-1], str(world / "own"))),
+        (dump_logits.main, dump),
+    ):
+        code, said = finish(start(main, argv, log), log)
+        assert code == 0, said
 
 
 def everything(folder: Path) -> dict[str, bytes]:

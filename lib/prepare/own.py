@@ -148,9 +148,9 @@ def check_vocabulary(inputs: list, tokenizer) -> None:
             )
 
 
-def is_blank(answer: str | None) -> bool:
-    """Return whether an answer says nothing: it is dropped, as the only kind."""
-    return not (answer or "").strip()
+def is_empty(answer_ids: list[int], finish: str) -> bool:
+    """Return whether an answer has no token but its end: it is dropped, as the only kind."""
+    return len(answer_ids) <= (finish == "stop")
 
 
 def judge(kept: store.Store, wanted: dict, args) -> tuple[list[bool], collections.Counter]:
@@ -169,7 +169,7 @@ def facts(records: Iterable[dict]) -> dict[str, Any]:
     count, tokens, ended, logp = 0, 0, 0, 0.0
     weights: dict[str | None, None] = {}
     for row in records:
-        if not is_blank(row["answer"]):
+        if not is_empty(row["answer_ids"], row["finish_reason"]):
             count, tokens = count + 1, tokens + len(row["answer_ids"])
             ended, logp = ended + (row["finish_reason"] == "stop"), logp + row["logp"]
             weights[row["weights"]] = None
@@ -180,7 +180,7 @@ def facts(records: Iterable[dict]) -> dict[str, Any]:
 
 def of_sources(inputs: list) -> dict[str, Any]:
     """Return these facts of sources that are files of such rows."""
-    columns = ["answer", "answer_ids", "finish_reason", "logp", "weights"]
+    columns = ["answer_ids", "finish_reason", "logp", "weights"]
     every = [file for source in inputs for file in source.files if file.schema == "sampled"]
     found = (formats.records(file.place, columns) for file in every)
     return facts(itertools.chain.from_iterable(found))

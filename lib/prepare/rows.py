@@ -269,10 +269,15 @@ def _verbatim(row: own.Sampled, args) -> Encoded | str:
     if len(row.ids) > args.max_len:
         return "too long"
     ids, answer = np.array(row.ids, np.uint32), np.array(row.answer)
-    if own.is_blank(row[-1]["content"]):
+    if own.is_empty(ids[answer].tolist(), row[-1]["written"]["finish_reason"]):
         return "empty"
     prompt = prompt_hash(row, args.seed)
     return Encoded(ids, answer, prompt, 0, own.reference_of(row), row.logp)
+
+
+def before_answer(row: list[dict]) -> list[dict]:
+    """Return the messages before the last answer."""
+    return row[:-1] if isinstance(row, own.Sampled) else row[: template.last_answer(row)]
 
 
 def is_text(row: object) -> bool:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from lib import data, files, template
+from lib import data, files
 
 FILES = ("tokens.npy", "answer.npy", "rows.npy")  # of each side
 COUNTED = ("read", "lost")
@@ -152,11 +152,11 @@ class Staging:
         self.kept[source] += 1
         self.rows.append(np.array([(len(ids), answer.sum(), source, prompt, logp)], STAGED))
 
-    def append_prompt(self, messages: list[dict], reference: str) -> None:
-        """Note the prompt and the reference of the row appended last: it may become a validation
-        row."""
+    def append_prompt(self, prompt: list[dict], reference: str) -> None:
+        """Note the messages before the answer and the reference of the row appended last: it may
+        become a validation row."""
         shown = []
-        for message in messages[: template.last_answer(messages)]:
+        for message in prompt:
             shown.append({name: value for name, value in message.items() if name != "learn"})
         said = {"messages": shown, "reference": reference}
         line = json.dumps([self.count - 1, said], ensure_ascii=False) + "\n"
