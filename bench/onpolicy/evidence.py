@@ -11,9 +11,9 @@ the teacher wrote and that the student wrote, on disk and live; measured on the 
 Runs the five scripts, a process each, and reads what they leave. Everything of a seed lies in
 OUT/SETTING/SEED: logs/ (each command, and all that it said), steps/ (one file a finished command,
 which is not run again), conditions/ (one file a condition: measures and cost), and data, records
-and runs. A command that was killed is run anew, but for answers, which are kept as they are
-written. Writes, at the end, --results: all conditions of all seeds under OUT/SETTING, for
-tables.py.
+and runs, these without their weights once they are measured. A command that was killed is run
+anew, but for answers, which are kept as they are written. Writes, after each seed, --results: all
+conditions under OUT/SETTING, for tables.py.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -170,6 +171,7 @@ class Seed:
         self.s = {k: v.format(**places) if isinstance(v, str) else v for k, v in setting.items()}
         self.seed, self.steps, self.out, self.real = seed, steps, steps.out, places["real"]
         self.teacher, self.start = self.s["teacher"], self.s["start"]
+        self.runs: list[Path] = []  # of the condition that is being made
         self.train_flags = f"{self.s['train']} --seed {seed} --log-every 1 --samples 0".split()
 
     # --- text
@@ -288,6 +290,7 @@ class Seed:
             words += ["--steps", self.s["steps"]]
         words += ["--eval-every", self.s["steps"]]
         self.steps.run(f"{name}-train", "stage2_kd.py", *words)
+        self.runs.append(out)
         return out
 
     def cost_of_run(self, run: Path) -> dict:
@@ -366,7 +369,12 @@ class Seed:
     def condition(self, name: str) -> dict:
         """Return what CONDITIONS says by this name, made once."""
         _, make = CONDITIONS[name]
-        return self.steps.keep(name, lambda: make(self))
+        kept = self.steps.keep(name, lambda: make(self))
+        while self.runs:  # measured: of SmolLM2 1 GB a run
+            run = self.runs.pop()
+            for weights in ("best", "final"):
+                shutil.rmtree(run / weights, ignore_errors=True)
+        return kept
 
 
 def half(seed: Seed, name: str, divergence: str) -> dict:
