@@ -87,5 +87,6 @@ def test_answers_of_equal_cost():
     import evidence
 
     assert evidence.equal_cost(800, 4, 685_056 / 96_512) == (451, 1)
+    assert evidence.equal_cost(100, 4, 4) == (100, 1)
     assert evidence.equal_cost(60, 2, 1.2) == (50, 2)  # 100 answers
     assert evidence.added({"a": 1}, {}, {"a": 2, "b": 3}) == {"a": 3, "b": 3}
