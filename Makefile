@@ -23,8 +23,15 @@ CONTROL_ARGS = $(STAGE2_ARGS)
 CLASSES = $(findstring --task classify,$(DATA_ARGS))
 # a student cut from its teacher (--keep-layers) was no model before: step 0 of stage 1 has measured it
 CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(call one,$(RUNS)/stage1/config.json) && echo cut)
-MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2
+MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2 own1 own2 own3
 SCORE   = $(if $(CLASSES),,yes)
+# make own: which round, and how many answers to a prompt
+ROUND   = 1
+GENERATIONS = 4
+OWN     = $(word $(ROUND),own1 own2 own3 own4 own5 own6 own7 own8 own9)
+BEFORE  = $(word $(ROUND),stage2 own1 own2 own3 own4 own5 own6 own7 own8)
+ANSWERS_ARGS = $(DATA_ARGS)
+OWN_ARGS = $(STAGE2_ARGS)
 # make domain: from stage START_STAGE to END_STAGE; the flags of each (the sources are called general and domain, unless a RECIPE says otherwise)
 START_STAGE = 1
 END_STAGE   = 3
@@ -64,7 +71,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
+.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
 .DEFAULT_GOAL := help
 
 define doors
@@ -81,7 +88,7 @@ help: ## this text
 	@$(doors)
 	@echo
 	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
-	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
+	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) OWN_ARGS (unset: STAGE2_ARGS) ANSWERS_ARGS (unset: DATA_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
 	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
 	@echo
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  \1 \t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
@@ -118,6 +125,12 @@ stage2: .venv/ready ## distil the teacher's distribution into stage 1's student 
 
 control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control
 	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/control) $(CONTROL_ARGS) $(ARGS)
+
+own: .venv/ready ## a round on the student's own text: its answers to SOURCE's prompts, TEACHER's logits over them, stage 2 again (ROUND=2: from round 1) -> runs/NAME/own1
+	$(call needs,$(DATA)/meta.json)
+	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --out $(call one,$(DATA)-$(OWN)) --val $(call one,$(DATA)) $(ANSWERS_ARGS) --answers student --student $(call one,$(RUNS)/$(BEFORE)) --generations $(GENERATIONS) $(ARGS)
+	$(PY) dump_logits.py --data $(call one,$(DATA)-$(OWN)) --teacher $(call one,$(TEACHER)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(LOGITS)-$(OWN)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS)
+	$(PY) stage2_kd.py --data $(call one,$(DATA)-$(OWN)) --logits $(call one,$(LOGITS)-$(OWN)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(RUNS)/$(OWN)) --temperature "$(T)" $(OWN_ARGS)
 
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
 	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))

@@ -183,6 +183,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
         disable=not sys.stderr.isatty(),
     )
     targets, seconds, said, speed = 0, 0.0, time.monotonic(), "one batch"
+    begun = time.monotonic()
 
     for number, rows in enumerate(made.left):
         started = clock(teacher.device)
@@ -206,6 +207,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
 
     asked = chunk == "val" and not dataset.labels
     more = {"answers": worth.answered(teacher, dataset)} if asked else {}
+    more["dumped_s"] = round(time.monotonic() - begun, 1)  # by the process that finished it
     meta = made.finish(dataset.identities, **more)
     print(
         f"dump {folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"

@@ -210,7 +210,7 @@ def stage(partial, inputs, args, written, tokenizer, texts, progress, val_rows):
                 if args.think == "drop" and not isinstance(row, str):
                     row = template.without_think(row)
                 if val_rows.candidate(one.prompt) and not isinstance(row, str):
-                    staging.append_prompt(rows.before_answer(row), one.reference)
+                    staging.append_prompt(rows.prompt_of_row(row), one.reference)
                 if texts:
                     texts.append(one.reference if several else row, args.wanted[number[0]][0])
                 if staging.kept[number[0]] == progress.quotas[number[0]]:
@@ -244,7 +244,7 @@ def write(partial, staged, inputs, args, shaping, tokenizer, dated, written, tex
     meta["identities"] = {**template.identities(tokenizer), "data": files.sha256(*parts)}
     meta |= {"date": dated} if dated else {}
     meta |= rows.told_of(tokenizer, inputs)
-    meta |= own.told_of(inputs, args, written)
+    meta |= own.facts_of_own(inputs, args, written)
     if written and args.answers == "teacher":
         meta["teacher"] = written.meta
     meta["checksums"] = files.checksums(partial)

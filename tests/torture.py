@@ -74,7 +74,7 @@ from lib.teacher import writer  # noqa: E402
 HANG_S = 120
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # of a result: of the machine, of the tree's moment, and the sums of what holds such
-NOT_OURS = ("trained_s", "speed", "git", "seal", "sizes")
+NOT_OURS = ("trained_s", "dumped_s", "written_s", "speed", "git", "seal", "sizes")
 BUSY = "is being written by another process"
 WRONG = ("difference", "traceback", "hang")
 ALIVE: set[int] = set()  # processes that were started and have not ended

@@ -9,7 +9,8 @@ score files only: no model, no torch.
 RUN     a stage's folder (runs/demo/stage2: its history.jsonl and config.json, and the evaluation
         folder beside it, runs/demo/stage2-eval), an evaluation folder, or a folder of stages: of
         these all that have an evaluation. NAME=RUN says what to call it.
-Roles   teacher: what is called so, or --teacher; student: stage2, else the last one, or --student;
+Roles   teacher: what is called so, or --teacher; student: the last round on its own text (own1,
+        own2, ...), else stage2, else the last one, or --student;
         before: base, else stage1, or --before; control: what is called so, the student's start
         trained on the answers alone, at best for as many steps
 Writes  OUT.json, OUT.md, OUT.png and OUT.html (one file, no outside resources). docs/compare.md
@@ -61,6 +62,7 @@ def measured_of(run: dict | None, where: Path) -> dict:
             "tok_per_s": run["tok_per_s"],
         }
         model["training"] = {name: value for name, value in training.items() if value is not None}
+        model["cost"] = runs.cost_of(run["settings"])
     return model
 
 
@@ -371,7 +373,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--student",
         metavar="NAME",
-        help="the model that is the student (default: stage2, else the last one)",
+        help="the model that is the student (default: own9 to own1, stage2, else the last one)",
     )
     parser.add_argument(
         "--before", metavar="NAME", help="the student before (default: base, else stage1)"

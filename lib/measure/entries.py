@@ -150,7 +150,9 @@ def roles_of(
     teacher = args.teacher or called("teacher")
     control = called("control", teacher, args.student, args.before)
     left = [name for name in names if name not in (teacher, control)]
-    student = args.student or called("stage2", teacher, control) or (left[-1] if left else None)
+    rounds = [called(f"own{number}", teacher, control) for number in range(9, 0, -1)]
+    known = (*rounds, called("stage2", teacher, control), *reversed(left))
+    student = args.student or next(filter(None, known), None)
     taken = (teacher, control, student)
     before = args.before or called("base", *taken) or called("stage1", *taken)
     roles = {"teacher": teacher, "before": before, "control": control, "student": student}

@@ -42,6 +42,10 @@ ROWS = {
     "training.steps": ("optimizer steps", 0),
     "training.trained_s": ("seconds of training", 0),
     "training.tok_per_s": ("training tokens/s", 0),
+    "cost.written_tokens": ("tokens written for its data", 0),
+    "cost.written_s": ("seconds of writing", 0),
+    "cost.dumped_s": ("seconds of dumping", 0),
+    "cost.record_bytes": ("size of its teacher's records", None),
 }
 OF_ANSWERS = ("exact", "accuracy", "macro_f1", "bleu", "rouge1", "rouge2", "rougeL")
 # measures that are better when they are higher, and when they are lower; what is in neither (sizes,

@@ -134,6 +134,27 @@ def read_run(folder: Path) -> dict:
     }
 
 
+def cost_of(settings: dict) -> dict[str, float]:
+    """Return what a run's data and records took, of what is still there: written_tokens and
+    written_s of answers that the student wrote, dumped_s and record_bytes of the teacher's
+    records."""
+    found: dict[str, float] = {}
+    meta = Path(settings.get("data") or "", "meta.json")
+    if settings.get("data") and meta.exists():
+        if told := files.read_json(meta).get("student"):
+            found["written_tokens"] = told["answers"] * told["mean_tokens"]
+            cost = meta.parent / str(told.get("folder")) / "cost.json"
+            found |= {"written_s": files.read_json(cost)["written_s"]} if cost.exists() else {}
+    if settings.get("logits") and Path(settings["logits"]).is_dir():
+        records = Path(settings["logits"])
+        chunks = [files.read_json(path) for path in records.glob("*/meta.json")]
+        if chunks and all("dumped_s" in chunk for chunk in chunks):
+            found["dumped_s"] = sum(chunk["dumped_s"] for chunk in chunks)
+        sizes = (path.stat().st_size for path in records.rglob("*") if path.is_file())
+        found["record_bytes"] = sum(sizes)
+    return found
+
+
 def runs_under(folder: Path, depth: int = DEPTH) -> list[Path]:
     """Return the runs under a folder, itself included."""
     found = [folder] if is_run(folder) else []

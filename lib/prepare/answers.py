@@ -22,8 +22,8 @@ from lib.prepare import rows as prepared
 from lib.prepare.store import ABOUT, Store, folder_name
 
 SAY_EVERY_S = 30.0
-LONGEST = 1024  # tokens of an answer, where nobody says
-SHARED = ("teacher_url", "teacher_model", "teacher_temperature", "teacher_top_p")
+ANSWER_TOKENS = 1024  # tokens of an answer, where nobody says
+OF_EITHER = ("teacher_url", "teacher_model", "teacher_temperature", "teacher_top_p")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         metavar="N",
-        help=f"tokens of the longest answer (default: {LONGEST}; of a student, --max-len's)",
+        help=f"tokens of the longest answer (default: {ANSWER_TOKENS}; of a student, --max-len's)",
     )
     group.add_argument(
         "--max-prompt",
@@ -140,12 +140,12 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work together."""
     who, other = args.answers, "teacher" if args.answers == "student" else "student"
-    for name in ("teacher", "student", *SHARED):
+    for name in ("teacher", "student", *OF_EITHER):
         if getattr(args, name) is not None and (who == "given" or name == other):
-            wanted = "teacher" if name in SHARED else name
+            wanted = "teacher" if name in OF_EITHER else name
             parser.error(f"{flags.spelled(name)} needs --answers {wanted}")
     if who == "given":
-        args.max_new_tokens = args.max_new_tokens or LONGEST
+        args.max_new_tokens = args.max_new_tokens or ANSWER_TOKENS
         return
     args.writer = getattr(args, who)
     if (args.writer is None) == (args.teacher_url is None):
@@ -153,7 +153,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if (args.teacher_url is None) != (args.teacher_model is None):
         parser.error(f"--{who}-url URL and --{who}-model NAME belong together")
     if who == "teacher":
-        args.max_new_tokens = LONGEST if args.max_new_tokens is None else args.max_new_tokens
+        args.max_new_tokens = ANSWER_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     else:
         own.check_flags(parser, args)
     flags.positive(
@@ -211,7 +211,7 @@ def settings(args) -> dict | None:
     if args.answers == "given":
         return None
     if args.answers == "student":
-        return own.settings(args)
+        return own.own_settings(args)
     common = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if args.teacher_url:
         how = {"temperature": args.teacher_temperature, "top_p": args.teacher_top_p}
@@ -279,7 +279,7 @@ def refuse_texts(inputs: list[sources.Source]) -> None:
 def longest_prompt(args) -> int:
     """Return the tokens of the longest prompt asked, which leaves a model that is run here room in
     its context, and the student's row room in --max-len."""
-    longest = min(args.max_prompt, args.max_len - 1) if own.asked(args) else args.max_prompt
+    longest = min(args.max_prompt, args.max_len - 1) if own.wanted_of(args) else args.max_prompt
     if not args.writer:
         return longest
     folder = checkpoints.local_folder(args.writer, args.trust_remote_code)
@@ -303,7 +303,7 @@ def answer_all(
         return questions.questions(inputs, args, tokenizer, longest, lost, read)
 
     def numbers(question):
-        return range(1 if val.known and held_out(question, val, args) else args.generations)
+        return range(1 if val.known and is_held_out(question, val, args) else args.generations)
 
     lost, read = collections.Counter(), collections.Counter()
     wanted: dict[tuple[str, int], tuple[int, int]] = {}  # (key, generation) -> place
@@ -330,20 +330,20 @@ def answer_all(
             answers = questions.by_server(args, missing)
         collect(store, answers, done, total)
     store.close()
-    good, dropped = (own.judge if own.asked(args) else judge)(store, wanted, args)
+    good, dropped = (own.all_wanted if own.wanted_of(args) else judge)(store, wanted, args)
     meta = store.made | {
         "generations": args.generations,
         "prompts": prompts,
         "answers": total,
         "folder": f"{files.NEVER_DELETED}/{store.folder.name}",
     }
-    if own.asked(args):
+    if own.wanted_of(args):
         meta |= own.facts(itertools.compress(store.rows(), good))
     rows = handed_on(store, good, wanted)
     return AnsweredRows(rows, sum(good), read, lost + dropped, meta)
 
 
-def held_out(question: questions.Question, val: split.ValRows, args) -> bool:
+def is_held_out(question: questions.Question, val: split.ValRows, args) -> bool:
     """Return whether a prompt is on the side that is not trained on."""
     return val.candidate(prepared.prompt_hash(question.prompt, args.seed))
 
@@ -408,6 +408,7 @@ def collect(store: Store, answers: Iterator[dict], done: int, total: int) -> Non
                         flush=True,
                     )
     except SystemExit as end:
+        store.spent(time.monotonic() - begun)
         if not isinstance(end.code, str):
             print(
                 f"answers: stopped with {done + fresh} of {total}, all of them kept; the same"
@@ -415,7 +416,7 @@ def collect(store: Store, answers: Iterator[dict], done: int, total: int) -> Non
                 flush=True,
             )
         raise
-    time_s = time.monotonic() - begun
+    store.spent(time_s := time.monotonic() - begun)
     print(
         f"answers: {fresh:,} written in {time_s:.1f} s, {tokens:,} tokens, {tokens / time_s:.1f}"
         " tokens/s",

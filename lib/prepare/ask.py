@@ -51,6 +51,18 @@ class Reply:
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     said: str = ""
+    sampled: "Tokens | None" = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens as a server sampled them, where it was asked for them (vLLM's `return_token_ids`): of
+    the prompt as it rendered it, of the answer with the one that ended it; logp: of each of these,
+    nats."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    logp: list[float]
 
 
 class Down(Exception):
@@ -213,12 +225,28 @@ class Client:
                 )
             counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
             known = [count if type(count) is int else None for count in counts]
-            return Reply(request, text, finish, *known)
+            sampled = self._sampled(value, choice) if self.how.get("return_token_ids") else None
+            return Reply(request, text, finish, *known, sampled=sampled)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as garbage:
             raise Down(
                 f"a reply that is no chat completion ({type(garbage).__name__}):"
                 f" {self.clean(reply.text)[:80]!r}"
             ) from None
+
+    def _sampled(self, value: dict, choice: dict) -> Tokens:
+        """Return the tokens of a reply, each with its log-probability; end the program where the
+        server says none."""
+        ids = value.get("prompt_token_ids"), choice.get("token_ids")
+        told = (choice.get("logprobs") or {}).get("content") or []
+        if not all(isinstance(part, list) for part in ids) or len(told) != len(ids[1]):
+            files.fail(
+                f"{self.url} does not say which tokens it sampled",
+                f"prompt_token_ids {type(ids[0]).__name__}, token_ids {type(ids[1]).__name__},"
+                f" {len(told)} log-probabilities",
+                "a server that knows return_token_ids and logprobs (vLLM 0.10.2 and later)",
+                "the student run here: --student DIR",
+            )
+        return Tokens(*ids, [float(token["logprob"]) for token in told])
 
 
 def spoken(messages: list[dict]) -> dict:

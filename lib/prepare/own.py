@@ -1,7 +1,7 @@
 """Answers that the student wrote itself (--answers student): sampled token ids, learnt as they are.
 
 On-policy data is what the model says, not what its text would be tokenized to: of such a row the
-ids of the prompt and those that were sampled are kept (lib/prepare/store.py, `OWN`), and nothing is
+ids of the prompt and those that were sampled are kept (lib/prepare/store.py), and nothing is
 rendered or tokenized again, here or where these files are a source later. Nothing is judged but
 what is empty: refusals, loops and equal answers stay, each as often as it was sampled, for a mean
 over the rows is a mean over what the student says. An answer that was cut has no end of turn; one
@@ -12,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import itertools
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 from lib import checkpoints, files, generate, models, template
 from lib.prepare import formats, store, templates
 
-COLUMNS = ("prompt", "answer", "reference", "finish_reason", "prompt_ids", "answer_ids", "logp")
-GROWN, FADED, NARROW = 1.5, 0.5, 0.1  # against what was before: a word is said
+OF_FILES = ("prompt", "answer", "reference", "finish_reason", "prompt_ids", "answer_ids", "logp")
+GROWN, FADED, NARROWED = 1.5, 0.5, 0.1  # against what was before: a word is said
 
 
 class Sampled(list):
@@ -34,7 +35,7 @@ class Sampled(list):
     logp: float
 
 
-def asked(args) -> bool:
+def wanted_of(args) -> bool:
     """Return whether the student is to write."""
     return args.answers == "student"
 
@@ -48,11 +49,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             f"--think {args.think} changes what is learnt of an answer: the student's own is learnt"
             " as it was sampled"
         )
-    if args.max_new_tokens is None:
-        args.max_new_tokens = args.max_len  # at most: a row is no longer than that
+    if args.max_new_tokens is None:  # a row is no longer than --max-len
+        args.max_new_tokens = args.max_len if args.student else min(args.max_len, 1024)
 
 
-def settings(args) -> dict:
+def own_settings(args) -> dict:
     """Return all that the student's answers depend on; the tokenizer is its own unless --tokenizer
     names one."""
     common = {"max_len": args.max_len, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
@@ -72,7 +73,9 @@ def settings(args) -> dict:
         own_eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
         stops = tuple((generate.end_tokens(usual) if usual else []) or own_eos)
         made["weights"] = checkpoints.identity(folder)
-    elif not args.tokenizer:
+    else:
+        made["host"] = urllib.parse.urlsplit(args.teacher_url).hostname
+    if not args.tokenizer:
         files.fail(
             "--tokenizer is missing", "a server's student", "its tokenizer", "--tokenizer DIR"
         )
@@ -109,7 +112,7 @@ def check_context(args, folder: Path) -> None:
 
 def is_file(types: Iterable[str]) -> bool:
     """Return whether a file with these columns holds such rows."""
-    return {"prompt", "answer", "key", *(name for name, _ in store.OWN)} <= {*types}
+    return {"prompt", "answer", "key", *(name for name, _ in store.SAMPLED)} <= {*types}
 
 
 def sampled(record: dict, said: list[dict]) -> Sampled:
@@ -134,7 +137,7 @@ def reference_of(row: Sampled) -> str:
     return row[-1]["written"].get("reference") or ""
 
 
-def check_vocabulary(inputs: list, tokenizer) -> None:
+def check_ids(inputs: list, tokenizer) -> None:
     """Refuse files of ids that another tokenizer gives other tokens."""
     mine = template.identities(tokenizer)["vocabulary"]
     for file in (file for source in inputs for file in source.files if file.schema == "sampled"):
@@ -153,7 +156,7 @@ def is_empty(answer_ids: list[int], finish: str) -> bool:
     return len(answer_ids) <= (finish == "stop")
 
 
-def judge(kept: store.Store, wanted: dict, args) -> tuple[list[bool], collections.Counter]:
+def all_wanted(kept: store.Store, wanted: dict, args) -> tuple[list[bool], collections.Counter]:
     """Return which answers of the store are wanted, and what is dropped of these: nothing here."""
     good = [(row["key"], row["generation"]) in wanted for row in kept.rows()]
     return good, collections.Counter()
@@ -186,14 +189,14 @@ def of_sources(inputs: list) -> dict[str, Any]:
     return facts(itertools.chain.from_iterable(found))
 
 
-def told_of(inputs: list, args, written) -> dict[str, Any]:
+def facts_of_own(inputs: list, args, written) -> dict[str, Any]:
     """Return what meta.json says of the rows that the student wrote, and say it."""
     names = [s.name for s in inputs if any(file.schema == "sampled" for file in s.files)]
-    if asked(args):
+    if wanted_of(args):
         names = [source.name for source in inputs]
     if not names:
         return {}
-    told = written.meta if asked(args) else of_sources(inputs)
+    told = written.meta if wanted_of(args) else of_sources(inputs)
     say(told, round_before(args))
     return {"own": names, "student": told}
 
@@ -213,7 +216,7 @@ def say(told: dict[str, Any], before: dict[str, Any] | None) -> None:
         amiss.append(f"answers are {ratio:.2f} times as long")
     if told["ended"] < FADED * before["ended"]:
         amiss.append(f"{told['ended']:.1%} end by themselves, {before['ended']:.1%} did")
-    if told["entropy"] < NARROW * before["entropy"]:
+    if told["entropy"] < NARROWED * before["entropy"]:
         amiss.append(f"the entropy was {before['entropy']:.3f} nats a token")
     if amiss:
         said = "; ".join(amiss)
@@ -222,7 +225,7 @@ def say(told: dict[str, Any], before: dict[str, Any] | None) -> None:
 
 def round_before(args) -> dict[str, Any] | None:
     """Return the facts of the own text that the student was trained on, if it was on some."""
-    if not asked(args) or not args.writer:
+    if not wanted_of(args) or not args.writer:
         return None
     folder = checkpoints.local_folder(args.writer, args.trust_remote_code)
     for place in (folder, folder.parent):

@@ -34,7 +34,7 @@ PACKED = (".gz", ".bz2", ".zst", ".xz")  # behind the suffix of one of STREAMS
 READ = f"{', '.join(SUFFIXES)} (text also with {', '.join(PACKED)})"
 # what data sets and other tools leave beside the data: no rows are in them
 METADATA = re.compile(
-    r"(dataset_(infos?|dict)|state|meta|config|settings|checksums|croissant|schema|package|readme|license"
+    r"(dataset_(infos?|dict)|state|meta|config|settings|checksums|cost|croissant|schema|package|readme|license"
     r"|(tokenizer|generation|special_tokens|preprocessor)\w*|requirements\S*|vocab|merges)"
     r"\.(json|txt)",
     re.IGNORECASE,

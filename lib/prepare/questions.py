@@ -8,12 +8,12 @@ written.
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import jinja2
 
@@ -21,7 +21,7 @@ from lib import files, template
 from lib.prepare import ask, sources, split
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Question:
     """place: the numbers of the source and of the file in it; source: its name. ids: the prompt as
     the tokenizer renders it."""
@@ -172,6 +172,10 @@ def by_server(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
         "top_p": args.teacher_top_p,
         "chat_template_kwargs": args.template_args,
     }
+    if args.answers == "student":  # its own distribution, and its tokens
+        plain = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        how = {"temperature": 1.0, "top_p": 1.0} | {n: v for n, v in how.items() if v is not None}
+        how |= plain | {"return_token_ids": True, "logprobs": True}
     client = ask.Client(args.teacher_url, args.teacher_model, how, args.concurrency, args.timeout)
 
     def requests():
@@ -187,13 +191,34 @@ def by_server(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
             say(f"answers warning: prompt {question.key} failed {ask.TRIES} times ({reply.said})")
             continue
         counts = reply.prompt_tokens, reply.answer_tokens
-        yield row_of(question, number, reply.text, reply.finish, *counts)
+        row = row_of(question, number, reply.text, reply.finish, *counts)
+        if args.answers == "student":
+            as_sampled(row, question, reply, args)
+        yield row
     if failed:
         files.fail(
             f"{failed} requests failed while others succeeded",
             wanted="an answer to each",
             mend="the same command: it asks for these alone",
         )
+
+
+def as_sampled(row: dict, question: Question, reply: ask.Reply, args) -> None:
+    """Add to an answer as it is stored the tokens that a server's student sampled, up to
+    --max-len."""
+    told = reply.sampled or ask.Tokens(question.ids, [], [])  # of a prompt that it refused
+    if told.prompt_ids != question.ids:
+        files.fail(
+            f"{args.teacher_url} renders a prompt otherwise than --tokenizer {args.tokenizer}",
+            f"{len(told.prompt_ids)} tokens, {len(question.ids)} here, of prompt {question.key}",
+            "one tokenizer and one chat template for both",
+            "--tokenizer with the folder that the server serves",
+        )
+    room = args.max_len - len(question.ids)
+    if len(told.answer_ids) > room:
+        row["finish_reason"] = "length"
+    row |= {"prompt_ids": told.prompt_ids, "answer_ids": told.answer_ids[:room]}
+    row |= {"logp": sum(told.logp[:room])}
 
 
 def row_of(

@@ -120,7 +120,7 @@ def held_out(args) -> float | frozenset[int]:
 def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:
     """Give a tokenizer the chat template that the data is written with, and tell what was done to
     it, and of one that leaves earlier answers out. Return the line that has its date, or ""."""
-    own.check_vocabulary(inputs, tokenizer)
+    own.check_ids(inputs, tokenizer)
     every = [file.columns for source in inputs for file in source.files]
     turns, dated = args.turns, ""
     if any("text" not in columns for columns in every):
@@ -275,7 +275,7 @@ def _verbatim(row: own.Sampled, args) -> Encoded | str:
     return Encoded(ids, answer, prompt, 0, own.reference_of(row), row.logp)
 
 
-def before_answer(row: list[dict]) -> list[dict]:
+def prompt_of_row(row: list[dict]) -> list[dict]:
     """Return the messages before the last answer."""
     return row[:-1] if isinstance(row, own.Sampled) else row[: template.last_answer(row)]
 

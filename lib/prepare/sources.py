@@ -225,7 +225,7 @@ def look(
     guessed = not {"prompt", "messages", "text", "rendered"} & {*columns}
     if guessed and need_answer and not labelled and own.is_file(found.types):
         told = "the student's own answers, their tokens as they were sampled"
-        named = {name: name for name in own.COLUMNS}
+        named = {name: name for name in own.OF_FILES}
         return File(path, "sampled", told, named, found.count)
     if guessed and not labelled and {*schema.TREE[:5]} <= {*found.types}:
         name, columns = "trees", {"messages": "messages"}

@@ -6,6 +6,7 @@ OUT/answers/HASH/ (HASH of the settings, all that an answer depends on) holds
 - settings.json   the teacher, its weights' hash or (of the first run) its server's host, the
                   sampling settings, the seed; sealed (lib/files.py)
 - checksums.json  of all parts
+- cost.json       written_s, the seconds it took to write them
 - part-NNNNN.parquet   `SCHEMA`, 1,000 rows each as they came; an ordinary data set
 - journal.jsonl   the newest answers, one a line with its CRC-32, until they are a part; its last
                   line may be torn by a kill, and is then ignored, as a damaged one is
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from lib import files
 
 PART_ROWS = 1000
+COST = "cost.json"
 ASK_AGAIN = f"move it away; its {PART_ROWS} are asked again"
 JOURNAL_LINE = {"key": str, "generation": range(1 << 31), "prompt": list, "answer": str}
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -75,7 +77,7 @@ WITH_MORE = SCHEMA.set(1, pa.field("prompt", pa.list_(MESSAGE_AND_MORE)))
 # what the student sampled (lib/prepare/own.py): the ids of the prompt and of the answer, with the
 # token that ended it, if one did; the sum of their log-probabilities, nats; of what weights, and
 # whose ids these are
-OWN = (
+SAMPLED = (
     ("prompt_ids", pa.list_(pa.uint32())),
     ("answer_ids", pa.list_(pa.uint32())),
     ("logp", pa.float64()),
@@ -84,10 +86,10 @@ OWN = (
 )
 
 
-def schema(own: bool, more: bool = True) -> pa.Schema:
+def part_schema(own: bool, more: bool = True) -> pa.Schema:
     """Return the columns of a part, of the student's own text or not."""
     every = WITH_MORE if more else SCHEMA
-    return pa.schema([*every, *(pa.field(*one) for one in OWN)]) if own else every
+    return pa.schema([*every, *(pa.field(*one) for one in SAMPLED)]) if own else every
 
 
 def folder_name(made: dict) -> str:
@@ -100,7 +102,7 @@ def folder_name(made: dict) -> str:
 
 def read_part(path: Path, columns: list[str] | None = None, own: bool = False) -> pa.Table:
     """Return a part; one that is none is a one-line error."""
-    every = schema(own)
+    every = part_schema(own)
     try:
         return pq.read_table(path, columns=columns or every.names, schema=every)
     except (pa.ArrowException, OSError, KeyError) as broken:
@@ -222,7 +224,7 @@ class Store:
             partial = path.with_name(path.name + ".part")
             rows = [row | same | {"prompt": flattened(row["prompt"])} for row in self.fresh]
             more = any("more" in message for row in rows for message in row["prompt"])
-            table = pa.Table.from_pylist(rows, schema(self.own, more))
+            table = pa.Table.from_pylist(rows, part_schema(self.own, more))
             pq.write_table(table, partial, compression="zstd")
             files.sync(partial)
             os.replace(partial, path)
@@ -231,6 +233,11 @@ class Store:
             files.write_json(self.folder / "checksums.json", {"checksums": self.sums})
         self.fresh = []
         os.ftruncate(self.file.fileno(), 0)
+
+    def spent(self, seconds: float) -> None:
+        """Add to the seconds that answers were waited for (a process that was killed adds none)."""
+        before = files.read_json(path) if (path := self.folder / COST).exists() else {}
+        files.write_json(path, {"written_s": round(before.get("written_s", 0) + seconds, 1)})
 
     def close(self) -> None:
         self.compact()

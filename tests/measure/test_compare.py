@@ -11,7 +11,8 @@ from pathlib import Path
 import folders
 import pytest
 
-from lib.measure import compare, panels, results, runs
+from lib import files
+from lib.measure import compare, entries, panels, results, runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -764,3 +765,30 @@ def test_the_best_of_a_row_is_bold_and_the_teacher_apart(demo, tmp_path, browser
     )
     assert background == ["rgb(20, 24, 31)", "rgb(230, 233, 239)"]
     page.close()
+
+
+def test_the_student_is_the_last_round_on_its_own_text():
+    names = ["teacher", "stage1", "control", "stage2", "own1", "own2"]
+    parser, args = compare.parse_args(["x"])
+    roles = entries.roles_of(names, args, parser)
+    wanted = {"teacher": "teacher", "before": "stage1", "control": "control", "student": "own2"}
+    assert roles == wanted
+    assert entries.roles_of(names[:4], args, parser)["student"] == "stage2"
+
+
+def test_what_a_round_costs_is_read_from_its_data_and_records(tmp_path):
+    answers = tmp_path / "data/answers/0"
+    answers.mkdir(parents=True)
+    told = {"answers": 10, "mean_tokens": 7.5, "folder": "answers/0"}
+    files.write_json(tmp_path / "data/meta.json", {"student": told})
+    files.write_json(answers / "cost.json", {"written_s": 12.5})
+    for chunk, seconds in (("chunk-0000", 3.0), ("val", 1.5)):
+        (tmp_path / "logits" / chunk).mkdir(parents=True)
+        (tmp_path / "logits" / chunk / "topk.npy").write_bytes(bytes(1000))
+        files.write_json(tmp_path / "logits" / chunk / "meta.json", {"dumped_s": seconds})
+    settings = {"data": str(tmp_path / "data"), "logits": str(tmp_path / "logits")}
+    cost = runs.cost_of(settings)
+    size = sum(path.stat().st_size for path in tmp_path.glob("logits/*/*"))
+    assert cost == {"written_tokens": 75, "written_s": 12.5, "dumped_s": 4.5, "record_bytes": size}
+    assert runs.cost_of({"data": None, "logits": "gone"}) == {}
+    assert results.present({"own1": {"cost": cost}}) == [f"cost.{name}" for name in cost]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 from lib import data, files, template
+from lib.prepare import ask, split
 from lib.prepare import rows as prepared
-from lib.prepare import split
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -200,6 +200,65 @@ def test_a_round_against_the_one_before(world, capsys):
     ):
         own.say(told | {name: value}, told)
         assert "WARNING: against the round before" in capsys.readouterr().out, (name, value)
+
+
+class Server:
+    """Answers as vLLM does where it is asked for token ids: two tokens and the end."""
+
+    status_code, says, bodies = 200, True, []
+
+    def __init__(self, body, reads):
+        self.bodies.append(body)
+        ids = reads(body["messages"])
+        self.value = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+        if self.says:
+            self.value["prompt_token_ids"] = ids
+            told = {"content": [{"logprob": -0.5 * n, "token": "x"} for n in (1, 2, 3)]}
+            self.value["choices"][0] |= {"token_ids": [70, 71, 3], "logprobs": told}
+
+    def json(self):
+        return self.value
+
+
+def served(world, out, *more):
+    argv = [str(word) for word in flags(world, out, *more)]
+    at = argv.index("--student")
+    argv[at : at + 2] = ["--student-url", "http://127.0.0.1:9/v1", "--student-model", "mine"]
+    return (*argv, "--tokenizer", world / "student")
+
+
+@pytest.fixture
+def server(world, monkeypatch):
+    made = template.load_tokenizer(world / "given/tokenizer")
+
+    def reads(messages):
+        said = template.render(made, messages, add_generation_prompt=True)
+        return made(said, add_special_tokens=False)["input_ids"]
+
+    monkeypatch.setattr(ask.Client, "_post", lambda self, body: Server(body, reads))
+    monkeypatch.setattr(Server, "bodies", [])
+
+
+def test_a_student_behind_a_server_says_its_tokens(world, server):
+    make.call(prepare_data.main, *served(world, "served"))
+    assert len(Server.bodies) == 12
+    wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "logprobs": True}
+    wanted |= {"repetition_penalty": 1.0, "return_token_ids": True, "max_tokens": 16}
+    assert all(wanted.items() <= body.items() for body in Server.bodies)
+    rows = learnt(world / "served")
+    assert len(rows) == 12
+    for ids, answer, logp in rows:
+        assert ids[-3:] == [70, 71, 3] and sum(answer) == 3 and logp == -3.0
+
+
+def test_a_server_that_says_no_tokens_or_renders_otherwise_is_one_line(
+    world, server, monkeypatch, capsys
+):
+    monkeypatch.setattr(Server, "says", False)
+    refused("does not say which tokens it sampled", capsys, *served(world, "no1"))
+    monkeypatch.setattr(ask.Client, "_post", lambda self, body: Server(body, lambda _: [1, 2]))
+    monkeypatch.setattr(Server, "says", True)
+    refused("renders a prompt otherwise than --tokenizer", capsys, *served(world, "no2"))
 
 
 def another(world, *words):
