@@ -71,7 +71,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity clean
+.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
 .DEFAULT_GOAL := help
 
 define doors
@@ -210,6 +210,16 @@ fidelity: .venv/ready ## all measurements of docs/fidelity.md (REAL=real: the mo
 	$(PY) bench/fidelity/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_FAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-far
 	$(PY) bench/fidelity/outcome.py --data $(F)/data-smollm2 --teacher $(REAL)/smollm2 --student $(REAL)/smollm2 --keep-layers $(SMOL_NEAR) --rows 110 --val-rows 24 --steps 16 --out $(F)/outcome-near
 	$(PY) bench/fidelity/tables.py --results $(F) --doc docs/fidelity.md
+
+# --- docs/on-policy.md: what the student's own text is worth, on the demo and on SmolLM2
+
+SEEDS := 0 1 2
+EVIDENCE = $(PY) bench/onpolicy/evidence.py --seeds $(SEEDS) --out out/onpolicy
+
+evidence: .venv/ready ## all measurements of docs/on-policy.md (after `make demo-seeds`; REAL=real: smollm2 and stdlib.parquet; hours; goes on where it was)
+	$(EVIDENCE) --setting demo $(ARGS)
+	$(EVIDENCE) --setting smollm2 --real $(call one,$(REAL)) $(ARGS)
+	$(PY) bench/onpolicy/tables.py --results bench/onpolicy/results-demo.json bench/onpolicy/results-smollm2.json --doc docs/on-policy.md
 
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
 	rm -rf $(D) data/$(D) data/$(D)-teacher logits/$(D) runs/$(D)
