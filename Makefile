@@ -222,7 +222,7 @@ evidence: .venv/ready ## all measurements of docs/on-policy.md (after `make demo
 	$(PY) bench/onpolicy/tables.py --results bench/onpolicy/results-demo.json bench/onpolicy/results-smollm2.json --doc docs/on-policy.md
 
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
-	rm -rf $(D) data/$(D) data/$(D)-teacher logits/$(D) runs/$(D)
+	rm -rf $(D) data/$(D) data/$(D)-teacher data/$(D)-own1 logits/$(D) logits/$(D)-own1 runs/$(D)
 
 # --- the demo: the whole pipeline on embedded data, with a teacher made here
 
@@ -241,13 +241,22 @@ demo: .venv/ready ## the whole pipeline on embedded data: 5 to 10 minutes on 2 C
 	@echo; echo "=== the teacher's logits, once"
 	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
 	@echo; echo "=== stage 2, and its control: stage 1 continued for as many steps"
-	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps 700 $(DEMO_STUDENT)
-	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps 700 $(DEMO_STUDENT)
-	@echo; echo "=== all four on the same held-out rows"
-	$(foreach m,teacher stage1 control stage2,$(call demo_measure,$(m)))
-	$(PY) -m lib.measure.compare $(foreach m,teacher stage1 control stage2,runs/$(D)/$(m)) --out runs/$(D)/comparison
-	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) ARGS=\"--teacher runs/$(D)/teacher\""
-	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/stage2 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
+	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps $(DEMO_STEPS) $(DEMO_STUDENT)
+	@echo; echo "=== a round on the student's own text: its answers, also to prompts that have none; the teacher's logits over them; stage 2 again"
+	$(PY) prepare_data.py --source $(D)/student.parquet $(D)/prompts.parquet --out data/$(D)-own1 --val data/$(D) --answers student --student runs/$(D)/stage2 --max-new-tokens 80
+	$(PY) dump_logits.py --data data/$(D)-own1 --teacher runs/$(D)/teacher --student runs/$(D)/stage2 --out logits/$(D)-own1
+	$(PY) stage2_kd.py --data data/$(D)-own1 --logits logits/$(D)-own1 --student runs/$(D)/stage2 --out runs/$(D)/own1 --temperature 1 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
+	@echo; echo "=== all five on the same held-out rows"
+	$(MAKE) --no-print-directory -j 2 --output-sync $(foreach m,$(DEMO_MODELS),demo-measure-$(m))
+	$(PY) -m lib.measure.compare $(foreach m,$(DEMO_MODELS),runs/$(D)/$(m)) --out runs/$(D)/comparison
+	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) CKPT=runs/$(D)/own1 ARGS=\"--teacher runs/$(D)/teacher\""
+	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/own1 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
+
+DEMO_STEPS := 500
+DEMO_MODELS := teacher stage1 control stage2 own1
+demo-measure-%:
+	$(call demo_measure,$*)
 
 define demo_measure
 $(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only
@@ -256,7 +265,7 @@ $(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1
 endef
 
 demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
-	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps 700 $(DEMO_STUDENT)
+	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps $(DEMO_STEPS) $(DEMO_STUDENT)
 	$(call demo_measure,live)
 	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 

@@ -10,6 +10,7 @@ Writes, in --out (the same flags give the same bytes):
     teacher.parquet          instruction, output: what the teacher is trained on
     student.parquet          the same columns, other problems, far fewer: the data set that is
                              distilled on, and held-out rows
+    prompts.parquet          instruction alone, other problems again: prompts without an answer
     tokenizer/               one token a word, a digit or a mark; closed: it knows every generated
                              word
     teacher-config/config.json, student-config/config.json
@@ -278,18 +279,14 @@ def config(sizes: dict):
     )
 
 
-def write_parquet(path: Path, rows: list[tuple[str, str]]) -> None:
-    """Write (instruction, output) rows whole or not at all."""
+def write_parquet(path: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write (instruction, output) rows, or (instruction,) ones, whole or not at all."""
     import pyarrow
     from pyarrow import parquet
 
     partial = path.with_name(path.name + ".part")
-    parquet.write_table(
-        pyarrow.table(
-            {"instruction": [row[0] for row in rows], "output": [row[1] for row in rows]}
-        ),
-        partial,
-    )
+    columns = dict(zip(("instruction", "output"), map(list, zip(*rows))))
+    parquet.write_table(pyarrow.table(columns), partial)
     os.replace(partial, path)
 
 
@@ -310,6 +307,13 @@ def parse_args(argv=None):
         metavar="N",
         help="problems of student.parquet (default: %(default)s)",
     )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=2400,
+        metavar="N",
+        help="problems of prompts.parquet (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     flags.positive(parser, args, "teacher_rows", "student_rows")
     return args
@@ -326,11 +330,13 @@ def main(argv=None):
     (out / "meta.json").unlink(missing_ok=True)
 
     rng, rows = random.Random(args.seed), {}
-    while len(rows) < args.teacher_rows + args.student_rows:
+    answered = args.teacher_rows + args.student_rows
+    while len(rows) < answered + args.prompts:
         rows.setdefault(*problem(rng))
     rows = list(rows.items())
     write_parquet(out / "teacher.parquet", rows[: args.teacher_rows])
-    write_parquet(out / "student.parquet", rows[args.teacher_rows :])
+    write_parquet(out / "student.parquet", rows[args.teacher_rows : answered])
+    write_parquet(out / "prompts.parquet", [(prompt,) for prompt, _ in rows[answered:]])
     words = tokenizer()
     words.save_pretrained(out / "tokenizer")
     for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
@@ -338,10 +344,12 @@ def main(argv=None):
     files.write_json(out / "meta.json", {"demo": done})
     holding.release()
     lengths = [
-        len(words(instruction + output).input_ids) + 3 for instruction, output in rows[-1000:]
+        len(words(instruction + output).input_ids) + 3
+        for instruction, output in rows[:answered][-1000:]
     ]
     print(
-        f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student;"
+        f"{out}: {args.teacher_rows} problems for the teacher, {args.student_rows} for the student,"
+        f" {args.prompts} prompts alone;"
         f" {len(words)} tokens in the vocabulary, {min(lengths)} to {max(lengths)} in a row,"
         f" {sum(lengths) / len(lengths):.0f} on average"
     )
