@@ -48,7 +48,7 @@ SETTINGS = {
         "heal": "",  # `make demo` made the start
         "train": "--tokens-per-step 2048 --lr 3e-3 --beta2 0.99 --weight-decay 0.01 --warmup 0.05",
         "dump": "",
-        "steps": 400,
+        "steps": 500,
         "generations": 4,
         "longest": 80,
         "score": "exact",
@@ -351,20 +351,18 @@ class Seed:
         count, often = equal_cost(len(self.prompts), self.s["generations"], ratio)
         return self.written("cheap", "teacher", self.teacher, self.prompts[:count], often)
 
-    def wider(self) -> Text:
-        """Return own text to twice the prompts, half as often: as many tokens, the second half of
-        the prompts new, none of them held out anywhere."""
-        count, often = len(self.prompts), max(1, self.s["generations"] // 2)
+    def wider(self, who: str, model: str) -> Text:
+        """Return text to as many prompts as (c) has answers, each answered once: as many tokens.
+        All but the given prompts are new, none of them held out anywhere."""
+        count = len(self.prompts) * (self.s["generations"] - 1)
         taken = {*self.prompts, *self.held_prompts}
         if self.s["heal"]:
             there = prompts_of(Path(self.s["source"]))
         else:
-            demo = (ROOT / self.s["source"]).parent
-            taken |= {*prompts_of(demo / "teacher.parquet"), *prompts_of(demo / "student.parquet")}
-            there = other_problems(self.out / "other", self.seed, 2 * count)
+            there = prompts_of((ROOT / self.s["source"]).with_name("prompts.parquet"))
         new = [prompt for prompt in dict.fromkeys(there) if prompt not in taken][:count]
         assert len(new) == count, (len(new), count)
-        return self.written("wider", "student", self.start, self.prompts + new, often)
+        return self.written(f"wider-{who}", who, model, self.prompts + new, 1)
 
     def condition(self, name: str) -> dict:
         """Return what CONDITIONS says by this name, made once."""
@@ -424,8 +422,12 @@ CONDITIONS = {
     "live-1": ("(f) live, all own, fkl", lambda s: s.live("live-1", 1)),
     "live-rkl": ("(f) live, all own, rkl", lambda s: s.live("live-rkl", 1, "--divergence", "rkl")),
     "wider": (
-        "(g) own text to twice the prompts, half as often, fkl",
-        lambda s: s.offline("wider", s.wider()),
+        "(g) own text, prompts without answers added, fkl",
+        lambda s: s.offline("wider", s.wider("student", s.start)),
+    ),
+    "wider-teacher": (
+        "(g') the teacher's answers to the same prompts, fkl",
+        lambda s: s.offline("wider-teacher", s.wider("teacher", s.teacher)),
     ),
 }
 
@@ -457,16 +459,6 @@ def shuffled(source: Path, path: Path, seed: int) -> None:
     order = list(range(len(table)))
     random.Random(seed).shuffle(order)
     write_parquet(path, table.take(np.array(order)))
-
-
-def other_problems(folder: Path, seed: int, count: int) -> list[str]:
-    """Return the prompts of so many problems of the demo, drawn by a seed that no demo has."""
-    if not (folder / "meta.json").exists():
-        words = ["--out", folder, "--seed", 1000 + seed, "--student-rows", count]
-        words += ["--teacher-rows", 1]
-        command = [sys.executable, "-m", "lib.prepare.demo", *map(str, words)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return prompts_of(folder / "student.parquet")
 
 
 # --- the run
