@@ -100,6 +100,14 @@ class OwnRows:
         self.rows.resume(more)
 
     def lay(self, student: models.Model, more: dict[str, Any]) -> None:
+        context, wanted = generate.context_of(student.module), self.args.max_new_tokens
+        if context and wanted and wanted >= context:
+            files.fail(
+                "--max-new-tokens is beyond the student's context",
+                f"{wanted} tokens, the student sees {context}",
+                "fewer, for the prompt has to fit too",
+                "a smaller --max-new-tokens",
+            )
         self.student = student
         self.rows.lay(student, more)
 

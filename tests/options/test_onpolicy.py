@@ -254,6 +254,32 @@ def test_flags_that_cannot_work_are_an_error_of_usage(folder, tmp_path, more, ca
     assert code == 2 and "--" in capsys.readouterr().err
 
 
+def test_answers_beyond_the_context_are_one_line(folder, tmp_path):
+    more = "--on-policy", "1", "--max-new-tokens", "5000"
+    code, said = make.ends(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "o"))
+    assert code == 1 and said.startswith("error: --max-new-tokens is beyond the student's context")
+    assert "\n" not in said
+
+
+BESIDE = {
+    "lora": "--lora-rank 2",
+    "hidden states and rows": "--feature-weight 1 --contrastive-weight 1",
+    "attention": "--attention-weight 1",
+    "gradnorm": "--feature-weight 1 --balance gradnorm --balance-every 2",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_adapters_and_losses_beside_the_logits_go_with_own_rows(folder, tmp_path, name):
+    more = "--on-policy", "0.5", "--steps", "3", "--log-every", "1", *BESIDE[name].split()
+    make.call(stage2_kd.main, *make.live(folder, *more, out=tmp_path / "out"))
+    train = make.history(tmp_path / "out", "train")
+    assert len(train) == 3 and all("own_tokens" in line for line in train)
+    assert all(np.isfinite(line["loss"]) for line in train)
+    if "feature" in BESIDE[name]:
+        assert all(line["feature"] > 0 for line in train)
+
+
 def test_it_wants_the_teacher_live(folder, tmp_path, capsys):
     code, _ = make.ends(
         stage2_kd.main, *make.stage2(folder, "--on-policy", "1", out=tmp_path / "o")
