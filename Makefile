@@ -248,25 +248,27 @@ demo: .venv/ready ## the whole pipeline on embedded data: 5 to 10 minutes on 2 C
 	$(PY) dump_logits.py --data data/$(D)-own1 --teacher runs/$(D)/teacher --student runs/$(D)/stage2 --out logits/$(D)-own1
 	$(PY) stage2_kd.py --data data/$(D)-own1 --logits logits/$(D)-own1 --student runs/$(D)/stage2 --out runs/$(D)/own1 --temperature 1 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
 	@echo; echo "=== all five on the same held-out rows"
-	$(MAKE) --no-print-directory -j 2 --output-sync $(foreach m,$(DEMO_MODELS),demo-measure-$(m))
+	$(MAKE) --no-print-directory -j 2 --output-sync $(foreach m,$(DEMO_MODELS),demo-eval-$(m))
+	$(foreach m,$(DEMO_MODELS),$(call demo_score,$(m)))
 	$(PY) -m lib.measure.compare $(foreach m,$(DEMO_MODELS),runs/$(D)/$(m)) --out runs/$(D)/comparison
 	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) CKPT=runs/$(D)/own1 ARGS=\"--teacher runs/$(D)/teacher\""
 	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/own1 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
 
 DEMO_STEPS := 500
 DEMO_MODELS := teacher stage1 control stage2 own1
-demo-measure-%:
-	$(call demo_measure,$*)
+# two at once; answers one after the other, for their speed is measured
+demo-eval-%:
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$* --out runs/$(D)/$*-eval --eval-only
 
-define demo_measure
-$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only
-	$(PY) chat.py --ckpt runs/$(D)/$(1) --score data/$(D) --out runs/$(D)/$(1)-eval/answers.jsonl --max-new-tokens 80 --batch-size 250
+define demo_score
+$(PY) chat.py --ckpt runs/$(D)/$(1) --score data/$(D) --out runs/$(D)/$(1)-eval/answers.jsonl --max-new-tokens 80 --batch-size 250
 	
 endef
 
 demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
 	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps $(DEMO_STEPS) $(DEMO_STUDENT)
-	$(call demo_measure,live)
+	$(MAKE) --no-print-directory demo-eval-live
+	$(call demo_score,live)
 	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 
 demo-seeds: .venv/ready ## the demo for three seeds: the table of docs/demo.md
