@@ -223,10 +223,19 @@ def look(
     name = "--columns"
     columns, ignored, roles = schema.aside(columns or {})
     guessed = not {"prompt", "messages", "text", "rendered"} & {*columns}
-    if guessed and need_answer and not labelled and own.is_file(found.types):
-        told = "the student's own answers, their tokens as they were sampled"
+    if guessed and not labelled and own.is_torn(found.types):
+        files.fail(
+            f"{path} holds answers of the student that are not whole yet",
+            ", ".join(found.types),
+            "answers as prepare_data.py --answers student leaves them at its end",
+            "the command that writes them: it continues",
+        )
+    if guessed and not labelled and own.is_file(found.types):
+        kind, told = "sampled", "the student's own answers, their tokens as they were sampled"
+        if not need_answer:
+            kind, told = "asked again", "the prompts of the student's own answers"
         named = {name: name for name in own.OF_FILES}
-        return File(path, "sampled", told, named, found.count)
+        return File(path, kind, told, named, found.count)
     if guessed and not labelled and {*schema.TREE[:5]} <= {*found.types}:
         name, columns = "trees", {"messages": "messages"}
         found.types["messages"] = None
@@ -307,8 +316,9 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
     known: dict[tuple[str, ...], File] = {}  # by the columns that a JSON row has
     try:
         for number, record in enumerate(records, 1):
-            if source.schema == "sampled":
-                yield own.of_file(record)
+            if source.schema in ("sampled", "asked again"):
+                read = own.of_file if source.schema == "sampled" else own.asked_of_file
+                yield read(record)
                 continue
             file = source
             if source.exact:
