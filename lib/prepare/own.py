@@ -68,9 +68,7 @@ def own_settings(args) -> dict:
         args.tokenizer = args.tokenizer or str(place)
         theirs = template.load_tokenizer(place, args.trust_remote_code)
         vocabulary = template.identities(theirs)["vocabulary"]
-        usual = generate.read_config(folder)
-        own_eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
-        stops = tuple((generate.end_tokens(usual) if usual else []) or own_eos)
+        stops = stops_of(folder, theirs, args.trust_remote_code)
         made["weights"] = checkpoints.identity(folder)
     else:
         made["host"] = urllib.parse.urlsplit(args.teacher_url).hostname
@@ -92,6 +90,16 @@ def own_settings(args) -> dict:
     how = dataclasses.asdict(generate.Sampling(temperature, top_p=top_p, stops=stops))
     made |= {"tokenizer": told["tokenizer"], "vocabulary": told["vocabulary"]}
     return made | {"sampling": how | {"stops": list(stops)}} | common
+
+
+def stops_of(folder: Path, tokenizer, trust_remote_code: bool) -> tuple[int, ...]:
+    """Return the tokens at which the student stops wherever it is run (chat.py): those of its
+    generation_config.json, else of its config.json, and its tokenizer's."""
+    from transformers import GenerationConfig
+
+    how = generate.read_config(folder) or generate.read_config(checkpoints.base_of(folder))
+    how = how or GenerationConfig.from_model_config(models.config_of(folder, trust_remote_code))
+    return tuple(generate.end_tokens(how, tokenizer.eos_token_id))
 
 
 def check_context(args, folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 from lib import data, files, template
-from lib.prepare import ask, split, store
+from lib.prepare import ask, own, split, store
 from lib.prepare import rows as prepared
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -108,7 +108,8 @@ def test_what_is_sampled_follows_the_softmax_and_equal_answers_stay(world, tmp_p
     assert seen.sum() == count and some.sum() > 100
     assert chi < some.sum() + 5 * (2 * some.sum()) ** 0.5, (chi, some.sum())
     last = [ids[-1] for ids, _, _ in learnt(tmp_path / "out") if drawn[0]["prompt_ids"] == ids[:-1]]
-    seen[3] = 0  # the end: such an answer is empty
+    ends = data.Dataset(tmp_path / "out").meta["student"]["sampling"]["stops"]
+    seen[ends] = 0  # such an answer is empty
     assert np.bincount(last, minlength=len(seen)).tolist() == seen.tolist()
 
 
@@ -119,11 +120,11 @@ def sides(seed):
 
 
 def test_a_cut_answer_has_no_end_and_one_that_ended_has_it(world):
-    (end,), kinds = data.Dataset(world / "own").meta["student"]["sampling"]["stops"], set()
+    ends, kinds = data.Dataset(world / "own").meta["student"]["sampling"]["stops"], set()
     for row in stored(world / "own"):
         kinds.add(row["finish_reason"])
-        assert (row["answer_ids"][-1] == end) == (row["finish_reason"] == "stop")
-        assert end not in row["answer_ids"][:-1] and len(row["answer_ids"]) <= 17
+        assert (row["answer_ids"][-1] in ends) == (row["finish_reason"] == "stop")
+        assert not {*ends} & {*row["answer_ids"][:-1]} and len(row["answer_ids"]) <= 17
     assert "length" in kinds
 
 
@@ -191,8 +192,6 @@ def test_a_killed_run_goes_on_with_rows_alike(world, monkeypatch):
 
 
 def test_a_round_against_the_one_before(world, capsys):
-    from lib.prepare import own
-
     told = {"answers": 9, "mean_tokens": 20.0, "ended": 0.9, "entropy": 1.0}
     own.say(told, told)
     assert "WARNING" not in capsys.readouterr().out
@@ -406,3 +405,15 @@ def test_answers_sampled_in_several_ways_are_said(world, tmp_path, capsys):
     capsys.readouterr()
     make.call(prepare_data.main, *argv, "--workers", 1, "--out", tmp_path / "two")
     assert "were sampled in 2 ways, and all of them are learnt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("told", ["generation_config.json", "config.json"])
+def test_the_student_stops_where_chat_stops(world, tmp_path, told):
+    """At the end tokens of either configuration, and the tokenizer's: an answer that goes on beyond
+    one is no answer of its own."""
+    folder = shutil.copytree(world / "student", tmp_path / "student")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    before = files.read_json(folder / told) if told == "config.json" else {}
+    files.write_json(folder / told, before | {"eos_token_id": [70, 71]})
+    made = template.load_tokenizer(folder)
+    assert own.stops_of(folder, made, False) == (70, 71, made.eos_token_id)
