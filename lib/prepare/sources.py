@@ -230,6 +230,13 @@ def look(
             "answers as prepare_data.py --answers student leaves them at its end",
             "the command that writes them: it continues",
         )
+    if not guessed and not labelled and own.is_file(found.types):
+        files.fail(
+            f"--columns would have {path} read as given answers",
+            "the student's own, their tokens as they were sampled",
+            "a map for the other sources alone",
+            "--columns SOURCE:MAP",
+        )
     if guessed and not labelled and own.is_file(found.types):
         kind, told = "sampled", "the student's own answers, their tokens as they were sampled"
         if not need_answer:

@@ -417,3 +417,19 @@ def test_the_student_stops_where_chat_stops(world, tmp_path, told):
     files.write_json(folder / told, before | {"eos_token_id": [70, 71]})
     made = template.load_tokenizer(folder)
     assert own.stops_of(folder, made, False) == (70, 71, made.eos_token_id)
+
+
+def test_columns_do_not_make_given_answers_of_own_ones(world, tmp_path, capsys):
+    argv = ("--source", world / "own/answers", "--columns", "prompt=prompt,answer=answer")
+    argv += ("--tokenizer", world / "student", "--out", tmp_path / "out")
+    refused("--columns would have .* read as given answers", capsys, *argv)
+
+
+def test_no_other_val_is_advised_where_a_folder_says_what_is_held_out(world, tmp_path, capsys):
+    """Its rows would be trained on."""
+    texts = [{"prompt": f"question {i}", "completion": f"R {i}"} for i in range(60)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    argv = ("--source", tmp_path / "many.jsonl", "--tokenizer", world / "student", "--workers", 1)
+    make.call(prepare_data.main, *argv, "--val", world / "given", "--out", tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "val is 4 row(s)" in told and not re.search(r"--val \d+ makes", told)
