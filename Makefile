@@ -23,7 +23,7 @@ CONTROL_ARGS = $(STAGE2_ARGS)
 CLASSES = $(findstring --task classify,$(DATA_ARGS))
 # a student cut from its teacher (--keep-layers) was no model before: step 0 of stage 1 has measured it
 CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(call one,$(RUNS)/stage1/config.json) && echo cut)
-MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2 own1 own2 own3
+MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2 own1 own2 own3 own4 own5 own6 own7 own8 own9
 SCORE   = $(if $(CLASSES),,yes)
 # make own: which round, and how many answers to a prompt
 ROUND   = 1
