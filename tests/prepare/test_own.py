@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 from lib import data, files, template
-from lib.prepare import ask, own, split, store
+from lib.prepare import ask, own, places, split, store
 from lib.prepare import rows as prepared
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -433,3 +433,15 @@ def test_no_other_val_is_advised_where_a_folder_says_what_is_held_out(world, tmp
     make.call(prepare_data.main, *argv, "--val", world / "given", "--out", tmp_path / "out")
     told = capsys.readouterr().out
     assert "val is 4 row(s)" in told and not re.search(r"--val \d+ makes", told)
+
+
+def test_rows_in_a_file_called_settings_are_data_where_no_answers_are(world, tmp_path):
+    """What the store of answers leaves beside them is no data there; elsewhere the name says
+    nothing."""
+    shutil.copy(world / "rows.jsonl", tmp_path / "rows.jsonl")
+    row = {"prompt": "p", "completion": "c"}
+    (tmp_path / "settings.json").write_text(json.dumps([row, row | {"prompt": "q"}]))
+    names = sorted(Path(str(place)).name for place in places.find_by_path(str(tmp_path)))
+    assert names == ["rows.jsonl", "settings.json"]
+    kept = places.find_by_path(str(world / "own/answers"))
+    assert {Path(str(place)).suffix for place in kept} == {".parquet"}
