@@ -40,7 +40,7 @@ METADATA = re.compile(
     re.IGNORECASE,
 )
 # beside answers that prepare_data.py had written (lib/prepare/store.py), and there alone
-OF_ANSWERS = re.compile(r"(settings|checksums|cost)\.json")
+BESIDE_ANSWERS = re.compile(r"(settings|checksums|cost)\.json")
 ANSWERS = re.compile(r"part-\d{5}\.parquet|journal\.jsonl")
 SPLIT_WORDS = {
     "train": {"train", "training", "trainset"},
@@ -192,7 +192,7 @@ def data_files(
         elif name[:1] in hidden:
             left.setdefault("hidden", []).append(path)
         elif METADATA.fullmatch(name) or (
-            os.path.dirname(path) in answers and OF_ANSWERS.fullmatch(name)
+            os.path.dirname(path) in answers and BESIDE_ANSWERS.fullmatch(name)
         ):
             left.setdefault("metadata", []).append(path)
         elif suffix(name) == ".txt" and not only_text:
