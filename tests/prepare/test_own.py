@@ -445,3 +445,21 @@ def test_rows_in_a_file_called_settings_are_data_where_no_answers_are(world, tmp
     assert names == ["rows.jsonl", "settings.json"]
     kept = places.find_by_path(str(world / "own/answers"))
     assert {Path(str(place)).suffix for place in kept} == {".parquet"}
+
+
+def test_an_answer_that_is_cut_at_an_id_of_no_token_has_not_ended(world, tmp_path):
+    """A model may have more rows than its tokenizer has tokens."""
+    made = template.load_tokenizer(world / "student")
+    folder = tmp_path / "student"
+    make.model(folder, with_tokenizer=made, vocab=len(made) + 20, scale=2.0)
+    files.write_json(folder / "generation_config.json", {"eos_token_id": [*range(70, 170)]})
+    argv = [str(word) for word in flags(world, tmp_path / "own", "--generations", 20)]
+    argv[argv.index("--student") + 1] = str(folder)
+    make.call(prepare_data.main, *argv)
+    rows, cut = stored(tmp_path / "own"), 0
+    ends = files.read_json(tmp_path / "own/meta.json")["student"]["sampling"]["stops"]
+    for row in rows:
+        ended = bool(row["answer_ids"]) and row["answer_ids"][-1] in ends
+        assert ended == (row["finish_reason"] == "stop")
+        cut += row["finish_reason"] == "length" and len(row["answer_ids"]) < 16
+    assert cut
