@@ -23,7 +23,7 @@ CONTROL_ARGS = $(STAGE2_ARGS)
 CLASSES = $(findstring --task classify,$(DATA_ARGS))
 # a student cut from its teacher (--keep-layers) was no model before: step 0 of stage 1 has measured it
 CUT     = $(shell grep -Eqs '"keep_layers": (\[$$|[1-9])' $(call one,$(RUNS)/stage1/config.json) && echo cut)
-MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2 own1 own2 own3
+MODELS  = teacher $(if $(CLASSES)$(CUT),,base) stage1 control stage2 own1 own2 own3 own4 own5 own6 own7 own8 own9
 SCORE   = $(if $(CLASSES),,yes)
 # make own: which round, and how many answers to a prompt
 ROUND   = 1
@@ -128,7 +128,7 @@ control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answe
 
 own: .venv/ready ## a round on the student's own text: its answers to SOURCE's prompts, TEACHER's logits over them, stage 2 again (ROUND=2: from round 1) -> runs/NAME/own1
 	$(call needs,$(DATA)/meta.json)
-	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --out $(call one,$(DATA)-$(OWN)) --val $(call one,$(DATA)) $(ANSWERS_ARGS) --answers student --student $(call one,$(RUNS)/$(BEFORE)) --generations $(GENERATIONS) $(ARGS)
+	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --out $(call one,$(DATA)-$(OWN)) $(ANSWERS_ARGS) --val $(call one,$(DATA)) --answers student --student $(call one,$(RUNS)/$(BEFORE)) --generations $(GENERATIONS) $(ARGS)
 	$(PY) dump_logits.py --data $(call one,$(DATA)-$(OWN)) --teacher $(call one,$(TEACHER)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(LOGITS)-$(OWN)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS)
 	$(PY) stage2_kd.py --data $(call one,$(DATA)-$(OWN)) --logits $(call one,$(LOGITS)-$(OWN)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(RUNS)/$(OWN)) --temperature "$(T)" $(OWN_ARGS)
 

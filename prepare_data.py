@@ -333,6 +333,7 @@ def main(argv=None):
         if written:
             staged.read, staged.lost = written.read, staged.lost + written.lost
         split.refuse_empty(staged)
+        rows.say_held_out(args, staged)
     except SystemExit:  # rows that cannot be learnt: nothing of them is left behind
         if not (partial / split.NOTED).exists():
             shutil.rmtree(partial)

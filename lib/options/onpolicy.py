@@ -82,6 +82,13 @@ class OwnRows:
 
     def __init__(self, args, dataset: data.Dataset, rows: plan.Rows) -> None:
         self.args, self.dataset, self.rows = args, dataset, rows
+        if SOURCE in rows.sources and SOURCE not in rows.own:
+            files.fail(
+                f"--on-policy calls what the student writes {SOURCE}",
+                f"a source {SOURCE} of {dataset.folder} that has references",
+                "another name: these would lose their cross-entropy",
+                "prepare_data.py --source NAME=WHERE",
+            )
         self.sources, self.own = [*rows.sources, SOURCE], {*rows.own, SOURCE}
         self.step, self.fresh, self.figures = -1, False, {}
         self.begun, self.writing_s = 0.0, 0.0  # of the step

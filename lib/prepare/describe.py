@@ -206,7 +206,8 @@ def say_small(meta: dict) -> None:
     rows = meta["rows"]
     if 0 < rows["val"] < FEW_VAL:
         more = min(100, (rows["train"] + rows["val"]) // 5)
-        mend = f"--val {more} makes" if more > rows["val"] else "more rows make"
+        known = isinstance(meta["args"].get("val"), str)  # a folder's: another --val would leak
+        mend = f"--val {more} makes" if more > rows["val"] and not known else "more rows make"
         said = f"val is {rows['val']} row(s): its figures are noise; {mend} it larger"
         print(f"prepare warning: {said}", flush=True)
 

@@ -68,9 +68,7 @@ def own_settings(args) -> dict:
         args.tokenizer = args.tokenizer or str(place)
         theirs = template.load_tokenizer(place, args.trust_remote_code)
         vocabulary = template.identities(theirs)["vocabulary"]
-        usual = generate.read_config(folder)
-        own_eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
-        stops = tuple((generate.end_tokens(usual) if usual else []) or own_eos)
+        stops = stops_of(folder, theirs, args.trust_remote_code)
         made["weights"] = checkpoints.identity(folder)
     else:
         made["host"] = urllib.parse.urlsplit(args.teacher_url).hostname
@@ -94,6 +92,16 @@ def own_settings(args) -> dict:
     return made | {"sampling": how | {"stops": list(stops)}} | common
 
 
+def stops_of(folder: Path, tokenizer, trust_remote_code: bool) -> tuple[int, ...]:
+    """Return the tokens at which the student stops wherever it is run (chat.py): those of its
+    generation_config.json, else of its config.json, and its tokenizer's."""
+    from transformers import GenerationConfig
+
+    how = generate.read_config(folder) or generate.read_config(checkpoints.base_of(folder))
+    how = how or GenerationConfig.from_model_config(models.config_of(folder, trust_remote_code))
+    return tuple(generate.end_tokens(how, tokenizer.eos_token_id))
+
+
 def check_context(args, folder: Path) -> None:
     """Refuse answers that the student has no room for."""
     context = generate.window(models.config_of(folder, args.trust_remote_code))
@@ -112,6 +120,18 @@ def check_context(args, folder: Path) -> None:
 def is_file(types: Iterable[str]) -> bool:
     """Return whether a file with these columns holds such rows."""
     return {"prompt", "answer", "key", *(name for name, _ in store.SAMPLED)} <= {*types}
+
+
+def is_torn(types: Iterable[str]) -> bool:
+    """Return whether a file holds such rows before they are whole: the journal of a killed run."""
+    return {"prompt_ids", "answer_ids"} <= {*types} and not is_file(types)
+
+
+def asked_of_file(record: dict) -> list[dict]:
+    """Return the prompt of such a record, with the answer that the data had for it, if it had one:
+    what the student wrote is none."""
+    prompt = store.unflattened(record["prompt"])
+    return [*prompt, {"role": "assistant", "content": record["reference"] or ""}]
 
 
 def sampled(record: dict, said: list[dict]) -> Sampled:
@@ -137,16 +157,37 @@ def reference_of(row: Sampled) -> str:
 
 
 def check_ids(inputs: list, tokenizer) -> None:
-    """Refuse files of ids that another tokenizer gives other tokens."""
+    """Refuse files of ids that another tokenizer gives other tokens, and a source that the student
+    wrote in part; warn of one whose files were sampled in several ways."""
     mine = template.identities(tokenizer)["vocabulary"]
-    for file in (file for source in inputs for file in source.files if file.schema == "sampled"):
-        record = next(formats.records(file.place, ["vocabulary"]), {"vocabulary": mine})
+    for source in inputs:
+        kinds = {file.schema == "sampled": file.place for file in source.files}
+        if len(kinds) > 1:
+            files.fail(
+                f"--source {source.name} is the student's own text in part",
+                f"{kinds[True]}, and {kinds[False]}",
+                "a source for either: own text has no reference, and is learnt otherwise",
+                "--source own=WHERE --source given=WHERE",
+            )
+    columns, ways = ["vocabulary", "teacher", "sampling"], collections.defaultdict(set)
+    every = [(source.name, file) for source in inputs for file in source.files]
+    for name, file in ((name, file) for name, file in every if file.schema == "sampled"):
+        record = next(formats.records(file.place, columns), {"vocabulary": mine})
+        ways[name].add((record.get("teacher"), record.get("sampling")))
         if record["vocabulary"] != mine:
             files.fail(
                 f"{file.place} holds the ids of another tokenizer",
                 f"vocabulary {str(record['vocabulary'])[:12]}, --tokenizer has {mine[:12]}",
                 "the tokenizer of the student that wrote them",
                 "--tokenizer with the student's folder",
+            )
+    for name, found in ways.items():
+        if len(found) > 1:
+            told = "; ".join(sorted(f"{who}, {how}" for who, how in found))
+            print(
+                f"prepare warning: the answers of {name} were sampled in {len(found)} ways, and all"
+                f" of them are learnt ({told}): --source with one folder of answers/ is one",
+                flush=True,
             )
 
 

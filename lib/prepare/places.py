@@ -34,11 +34,14 @@ PACKED = (".gz", ".bz2", ".zst", ".xz")  # behind the suffix of one of STREAMS
 READ = f"{', '.join(SUFFIXES)} (text also with {', '.join(PACKED)})"
 # what data sets and other tools leave beside the data: no rows are in them
 METADATA = re.compile(
-    r"(dataset_(infos?|dict)|state|meta|config|settings|checksums|cost|croissant|schema|package|readme|license"
+    r"(dataset_(infos?|dict)|state|meta|config|croissant|schema|package|readme|license"
     r"|(tokenizer|generation|special_tokens|preprocessor)\w*|requirements\S*|vocab|merges)"
     r"\.(json|txt)",
     re.IGNORECASE,
 )
+# beside answers that prepare_data.py had written (lib/prepare/store.py), and there alone
+BESIDE_ANSWERS = re.compile(r"(settings|checksums|cost)\.json")
+ANSWERS = re.compile(r"part-\d{5}\.parquet|journal\.jsonl")
 SPLIT_WORDS = {
     "train": {"train", "training", "trainset"},
     "test": {"test", "testing", "testset", "holdout", "heldout"},
@@ -177,6 +180,7 @@ def data_files(
     data = [path for path in paths if suffix(path) in SUFFIXES]
     only_text = all(suffix(path) == ".txt" for path in data)
     twins = splits_of_twins([os.path.relpath(path, root) for path in data])
+    answers = {os.path.dirname(path) for path in data if ANSWERS.fullmatch(path.split("/")[-1])}
     for path in paths:
         *folders, name = (inside := os.path.relpath(path, root)).split("/")
         aside = next((part for part in folders if part[:1] in "._"), None)
@@ -187,7 +191,9 @@ def data_files(
             left.setdefault(f"in {aside}", []).append(path)
         elif name[:1] in hidden:
             left.setdefault("hidden", []).append(path)
-        elif METADATA.fullmatch(name):
+        elif METADATA.fullmatch(name) or (
+            os.path.dirname(path) in answers and BESIDE_ANSWERS.fullmatch(name)
+        ):
             left.setdefault("metadata", []).append(path)
         elif suffix(name) == ".txt" and not only_text:
             left.setdefault("text beside data", []).append(path)

@@ -144,7 +144,9 @@ def by_model(
             ids = answer.ids
             if answer.end is not None:
                 ids, told = [*ids, answer.end], [*told, answer.likely.logp]
-            ids = list(itertools.takewhile(known.__contains__, ids))
+            whole, ids = len(ids), list(itertools.takewhile(known.__contains__, ids))
+            if len(ids) < whole:  # its end is not among them
+                row["finish_reason"] = "length"
             row |= {"prompt_ids": question.ids, "answer_ids": ids, "logp": sum(told[: len(ids)])}
         yield row
 

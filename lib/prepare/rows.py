@@ -113,8 +113,43 @@ def held_out(args) -> float | frozenset[int]:
             "conversations that prepare_data.py prepared, or a share or a count",
         )
     args.val = f"that of data {dataset.identities['data'][:12]}"
-    prompts = (line["messages"] for line in files.read_jsonl(path))
-    return frozenset(prompt_hash(messages, args.seed) for messages in prompts)
+    prompts = [line["messages"] for line in files.read_jsonl(path)]
+    if texts := len(dataset.val.rows) - len(prompts):
+        print(
+            f"prepare warning: {texts:,} rows that {folder} holds out are no conversations: they"
+            " cannot be told here, and would be learnt from a source that has them too",
+            flush=True,
+        )
+    before, found = dataset.meta["args"].get("system"), set()
+    for messages in prompts:
+        forms = _forms(messages, before, args.system)
+        found.update(prompt_hash(form, args.seed) for form in forms)
+    args.held_out = len({prompt_hash(messages, args.seed) for messages in prompts})
+    return frozenset(found)
+
+
+def _forms(messages: list[dict], before: str | None, system: str | None) -> list[list[dict]]:
+    """Return a prompt as it is, without the system message that --system gave it `before`, and with
+    the one that it gives now: whichever it has, it is held out."""
+    first = messages[0]
+    given = before and first["role"] == "system" and first["content"] == before
+    plain = messages[1:] if given else messages
+    found = [messages, plain]
+    if system and plain[0]["role"] != "system":
+        found.append([{"role": "system", "content": system}, *plain])
+    return found
+
+
+def say_held_out(args, staged: split.Staged) -> None:
+    """Warn where prompts that --val FOLDER holds out are in none of the rows: the same questions
+    may be there in other words (--columns, another system message), and would be learnt."""
+    there = len(np.unique(staged.rows["prompt"][staged.is_val]))
+    if there < getattr(args, "held_out", 0):
+        print(
+            f"prepare warning: of the {args.held_out:,} prompts that the --val folder holds out"
+            f" {there:,} are among these rows; another --columns, --system or source?",
+            flush=True,
+        )
 
 
 def make_template_ready(tokenizer, inputs: list[sources.Source], args) -> str:

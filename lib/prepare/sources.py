@@ -223,10 +223,8 @@ def look(
     name = "--columns"
     columns, ignored, roles = schema.aside(columns or {})
     guessed = not {"prompt", "messages", "text", "rendered"} & {*columns}
-    if guessed and need_answer and not labelled and own.is_file(found.types):
-        told = "the student's own answers, their tokens as they were sampled"
-        named = {name: name for name in own.OF_FILES}
-        return File(path, "sampled", told, named, found.count)
+    if not labelled and (looked := look_at_own(path, found, guessed, need_answer)):
+        return looked
     if guessed and not labelled and {*schema.TREE[:5]} <= {*found.types}:
         name, columns = "trees", {"messages": "messages"}
         found.types["messages"] = None
@@ -258,6 +256,32 @@ def look(
         note_unused(looked, [column for column in found.types if column not in used])
     say_rendered(looked)
     return looked
+
+
+def look_at_own(path: Place, found, guessed: bool, need_answer: bool) -> File | None:
+    """Return the File of answers that the student wrote (lib/prepare/own.py), None of any other.
+    found: its columns; guessed: no flag says what they are."""
+    if guessed and own.is_torn(found.types):
+        files.fail(
+            f"{path} holds answers of the student that are not whole yet",
+            ", ".join(found.types),
+            "answers as prepare_data.py --answers student leaves them at its end",
+            "the command that writes them: it continues",
+        )
+    if not own.is_file(found.types):
+        return None
+    if not guessed:
+        files.fail(
+            f"--columns would have {path} read as given answers",
+            "the student's own, their tokens as they were sampled",
+            "a map for the other sources alone",
+            "--columns SOURCE:MAP",
+        )
+    kind, told = "sampled", "the student's own answers, their tokens as they were sampled"
+    if not need_answer:
+        kind, told = "asked again", "the prompts of the student's own answers"
+    named = {name: name for name in own.OF_FILES}
+    return File(path, kind, told, named, found.count)
 
 
 def say_rendered(file: File) -> None:
@@ -307,8 +331,9 @@ def rows(source: File, system: str | None = None) -> Iterator[list[dict] | str |
     known: dict[tuple[str, ...], File] = {}  # by the columns that a JSON row has
     try:
         for number, record in enumerate(records, 1):
-            if source.schema == "sampled":
-                yield own.of_file(record)
+            if source.schema in ("sampled", "asked again"):
+                read = own.of_file if source.schema == "sampled" else own.asked_of_file
+                yield read(record)
                 continue
             file = source
             if source.exact:

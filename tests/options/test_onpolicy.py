@@ -285,3 +285,10 @@ def test_it_wants_the_teacher_live(folder, tmp_path, capsys):
         stage2_kd.main, *make.stage2(folder, "--on-policy", "1", out=tmp_path / "o")
     )
     assert code == 2 and "--teacher" in capsys.readouterr().err
+
+
+def test_a_given_source_of_the_name_is_refused(tmp_path):
+    """It would be taken for text that the student wrote, and lose its cross-entropy."""
+    folder = make.sourced(make.world(tmp_path), names=("general", "own"))
+    with pytest.raises(SystemExit, match="calls what the student writes own"):
+        opened(folder)

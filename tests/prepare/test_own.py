@@ -3,9 +3,13 @@ softmax, are what is stored and what is learnt, each answer as often as it was s
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import make
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_tokenizers as tiny
@@ -14,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import prepare_data
 from lib import data, files, template
-from lib.prepare import ask, split
+from lib.prepare import ask, own, places, split, store
 from lib.prepare import rows as prepared
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -104,7 +108,8 @@ def test_what_is_sampled_follows_the_softmax_and_equal_answers_stay(world, tmp_p
     assert seen.sum() == count and some.sum() > 100
     assert chi < some.sum() + 5 * (2 * some.sum()) ** 0.5, (chi, some.sum())
     last = [ids[-1] for ids, _, _ in learnt(tmp_path / "out") if drawn[0]["prompt_ids"] == ids[:-1]]
-    seen[3] = 0  # the end: such an answer is empty
+    ends = data.Dataset(tmp_path / "out").meta["student"]["sampling"]["stops"]
+    seen[ends] = 0  # such an answer is empty
     assert np.bincount(last, minlength=len(seen)).tolist() == seen.tolist()
 
 
@@ -115,11 +120,11 @@ def sides(seed):
 
 
 def test_a_cut_answer_has_no_end_and_one_that_ended_has_it(world):
-    (end,), kinds = data.Dataset(world / "own").meta["student"]["sampling"]["stops"], set()
+    ends, kinds = data.Dataset(world / "own").meta["student"]["sampling"]["stops"], set()
     for row in stored(world / "own"):
         kinds.add(row["finish_reason"])
-        assert (row["answer_ids"][-1] == end) == (row["finish_reason"] == "stop")
-        assert end not in row["answer_ids"][:-1] and len(row["answer_ids"]) <= 17
+        assert (row["answer_ids"][-1] in ends) == (row["finish_reason"] == "stop")
+        assert not {*ends} & {*row["answer_ids"][:-1]} and len(row["answer_ids"]) <= 17
     assert "length" in kinds
 
 
@@ -187,8 +192,6 @@ def test_a_killed_run_goes_on_with_rows_alike(world, monkeypatch):
 
 
 def test_a_round_against_the_one_before(world, capsys):
-    from lib.prepare import own
-
     told = {"answers": 9, "mean_tokens": 20.0, "ended": 0.9, "entropy": 1.0}
     own.say(told, told)
     assert "WARNING" not in capsys.readouterr().out
@@ -306,3 +309,157 @@ def test_ids_of_another_tokenizer_are_refused_as_a_source(world, capsys):
     other = make.model(world / "other2", with_tokenizer=make.tokenizer())
     argv = ("--source", f"own={world / 'own/answers'}", "--tokenizer", other, "--out", world / "no")
     refused("holds the ids of another tokenizer; saw vocabulary", capsys, *argv)
+
+
+def held_out_by(world, folder):
+    lines = files.read_jsonl(world / folder / "val.prompts.jsonl")
+    return {line["messages"][-1]["content"] for line in lines}
+
+
+@pytest.mark.parametrize("before, now", [("be kind", ""), ("", "be kind"), ("be kind", "be brief")])
+def test_a_prompt_is_held_out_whatever_system_message_the_flag_gives_it(
+    world, tmp_path, before, now
+):
+    """Else what the other folder measures on is trained on, and nothing says it."""
+    argv = ("--source", world / "rows.jsonl", "--tokenizer", world / "student", "--workers", 1)
+    given = (*argv, "--val", 4, *(("--system", before) if before else ()))
+    make.call(prepare_data.main, *given, "--out", tmp_path / "given")
+    again = (*argv, "--val", tmp_path / "given", *(("--system", now) if now else ()))
+    make.call(prepare_data.main, *again, "--out", tmp_path / "again")
+    assert held_out_by(tmp_path, "again") == held_out_by(tmp_path, "given")
+    assert len(data.Split(tmp_path / "again", "val").rows) == 4
+
+
+def test_what_the_other_folder_holds_out_and_is_not_found_is_said(world, tmp_path, capsys):
+    for name, word in (("some", "question"), ("none", "asked")):
+        texts = [{"prompt": f"{word} {i}", "completion": f"R {i}"} for i in range(6)]
+        texts += [{"prompt": f"other {i}", "completion": f"R {i}"} for i in range(6)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        argv = ("--source", path, "--tokenizer", world / "student", "--workers", 1)
+        argv += ("--val", world / "given", "--out", tmp_path / name)
+        make.call(prepare_data.main, *argv)
+        there = len(data.Split(tmp_path / name, "val").rows)
+        told = f"of the 4 prompts that the --val folder holds out {there} are among these rows"
+        assert (told in capsys.readouterr().out) == (there < 4)
+
+
+def test_texts_that_the_other_folder_holds_out_are_said_to_be_unknown(world, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("".join(f"some words {i}\n" for i in range(40)))
+    argv = ("--source", tmp_path / "words.txt", "--source", world / "rows.jsonl", "--val", "0.5")
+    argv += ("--tokenizer", world / "student", "--workers", 1)
+    make.call(prepare_data.main, *argv, "--out", tmp_path / "given")
+    capsys.readouterr()
+    make.call(prepare_data.main, *flags(world, tmp_path / "own", "--val", tmp_path / "given"))
+    assert "holds out are no conversations" in capsys.readouterr().out
+
+
+def test_make_own_holds_out_what_data_holds_out_whatever_the_flags_of_data(tmp_path):
+    root = Path(__file__).parents[2]
+    (tmp_path / "meta.json").touch()
+    words = ["make", "-n", "own", f"DATA={tmp_path}", "SOURCE=a.jsonl", "DATA_ARGS=--val 50"]
+    said = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in said.splitlines() if "prepare_data.py" in line and "--out" in line]
+    assert re.findall(r"--val (\S+)", line)[-1] == str(tmp_path)
+
+
+def test_own_answers_asked_again_have_the_references_of_the_data(world, tmp_path):
+    argv = [str(word) for word in flags(world, tmp_path / "again")]
+    argv[1] = f"own={world / 'own/answers'}"
+    make.call(prepare_data.main, *argv)
+    rows = stored(tmp_path / "again")
+    assert len(rows) == 12
+    for row in rows:
+        assert row["reference"] == row["prompt"][0]["content"].replace("question", "REFERENCE")
+
+
+def test_a_source_that_the_student_wrote_in_part_is_one_line(world, tmp_path, capsys):
+    """Its given rows would lose their cross-entropy, as if they were the student's own."""
+    part = next((world / "own").glob("answers/*/part-*.parquet"))
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(part, tmp_path / "mixed")
+    pq.write_table(
+        pa.table({"prompt": ["a", "b"], "completion": ["c", "d"]}), tmp_path / "mixed/a.parquet"
+    )
+    argv = ("--source", tmp_path / "mixed", "--tokenizer", world / "student")
+    refused("student's own text in part", capsys, *argv, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("more", [(), ("--answers", "student")])
+def test_the_journal_of_a_killed_run_is_no_source(world, tmp_path, capsys, more):
+    """Its lines would be rendered and tokenized, and learnt as references."""
+    names = {field.name for field in store.SCHEMA} - {"teacher", "sampling"}
+    names |= {"prompt_ids", "answer_ids", "logp"}
+    lines = [{name: row[name] for name in names} for row in stored(world / "own")]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ("--source", tmp_path, "--tokenizer", world / "student", "--out", tmp_path / "out")
+    argv += (*more, "--student", world / "student") if more else ()
+    refused("not whole yet", capsys, *argv)
+
+
+def test_answers_sampled_in_several_ways_are_said(world, tmp_path, capsys):
+    argv = flags(world, tmp_path / "own")
+    make.call(prepare_data.main, *argv)
+    make.call(prepare_data.main, *argv, "--student-temperature", 0.5, "--fresh")
+    argv = ("--source", f"own={tmp_path / 'own/answers'}", "--tokenizer", world / "student")
+    capsys.readouterr()
+    make.call(prepare_data.main, *argv, "--workers", 1, "--out", tmp_path / "two")
+    assert "were sampled in 2 ways, and all of them are learnt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("told", ["generation_config.json", "config.json"])
+def test_the_student_stops_where_chat_stops(world, tmp_path, told):
+    """At the end tokens of either configuration, and the tokenizer's: an answer that goes on beyond
+    one is no answer of its own."""
+    folder = shutil.copytree(world / "student", tmp_path / "student")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    before = files.read_json(folder / told) if told == "config.json" else {}
+    files.write_json(folder / told, before | {"eos_token_id": [70, 71]})
+    made = template.load_tokenizer(folder)
+    assert own.stops_of(folder, made, False) == (70, 71, made.eos_token_id)
+
+
+def test_columns_do_not_make_given_answers_of_own_ones(world, tmp_path, capsys):
+    argv = ("--source", world / "own/answers", "--columns", "prompt=prompt,answer=answer")
+    argv += ("--tokenizer", world / "student", "--out", tmp_path / "out")
+    refused("--columns would have .* read as given answers", capsys, *argv)
+
+
+def test_no_other_val_is_advised_where_a_folder_says_what_is_held_out(world, tmp_path, capsys):
+    """Its rows would be trained on."""
+    texts = [{"prompt": f"question {i}", "completion": f"R {i}"} for i in range(60)]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    argv = ("--source", tmp_path / "many.jsonl", "--tokenizer", world / "student", "--workers", 1)
+    make.call(prepare_data.main, *argv, "--val", world / "given", "--out", tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "val is 4 row(s)" in told and not re.search(r"--val \d+ makes", told)
+
+
+def test_rows_in_a_file_called_settings_are_data_where_no_answers_are(world, tmp_path):
+    """What the store of answers leaves beside them is no data there; elsewhere the name says
+    nothing."""
+    shutil.copy(world / "rows.jsonl", tmp_path / "rows.jsonl")
+    row = {"prompt": "p", "completion": "c"}
+    (tmp_path / "settings.json").write_text(json.dumps([row, row | {"prompt": "q"}]))
+    names = sorted(Path(str(place)).name for place in places.find_by_path(str(tmp_path)))
+    assert names == ["rows.jsonl", "settings.json"]
+    kept = places.find_by_path(str(world / "own/answers"))
+    assert {Path(str(place)).suffix for place in kept} == {".parquet"}
+
+
+def test_an_answer_that_is_cut_at_an_id_of_no_token_has_not_ended(world, tmp_path):
+    """A model may have more rows than its tokenizer has tokens."""
+    made = template.load_tokenizer(world / "student")
+    folder = tmp_path / "student"
+    make.model(folder, with_tokenizer=made, vocab=len(made) + 20, scale=2.0)
+    files.write_json(folder / "generation_config.json", {"eos_token_id": [*range(70, 170)]})
+    argv = [str(word) for word in flags(world, tmp_path / "own", "--generations", 20)]
+    argv[argv.index("--student") + 1] = str(folder)
+    make.call(prepare_data.main, *argv)
+    rows, cut = stored(tmp_path / "own"), 0
+    ends = files.read_json(tmp_path / "own/meta.json")["student"]["sampling"]["stops"]
+    for row in rows:
+        ended = bool(row["answer_ids"]) and row["answer_ids"][-1] in ends
+        assert ended == (row["finish_reason"] == "stop")
+        cut += row["finish_reason"] == "length" and len(row["answer_ids"]) < 16
+    assert cut
