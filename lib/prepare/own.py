@@ -249,6 +249,14 @@ def say(told: dict[str, Any], before: dict[str, Any] | None) -> None:
         " nats a token",
         flush=True,
     )
+    how = told.get("sampling") or {"temperature": 1, "top_p": 1}
+    if (how["temperature"], how["top_p"]) != (1, 1):
+        said = f"T = {how['temperature']:g}, top-p {how['top_p']:g}"
+        print(
+            f"own text: sampled at {said}: not the student's own distribution, and the entropy is"
+            " that of what was sampled under it",
+            flush=True,
+        )
     for amiss in generate.drifted(before, told).values() if before else ():
         print(f"own text: WARNING: {amiss} (the round before): look at --show", flush=True)
 

@@ -194,7 +194,10 @@ def test_a_killed_run_goes_on_with_rows_alike(world, monkeypatch):
 def test_a_round_against_the_one_before(world, capsys):
     told = {"answers": 9, "mean_tokens": 20.0, "ended": 0.9, "entropy": 1.0}
     own.say(told, told)
-    assert "WARNING" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING" not in said and "sampled at" not in said
+    own.say(told | {"sampling": {"temperature": 0.5, "top_p": 1.0}}, None)
+    assert "sampled at T = 0.5, top-p 1: not the student's own" in capsys.readouterr().out
     for name, value in (
         ("mean_tokens", 31),
         ("mean_tokens", 13),
