@@ -50,8 +50,8 @@ def report(
         return
     run.log("teacher", 0, **own)
     if dataset.val_own.any():  # who wrote a text finds it likelier than who is to teach
-        said = f"teacher {own['ce']:.4f}, student {measures['ce']:.4f}"
-        run.say(f"val cross-entropy, of the student's own text too: {said}")
+        both = f"teacher {own['ce']:.4f}, student {measures['ce']:.4f}"
+        run.say(f"val cross-entropy, of the student's own text too: {both}")
     else:
         chance = unigram_ce(dataset.train, dataset.val, student.head().vocab)
         teacher_can_teach(own, measures, chance, run.say)
