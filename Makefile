@@ -219,7 +219,7 @@ EVIDENCE = $(PY) bench/onpolicy/evidence.py --seeds $(SEEDS) --out out/onpolicy
 evidence: .venv/ready ## all measurements of docs/on-policy.md (after `make demo-seeds`; REAL=real: smollm2 and stdlib.parquet; hours; goes on where it was)
 	$(EVIDENCE) --setting demo $(ARGS)
 	$(EVIDENCE) --setting smollm2 --real $(call one,$(REAL)) $(ARGS)
-	$(PY) bench/onpolicy/tables.py --results bench/onpolicy/results-demo.json bench/onpolicy/results-smollm2.json --doc docs/on-policy.md
+	$(PY) bench/onpolicy/evidence_tables.py --results bench/onpolicy/results-demo.json bench/onpolicy/results-smollm2.json --doc docs/on-policy.md
 
 clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and runs/
 	rm -rf $(D) data/$(D) data/$(D)-teacher data/$(D)-own1 logits/$(D) logits/$(D)-own1 runs/$(D)

@@ -207,7 +207,9 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
 
     asked = chunk == "val" and not dataset.labels
     more = {"answers": worth.answered(teacher, dataset)} if asked else {}
-    more["dumped_s"] = round(time.monotonic() - begun, 1)  # by the process that finished it
+    # apart from what is the same whatever the machine; of the process that finished it
+    cost = {"dumped_s": round(time.monotonic() - begun, 1)}
+    files.write_json(folder / writer.COST_FILE, cost)
     meta = made.finish(dataset.identities, **more)
     print(
         f"dump {folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"

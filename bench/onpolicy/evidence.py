@@ -13,7 +13,7 @@ OUT/SETTING/SEED: logs/ (each command, and all that it said), steps/ (one file a
 which is not run again), conditions/ (one file a condition: measures and cost), and data, records
 and runs, these without their weights once they are measured. A command that was killed is run
 anew, but for answers, which are kept as they are written. Writes, after each seed, --results: all
-conditions under OUT/SETTING, for tables.py.
+conditions under OUT/SETTING, for evidence_tables.py.
 """
 
 import argparse
@@ -511,7 +511,8 @@ def main(argv=None):
             print(f"{args.setting} {number} {name}: {told}", flush=True)
         print(f"{args.setting} {number}: {time.monotonic() - started:.0f} s", flush=True)
         files.write_json(results, collected(out, {"setting": args.setting, "settings": setting}))
-    print(f"wrote {results}; next: python bench/onpolicy/tables.py --results {results} --doc DOC")
+    command = f"python bench/onpolicy/evidence_tables.py --results {results} --doc DOC"
+    print(f"wrote {results}; next: {command}")
 
 
 if __name__ == "__main__":

@@ -147,9 +147,8 @@ def cost_of(settings: dict) -> dict[str, float]:
             found |= {"written_s": files.read_json(cost)["written_s"]} if cost.exists() else {}
     if settings.get("logits") and Path(settings["logits"]).is_dir():
         records = Path(settings["logits"])
-        chunks = [files.read_json(path) for path in records.glob("*/meta.json")]
-        if chunks and all("dumped_s" in chunk for chunk in chunks):
-            found["dumped_s"] = sum(chunk["dumped_s"] for chunk in chunks)
+        if costs := [files.read_json(path) for path in records.glob("*/cost.json")]:
+            found["dumped_s"] = sum(cost["dumped_s"] for cost in costs)
         sizes = (path.stat().st_size for path in records.rglob("*") if path.is_file())
         found["record_bytes"] = sum(sizes)
     return found

@@ -21,7 +21,8 @@ from lib.teacher.basis import Basis
 
 DUMP_ANEW = "--fresh to dump it anew"
 # that a folder is a chunk's
-CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", files.LOCK)
+COST_FILE = "cost.json"  # dumped_s: the seconds that a chunk took
+CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", COST_FILE, files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 RANK = 384  # of the basis, unless --tail-rank says otherwise
 # the default rank is lowered where the basis would be larger than so many bytes, and than so many

@@ -785,7 +785,7 @@ def test_what_a_round_costs_is_read_from_its_data_and_records(tmp_path):
     for chunk, seconds in (("chunk-0000", 3.0), ("val", 1.5)):
         (tmp_path / "logits" / chunk).mkdir(parents=True)
         (tmp_path / "logits" / chunk / "topk.npy").write_bytes(bytes(1000))
-        files.write_json(tmp_path / "logits" / chunk / "meta.json", {"dumped_s": seconds})
+        files.write_json(tmp_path / "logits" / chunk / "cost.json", {"dumped_s": seconds})
     settings = {"data": str(tmp_path / "data"), "logits": str(tmp_path / "logits")}
     cost = runs.cost_of(settings)
     size = sum(path.stat().st_size for path in tmp_path.glob("logits/*/*"))

@@ -462,7 +462,13 @@ ACTIONS = [
     for flag in action.option_strings
 ]
 FLAGS = sorted({flag for _, flag, _ in ACTIONS} - {"-h", "--help"})
-OWN = {("dump", "--student"), ("chat", "--out"), ("prepare", "--mix"), ("dump", "--verify")}
+OWN = {
+    ("dump", "--student"),
+    ("prepare", "--student"),
+    ("chat", "--out"),
+    ("prepare", "--mix"),
+    ("dump", "--verify"),
+}
 # not the model to train; not a folder; stored, not used; instead of dumping
 
 

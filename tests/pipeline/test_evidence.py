@@ -26,7 +26,7 @@ def result(setting="demo"):
 
 
 def test_the_interval_is_students_t_on_so_few_seeds():
-    from tables import interval
+    from evidence_tables import interval
 
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)  # of scipy.stats.t.ppf(0.975, 2)
@@ -34,7 +34,7 @@ def test_the_interval_is_students_t_on_so_few_seeds():
 
 
 def test_differences_are_taken_within_a_seed_and_before_the_mean():
-    import tables
+    import evidence_tables as tables
 
     line = next(x for x in tables.paired(result()).splitlines() if x.startswith("| (c)"))
     # scores +0.1 and +0.1, so no spread; KL -0.1 and +0.1
@@ -45,7 +45,7 @@ def test_differences_are_taken_within_a_seed_and_before_the_mean():
 
 
 def test_the_document_is_filled_between_its_marks(tmp_path, capsys):
-    import tables
+    import evidence_tables as tables
 
     from lib import files
 

@@ -1,6 +1,7 @@
 """Put the figures of evidence.py into docs/on-policy.md.
 
-    python bench/onpolicy/tables.py --results bench/onpolicy/results-*.json --doc docs/on-policy.md
+    python bench/onpolicy/evidence_tables.py --results bench/onpolicy/results-*.json \\
+        --doc docs/on-policy.md
 
 Reads   what evidence.py wrote, a file a setting.
 Writes  the text between `<!-- NAME SETTING -->` and `<!-- end -->` of the document, for NAME =
