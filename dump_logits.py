@@ -208,7 +208,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
     asked = chunk == "val" and not dataset.labels
     more = {"answers": worth.answered(teacher, dataset)} if asked else {}
     # apart from what is the same whatever the machine; of the process that finished it
-    cost = {"dumped_s": round(time.monotonic() - begun, 1)}
+    cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(folder / writer.COST_FILE, cost)
     meta = made.finish(dataset.identities, **more)
     print(

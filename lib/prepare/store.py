@@ -237,7 +237,8 @@ class Store:
     def spent(self, seconds: float) -> None:
         """Add to the seconds that answers were waited for (a process that was killed adds none)."""
         before = files.read_json(path) if (path := self.folder / COST).exists() else {}
-        files.write_json(path, {"written_s": round(before.get("written_s", 0) + seconds, 1)})
+        written = round(before.get("written_s", 0) + seconds, 1)
+        files.write_json(path, {"written_s": written, "checksums": {}})
 
     def close(self) -> None:
         self.compact()
