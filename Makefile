@@ -230,7 +230,7 @@ D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --seed $(SEED)
 DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 100
 
-demo: .venv/ready ## the whole pipeline on embedded data: 5 to 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
+demo: .venv/ready ## the whole pipeline on embedded data: about 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
 	$(PY) -m lib.prepare.demo --out $(D) --seed $(SEED)
 	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
 	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1

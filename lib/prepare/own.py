@@ -27,7 +27,7 @@ class Sampled(list):
     """A conversation whose last answer the student sampled: a list of messages, and
 
     ids (L,), answer (L,): the tokens of prompt and answer, and which of them are the answer's;
-    logp: the sum of their log-probabilities, nats, as they were sampled; name: of the answer."""
+    logp: the sum of their log-probabilities, nats, as they were sampled."""
 
     ids: list[int]
     answer: list[bool]
