@@ -71,7 +71,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
+.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-teacher demo-student demo-distilled demo-before demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
 .DEFAULT_GOAL := help
 
 define doors
@@ -227,39 +227,59 @@ clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and run
 # --- the demo: the whole pipeline on embedded data, with a teacher made here
 
 D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
-DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --seed $(SEED)
-DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 100
+DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --no-pack --seed $(SEED)
+DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 250
+DEMO_STEPS := 500
+DEMO_MODELS := teacher stage1 control stage2 own1
 
-demo: .venv/ready ## the whole pipeline on embedded data: about 10 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
+demo: .venv/ready ## the whole pipeline on embedded data: about 5 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
 	$(PY) -m lib.prepare.demo --out $(D) --seed $(SEED)
-	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
-	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
-	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data"
-	$(PY) stage1_sft.py --data data/$(D)-teacher --student $(D)/teacher-config --out runs/$(D)/teacher --lr 2e-3 --steps 1600 --eval-every 400 --tokens-per-step 1024 $(DEMO_TRAIN)
-	@echo; echo "=== stage 1: a student several times smaller, on little of it"
-	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 400 $(DEMO_STUDENT)
+	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data; on the other core stage 1, a student several times smaller, on little of it, and its control"
+	$(MAKE) --no-print-directory -j 2 demo-teacher demo-student
+	@cat $(D)/stage1.log $(D)/control.log
 	@echo; echo "=== the teacher's logits, once"
 	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
-	@echo; echo "=== stage 2, and its control: stage 1 continued for as many steps"
-	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
-	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps $(DEMO_STEPS) $(DEMO_STUDENT)
-	@echo; echo "=== a round on the student's own text: its answers, also to prompts that have none; the teacher's logits over them; stage 2 again"
-	$(PY) prepare_data.py --source $(D)/student.parquet $(D)/prompts.parquet --out data/$(D)-own1 --val data/$(D) --answers student --student runs/$(D)/stage2 --max-new-tokens 80
-	$(PY) dump_logits.py --data data/$(D)-own1 --teacher runs/$(D)/teacher --student runs/$(D)/stage2 --out logits/$(D)-own1
-	$(PY) stage2_kd.py --data data/$(D)-own1 --logits logits/$(D)-own1 --student runs/$(D)/stage2 --out runs/$(D)/own1 --temperature 1 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
+	@echo; echo "=== stage 2, and a round on the student's own text; on the other core teacher, stage 1 and control are measured"
+	$(MAKE) --no-print-directory -j 2 demo-distilled demo-before
 	@echo; echo "=== all five on the same held-out rows"
-	$(MAKE) --no-print-directory -j 2 --output-sync $(foreach m,$(DEMO_MODELS),demo-eval-$(m))
+	$(MAKE) --no-print-directory -j 2 demo-eval-stage2 demo-eval-own1
 	$(foreach m,$(DEMO_MODELS),$(call demo_score,$(m)))
 	$(PY) -m lib.measure.compare $(foreach m,$(DEMO_MODELS),runs/$(D)/$(m)) --out runs/$(D)/comparison
 	@echo "Talk to it, beside its teacher, on a page at http://127.0.0.1:8000: make serve NAME=$(D) CKPT=runs/$(D)/own1 ARGS=\"--teacher runs/$(D)/teacher\""
 	@echo "or here: $(PY) chat.py --ckpt runs/$(D)/own1 --teacher runs/$(D)/teacher --prompt 'Ann has 38 apples. She buys 45 more. How many apples does Ann have now?'"
 
-DEMO_STEPS := 500
-DEMO_MODELS := teacher stage1 control stage2 own1
-# two at once; answers one after the other, for their speed is measured
-demo-eval-%:
-	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$* --out runs/$(D)/$*-eval --eval-only
+# what runs beside another command says it in a file
+meanwhile = > $(1) 2>&1 || { tail -n 5 $(1); exit 1; }
 
+demo-teacher:
+	$(PY) prepare_data.py --source $(D)/teacher.parquet --tokenizer $(D)/tokenizer --out data/$(D)-teacher --val 200
+	$(PY) stage1_sft.py --data data/$(D)-teacher --student $(D)/teacher-config --out runs/$(D)/teacher --lr 2.5e-3 --steps 1200 --eval-every 300 --tokens-per-step 1024 $(DEMO_TRAIN) --threads 1
+
+# stage 1's student; and the control: stage 1 continued for as many steps as stage 2 takes
+demo-student:
+	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
+	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 400 $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/stage1.log)
+	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps $(DEMO_STEPS) $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/control.log)
+
+# stage 2; then the student's answers, also to prompts that have none, the teacher's logits over them, stage 2 again
+demo-distilled:
+	$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/stage1 --out runs/$(D)/stage2 --steps $(DEMO_STEPS) $(DEMO_STUDENT) --threads 1
+	$(PY) prepare_data.py --source $(D)/student.parquet $(D)/prompts.parquet --out data/$(D)-own1 --val data/$(D) --answers student --student runs/$(D)/stage2 --max-new-tokens 80 --student-batch 512
+	$(PY) dump_logits.py --data data/$(D)-own1 --teacher runs/$(D)/teacher --student runs/$(D)/stage2 --out logits/$(D)-own1
+	$(PY) stage2_kd.py --data data/$(D)-own1 --logits logits/$(D)-own1 --student runs/$(D)/stage2 --out runs/$(D)/own1 --temperature 1 --steps $(DEMO_STEPS) $(DEMO_STUDENT)
+
+demo-before:
+	$(foreach m,teacher stage1 control,$(call demo_eval,$(m),$(call meanwhile,$(D)/$(m)-eval.log)))
+
+demo-eval-%:
+	$(call demo_eval,$*)
+
+define demo_eval
+$(PY) stage2_kd.py --data data/$(D) --logits logits/$(D) --student runs/$(D)/$(1) --out runs/$(D)/$(1)-eval --eval-only --threads 1 $(2)
+	
+endef
+
+# answers are written one model after the other, for their speed is measured
 define demo_score
 $(PY) chat.py --ckpt runs/$(D)/$(1) --score data/$(D) --out runs/$(D)/$(1)-eval/answers.jsonl --max-new-tokens 80 --batch-size 250
 	
@@ -267,7 +287,7 @@ endef
 
 demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher live beside the student instead of its stored logits
 	$(PY) stage2_kd.py --data data/$(D) --teacher runs/$(D)/teacher --student runs/$(D)/stage1 --out runs/$(D)/live --steps $(DEMO_STEPS) $(DEMO_STUDENT)
-	$(MAKE) --no-print-directory demo-eval-live
+	$(call demo_eval,live)
 	$(call demo_score,live)
 	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 

@@ -46,11 +46,13 @@ SETTINGS = {
         "teacher": "runs/{demo}/teacher",
         "start": "runs/{demo}/stage2",
         "heal": "",  # `make demo` made the start
-        "train": "--tokens-per-step 2048 --lr 3e-3 --beta2 0.99 --weight-decay 0.01 --warmup 0.05",
+        "train": "--tokens-per-step 2048 --lr 3e-3 --beta2 0.99 --weight-decay 0.01 --warmup 0.05"
+        " --no-pack",
         "dump": "",
         "steps": 500,
         "generations": 4,
         "longest": 80,
+        "write": "--teacher-batch 512",
         "score": "exact",
         "batch": 250,
         "smoke": {"prepare": "--val 12 --limit 40", "steps": 4, "generations": 2, "longest": 60},
@@ -67,6 +69,7 @@ SETTINGS = {
         "steps": 24,
         "generations": 2,
         "longest": 64,
+        "write": "",
         "score": "rougeL",
         "batch": 24,
         "smoke": {
@@ -246,7 +249,7 @@ class Seed:
     def writer(self, who: str, model: object, generations: int = 1) -> list[str]:
         """Return the flags by which a model answers, at T = 1."""
         words = ["--answers", who, f"--{who}", str(model), "--generations", str(generations)]
-        words += ["--max-new-tokens", str(self.s["longest"])]
+        words += ["--max-new-tokens", str(self.s["longest"]), *self.s["write"].split()]
         return words + (SAMPLED.split() + ["--keep-truncated"] if who == "teacher" else [])
 
     def written(

@@ -99,18 +99,27 @@ def ratios(over: dict, under: dict, names: Sequence[str]) -> dict[str, float]:
     return {name.rpartition(".")[2]: a / b for name, (a, b) in pairs.items() if a and b}
 
 
-def differences_by_prompt(models: dict, rows: dict, roles: dict) -> dict[str, dict]:
-    """Return {"control": {measure: {"difference": student - control, "low", "high", "p", "n"}},
-    "teacher": ...} by bootstrap over the prompts."""
-    found, student = {}, roles["student"]
+def began_from(roles: dict[str, str], read: dict[str, dict], names: Sequence[str]) -> str | None:
+    """Return the model that the student's run began from (of own1 that is stage2), where it is
+    among those compared and has no role that says so."""
+    settings = read[roles["student"]]["settings"] if roles.get("student") in read else {}
+    path = Path(settings.get("student", ""))
+    name = path.parent.name if path.name in ("best", "final") else path.name
+    return name if name in names and name not in roles.values() else None
+
+
+def differences_by_prompt(models: dict, rows: dict, student: str, against: dict) -> dict[str, dict]:
+    """Return {role: {measure: {"difference": student - the role's model, "low", "high", "p", "n"}}}
+    for each role of `against` (role: model), by bootstrap over the prompts."""
+    found = {}
     from lib.measure import score  # here, not above: most comparisons of losses need none of it
 
-    for role in ("control", "teacher"):
-        if role in roles and rows[roles[role]] and rows[student]:
-            both = [models[name].get("intervals", {}) for name in (roles[role], student)]
+    for role, name in against.items():
+        if rows[name] and rows[student]:
+            both = [models[one].get("intervals", {}) for one in (name, student)]
             shared = [name for name in OF_ANSWERS if all(name in known for known in both)]
             if shared:
-                found[role] = score.paired(rows[roles[role]], rows[student], shared)
+                found[role] = score.paired(rows[name], rows[student], shared)
     return found
 
 
@@ -151,11 +160,17 @@ def settings_that_differ(read: dict[str, dict], models: dict[str, dict]) -> dict
     return found
 
 
-def control_says(models: dict, roles: dict, read: dict[str, dict]) -> str | None:
-    """Return how the control was trained, against the student: the comparison is fair at equal
-    steps from one start alone."""
+def control_says(
+    models: dict, roles: dict, read: dict[str, dict], began: str | None
+) -> str | None:
+    """Return how the control was trained, against the student, or against `began`, the model whose
+    training the student has continued: the comparison is fair at equal steps from one start
+    alone."""
     if "control" not in roles:
         return None
+    if began:
+        says = control_says(models, roles | {"student": began}, read, None)
+        return f"{says}, as {began} was; {roles['student']} goes on from {began}"
     both = [read[roles[role]]["settings"] for role in ("control", "student") if roles[role] in read]
     if both and both[0].get("alpha"):
         return f"NOT on the answers alone: trained by stage 2, alpha {both[0]['alpha']}"
@@ -289,6 +304,9 @@ def comparison(
     machine = ("speed.device", "speed.threads")
     alike = both and all(value_of(teacher, one) == value_of(student, one) for one in machine)
     speeds = ("speed.prompt_tok_per_s", "speed.tok_per_s")
+    began = began_from(roles, read, list(models))
+    against = {role: roles[role] for role in ("control", "teacher") if role in roles}
+    against = {"began": began, **against} if began else against
     result = {
         "models": models,
         "roles": roles,
@@ -296,8 +314,9 @@ def comparison(
         "comparison": compare(teacher, student) if both else {},
         "compression": ratios(teacher, student, ("parameters", "bytes")) if both else {},
         "speedup": ratios(student, teacher, speeds) if alike else {},
-        "paired": differences_by_prompt(models, rows, roles) if student else {},
-        "control": control_says(models, roles, read) if student else None,
+        "began": began,
+        "paired": differences_by_prompt(models, rows, roles["student"], against) if student else {},
+        "control": control_says(models, roles, read, began) if student else None,
         "starts": starts(models, read),
         "settings_that_differ": settings_that_differ(read, models),
         "data": next((m["data"] for m in models.values() if "data" in m), None),

@@ -49,9 +49,9 @@ def markdown(result: dict) -> str:
 
 
 def paired_lines(result: dict) -> list[str]:
-    """Return one line a measure and a model: the student less control or teacher, with its
-    interval."""
-    roles, lines = result["roles"], []
+    """Return one line a measure and a model: the student less what it began from, the control or
+    the teacher, with its interval."""
+    roles, lines = {"began": result["began"]} | result["roles"], []
     for against, pairs in result["paired"].items():
         for measure, one in pairs.items():
             lines.append(

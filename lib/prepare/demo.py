@@ -23,13 +23,13 @@ A problem and three of the answers it may get:
     Ones: 8+5=13, carry 1. Tens: 3+4+1=8. So Ann has 83 apples.
     #### 83
 
-    38+45: 5+8=13, 4+3+1=8, makes 83.
+    Add the ones, 8+5=13, then the tens, 3+4+1=8. That makes 83.
     #### 83
 
     38+40=78, 78+5=83. The answer is 83.
     #### 83
 
-Style, wording and order of the summands are drawn at random, with the weights below; given these,
+Style and wording are drawn at random, with the weights below; given these,
 the arithmetic is forced. So a teacher that has learned the data is certain at some places and soft
 at others: a sampled answer shows the student one throw of the dice, the teacher's distribution
 shows it all of them.
@@ -43,9 +43,12 @@ from pathlib import Path
 
 from lib import files, flags
 
-# 0.69M and 0.10M parameters
+# 0.36M and 0.10M parameters, of two families, for teacher and student share a tokenizer alone. A
+# Qwen3 norms its queries and keys, and learns in fewer steps to fetch the right digit
 TEACHER = {
-    "num_hidden_layers": 4,
+    "model_type": "qwen3",
+    "head_dim": 32,
+    "num_hidden_layers": 2,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,
@@ -58,6 +61,7 @@ STUDENT = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 CONTEXT = 256
 
 PEOPLE = dict.fromkeys("Ann Mia Eva Lena Sara Nora Zoe Ruth".split(), "She")
@@ -67,7 +71,7 @@ THINGS = (
     " cakes"
 ).split()
 
-# how often, signs of the steps, the problem
+# how often, sign, the problem
 PROBLEMS = [
     (20, "+", "{P} has {a} {things}. {She} {gains} {b} more. How many {things} does {P} have now?"),
     (12, "+", "{P} has {a} {things} and {Q} has {b}. How many {things} do they have together?"),
@@ -86,37 +90,16 @@ PROBLEMS = [
         "-",
         "There are {a} {things} in a box. {P} takes {b} out. How many {things} are in the box?",
     ),
-    (
-        12,
-        "+-",
-        (
-            "{P} has {a} {things}, {gains} {b} more and {drops} {c}. How many {things} does {P}"
-            " have now?"
-        ),
-    ),
-    (
-        8,
-        "-+",
-        (
-            "{P} has {a} {things}, {drops} {b} and {gains} {c} more. How many {things} does {P}"
-            " have now?"
-        ),
-    ),
 ]
 GAINS = ["buys", "finds", "gets", "wins", "picks"]
 DROPS = ["sells", "loses", "breaks", "spends", "hides"]
 
-# how often, the working of a one-step problem
+# how often, the working
 STYLES = [
     (45, "Ones: {ones}{carry}. Tens: {tens}."),
     (25, "{Add} the ones, {ones}, then the tens, {tens}."),
     (20, "{a}{sign}{b}: {ones}, {tens}."),
     (10, "{a}{sign}{b_tens}={between}, {between}{sign}{b_ones}={result}."),
-]
-# how often, the working of one step of two, by its place
-CHAINS = [
-    (60, ["First {ones}, {tens}, makes {result}.", " Then {ones}, {tens}, makes {result}."]),
-    (40, ["{a}{sign}{b}: {ones}, {tens}.", " {a}{sign}{b}: {ones}, {tens}."]),
 ]
 ENDINGS = [(50, " So {P} has {n} {things}."), (30, " That makes {n}."), (20, " The answer is {n}.")]
 ENDING_ELSEWHERE = [
@@ -124,7 +107,6 @@ ENDING_ELSEWHERE = [
     (30, " That makes {n}."),
     (20, " The answer is {n} {things}."),
 ]
-SWAP = 0.3  # chance that a sum is written with its second number first
 
 # a word carries the space before it; a digit, a mark, a line end or a lone space is a token of its
 # own
@@ -142,50 +124,35 @@ def draw(rng: random.Random, weighted: list[tuple]) -> tuple:
     return rng.choices(weighted, [entry[0] for entry in weighted])[0]
 
 
-def operands(rng: random.Random, signs: str) -> list[int]:
-    """Return two-digit numbers, one more than `signs`, whose running total never leaves 10..99.
-
-    Worked example: operands(rng, "+-") may be [23, 45, 12], for the totals 23, 68, 56.
-    """
+def operands(rng: random.Random, sign: str) -> tuple[int, int]:
+    """Return two numbers of 10..99 whose sum, or difference, is one too."""
     while True:
-        drawn = [rng.randint(10, 99) for _ in range(len(signs) + 1)]
-        total, inside = drawn[0], True
-        for sign, number in zip(signs, drawn[1:]):
-            total += number if sign == "+" else -number
-            inside = inside and 10 <= total <= 99
-        if inside:
-            return drawn
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        if 10 <= (a + b if sign == "+" else a - b) <= 99:
+            return a, b
 
 
-def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
-    """Fill a style in for one step. Worked example: 71 - 48 has the ones 11-8=3 and, one ten being
-    borrowed, the tens 7-4-1=2."""
+def working(style: str, a: int, sign: str, b: int) -> str:
+    """Fill a style in. Worked example: 71 - 48 has the ones 11-8=3 and, one ten being borrowed, the
+    tens 7-4-1=2."""
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
     if sign == "+":
         result, moved = a + b, a_ones + b_ones > 9
-        if rng.random() < SWAP:
-            pair = f"{b_ones}+{a_ones}", f"{b_tens}+{a_tens}"
-        else:
-            pair = f"{a_ones}+{b_ones}", f"{a_tens}+{b_tens}"
-        ones, tens = (
-            f"{pair[0]}={a_ones + b_ones}",
-            f"{pair[1]}{'+1' * moved}={a_tens + b_tens + moved}",
-        )
+        ones = f"{a_ones}+{b_ones}={a_ones + b_ones}"
+        tens = f"{a_tens}+{b_tens}{'+1' * moved}={a_tens + b_tens + moved}"
     else:
         result, moved = a - b, a_ones < b_ones
         ones = f"{a_ones + 10 * moved}-{b_ones}={a_ones + 10 * moved - b_ones}"
         tens = f"{a_tens}-{b_tens}{'-1' * moved}={a_tens - b_tens - moved}"
-    carry = moved * (", carry 1" if sign == "+" else ", borrow 1")
-    between = a + 10 * b_tens if sign == "+" else a - 10 * b_tens
     return style.format(
         a=a,
         b=b,
         sign=sign,
         ones=ones,
         tens=tens,
-        carry=carry,
+        carry=moved * (", carry 1" if sign == "+" else ", borrow 1"),
         result=result,
-        between=between,
+        between=a + 10 * b_tens if sign == "+" else a - 10 * b_tens,
         b_tens=10 * b_tens,
         b_ones=b_ones,
         Add="Add" if sign == "+" else "Subtract",
@@ -194,8 +161,8 @@ def working(rng: random.Random, style: str, a: int, sign: str, b: int) -> str:
 
 def problem(rng: random.Random) -> tuple[str, str]:
     """Return one problem and one of its answers."""
-    _, signs, text = draw(rng, PROBLEMS)
-    drawn = operands(rng, signs)
+    _, sign, text = draw(rng, PROBLEMS)
+    a, b = operands(rng, sign)
     person, other = rng.sample(list(PEOPLE), 2)
     words = dict(
         P=person,
@@ -204,16 +171,14 @@ def problem(rng: random.Random) -> tuple[str, str]:
         things=rng.choice(THINGS),
         gains=rng.choice(GAINS),
         drops=rng.choice(DROPS),
+        a=a,
+        b=b,
     )
-    words |= dict(zip("abc", drawn))
-    styles = [draw(rng, STYLES)[1]] if len(signs) == 1 else draw(rng, CHAINS)[1]
-    answer, total = "", drawn[0]
-    for style, sign, number in zip(styles, signs, drawn[1:]):
-        answer += working(rng, style, total, sign, number)
-        total += number if sign == "+" else -number
+    answer = working(draw(rng, STYLES)[1], a, sign, b)
+    result = a + b if sign == "+" else a - b
     mine = text.endswith("does {P} have now?")  # else the thing counted is not what the person has
-    answer += draw(rng, ENDINGS if mine else ENDING_ELSEWHERE)[1].format(n=total, **words)
-    return text.format(**words), f"{answer}\n#### {total}"
+    answer += draw(rng, ENDINGS if mine else ENDING_ELSEWHERE)[1].format(n=result, **words)
+    return text.format(**words), f"{answer}\n#### {result}"
 
 
 def vocabulary() -> dict[str, int]:
@@ -227,9 +192,7 @@ def vocabulary() -> dict[str, int]:
         *DROPS,
         "carry borrow Add Subtract",
         *(entry[2] for entry in PROBLEMS),
-    ]
-    texts += [entry[1] for entry in STYLES + ENDINGS + ENDING_ELSEWHERE] + [
-        step for entry in CHAINS for step in entry[1]
+        *(entry[1] for entry in STYLES + ENDINGS + ENDING_ELSEWHERE),
     ]
     words = sorted(
         {word for text in texts for word in re.findall("[A-Za-z]+", re.sub(r"{\w+}", " ", text))}
@@ -261,12 +224,13 @@ def tokenizer():
 
 
 def config(sizes: dict):
-    """Return the model's configuration for this tokenizer."""
-    from transformers import LlamaConfig
+    """Return a model's configuration for this tokenizer; a Llama's, unless `sizes` says
+    otherwise."""
+    from transformers import AutoConfig
 
-    ids = vocabulary()
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    ids, sizes = vocabulary(), {"model_type": "llama"} | sizes
+    return AutoConfig.for_model(
+        architectures=[ARCHITECTURES[sizes["model_type"]]],
         vocab_size=len(ids),
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -296,7 +260,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--teacher-rows",
         type=int,
-        default=30000,
+        default=20000,
         metavar="N",
         help="problems of teacher.parquet (default: %(default)s)",
     )

@@ -317,6 +317,26 @@ def test_a_control_of_another_start_is_no_fair_one(demo, tmp_path, no_pictures):
     )
 
 
+def test_a_round_is_held_against_what_it_began_from(demo, tmp_path, no_pictures):
+    """own1 goes on from stage2: the control is fair to stage2, and the gain of the round is own1
+    less stage2, by prompt."""
+    folders.run(demo / "own1", steps=30, student="runs/demo/stage2", **{"data identity": "other"})
+    folders.evaluation(demo / "own1-eval", "stage2")
+    folders.answers(demo / "own1-eval", "stage2")
+    made = compared(tmp_path / "out", demo)
+    assert made["roles"]["student"] == "own1" and made["began"] == "stage2"
+    assert list(made["paired"]) == ["began", "control", "teacher"]
+    says = "CE only at equal steps (30), as stage2 was; own1 goes on from stage2"
+    assert made["control"] == says
+    told = (tmp_path / "out.md").read_text()
+    assert "- own1 less stage2, exact match of the answer: +0.000" in told
+
+
+def test_what_a_student_began_from_is_said_once(demo, tmp_path, no_pictures):
+    """stage2 began from stage1, which has a role: `before`."""
+    assert compared(tmp_path / "out", demo)["began"] is None
+
+
 def test_an_evaluation_of_other_weights_is_told(demo, tmp_path, no_pictures, capsys):
     folders.evaluation(demo / "stage1-eval", "stage1", weights="a" * 64)
     folders.answers(demo / "stage1-eval", "stage1", weights="b" * 64)

@@ -116,11 +116,7 @@ def test_the_working_leads_to_the_final_answer():
 
 def test_styles_occur_as_often_as_their_weights_say():
     rng, openings = random.Random(7), {"Ones": 45, "Add": 12.5, "Subtract": 12.5}
-    answers = [
-        answer
-        for answer in (demo.problem(rng)[1] for _ in range(4000))
-        if answer.count("=") == 2 and not answer.startswith("First")
-    ]
+    answers = [demo.problem(rng)[1] for _ in range(4000)]
     for opening, percent in openings.items():
         assert sum(answer.startswith(opening) for answer in answers) == pytest.approx(
             len(answers) * percent / 100, rel=0.15
@@ -149,4 +145,4 @@ def test_configs_make_models_of_the_promised_sizes(folder):
     teacher, student = (
         AutoModelForCausalLM.from_config(config).num_parameters() for config in configs
     )
-    assert 600_000 < teacher < 800_000 and student < teacher / 5
+    assert 340_000 < teacher < 370_000 and student < teacher / 3.5
