@@ -11,12 +11,11 @@ Writes  the text between `<!-- NAME -->` and `<!-- end -->` of the document, for
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[number]) for number in (0, 1, 2)]
+import document  # noqa: E402
 import outcome  # noqa: E402
 
 from lib import files  # noqa: E402
@@ -155,16 +154,7 @@ def main(argv=None):
         f"outcome {path.name.removeprefix('outcome-')}": outcome.table(path)
         for path in sorted(folder.glob("outcome-*"))
     }
-    text = doc.read_text()
-    for name, block in blocks.items():
-        text, count = re.subn(
-            rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->",
-            lambda _: f"<!-- {name} -->\n{block}\n<!-- end -->",
-            text,
-            flags=re.S,
-        )
-        print(f"tables: {name}: " + ("written" if count else f"{doc} has no place for it"))
-    files.write_text(doc, text)
+    document.fill(doc, blocks)
     if found:
         picture(found, doc.with_suffix(".png"))
 

@@ -42,7 +42,7 @@ SETTINGS = {
     "demo": {
         "source": "{demo}/student.parquet",
         "tokenizer": "{demo}/tokenizer",
-        "prepare": "--val 500",
+        "prepare": "--val data/{demo}",  # what the start was not trained on, whatever the seed
         "teacher": "runs/{demo}/teacher",
         "start": "runs/{demo}/stage2",
         "heal": "",  # `make demo` made the start
@@ -423,7 +423,6 @@ CONDITIONS = {
     "rounds": ("(e) own text in two rounds, fkl", lambda s: s.rounds()),
     "live-half": ("(f) live, half own, fkl", lambda s: s.live("live-half", 0.5)),
     "live-1": ("(f) live, all own, fkl", lambda s: s.live("live-1", 1)),
-    "live-rkl": ("(f) live, all own, rkl", lambda s: s.live("live-rkl", 1, "--divergence", "rkl")),
     "wider": (
         "(g) own text, prompts without answers added, fkl",
         lambda s: s.offline("wider", s.wider("student", s.start)),

@@ -10,12 +10,13 @@ Writes  the text between `<!-- NAME SETTING -->` and `<!-- end -->` of the docum
 """
 
 import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import document  # noqa: E402
+
 from lib import files  # noqa: E402
 
 # two-sided 95 % of Student's t by degrees of freedom, one less than the seeds
@@ -118,21 +119,6 @@ def cost(result: dict) -> str:
     return table(["", *(title for title, _, _ in COSTS.values())], lines)
 
 
-def filled(text: str, blocks: dict[str, str]) -> tuple[str, list[str]]:
-    """Return a document with the blocks between their markers, and the names without a place."""
-    missing = []
-    for name, block in blocks.items():
-        text, count = re.subn(
-            rf"<!-- {re.escape(name)} -->\n.*?<!-- end -->",
-            lambda _: f"<!-- {name} -->\n{block}\n<!-- end -->",
-            text,
-            flags=re.S,
-        )
-        if not count:
-            missing.append(name)
-    return text, missing
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -142,16 +128,12 @@ def main(argv=None):
     parser.add_argument("--results", required=True, nargs="+")
     parser.add_argument("--doc", required=True)
     args = parser.parse_args(argv)
-    doc, blocks = Path(args.doc), {}
+    blocks = {}
     for path in args.results:
         result = files.read_json(Path(path))
         for name, make in (("measures", measures), ("paired", paired), ("cost", cost)):
             blocks[f"{name} {result['setting']}"] = make(result)
-    text, missing = filled(doc.read_text(), blocks)
-    files.write_text(doc, text)
-    print(f"tables: {len(blocks) - len(missing)} written to {doc}")
-    for name in missing:
-        print(f"tables: {doc} has no place for {name}")
+    document.fill(Path(args.doc), blocks)
 
 
 if __name__ == "__main__":
