@@ -170,7 +170,7 @@ def control_says(
         return None
     if began:
         says = control_says(models, roles | {"student": began}, read, None)
-        return f"{says}, as {began} was; {roles['student']} goes on from {began}"
+        return f"against {began}: {says}"
     both = [read[roles[role]]["settings"] for role in ("control", "student") if roles[role] in read]
     if both and both[0].get("alpha"):
         return f"NOT on the answers alone: trained by stage 2, alpha {both[0]['alpha']}"
