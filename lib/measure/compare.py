@@ -160,9 +160,7 @@ def settings_that_differ(read: dict[str, dict], models: dict[str, dict]) -> dict
     return found
 
 
-def control_says(
-    models: dict, roles: dict, read: dict[str, dict], began: str | None
-) -> str | None:
+def control_says(models: dict, roles: dict, read: dict[str, dict], began: str | None) -> str | None:
     """Return how the control was trained, against the student, or against `began`, the model whose
     training the student has continued: the comparison is fair at equal steps from one start
     alone."""
