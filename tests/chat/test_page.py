@@ -16,7 +16,7 @@ from lib.prepare import templates
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-SHORT = "Tom has 71 pens."  # the random student ends its answer to this one itself
+SHORT = "Ann has 66 shells."  # the random student ends its answer to this one itself
 LONG = "Leo has 69 eggs."
 EVIL = (
     "<script>document.title = 'owned'</script>\n\n<img src=x onerror=\"document.title = 'owned'\">"
