@@ -100,8 +100,10 @@ def ratios(over: dict, under: dict, names: Sequence[str]) -> dict[str, float]:
 
 
 def began_from(roles: dict[str, str], read: dict[str, dict], names: Sequence[str]) -> str | None:
-    """Return the model that the student's run began from (of own1 that is stage2), where it is
-    among those compared and has no role that says so."""
+    """Return the model that the student's round began from (of own1 that is stage2), where it is
+    among those compared and has no role that says so; None of a student that is no round."""
+    if not entries.role_word(roles.get("student", "")).startswith("own"):
+        return None
     settings = read[roles["student"]]["settings"] if roles.get("student") in read else {}
     path = Path(settings.get("student", ""))
     name = path.parent.name if path.name in ("best", "final") else path.name

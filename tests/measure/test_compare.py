@@ -331,9 +331,16 @@ def test_a_round_is_held_against_what_it_began_from(demo, tmp_path, no_pictures)
     assert "- own1 less stage2, exact match of the answer: +0.000" in told
 
 
-def test_what_a_student_began_from_is_said_once(demo, tmp_path, no_pictures):
-    """stage2 began from stage1, which has a role: `before`."""
-    assert compared(tmp_path / "out", demo)["began"] is None
+def test_the_control_of_a_student_that_is_no_round_is_held_against_the_student(
+    demo, tmp_path, no_pictures
+):
+    """Also where it began from a model without a role: the control is fair to it or not."""
+    folders.run(demo / "warm", steps=7)
+    folders.evaluation(demo / "warm-eval", "stage1")
+    folders.answers(demo / "warm-eval", "stage1")
+    folders.run(demo / "stage2", steps=30, student="runs/demo/warm", stage="stage2")
+    made = compared(tmp_path / "out", demo)
+    assert made["began"] is None and made["control"].startswith("CE only at equal steps (30)")
 
 
 def test_an_evaluation_of_other_weights_is_told(demo, tmp_path, no_pictures, capsys):
