@@ -12,8 +12,9 @@ Runs the five scripts, a process each, and reads what they leave. Everything of 
 OUT/SETTING/SEED: logs/ (each command, and all that it said), steps/ (one file a finished command,
 which is not run again), conditions/ (one file a condition: measures and cost), and data, records
 and runs, these without their weights once they are measured. A command that was killed is run
-anew, but for answers, which are kept as they are written. Writes, after each seed, --results: all
-conditions under OUT/SETTING, for evidence_tables.py.
+anew, but for answers, which are kept as they are written. Writes, after each seed, --results for
+evidence_tables.py: all conditions under OUT/SETTING, beside the seeds that it has from elsewhere
+(another machine's; a seed is compared with itself alone).
 """
 
 import argparse
@@ -64,7 +65,8 @@ SETTINGS = {
         "teacher": "{real}/smollm2",
         "start": "{out}/start/stage2",
         "heal": "--keep-layers 0,1,2,4,5,6,8,9,10,12,13,14,16,17,18,20,21,22,24,25,26,28,29",
-        "train": "--tokens-per-step 512 --tokens-per-microbatch 512 --lr 3e-4 --warmup 0.1",
+        "train": "--tokens-per-step 512 --tokens-per-microbatch 512 --lr 3e-4 --warmup 0.1"
+        " --amp bf16",
         "dump": "--tail-rank 128 --tail-bytes 64 --tokens-per-microbatch 512",
         "steps": 24,
         "generations": 2,
@@ -466,9 +468,15 @@ def shuffled(source: Path, path: Path, seed: int) -> None:
 # --- the run
 
 
-def collected(out: Path, about: dict) -> dict:
-    """Return all conditions that are kept under out/SEED, by seed and name."""
+def collected(out: Path, about: dict, before: Path) -> dict:
+    """Return all conditions that are kept under out/SEED, by seed and name; of other seeds those
+    of the file `before`. Its settings must be those of `about`."""
     found: dict[str, dict] = {}
+    if before.exists():
+        kept = files.read_json(before)
+        if kept["settings"] != about["settings"]:
+            files.fail(f"{before} is of other settings", mend="another --results, or delete it")
+        found = {seed: each for seed, each in kept["seeds"].items() if not (out / seed).exists()}
     for path in sorted(out.glob("*/conditions/*.json")):
         kept = files.read_json(path)
         found.setdefault(path.parents[1].name, {})[path.stem] = {
@@ -512,7 +520,8 @@ def main(argv=None):
             told = "  ".join(f"{k} {v:.4g}" for k, v in seed.condition(name)["measures"].items())
             print(f"{args.setting} {number} {name}: {told}", flush=True)
         print(f"{args.setting} {number}: {time.monotonic() - started:.0f} s", flush=True)
-        files.write_json(results, collected(out, {"setting": args.setting, "settings": setting}))
+        about = {"setting": args.setting, "settings": setting}
+        files.write_json(results, collected(out, about, results))
     command = f"python bench/onpolicy/evidence_tables.py --results {results} --doc DOC"
     print(f"wrote {results}; next: {command}")
 

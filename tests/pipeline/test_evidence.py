@@ -105,6 +105,28 @@ def test_a_finished_command_is_not_run_again_and_a_killed_one_is_run_anew(tmp_pa
     assert evidence.Steps(tmp_path / "out").keep("c", lambda: 1 / 0)["cost"] == {}
 
 
+def test_seeds_of_another_machine_stay_beside_those_measured_here(tmp_path):
+    import evidence
+
+    from lib import files
+
+    def made(out, seed, score):
+        measures = {"measures": {"score": score}, "cost": {}}
+        evidence.Steps(out / seed).keep("given", lambda: measures)
+
+    about, results = {"setting": "demo", "settings": {"steps": 500}}, tmp_path / "results.json"
+    for seed, score in (("0", 0.1), ("1", 0.2)):
+        made(tmp_path / "there", seed, score)
+    files.write_json(results, evidence.collected(tmp_path / "there", about, results))
+    for seed, score in (("1", 0.3), ("3", 0.4)):
+        made(tmp_path / "here", seed, score)
+    seeds = evidence.collected(tmp_path / "here", about, results)["seeds"]
+    found = {seed: each["given"]["measures"]["score"] for seed, each in seeds.items()}
+    assert found == {"0": 0.1, "1": 0.3, "3": 0.4}
+    with pytest.raises(SystemExit, match="other settings"):
+        evidence.collected(tmp_path / "here", about | {"settings": {"steps": 9}}, results)
+
+
 def test_answers_of_equal_cost():
     import evidence
 
