@@ -65,8 +65,7 @@ SETTINGS = {
         "teacher": "{real}/smollm2",
         "start": "{out}/start/stage2",
         "heal": "--keep-layers 0,1,2,4,5,6,8,9,10,12,13,14,16,17,18,20,21,22,24,25,26,28,29",
-        "train": "--tokens-per-step 512 --tokens-per-microbatch 512 --lr 3e-4 --warmup 0.1"
-        " --amp bf16",
+        "train": "--tokens-per-step 512 --tokens-per-microbatch 512 --lr 3e-4 --warmup 0.1",
         "dump": "--tail-rank 128 --tail-bytes 64 --tokens-per-microbatch 512",
         "steps": 24,
         "generations": 2,
