@@ -236,7 +236,7 @@ demo: .venv/ready ## the whole pipeline on embedded data: about 5 minutes on 2 C
 	$(PY) -m lib.prepare.demo --out $(D) --seed $(SEED)
 	@echo; echo "=== the teacher: made from scratch by stage1_sft.py on much data; on the other core stage 1, a student several times smaller, on little of it, and its control"
 	$(MAKE) --no-print-directory -j 2 demo-teacher demo-student
-	@cat $(D)/stage1.log $(D)/control.log
+	@cat $(D)/prepare.log $(D)/stage1.log $(D)/control.log
 	@echo; echo "=== the teacher's logits, once"
 	$(PY) dump_logits.py --data data/$(D) --teacher runs/$(D)/teacher --student $(D)/student-config --out logits/$(D)
 	@echo; echo "=== stage 2, and a round on the student's own text; on the other core teacher, stage 1 and control are measured"
@@ -257,7 +257,7 @@ demo-teacher:
 
 # stage 1's student; and the control: stage 1 continued for as many steps as stage 2 takes
 demo-student:
-	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1
+	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1 $(call meanwhile,$(D)/prepare.log)
 	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 400 $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/stage1.log)
 	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps $(DEMO_STEPS) $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/control.log)
 

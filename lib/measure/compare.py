@@ -104,10 +104,8 @@ def began_from(roles: dict[str, str], read: dict[str, dict], names: Sequence[str
     among those compared and has no role that says so; None of a student that is no round."""
     if not entries.role_word(roles.get("student", "")).startswith("own"):
         return None
-    settings = read[roles["student"]]["settings"] if roles.get("student") in read else {}
-    path = Path(settings.get("student", ""))
-    name = path.parent.name if path.name in ("best", "final") else path.name
-    return name if name in names and name not in roles.values() else None
+    name = runs.parent(roles["student"], read, names) if roles["student"] in read else None
+    return None if name in roles.values() else name
 
 
 def differences_by_prompt(models: dict, rows: dict, student: str, against: dict) -> dict[str, dict]:

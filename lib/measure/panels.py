@@ -143,15 +143,8 @@ def first_steps(read: dict[str, dict], names: Sequence[str]) -> dict[str, int]:
     """Return after how many steps of stages before it each run began: those up to the checkpoint of
     a compared run that it started from."""
 
-    def parent(name):
-        path = Path(str(read[name]["settings"].get("student", "")))
-        path = path.parent if path.name in runs.INSIDE else path
-        others = [other for other in names if other != name and len(path.parts) > 1]
-        here = path.parts[-2:]
-        return next((one for one in others if Path(read[one]["folder"]).parts[-2:] == here), None)
-
     def start(name, left):
-        before = parent(name)
+        before = runs.parent(name, read, names)
         if not before or not left:  # `left` ends what would go in a circle
             return 0
         return start(before, left - 1) + read[before]["at_best"].get("step", 0)

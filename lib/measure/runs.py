@@ -18,6 +18,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib import files, flags
@@ -132,6 +133,17 @@ def read_run(folder: Path) -> dict:
         "history": history,
         "when": newest.stat().st_mtime if newest.exists() else 0.0,
     }
+
+
+def parent(name: str, read: dict[str, dict], names: Sequence[str]) -> str | None:
+    """Return the run of `names` that the run `name` began from, by the last two parts of its
+    folder (runs/mine/stage2 is not runs/other/stage2, wherever both have been copied)."""
+    path = Path(str(read[name]["settings"].get("student", "")))
+    path = path.parent if path.name in INSIDE else path
+    others = [one for one in names if one != name and one in read and len(path.parts) > 1]
+    return next(
+        (one for one in others if Path(read[one]["folder"]).parts[-2:] == path.parts[-2:]), None
+    )
 
 
 def cost_of(settings: dict) -> dict[str, float]:

@@ -329,6 +329,8 @@ def test_a_round_is_held_against_what_it_began_from(demo, tmp_path, no_pictures)
     assert made["control"] == "against stage2: CE only at equal steps (30)"
     told = (tmp_path / "out.md").read_text()
     assert "- own1 less stage2, exact match of the answer: +0.000" in told
+    folders.run(demo / "own1", steps=30, student="runs/other/stage2")  # no stage2 of these
+    assert compared(tmp_path / "out", demo)["began"] is None
 
 
 def test_the_control_of_a_student_that_is_no_round_is_held_against_the_student(
