@@ -210,13 +210,15 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
     # apart from what is the same whatever the machine; of the process that finished it
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(folder / writer.COST_FILE, cost)
-    meta = made.finish(dataset.identities, **more)
+    meta = made.finish(dataset.identities, dataset.sources, **more)
     print(
         f"dump {folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
         f" {meta['teacher_ce']:.4f} acc1 {meta['teacher_acc1']:.4f}, top-k coverage "
         + "  ".join(f"T={t}: {share:.3f}" for t, share in meta["coverage"].items()),
         flush=True,
     )
+    for line in writer.errors_said(meta):
+        print(line, flush=True)
     holding.release()
 
 

@@ -126,17 +126,47 @@ def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor
     len(temperatures)): log of the sum over the other V - k tokens of exp((z_j - z_max) / T), -inf
     where there is none.
     """
+    ids, gaps = take_top(z, k)
+    return ids, gaps, tails_and_errors(z, temperatures)[0]
+
+
+def take_top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ids and gaps of `topk_and_tails`; z (n, V) becomes z - z_max of the others, -inf
+    at the ids."""
     values, ids = z.topk(k, dim=1)
     top = values[:, :1]
-    gaps = top - values
     z.sub_(top).scatter_(1, ids, -torch.inf)
+    return ids, top - values
+
+
+def tails_and_errors(
+    z: Tensor, temperatures: list[float], stored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the tails of `topk_and_tails`, z (n, V) being what `take_top` leaves, and for logits
+    that are stored of these tails (n, V) their errors (n, len(temperatures)): KL, in nats, of a
+    tail's own softmax at T from the stored one's; 0 where there is no tail. Both are overwritten.
+    """
+    if stored is not None:
+        top = z.isneginf()
+        stored.masked_fill_(top, -torch.inf)
+        stored -= stored.amax(1, keepdim=True).nan_to_num_(neginf=0.0)
+        away = (z - stored).masked_fill_(top, 0.0)
     raised = lift(z, FLOOR * min(temperatures))
-    tails = torch.empty(len(z), len(temperatures), dtype=z.dtype, device=z.device)
+    tails, errors = z.new_zeros(2, len(z), len(temperatures))
     # exp once, at the highest temperature; lower ones are powers of it: a square where T halves
     order = sorted(range(len(temperatures)), key=lambda i: -temperatures[i])
     above = None
     for i in order:
-        z = z.div_(temperatures[i]).exp_() if above is None else z.pow_(above / temperatures[i])
-        above = temperatures[i]
-        tails[:, i] = z.sum(1).log_() - raised / temperatures[i]
-    return ids, gaps, tails
+        t = temperatures[i]
+
+        def powered(x, above=above, t=t):
+            return x.div_(t).exp_() if above is None else x.pow_(above / t)
+
+        z, above = powered(z), t
+        mass = z.sum(1)
+        tails[:, i] = mass.log() - raised / t
+        if stored is not None:
+            # the mean under p of log p - log q, with p = z / mass and q = stored / its sum
+            mean = torch.linalg.vecdot(z, away) / mass
+            errors[:, i] = mean / t - tails[:, i] + powered(stored).sum(1).log()
+    return tails, errors.nan_to_num_(0.0).clamp_min_(0.0)

@@ -65,7 +65,7 @@ class TopK:
     tail (N,) at one T.
 
     With a `basis`, coef (N, R) are the tail's coefficients over it; without one, the tail is a
-    bucket.
+    bucket, and so it is at targets of `shapeless` (N,), whose coefficients are worse than none.
     """
 
     ids: Tensor
@@ -73,6 +73,7 @@ class TopK:
     tail: Tensor
     coef: Tensor | None = None
     basis: TailShape | None = None
+    shapeless: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "TopK":
         return TopK(
@@ -81,12 +82,19 @@ class TopK:
             self.tail[part],
             None if self.coef is None else self.coef[part],
             self.basis,
+            None if self.shapeless is None else self.shapeless[part],
         )
 
-    def logits(self, out: Tensor) -> Tensor:
-        """Put the basis' logits of these targets into out (n, V): good for the tail alone."""
+    def logits(self, out: Tensor, student: Tensor) -> Tensor:
+        """Put the basis' logits of these targets into out (n, V): good for the tail alone. Where
+        there is no shape, those of the student (n, V): with r = p_rest / q_rest the teacher is then
+        r q in the tail, and each divergence here, a sum of q f(p / q), is q_rest f(r) there: value
+        and gradient are those of one bucket."""
         assert self.basis is not None and self.coef is not None
-        return self.basis.logits(self.coef, out)
+        z = self.basis.logits(self.coef, out)
+        if self.shapeless is not None:
+            z[self.shapeless] = student[self.shapeless]
+        return z
 
     def logp_all(self, z: Tensor, temperature: float) -> Tensor:
         """Return the log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is
@@ -110,8 +118,8 @@ class Whole:
     def __getitem__(self, part: slice) -> "Whole":
         return Whole(self.hidden[part], self.head)
 
-    def logits(self, out: Tensor) -> Tensor:
-        """Put the logits of these targets into out (n, V)."""
+    def logits(self, out: Tensor, student: Tensor) -> Tensor:
+        """Put the logits of these targets into out (n, V). (The student's are not asked.)"""
         weight = self.head.operand(self.hidden.dtype)
         # half-precision products have no `out`
         return out.copy_(self.head.logits(self.hidden.to(weight.dtype), weight, out))
@@ -282,7 +290,7 @@ def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, 
         logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0, z)
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
-    other = teacher.logits(torch.empty_like(z))
+    other = teacher.logits(torch.empty_like(z), z)
     top = teacher.ids[:, 0] if isinstance(teacher, TopK) else other.argmax(1)
     total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
@@ -323,7 +331,7 @@ def divergence_over_all(
     out (n, V), a buffer, takes the teacher's (or its basis') logits first, and then the gradient:
     piece by piece, so that temporaries stay small.
     """
-    teacher.logits(out)
+    teacher.logits(out, z)
     kd_sum = torch.zeros((), dtype=z.dtype, device=z.device)
     for piece in pieces(z):
         logp = teacher[piece].logp_all(out[piece], method.temperature)

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, files, losses, models, plan  # noqa: E402
 from lib import head as heads  # noqa: E402
-from lib.teacher import basis, fit, record  # noqa: E402
+from lib.teacher import basis, fit, record, sample  # noqa: E402
 
 DUMPED = 3  # temperatures whose tails a record is counted with
 FEWER = [(16, 0, 0), (64, 0, 0), (24, 16, 16), (24, 64, 64), (16, 384, 128)]
@@ -61,7 +61,9 @@ def hidden_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the hidden states (N, D) at the targets of rows spread evenly over a split, float32,
     and each target's place in its answer."""
-    rows, made, places = fit.sample_rows(split.rows["targets"], targets), [], []
+    share = min(1.0, targets / max(1, split.targets))
+    rows = sample.evenly(np.arange(len(split.rows)), max(1, round(len(split.rows) * share)))
+    made, places = [], []
     for lines in plan.microbatches(rows, split.rows["length"], 2048, 2048, pack=False):
         batch = split.batch(lines)
         made.append(model.hidden(batch).float())
@@ -493,7 +495,7 @@ def main(argv=None):
         else (args.targets, [float(t) for t in args.temperatures.split(",")])
     )
     teacher = models.load(args.teacher, device, dataset=dataset)
-    train, place_train = hidden_states(teacher, dataset.train, fit.SAMPLE)
+    train, place_train = hidden_states(teacher, dataset.train, sample.SAMPLE)
     hidden, place = hidden_states(teacher, dataset.val, targets)
     head, width = teacher.head(), hidden.shape[1]
     z = torch.cat([z.clone() for _, z in head.chunks(hidden)])

@@ -7,6 +7,7 @@ which it is. `open_teacher` chooses by the flags.
     logits.py   a logits folder, read          writer.py   its chunks, written (dump_logits.py)
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
+                                               sample.py   from which targets
     verify.py   records held against their checksums, and against the teacher
     written.py  who wrote the rows
 """

@@ -159,6 +159,13 @@ def tail_between(
     return out
 
 
+def tail_mass(gaps: Tensor, tails: Tensor, temperatures: list[float]) -> Tensor:
+    """Return the mass (n, len(temperatures)), a share of 1, outside a top k with gaps (n, k), of
+    which tails (n, len(temperatures)) is the log, unnormalised."""
+    inside = torch.stack([(-gaps / t).logsumexp(1) for t in temperatures], 1)
+    return (tails - torch.logaddexp(inside, tails)).exp()
+
+
 def file_bytes(rank: int, vocab: int, width: int) -> int:
     """Return the size of the file of a basis: rows in float16, the rest in float32; 0 where there
     is none."""

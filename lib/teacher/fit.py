@@ -5,21 +5,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lib import data, files, models, plan
+from lib import data, files, models
 from lib.head import Head
 from lib.run import clock
-from lib.teacher import basis
+from lib.teacher import basis, sample
 from lib.teacher.basis import Basis
 from lib.teacher.record import differing
 
-SAMPLE = 8192  # targets that the basis is fitted to
 # of the tail's mass: a row's entry is at most share^-1/2 = 3.2e4 in size, and float16 ends at 6.5e4
 LEAST_SHARE = 1e-9
-WEIGHED = 1024  # of these, how many tell how much of the tail each token holds (whole softmaxes)
+WEIGHED = (
+    1024  # of the sample, how many tell how much of the tail each token holds (whole softmaxes)
+)
 # temperature of that: T=1 gains 0.1 degrees at T=1 and loses as much at T=4 (docs/fidelity.md)
 WEIGH_AT = 2.0
 PIECE = 8192  # tokens whose rows of the output layer are widened at once: all may not fit
@@ -80,14 +80,14 @@ def shared_basis(
     missing: list,
     anew: bool,
 ) -> tuple[Basis, str]:
-    """Return the basis of a logits folder, its encoder alone, on the teacher's device, and its
-    file's hash: the one that is there, or a new one. Of several dumps, the first makes it."""
+    """Return the basis of a logits folder, on the teacher's device, and its file's hash: the one
+    that is there, or a new one. Of several dumps, the first makes it."""
     path, holding = out / basis.FILE, files.lock(out, wait=True)
     if not check_basis(out, settings, missing, anew):
         started, size = clock(teacher.device), settings["tail_bytes"]
         print(f"basis {path}: is fitted, once for all chunks", flush=True)
         with files.telling("basis, the teacher over a sample of rows"):
-            hidden = sample_hidden(dataset, teacher, settings["tokens_per_microbatch"])
+            hidden = sample.hidden_states(dataset, teacher, settings["tokens_per_microbatch"])
         k, rank = settings["k"], settings["tail_rank"]
         with files.telling("basis, fitting"):
             shape, held = fit_basis(teacher.head(), hidden, k, rank, size)
@@ -95,41 +95,14 @@ def shared_basis(
         basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
         print(
             f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {size}"
-            f" bytes a target, hold {held:.1%} of the variance of the tail's logits; fitted to"
-            f" {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s",
+            f" bytes a target, hold {held:.1%} of the variance of the tail's logits in its sample;"
+            f" fitted to {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s",
             flush=True,
         )
     shape, _ = basis.load(path, ANEW)
     holding.release()
-    encoder = replace(shape, rows=shape.rows[:, :0], mean=shape.mean[:0])
-    return encoder.to(teacher.device), files.sha256(path)
-
-
-@torch.inference_mode()
-def sample_hidden(dataset: data.Dataset, teacher: models.Model, tokens: int) -> Tensor:
-    """Return the teacher's hidden states (about SAMPLE, D) at the targets of a fixed sample of
-    train rows; `tokens` a forward pass."""
-    lengths = dataset.train.rows["length"]
-    rows = sample_rows(dataset.train.rows["targets"])
-    batches = plan.microbatches(rows, lengths, tokens, int(lengths.max()), pack=False)
-    hidden = torch.cat(
-        [teacher.hidden(dataset.train.batch(lines).to(teacher.device)) for lines in batches]
-    )
-    if not torch.isfinite(hidden).all():
-        files.fail(
-            "the teacher's hidden states are not finite",
-            seen="NaN or infinity",
-            mend="--dtype float32 (some models overflow float16)",
-        )
-    return hidden
-
-
-def sample_rows(targets: np.ndarray, wanted: int = SAMPLE) -> np.ndarray:
-    """Return row numbers spread evenly over a split, holding about `wanted` targets (all rows,
-    where there are fewer); targets (rows,)."""
-    share = min(1.0, wanted / max(1, int(targets.sum())))
-    count = max(1, round(len(targets) * share))
-    return np.unique(np.linspace(0, len(targets) - 1, count).astype(int))
+    shape = replace(shape, apart=teacher.head().apart)
+    return shape.to(teacher.device), files.sha256(path)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.recfunctions import require_fields
 
 from lib import data, files, flags, losses, models, plan
 from lib.head import ABSENT
@@ -365,6 +366,9 @@ class Records:
             start = int(numbers[at]) - self.starts[chunk] if count else 0
             slices.append(self.parts[chunk].records[start : start + count])
             at += count
+        widest = max((part.dtype for part in slices), key=lambda dtype: dtype.itemsize)
+        # chunks of older dumps lack a field: as if it were 0
+        slices = [part if part.dtype == widest else require_fields(part, widest) for part in slices]
         return self._topk(np.concatenate(slices), temperature, batch)
 
     def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | None:
@@ -381,7 +385,9 @@ class Records:
         if self.shape is not None and self.placed != device:  # once
             self.shape, self.placed = self.shape.to(device), device
         dumped = temperature in self.temperatures
-        column = self.temperatures.index(temperature) if dumped else 0
+        # the nearest one says where there is no shape
+        nearest = min(self.temperatures, key=lambda t: abs(1 / t - 1 / temperature))
+        column = self.temperatures.index(nearest)
         topk = record.unpack(records, self.vocab, column, self.shape)
         if len(self.unforeseen):
             other = torch.isin(topk.ids, self.unforeseen)
@@ -392,6 +398,8 @@ class Records:
             return tensor.to(batch.labels.device, non_blocking=True)
 
         topk = replace(topk, ids=move(topk.ids), gap=move(topk.gap), tail=move(topk.tail))
+        if topk.shapeless is not None:
+            topk = replace(topk, shapeless=move(topk.shapeless))
         if dumped or self.whole:
             return topk
         return between(topk, move(record.tails_of(records)), self.temperatures, temperature)

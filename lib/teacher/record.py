@@ -15,11 +15,13 @@ writer.py writes them, logits.py reads them. A record holds, largest logit first
 (16 low bits, and the high bits packed where V > 65,536), `gap` = z_max - z_i (float16, or uint8
 with one scale a record), for every dumped T `tail` = log of the sum over the other V - k tokens of
 exp((z_j - z_max)/T), float32, and `coef`, the shape of the tail: coefficients over the basis,
-packed as the basis says. Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of
+packed as the basis says; then also for every T `error`, how far that shape is from the teacher's
+own (uint8, `error_code`), of which the highest says that it is worse than none: a bucket. Never raw
+logits: float16 of z costs 1.7e-3 nats of KL, float16 of
 z_max - z 4e-7.
 
 Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148
-bytes a target; k = 24, uint8 and 104 bytes of coefficients 48 + 6 + 24 + 2 + 104 + 12 = 196.
+bytes a target; k = 16, uint8 and 128 bytes of coefficients 32 + 4 + 16 + 2 + 128 + 3 + 12 = 197.
 """
 
 from dataclasses import replace
@@ -34,6 +36,8 @@ from lib.teacher.basis import Basis
 FORMAT = 1
 DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
 LARGEST_GAP = 60_000.0  # float16 ends at 65,504
+LEAST_ERROR, OCTAVE = 2.0**-20, 8  # error_code: nats of its 0, and codes a factor of two
+SHAPELESS = 255  # of an error
 CHUNK_META = {  # of meta.json
     "identities": {"data": str, "vocabulary": str},
     "chunk": (range(1 << 62), {"val"}),
@@ -45,6 +49,8 @@ CHUNK_META = {  # of meta.json
     "vocab": range(1, (1 << 20) + 1),
     "tail_rank": range(1 << 20),
     "tail_bytes?": range(1 << 20),
+    "errors?": bool,
+    "error?": {...: {...: {"mean": float, "p99": float, "shapeless": float}}},
     "basis?": str,
     "teacher": str,
     "teacher_folder": str,
@@ -67,7 +73,12 @@ def high_bits(vocab: int) -> int:
 
 
 def record_dtype(
-    k: int, temperatures: list[float], vocab: int, values: str, tail_bytes: int = 0
+    k: int,
+    temperatures: list[float],
+    vocab: int,
+    values: str,
+    tail_bytes: int = 0,
+    errors: bool = False,
 ) -> np.dtype:
     """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
     fields: list[tuple] = [("id_low", "<u2", (k,))]
@@ -79,13 +90,37 @@ def record_dtype(
         fields += [("gap", "u1", (k,)), ("scale", "<f2")]
     if tail_bytes:
         fields.append(("coef", "u1", (tail_bytes,)))
+    if errors:
+        fields.append(("error", "u1", (len(temperatures),)))
     return np.dtype([*fields, ("tail", "<f4", (len(temperatures),))])
 
 
 def dtype_of(settings: dict) -> np.dtype:
     """Return the dtype of the records that a dump's settings, or a meta.json, tell of."""
     k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
-    return record_dtype(k, temperatures, vocab, settings["values"], settings.get("tail_bytes", 0))
+    more = settings.get("tail_bytes", 0), settings.get("errors", False)  # older dumps have none
+    return record_dtype(k, temperatures, vocab, settings["values"], *more)
+
+
+def error_code(nats: np.ndarray) -> np.ndarray:
+    """Return errors as they are stored, to 4.5 %: error_code([2**-20, 2**-19]) == [0, 8]."""
+    steps = OCTAVE * np.log2(np.maximum(nats, LEAST_ERROR) / LEAST_ERROR)
+    return np.rint(steps).clip(0, SHAPELESS - 1).astype(np.uint8)
+
+
+def error_of(code: np.ndarray) -> np.ndarray:
+    """Return the nats that stored errors stand for (those that are SHAPELESS too: infinite)."""
+    nats = LEAST_ERROR * 2.0 ** (code.astype(float) / OCTAVE)
+    return np.where(code == SHAPELESS, np.inf, np.where(code == 0, 0.0, nats))
+
+
+def error_figures(code: np.ndarray) -> dict[str, float]:
+    """Return the mean and the 99th percentile, in nats, of stored errors (n,) of records that have
+    a shape, and the share of those that have none."""
+    worse = code == SHAPELESS
+    nats = error_of(code[~worse]) if not worse.all() else np.zeros(1)
+    figures = {"mean": float(nats.mean()), "p99": float(np.percentile(nats, 99))}
+    return figures | {"shapeless": float(worse.mean()) if len(worse) else 0.0}
 
 
 def impossible(records: np.ndarray, vocab: int) -> str | None:
@@ -112,9 +147,10 @@ def pack(
     dtype: np.dtype,
     vocab: int,
     coef: np.ndarray | None = None,
+    error: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures) and packed
-    coefficients (n, bytes)."""
+    """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures), packed coefficients
+    (n, bytes) and codes of their errors (n, temperatures)."""
     records = np.zeros(len(ids), dtype)
     records["id_low"] = ids & 0xFFFF
     if bits := high_bits(vocab):
@@ -134,6 +170,8 @@ def pack(
         records["gap"] = gaps.clip(max=LARGEST_GAP)
     if coef is not None:
         records["coef"] = coef
+    if error is not None and "error" in (dtype.names or ()):
+        records["error"] = error
     records["tail"] = tails
     return records
 
@@ -151,7 +189,13 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
         gap *= records["scale"].astype(np.float32)[:, None]
     tail = records["tail"][:, column].astype(np.float32)
     topk = losses.TopK(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(tail))
-    return topk if shape is None else replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
+    if shape is None:
+        return topk
+    topk = replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
+    if "error" not in (records.dtype.names or ()):
+        return topk
+    worse = records["error"][:, column] == SHAPELESS
+    return replace(topk, shapeless=torch.from_numpy(worse)) if worse.any() else topk
 
 
 def tails_of(records: np.ndarray) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from lib import checkpoints, data, files, flags, models, plan, train
+from lib import checkpoints, data, files, flags, losses, models, plan, train
 from lib import head as heads
 from lib.run import versions
-from lib.teacher import basis, fit, live, record
+from lib.teacher import basis, live, record, sample
 from lib.teacher.basis import Basis
 
 DUMP_ANEW = "--fresh to dump it anew"
@@ -28,9 +28,14 @@ RANK = 384  # of the basis, unless --tail-rank says otherwise
 # the default rank is lowered where the basis would be larger than so many bytes, and than so many
 # times all records of the data
 SMALL_BASIS, TIMES_RECORDS = 1 << 24, 4
+# nats times T^-2 (so do small errors fall with T) of a tail's softmax from the stored one's, above
+# which the tail of a student near the teacher is nearer than what is stored (docs/fidelity.md)
+WORSE = 1.0
+MOST_SHAPELESS = 0.2  # of a source's records, above which it is warned of; a few are in any data
 WINDOW = 4096  # rows that are sorted by length at once
-# settings that a finished chunk may have otherwise: they change records by rounding at most
-MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch")
+# settings that a finished chunk may have otherwise: they change records by rounding at most, or
+# (errors) older ones have none
+MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch", "errors")
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -126,12 +131,15 @@ def dump_settings(
     }
     if head.apart is not None:  # older folders, and most, have none
         settings["apart"] = head.apart.tolist()
-    return settings | ({"tail_bytes": args.tail_bytes} if args.tail_rank else {})
+    more = {"tail_bytes": args.tail_bytes, "errors": True}
+    return settings | (more if args.tail_rank else {})
 
 
 def rank_that_fits(args: argparse.Namespace, dataset: data.Dataset, head: heads.Head) -> int:
     """Return the largest rank whose basis does not outweigh all records of the data."""
-    size = record.record_dtype(args.k, args.temperatures, head.vocab, args.values, args.tail_bytes)
+    size = record.record_dtype(
+        args.k, args.temperatures, head.vocab, args.values, args.tail_bytes, errors=True
+    )
     records = (dataset.train.targets + dataset.val.targets) * size.itemsize
     room, width = max(SMALL_BASIS, TIMES_RECORDS * records), head.weight.shape[1]
     each = basis.file_bytes(2, head.vocab, width) - basis.file_bytes(1, head.vocab, width)
@@ -249,11 +257,12 @@ def say_memory(
     tokens = min(args.tokens_per_microbatch, int(lengths.sum()))
     logits = 4 * math.ceil(tokens * share) * vocab
     more = live.activation_bytes(shapes, tokens, dtype)
-    more += 3 * min(heads.CHUNK_BYTES, logits)  # a chunk, sorted, and what is widened for it
+    # a chunk, sorted, and what is widened for it; what is stored of it, and the difference
+    more += 5 * min(heads.CHUNK_BYTES, logits)
     if (rank := min(RANK if args.tail_rank is None else args.tail_rank, width)) > 0:
         # fitting: the rows in float32 and float16, the sample three times, what is (D, D)
-        sample = min(fit.SAMPLE, targets)
-        more += 6 * rank * vocab + 3 * 4 * sample * width + 6 * 8 * width**2
+        sampled = min(sample.SAMPLE, targets)
+        more += 6 * rank * vocab + 3 * 4 * sampled * width + 6 * 8 * width**2
     more += train.CODE_BYTES if device.type == "cpu" else 0
     have = train.available_bytes(device)
     print(
@@ -283,15 +292,58 @@ def teacher_records(
     for part, z in head.chunks(hidden):
         label = batch.labels[part]
         at_label = (z.gather(1, label[:, None]) - z.amax(1, keepdim=True))[:, 0]
-        ids, gaps, tails = heads.topk_and_tails(z, k, with_one)
+        coef = stored = off = None
+        if shape is not None:
+            coef = shape.pack(shape.encode(hidden[part]))
+            stored = shape.logits(shape.unpack(coef))
+        ids, gaps = heads.take_top(z, k)
+        made = [  # few at once: they are gone through a dozen times, in a CPU's cache
+            heads.tails_and_errors(z[some], with_one, None if stored is None else stored[some])
+            for some in losses.pieces(z)
+        ]
+        tails, errors = (torch.cat(each) for each in zip(*made))
         log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, one])
-        coef = None if shape is None else shape.pack(shape.encode(hidden[part]))
-        own = tails[:, columns].cpu().numpy()
-        made = record.pack(ids.cpu().numpy(), gaps.cpu().numpy(), own, dtype, head.vocab, coef)
-        records.append(made)
+        own = tails[:, columns]
+        if shape is not None:
+            off = codes_of(errors[:, columns], gaps, own, temperatures)
+        top = ids.cpu().numpy(), gaps.cpu().numpy(), own.cpu().numpy()
+        records.append(record.pack(*top, dtype, head.vocab, coef, off))
         ce.append((log_z - at_label).cpu().double().numpy())
         hits.append((at_label == 0).cpu().numpy())
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
+
+
+def codes_of(
+    errors: torch.Tensor, gaps: torch.Tensor, tails: torch.Tensor, temperatures: list[float]
+) -> np.ndarray:
+    """Return the codes (n, T) that records keep of their errors: KL in nats from the teacher's own
+    distribution, which is that of its tail (`errors`) times the tail's mass; SHAPELESS where the
+    tail's is above WORSE / T^2."""
+    nats = errors * basis.tail_mass(gaps, tails, temperatures)
+    codes = record.error_code(nats.cpu().numpy())
+    worst = torch.tensor([WORSE / t**2 for t in temperatures], device=errors.device)
+    codes[(errors > worst).cpu().numpy()] = record.SHAPELESS
+    return codes
+
+
+def errors_said(meta: dict) -> list[str]:
+    """Return in words how far a finished chunk's records are from the teacher, a line a source, and
+    a warning for each source that the basis does not fit."""
+    lines = []
+    for source, by_temperature in meta.get("error", {}).items():
+        each = by_temperature.values()
+        means, p99s = ("/".join(f"{one[name]:.2g}" for one in each) for name in ("mean", "p99"))
+        shapeless = max(one["shapeless"] for one in each)
+        lines.append(
+            f"records of {source}: {means} nats a target off at T={'/'.join(by_temperature)} in the"
+            f" mean, {p99s} at the 99th percentile; {shapeless:.1%} have no shape (a bucket)"
+        )
+        if shapeless > MOST_SHAPELESS:
+            lines.append(
+                f"WARNING: the basis does not fit {source}: {shapeless:.1%} of its records fall"
+                " back to one bucket; --fresh with --chunk all fits it anew to all rows"
+            )
+    return lines
 
 
 class Writer:
@@ -318,6 +370,7 @@ class Writer:
     ) -> None:
         self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
         self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
+        self.sources = split.rows["source"][rows]
         self.targets, self.dtype = int(self.counts[rows].sum()), record.dtype_of(settings)
         if (folder / "done.npy").exists():
             self._continue()
@@ -402,9 +455,9 @@ class Writer:
         self.pending.clear()
         self.flushed = time.monotonic()
 
-    def finish(self, identities: dict, **more: object) -> dict:
-        """Write meta.json, which says that the chunk is whole, and return it. more: what else it is
-        to hold."""
+    def finish(self, identities: dict, names: list[str], **more: object) -> dict:
+        """Write meta.json, which says that the chunk is whole, and return it. names: of the
+        sources; more: what else it is to hold."""
         self.flush()
         assert self.there["done"].all(), "rows are missing"
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
@@ -425,12 +478,25 @@ class Writer:
             "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"]),
             "sha256": digest.hexdigest(),
             "versions": versions(),
+            **({"error": self.errors(topk, names)} if "errors" in settings else {}),
             **more,
             "checksums": checksums,
         }
         files.write_json(self.folder / "meta.json", meta)
         (self.folder / "settings.json").unlink()
         return meta
+
+    def errors(self, records: np.ndarray, names: list[str]) -> dict[str, dict]:
+        """Return {source: {T: {"mean", "p99": nats a target, "shapeless": a share of 1}}} of
+        finished records; mean and p99 are of those that have a shape."""
+        source, found = np.repeat(self.sources, self.counts[self.rows]), {}
+        for number in np.unique(source):
+            codes = records["error"][source == number]
+            found[names[number] if number < len(names) else str(number)] = {
+                f"{t:g}": record.error_figures(codes[:, i])
+                for i, t in enumerate(self.settings["temperatures"])
+            }
+        return found
 
 
 class Placed:

@@ -180,6 +180,26 @@ def test_top_k_and_tails_equal_a_plain_sum(temperatures, k, dtype, limit):
         torch.testing.assert_close(tails[:, column].double(), wanted, rtol=limit, atol=4 * limit)
 
 
+@pytest.mark.parametrize("temperatures", ([1.0], [1.0, 2.0, 4.0], [4.0, 0.5, 3.0, 1.0]))
+@pytest.mark.parametrize("k", (1, 5, 199, 200))
+def test_the_error_of_a_stored_tail_is_its_kl_written_out(temperatures, k):
+    z, off = 6 * torch.randn(9, 200, dtype=torch.float64), torch.randn(9, 200, dtype=torch.float64)
+    z[0, 3], z[1, :7], off[2] = 4000.0, -1e9, 0.0  # next to no tail; tokens left out; no error
+    stored = z + off + 100
+    rest = z.clone()
+    ids, _ = head.take_top(rest, k)
+    tails, errors = head.tails_and_errors(rest, temperatures, stored.clone())
+    assert torch.equal(tails, head.topk_and_tails(z.clone(), k, temperatures)[2])
+    inside = torch.zeros(9, 200, dtype=torch.bool).scatter(1, ids, True)
+    for column, t in enumerate(temperatures):
+        logp, logq = (
+            (each / t).masked_fill(inside, -torch.inf).log_softmax(1) for each in (z, stored)
+        )
+        wanted = (logp.exp() * (logp - logq)).nan_to_num(0.0).sum(1)
+        torch.testing.assert_close(errors[:, column], wanted, rtol=1e-9, atol=1e-9)
+    assert (errors[2] < 1e-9).all() and (k == 200 or errors[3].max() > 1e-3 or k == 199)
+
+
 def test_nothing_outside_the_top_k_is_minus_infinity_and_next_to_nothing_is_exact():
     rows = [[0.0, -1e4, -1e4, -1e4], [9.0, 8.0, -1e4, -1e4]]
     assert (head.topk_and_tails(torch.tensor(rows), 4, [1.0, 2.0])[2] == -math.inf).all()

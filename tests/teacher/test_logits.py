@@ -72,7 +72,7 @@ def test_a_record_takes_the_bytes_that_the_design_promises(k, temperatures, valu
     assert record.record_dtype(k, temperatures, 151_936, values).itemsize == size
 
 
-def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
+def test_a_record_of_the_defaults_takes_197_bytes_at_the_vocabulary_of_qwen():
     args = dump_logits.parse_args(["--data", "data", "--teacher", "teacher", "--out", "logits"])
     assert (args.k, args.temperatures, args.values, args.tail_rank, args.tail_bytes) == (
         16,
@@ -84,9 +84,9 @@ def test_a_record_of_the_defaults_takes_194_bytes_at_the_vocabulary_of_qwen():
     assert writer.RANK == 384
     assert (
         record.record_dtype(
-            args.k, args.temperatures, 151_936, args.values, args.tail_bytes
+            args.k, args.temperatures, 151_936, args.values, args.tail_bytes, errors=True
         ).itemsize
-        == 194
+        == 197
     )
 
 

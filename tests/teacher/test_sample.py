@@ -1,0 +1,53 @@
+"""Which targets the basis is fitted to."""
+
+import numpy as np
+
+from lib import data
+from lib.teacher import sample
+
+
+def split_of(*sources):
+    """Return a split of sources (number, rows, targets a row), one after the other."""
+    rows = []
+    for source, count, targets in sources:
+        mask = np.arange(targets + 3) >= 3
+        rows += [(np.zeros(targets + 3, np.uint32), mask, source)] * count
+    return data.Split.of(rows)
+
+
+def by_source(split, rows):
+    taken = np.minimum(split.rows["targets"][rows], sample.A_ROW)
+    return np.bincount(split.rows["source"][rows], taken).astype(int).tolist()
+
+
+def test_rows_are_spread_evenly_and_hold_as_many_targets_as_are_wanted():
+    targets = np.random.default_rng(0).integers(1, 40, 5000)
+    split = data.Split.of([(np.zeros(n + 1, np.uint32), np.arange(n + 1) > 0, 0) for n in targets])
+    rows = sample.sampled_rows(split)
+    assert 0.95 < targets[rows].sum() / sample.SAMPLE < 1.05
+    assert rows[0] == 0 and rows[-1] == 4999 and np.ptp(np.diff(rows)) <= 1
+    assert sample.sampled_rows(
+        data.Split.of([(np.zeros(9, np.uint32), np.arange(9) > 3, 0)] * 30)
+    ).tolist() == [*range(30)]
+
+
+def test_long_rows_are_taken_from_many():
+    """Two dozen whole rows of a data set of 341 targets a row were the sample: a kind that is one
+    row in a hundred was not in it four times in five."""
+    rows = sample.sampled_rows(split_of((0, 1000, 341)))
+    assert len(rows) == sample.SAMPLE // sample.A_ROW
+
+
+def test_each_source_has_an_equal_share_whatever_its_size_and_small_ones_all_of_theirs():
+    split = split_of((4, 900, 100), (0, 300, 100), (2, 5, 30))
+    small = 5 * 30
+    shares = by_source(split, sample.sampled_rows(split))
+    assert shares[2] == small and shares[1] == shares[3] == 0
+    each = (sample.SAMPLE - small) / 2
+    assert abs(shares[0] / each - 1) < 0.02 and abs(shares[4] / each - 1) < 0.02
+
+
+def test_rows_without_targets_are_left_out_and_nothing_more():
+    split = split_of((0, 6, 10))
+    split.rows["targets"][3] = 0
+    assert sample.sampled_rows(split).tolist() == [0, 1, 2, 4, 5]
