@@ -228,7 +228,7 @@ def test_how_targets_are_cut_into_chunks_and_pieces_changes_nothing(monkeypatch)
     method, sizes, plain = Method(0.6, 2.0, "jsd", 0.3), [], Whole.logits
     wanted = ours(hidden, weight, labels, whole(z), method)
     monkeypatch.setattr(
-        Whole, "logits", lambda self, out: sizes.append(tuple(out.shape)) or plain(self, out)
+        Whole, "logits", lambda self, out, _: sizes.append(tuple(out.shape)) or plain(self, out, _)
     )
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 23 * 5)
     monkeypatch.setattr(losses, "PIECE_BYTES", {"cpu": 8 * 23 * 2})
