@@ -291,7 +291,10 @@ demo-live: .venv/ready ## after `make demo`: stage 2 once more, with the teacher
 	$(call demo_score,live)
 	$(PY) -m lib.measure.compare runs/$(D) --out runs/$(D)/comparison-live
 
-demo-seeds: .venv/ready ## the demo for three seeds: the table of docs/demo.md
-	$(MAKE) demo SEED=0
-	$(MAKE) demo SEED=1
-	$(MAKE) demo SEED=2
+demo-seeds: .venv/ready ## the demo for each of SEEDS (0 1 2): the table of docs/demo.md
+	$(foreach s,$(SEEDS),$(call demo_seed,$(s)))
+
+define demo_seed
+$(MAKE) demo SEED=$(1)
+
+endef
