@@ -341,7 +341,9 @@ def errors_said(meta: dict) -> list[str]:
         if shapeless > MOST_SHAPELESS:
             lines.append(
                 f"WARNING: the basis does not fit {source}: {shapeless:.1%} of its records fall"
-                " back to one bucket; --fresh with --chunk all fits it anew to all rows"
+                " back to one bucket; give this kind of text a source of its own"
+                " (prepare_data.py --source NAME=...: each has an equal share of the sample), or a"
+                " larger --tail-rank"
             )
     return lines
 
