@@ -228,8 +228,8 @@ clean: ## remove what `make demo SEED=...` made in demo/, data/, logits/ and run
 
 D := demo$(if $(filter-out 0,$(SEED)),-$(SEED))
 DEMO_TRAIN := --beta2 0.99 --weight-decay 0.01 --warmup 0.05 --log-every 50 --sample-tokens 60 --no-pack --seed $(SEED)
-DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 2048 --lr 3e-3 --eval-every 250
-DEMO_STEPS := 500
+DEMO_STUDENT := $(DEMO_TRAIN) --tokens-per-step 1024 --lr 3e-3 --eval-every 500
+DEMO_STEPS := 1000
 DEMO_MODELS := teacher stage1 control stage2 own1
 
 demo: .venv/ready ## the whole pipeline on embedded data: about 5 minutes on 2 CPU cores (SEED=1 for another throw of the dice)
@@ -258,7 +258,7 @@ demo-teacher:
 # stage 1's student; and the control: stage 1 continued for as many steps as stage 2 takes
 demo-student:
 	$(PY) prepare_data.py --source $(D)/student.parquet --tokenizer $(D)/tokenizer --out data/$(D) --val 500 --show 1 $(call meanwhile,$(D)/prepare.log)
-	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 400 $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/stage1.log)
+	$(PY) stage1_sft.py --data data/$(D) --student $(D)/student-config --out runs/$(D)/stage1 --steps 800 $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/stage1.log)
 	$(PY) stage1_sft.py --data data/$(D) --student runs/$(D)/stage1 --out runs/$(D)/control --steps $(DEMO_STEPS) $(DEMO_STUDENT) --threads 1 $(call meanwhile,$(D)/control.log)
 
 # stage 2; then the student's answers, also to prompts that have none, the teacher's logits over them, stage 2 again

@@ -47,11 +47,11 @@ SETTINGS = {
         "teacher": "runs/{demo}/teacher",
         "start": "runs/{demo}/stage2",
         "heal": "",  # `make demo` made the start
-        "train": "--tokens-per-step 2048 --lr 3e-3 --beta2 0.99 --weight-decay 0.01 --warmup 0.05"
+        "train": "--tokens-per-step 1024 --lr 3e-3 --beta2 0.99 --weight-decay 0.01 --warmup 0.05"
         " --no-pack",
         "dump": "",
-        "steps": 500,
-        "generations": 4,
+        "steps": 1000,
+        "generations": 6,
         "longest": 80,
         "write": "--teacher-batch 512",
         "score": "exact",
