@@ -31,8 +31,9 @@ from tqdm import tqdm
 from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
 from lib.options import classifier
+from lib.prepare import ask
 from lib.run import Interrupt, clock
-from lib.teacher import basis, fit, record, verify, worth, writer, written
+from lib.teacher import basis, fit, record, served, verify, worth, writer, written
 
 
 def parse_args(argv=None):
@@ -41,7 +42,6 @@ def parse_args(argv=None):
     flags.add(group, "--data")
     group.add_argument(
         "--teacher",
-        required=True,
         metavar="DIR|ID",
         help="the model to run: a folder, a stage folder (its best/), or a hub id",
     )
@@ -81,7 +81,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
+    served.add_flags(parser)
     args = parser.parse_args(argv)
+    served.check_flags(parser, args, ask.KEYS)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
@@ -245,6 +247,8 @@ def main(argv=None):
     wanted, out = chunks_wanted(args, dataset), Path(args.out)
     if args.verify is not None:
         return look_again(args, dataset, wanted, out, device)
+    if args.teacher_url:
+        return served.dump(args, dataset, wanted, out, ask)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
@@ -269,7 +273,8 @@ def main(argv=None):
         f" {', '.join(f'{t:g}' for t in args.temperatures)}"
         + (f", and its shape in {args.tail_bytes} bytes" if args.tail_rank else "")
     )
-    writer.check_disk(out, dataset, missing, settings, teacher)
+    width = teacher.head().weight.shape[1]
+    writer.check_disk(out, dataset, missing, settings, width)
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)

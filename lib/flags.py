@@ -4,6 +4,7 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 
 import argparse
 import json
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,26 @@ SHARED: dict[str, dict[str, Any]] = {
         ),
     ),
     "--seed": dict(type=int, default=0, help="seed of every random choice (default: %(default)s)"),
+    "--concurrency": dict(
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests in flight to a server (default: %(default)s)",
+    ),
+    "--timeout": dict(
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds a server may take for an answer (default: %(default)s)",
+    ),
+    "--retry-for": dict(
+        type=float,
+        default=600.0,
+        metavar="S",
+        help=(
+            "seconds for which a server that is down or busy is tried again (default: %(default)s)"
+        ),
+    ),
     "--device": dict(
         default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)", free=True
     ),
@@ -362,6 +383,26 @@ def span(value: Moving | dict[str, Moving]) -> Moving:
 def spelled(name: str) -> str:
     """Return a flag as it is typed: spelled("log_every") == "--log-every"."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_server(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, keys: tuple[str, ...]
+) -> None:
+    """Refuse (exit code 2) a --teacher-url that is none, or that says a key; `keys`: the variables
+    that hold one."""
+    positive(parser, args, "concurrency", "timeout", "retry_for")
+    try:
+        url = urllib.parse.urlsplit(args.teacher_url)
+        usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        parser.error("--teacher-url is no URL, wanted http://HOST:PORT/v1")
+    if url.username or url.password or url.query or url.fragment:
+        parser.error(
+            "--teacher-url holds a name, a key or a query, wanted http://HOST:PORT/v1 (a key comes"
+            f" from {' or '.join(keys)})"
+        )
 
 
 def positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

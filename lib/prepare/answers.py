@@ -111,29 +111,7 @@ def _add_speed_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="answers in work at once of a model run here (default: %(default)s)",
     )
-    group.add_argument(
-        "--concurrency",
-        type=int,
-        default=64,
-        metavar="N",
-        help="requests in flight to a server (default: %(default)s)",
-    )
-    group.add_argument(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="seconds a server may take for an answer (default: %(default)s)",
-    )
-    group.add_argument(
-        "--retry-for",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help=(
-            "seconds for which a server that is down or busy is tried again (default: %(default)s)"
-        ),
-    )
+    flags.add(group, "--concurrency", "--timeout", "--retry-for")
     flags.add(group, "--device", "--dtype", "--threads")
 
 
@@ -156,34 +134,13 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         args.max_new_tokens = ANSWER_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     else:
         own.check_flags(parser, args)
-    flags.positive(
-        parser,
-        args,
-        "generations",
-        "max_new_tokens",
-        "max_prompt",
-        "teacher_batch",
-        "concurrency",
-        "timeout",
-        "retry_for",
-    )
+    flags.positive(parser, args, "generations", "max_new_tokens", "max_prompt", "teacher_batch")
     if args.teacher_temperature is not None and not args.teacher_temperature >= 0:
         parser.error(f"--teacher-temperature is {args.teacher_temperature}, wanted 0 or more")
     if args.teacher_top_p is not None and not 0 < args.teacher_top_p <= 1:
         parser.error(f"--teacher-top-p is {args.teacher_top_p}, wanted a share above 0, at most 1")
     if args.teacher_url is not None:
-        try:
-            url = urllib.parse.urlsplit(args.teacher_url)
-            usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            parser.error("--teacher-url is no URL, wanted http://HOST:PORT/v1")
-        if url.username or url.password or url.query or url.fragment:
-            parser.error(
-                "--teacher-url holds a name, a key or a query, wanted http://HOST:PORT/v1 (a key"
-                f" comes from {' or '.join(ask.KEYS)})"
-            )
+        flags.check_server(parser, args, ask.KEYS)
 
 
 def writer_here(args) -> tuple:

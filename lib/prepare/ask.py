@@ -2,7 +2,8 @@
 broken or restarted is waited for.
 
 Contract: `ask` yields one answer for each request, in the order in which they come. A request is
-one POST to URL/chat/completions (n = 1). 429 (its Retry-After is honoured), 5xx, a hung or closed
+one POST to URL/PATH; the path, the body and how the reply is read are its own (`ChatRequest` here,
+`ScoreRequest` of lib/teacher/served.py). 429 (its Retry-After is honoured), 5xx, a hung or closed
 connection and an unreadable reply are tried again, with a pause that doubles, up to `LONGEST`
 seconds, and is drawn at random. The program ends with one line where no request at all succeeded
 for `patience` seconds, and at once where trying again cannot help: no or a wrong key, an unknown
@@ -21,7 +22,7 @@ import time
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from lib import files, template
 
@@ -35,9 +36,43 @@ REFUSED = 16  # requests that the server may refuse (400) before it has answered
 class ChatRequest:
     """key: handed back with the answer. messages: the conversation up to the turn to answer."""
 
+    path: ClassVar[str] = "chat/completions"
     key: Hashable
     messages: list[dict]
     seed: int = 0
+
+    def body(self) -> dict:
+        return spoken(self.messages) | {"seed": self.seed % 2**31}
+
+    def read(self, client: "Client", value: dict) -> "Reply":
+        """Return what a reply says; a KeyError or the like where it is no chat completion."""
+        choice, usage = value["choices"][0], value.get("usage") or {}
+        message = choice["message"]
+        text = message.get("content") or ""
+        if isinstance(text, list):  # of parts
+            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+        if thought := message.get("reasoning_content") or message.get("reasoning"):
+            # as the teacher wrote it, before the server took it apart
+            text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
+        finish = choice.get("finish_reason") or "stop"
+        if not isinstance(text, str) or not isinstance(finish, str):
+            raise TypeError(f"content {type(text).__name__}, finish_reason {type(finish).__name__}")
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        known = [count if type(count) is int else None for count in counts]
+        sampled = sampled_tokens(client.url, value) if client.how.get("return_token_ids") else None
+        return Reply(self, text, finish, *known, sampled=sampled)
+
+
+class ServerRequest(Protocol):
+    """What is asked of a server: URL/`path`, the body beside the model's name and what the client
+    adds (`Client.how`), and how a reply of status 200 is read. Of a reply that is read `request` is
+    this, and `finish` neither "refused" nor "failed"."""
+
+    path: ClassVar[str]
+
+    def body(self) -> dict: ...
+
+    def read(self, client: "Client", value: dict) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +80,7 @@ class Reply:
     """finish: the server's finish_reason, "refused" (the server would not take the prompt), or
     "failed" (errors only; worth asking again)."""
 
-    request: ChatRequest
+    request: Any
     text: str
     finish: str
     prompt_tokens: int | None = None
@@ -127,9 +162,9 @@ class Client:
             f"the models {', '.join(names[:20])}" if names else "a server that lists no model"
         )
 
-    def stop(self, status: int, said: str) -> None:
+    def stop(self, path: str, status: int, said: str) -> None:
         """End the program for a status that another try cannot mend; return for any other."""
-        at = f"{self.url}/chat/completions"
+        at = f"{self.url}/{path}"
         if status in (401, 402, 403):
             files.fail(
                 f"{at} refuses {'the key' if self.key else 'a request without a key'} ({status})",
@@ -146,7 +181,7 @@ class Client:
             )
         if status < 400 or status in (405, 410):
             files.fail(
-                f"{at} is no chat endpoint ({status})",
+                f"{at} is no such endpoint ({status})",
                 said,
                 "a URL up to and with /v1",
                 "--teacher-url",
@@ -160,17 +195,12 @@ class Client:
             mend="other --teacher-model or sampling flags",
         )
 
-    def once(self, request: ChatRequest) -> Reply:
+    def once(self, request: ServerRequest) -> Any:
         """Ask once. Raises Down where another try may succeed."""
-        body = {
-            "model": self.model,
-            **spoken(request.messages),
-            "seed": request.seed % 2**31,
-            **self.how,
-        }
+        body = {"model": self.model, **request.body(), **self.how}
         if self.renamed:
             body["max_completion_tokens"] = body.pop("max_tokens")
-        reply = self._post(body)
+        reply = self._post(request.path, body)
         status = reply.status_code
         if status == 200:
             return self._read(request, reply)
@@ -185,13 +215,13 @@ class Client:
             self.renamed = True
             return self.once(request)
         if not (self.answered and status in (400, 403)):
-            self.stop(status, said)
+            self.stop(request.path, status, said)
         return Reply(request, "", "refused", said=f"{status}: {said}")
 
-    def _post(self, body: dict):
+    def _post(self, path: str, body: dict):
         """Send a request, and return the http reply of whatever status."""
         try:
-            return self.http.post(f"{self.url}/chat/completions", json=body)
+            return self.http.post(f"{self.url}/{path}", json=body)
         except (
             self.errors.UnsupportedProtocol,
             self.errors.InvalidURL,
@@ -206,47 +236,32 @@ class Client:
             down = isinstance(broken, self.errors.ConnectError | self.errors.ConnectTimeout)
             raise Down(self.clean(f"{type(broken).__name__}: {broken}"), down=down) from None
 
-    def _read(self, request: ChatRequest, reply) -> Reply:
-        """Return what the http reply says. Raises Down where it is no chat completion."""
+    def _read(self, request: ServerRequest, reply) -> Any:
+        """Return what the http reply says. Raises Down where it is no answer to the request."""
         try:
-            value = reply.json()
-            choice, usage = value["choices"][0], value.get("usage") or {}
-            message = choice["message"]
-            text = message.get("content") or ""
-            if isinstance(text, list):  # of parts
-                text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
-            if thought := message.get("reasoning_content") or message.get("reasoning"):
-                # as the teacher wrote it, before the server took it apart
-                text = f"<think>\n{thought.strip()}\n</think>\n\n{text}"
-            finish = choice.get("finish_reason") or "stop"
-            if not isinstance(text, str) or not isinstance(finish, str):
-                raise TypeError(
-                    f"content {type(text).__name__}, finish_reason {type(finish).__name__}"
-                )
-            counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            known = [count if type(count) is int else None for count in counts]
-            sampled = self._sampled(value, choice) if self.how.get("return_token_ids") else None
-            return Reply(request, text, finish, *known, sampled=sampled)
+            return request.read(self, reply.json())
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as garbage:
             raise Down(
-                f"a reply that is no chat completion ({type(garbage).__name__}):"
+                f"a reply that is no answer to {request.path} ({type(garbage).__name__}):"
                 f" {self.clean(reply.text)[:80]!r}"
             ) from None
 
-    def _sampled(self, value: dict, choice: dict) -> Tokens:
-        """Return the tokens of a reply, each with its log-probability; end the program where the
-        server says none."""
-        ids = value.get("prompt_token_ids"), choice.get("token_ids")
-        told = (choice.get("logprobs") or {}).get("content") or []
-        if not all(isinstance(part, list) for part in ids) or len(told) != len(ids[1]):
-            files.fail(
-                f"{self.url} does not say which tokens it sampled",
-                f"prompt_token_ids {type(ids[0]).__name__}, token_ids {type(ids[1]).__name__},"
-                f" {len(told)} log-probabilities",
-                "a server that knows return_token_ids and logprobs (vLLM 0.10.2 and later)",
-                "the student run here: --student DIR",
-            )
-        return Tokens(*ids, [float(token["logprob"]) for token in told])
+
+def sampled_tokens(url: str, value: dict) -> Tokens:
+    """Return the tokens of a reply, each with its log-probability; end the program where the server
+    says none."""
+    choice = value["choices"][0]
+    ids = value.get("prompt_token_ids"), choice.get("token_ids")
+    told = (choice.get("logprobs") or {}).get("content") or []
+    if not all(isinstance(part, list) for part in ids) or len(told) != len(ids[1]):
+        files.fail(
+            f"{url} does not say which tokens it sampled",
+            f"prompt_token_ids {type(ids[0]).__name__}, token_ids {type(ids[1]).__name__},"
+            f" {len(told)} log-probabilities",
+            "a server that knows return_token_ids and logprobs (vLLM 0.10.2 and later)",
+            "the student run here: --student DIR",
+        )
+    return Tokens(*ids, [float(token["logprob"]) for token in told])
 
 
 def spoken(messages: list[dict]) -> dict:
@@ -284,7 +299,7 @@ class Asking:
     broken) they know together."""
 
     def __init__(
-        self, client: Client, requests: Iterable[ChatRequest], patience: float, say
+        self, client: Client, requests: Iterable[ServerRequest], patience: float, say
     ) -> None:
         self.client, self.requests = client, iter(requests)
         self.patience, self.say = patience, say
@@ -307,7 +322,7 @@ class Asking:
             self.results.put(end)
         self.results.put(None)
 
-    def stubborn(self, request: ChatRequest) -> Reply | None:
+    def stubborn(self, request: ServerRequest) -> Any:
         """Return the reply to a request, tried again as long as that may help; None: it is over."""
         pause, tries, begun = FIRST, 0, time.monotonic()
         while not self.over.is_set():
@@ -340,7 +355,7 @@ class Asking:
             self.client.answered = True
         if self.down:
             self.down = False
-            self.say("answers: the server is back")
+            self.say("the server is back")
 
     def patience_left(self, failed: Down, begun: float) -> float:
         """Return the seconds for which a request begun at `begun` may still be tried; end the
@@ -358,15 +373,13 @@ class Asking:
             )
         if failed.down and not self.down:
             self.down = True
-            self.say(
-                f"answers: the server is not reached ({failed}); trying for {self.patience:.0f} s"
-            )
+            self.say(f"the server is not reached ({failed}); trying for {self.patience:.0f} s")
         return max(0.05, self.patience - waited)
 
 
 def ask(
-    client: Client, requests: Iterable[ChatRequest], concurrency: int, patience: float, say=print
-) -> Iterator[Reply]:
+    client: Client, requests: Iterable[ServerRequest], concurrency: int, patience: float, say=print
+) -> Iterator[Any]:
     """Yield the replies to all requests, at most `concurrency` in flight; requests are read only as
     they are sent."""
     asking = Asking(client, requests, patience, say)

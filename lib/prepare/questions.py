@@ -186,7 +186,11 @@ def by_server(args, missing: Iterator[tuple[Question, int]]) -> Iterator[dict]:
             yield ask.ChatRequest((question, number), question.prompt, seed)
 
     failed, say = 0, functools.partial(print, flush=True)
-    for reply in ask.ask(client, requests(), args.concurrency, args.retry_for, say):
+
+    def outage(line: str) -> None:
+        say(f"answers: {line}")
+
+    for reply in ask.ask(client, requests(), args.concurrency, args.retry_for, outage):
         question, number = reply.request.key
         if reply.finish == "failed":
             failed += 1

@@ -24,6 +24,7 @@ DUMP_ANEW = "--fresh to dump it anew"
 COST_FILE = "cost.json"  # dumped_s: the seconds that a chunk took
 CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", COST_FILE, files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
+K, TEMPERATURES = 16, "1,2,4"  # unless flags say otherwise
 RANK = 384  # of the basis, unless --tail-rank says otherwise
 # the default rank is lowered where the basis would be larger than so many bytes, and than so many
 # times all records of the data
@@ -41,13 +42,14 @@ MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch", "errors")
 def add_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what a record holds."""
     group.add_argument(
-        "--k", type=int, default=16, help="logits kept a target (default: %(default)s)"
+        "--k", type=int, help=f"logits kept a target (default: {K}; of a served teacher 20)"
     )
     group.add_argument(
         "--temperatures",
-        default="1,2,4",
-        metavar="1,2,4",
-        help="temperatures training may use later (default: %(default)s)",
+        metavar=TEMPERATURES,
+        help=(
+            f"temperatures training may use later (default: {TEMPERATURES}; of a served teacher 1)"
+        ),
     )
     group.add_argument(
         "--values",
@@ -78,6 +80,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work; read the temperatures."""
+    args.k = K if args.k is None else args.k
+    args.temperatures = TEMPERATURES if args.temperatures is None else args.temperatures
     flags.positive(parser, args, "k", "tokens_per_microbatch")
     try:
         args.temperatures = sorted({float(t) for t in args.temperatures.split(",")})
@@ -174,12 +178,11 @@ def rows_of(dataset: data.Dataset, chunk: int | str) -> np.ndarray:
     )
 
 
-def check_disk(
-    out: Path, dataset: data.Dataset, missing: list, settings: dict, teacher: models.Model
-) -> None:
-    """Say how many bytes the chunks `missing` will take, and refuse a disk that is too small."""
+def check_disk(out: Path, dataset: data.Dataset, missing: list, settings: dict, width: int) -> None:
+    """Say how many bytes the chunks `missing` will take, and refuse a disk that is too small;
+    width: of the teacher's hidden states."""
     size, rank = record.dtype_of(settings).itemsize, settings["tail_rank"]
-    shape = basis.file_bytes(rank, settings["vocab"], teacher.head().weight.shape[1])
+    shape = basis.file_bytes(rank, settings["vocab"], width)
     need, have = 0, files.free_bytes(out)
     if missing and not (out / basis.FILE).exists():
         need += shape

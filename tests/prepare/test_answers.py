@@ -756,9 +756,9 @@ def test_one_prompt_that_the_server_refuses_or_never_manages(folder, tokenizer_d
                 r" wanted .*--teacher-model"
             ),
         ),
-        (405, "is no chat endpoint"),
+        (405, "is no such endpoint"),
         (422, r"refuses every request; saw 422: .*no: big"),
-        ("garbage", r"has not answered for \d+ s; saw a reply that is no chat completion"),
+        ("garbage", r"has not answered for \d+ s; saw a reply that is no answer to chat"),
         (500, r"has not answered for \d+ s; saw 500"),
     ],
 )

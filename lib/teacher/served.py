@@ -1,0 +1,345 @@
+"""A teacher that nobody loads here: records filled by a server (dump_logits.py --teacher-url).
+
+vLLM scores a prompt that is given as token ids: with `prompt_logprobs` = k it returns, for every
+token of it, the log-probabilities of the k likeliest ones at T = 1. So a record of it holds these,
+and the mass of all others, 1 - their sum; of other temperatures and of the rest's shape a server
+says nothing. Ids are sent, never text, and those that come back are held against them.
+
+Each row is one request, and is kept as it comes (writer.Writer): killed anywhere, the same command
+asks for the rows that are missing, and the file is byte for byte that of a dump left alone, as far
+as the server says the same again. The client (lib/prepare/ask.py) is handed over by the script.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from lib import checkpoints, data, files, flags, models
+from lib.run import Interrupt
+from lib.teacher import record, sample, verify, writer
+from lib.teacher.logits import Chunk
+
+K = 20  # what a vLLM grants that was not told otherwise (--max-logprobs)
+# the least mass outside the top k: log-probabilities in float32 sum to 1 no nearer than so
+LEAST_REST = 2.0**-20
+CHECKED = 200  # rows that --check-with scores here too
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a served teacher, under a heading of their own."""
+    group = parser.add_argument_group("a teacher behind a server")
+    group.add_argument(
+        "--teacher-url",
+        metavar="URL",
+        help=(
+            "instead of --teacher: a server that knows prompt_logprobs (vLLM), up to and with /v1;"
+            " its key: TEACHER_API_KEY or OPENAI_API_KEY in the environment"
+        ),
+    )
+    group.add_argument("--teacher-model", metavar="NAME", help="the model's name on that server")
+    flags.add(group, "--concurrency", "--timeout", "--retry-for")
+    group.add_argument(
+        "--check-with",
+        metavar="DIR|ID",
+        help=f"the same model, here: {CHECKED} rows of each chunk are scored by it and compared",
+    )
+
+
+def check_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, keys: tuple[str, ...]
+) -> None:
+    """Refuse (exit code 2) flags that cannot work together, and put in what a server can say: T = 1
+    and no shape. keys: the variables that may hold a key."""
+    if (args.teacher is None) == (args.teacher_url is None):
+        parser.error("wanted exactly one of --teacher DIR and --teacher-url URL")
+    if (args.teacher_url is None) != (args.teacher_model is None):
+        parser.error("--teacher-url URL and --teacher-model NAME belong together")
+    if args.teacher_url is None:
+        if args.check_with is not None:
+            parser.error("--check-with needs --teacher-url")
+        return
+    flags.check_server(parser, args, keys)
+    if args.temperatures not in (None, "1"):
+        parser.error(
+            f"--temperatures is {args.temperatures}, wanted 1: a server gives probabilities at"
+            " T = 1 alone, and the mass outside the top k at another T does not follow from them"
+        )
+    if args.tail_rank:
+        parser.error(
+            f"--tail-rank is {args.tail_rank}, wanted 0: the shape of the rest is fitted to hidden"
+            " states, which no server gives"
+        )
+    if args.verify:
+        parser.error("--verify N needs --teacher DIR; with --teacher-url: --check-with DIR")
+    args.temperatures, args.tail_rank = "1", 0
+    args.k = K if args.k is None else args.k
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A row up to its last target: ids, and the places of its targets among them."""
+
+    path: ClassVar[str] = "completions"
+    row: int
+    ids: list[int]
+    places: np.ndarray
+    k: int
+    vocab: int
+
+    def body(self) -> dict:
+        return {"prompt": self.ids, "prompt_logprobs": self.k}
+
+    def read(self, client: Any, value: dict) -> "Scores":
+        """Return what a server says of the row; end the program where it is of other tokens, or is
+        nothing."""
+        choice = value["choices"][0]
+        told = choice.get("prompt_logprobs", value.get("prompt_logprobs"))
+        if told is None:
+            files.fail(
+                f"{client.url} returns no prompt_logprobs",
+                ", ".join(sorted(choice)),
+                "a server that scores a prompt of token ids, such as vLLM",
+                "--teacher DIR, if the model can be loaded here",
+            )
+        there = [{int(id): one for id, one in (entry or {}).items()} for entry in told]
+        changed = [
+            i for i in range(1, len(self.ids)) if i < len(there) and self.ids[i] not in there[i]
+        ]
+        if len(there) != len(self.ids) or changed:
+            at = (
+                f"another token at place {changed[0]} of" if changed else f"{len(there)} tokens for"
+            )
+            files.fail(
+                f"{client.url} has scored other tokens than it was sent",
+                f"{at} the {len(self.ids)} of row {self.row}",
+                "the ids that were sent, as they are (no token added in front, no chat template)",
+                "the server of a model with the data's tokenizer",
+            )
+        return self._scores(client, [there[place] for place in self.places])
+
+    def _scores(self, client: Any, told: list[dict[int, dict]]) -> "Scores":
+        ids, logp = np.zeros((len(told), self.k), np.int64), np.zeros((len(told), self.k))
+        labels = np.zeros(len(told))
+        for i, (entry, place) in enumerate(zip(told, self.places)):
+            labels[i] = float(entry[self.ids[place]]["logprob"])
+            best = sorted((-float(one["logprob"]), id) for id, one in entry.items())[: self.k]
+            if len(best) < self.k:
+                files.fail(
+                    f"{client.url} gives fewer log-probabilities than were asked for",
+                    f"{len(best)} at a token",
+                    self.k,
+                    f"--k {len(best)}",
+                )
+            ids[i], logp[i] = [id for _, id in best], [-minus for minus, _ in best]
+        if not np.isfinite(logp).all() or logp.max(initial=0.0) > 1e-3:
+            raise ValueError("log-probabilities that are none")
+        if (most := int(ids.max(initial=0))) >= self.vocab:
+            files.fail(
+                f"{client.url} gives tokens that the student has not",
+                f"token {most}",
+                f"tokens below V = {self.vocab}",
+                "--student of the teacher's vocabulary, or a larger --vocab",
+            )
+        return Scores(self, ids, logp, labels)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a server said of a row: the k likeliest ids (n, k) at each target, their log p, and that
+    (n,) of the labels, nats."""
+
+    request: ScoreRequest
+    ids: np.ndarray
+    logp: np.ndarray
+    labels: np.ndarray
+    finish: str = "scored"
+
+
+def tail_of(logp: np.ndarray) -> np.ndarray:
+    """Return the log mass (n,) outside a top k of log-probabilities (n, k), largest first, where
+    the largest counts 1 (record.py's `tail` at T = 1): log(1 - sum) without a NaN, whatever the sum
+    was rounded to."""
+    rest = -np.expm1(np.logaddexp.reduce(logp, axis=1))
+    return np.log(np.maximum(rest, LEAST_REST)) - logp[:, 0]
+
+
+def records_of(scores: Scores, dtype: np.dtype) -> np.ndarray:
+    """Return the records (n,) of what a server said."""
+    gaps = scores.logp[:, :1] - scores.logp
+    tails = tail_of(scores.logp)[:, None]
+    return record.pack(scores.ids, gaps, tails, dtype, scores.request.vocab)
+
+
+def settings_of(args: argparse.Namespace, dataset: data.Dataset) -> dict:
+    """Return what a chunk must have been made with to be continued. The teacher's identity is that
+    of its name: what lies behind a URL may move."""
+    vocab = args.vocab or len(dataset.tokenizer())
+    if args.student and not args.vocab:
+        folder = checkpoints.local_folder(args.student, args.trust_remote_code)
+        models.check_fits(folder, dataset, args.trust_remote_code)
+        vocab = checkpoints.tokens_of(folder)
+    return {
+        "teacher": hashlib.sha256(f"served {args.teacher_model}".encode()).hexdigest(),
+        "teacher_folder": args.teacher_model,
+        "data": dataset.identities["data"],
+        "k": args.k,
+        "rows_per_chunk": dataset.meta["rows_per_chunk"],
+        "temperatures": args.temperatures,
+        "values": args.values,
+        "vocab": vocab,
+        "tail_rank": 0,
+        "dtype": "served",
+        "tokens_per_microbatch": args.tokens_per_microbatch,
+    }
+
+
+def dump(
+    args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: Path, ask: ModuleType
+) -> None:
+    """Write the chunks `wanted` as a server fills them; ask: lib/prepare/ask.py."""
+    if dataset.labels:
+        files.fail("--teacher-url does not go with classes", wanted="--teacher DIR, a classifier")
+    settings = settings_of(args, dataset)
+    missing = [
+        chunk
+        for chunk in wanted
+        if args.fresh or not writer.is_finished(record.chunk_folder(out, chunk), settings)
+    ]
+    host = urllib.parse.urlsplit(args.teacher_url).netloc
+    print(
+        f"teacher: {args.teacher_model} on {host}; the top {args.k} of {settings['vocab']:,} at"
+        " T = 1, and the mass of the rest: no other T, no shape (one bucket)"
+    )
+    writer.check_disk(out, dataset, missing, settings, width=0)
+    if args.dry_run:
+        return print("--dry-run: nothing was asked or written")
+    held = writer.empty_chunks(out, missing) if args.fresh else {}
+    interrupt = Interrupt()
+    for chunk in wanted:
+        folder = record.chunk_folder(out, chunk)
+        if chunk not in missing:
+            print(f"dump {folder}: already finished; nothing to do (--fresh dumps it anew)")
+            continue
+        holding = held.get(chunk) or files.lock(folder)
+        if not (folder / "meta.json").exists():  # another process may have finished it
+            fill(args, dataset, chunk, folder, settings, ask, interrupt)
+        holding.release()
+    if args.check_with:
+        held_against(args, dataset, wanted, out)
+
+
+def fill(
+    args: argparse.Namespace,
+    dataset: data.Dataset,
+    chunk: int | str,
+    folder: Path,
+    settings: dict,
+    ask: ModuleType,
+    interrupt: Interrupt,
+) -> None:
+    """Write one chunk, or what is missing of it."""
+    split = dataset.val if chunk == "val" else dataset.train
+    made = writer.Writer(folder, chunk, split, writer.rows_of(dataset, chunk), settings)
+    left = made.rows[~made.there["done"]]
+    print(
+        f"dump {folder}: {len(made.rows):,} rows, {made.targets:,} targets, {made.dtype.itemsize}"
+        f" bytes each; {len(left):,} rows are asked for",
+        flush=True,
+    )
+    # one token has to be generated
+    how = {"max_tokens": 1, "temperature": 0}
+    client = ask.Client(args.teacher_url, args.teacher_model, how, args.concurrency, args.timeout)
+    bar = tqdm(
+        total=int(made.counts[left].sum()),
+        desc=f"dump {chunk}",
+        unit="target",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
+    begun = said = time.monotonic()
+    requests = requests_of(split, left, settings)
+    for number, scores in enumerate(
+        ask.ask(client, requests, args.concurrency, args.retry_for, outage)
+    ):
+        if scores.finish in ("refused", "failed"):
+            made.flush()
+            not_scored(client, scores)
+        records = records_of(scores, made.dtype)
+        hits = scores.labels >= scores.logp[:, 0]
+        made.add(np.array([scores.request.row]), records, -scores.labels, hits)
+        bar.update(len(records))
+        if interrupt.number:
+            made.flush()
+            interrupt.leave(f"dump: saved {folder}; the same command continues")
+        if bar.disable and time.monotonic() - said > 15:
+            said = time.monotonic()
+            speed = bar.n / (said - begun)
+            print(
+                f"dump {chunk}: {number + 1:,} of {len(left):,} rows, {speed:.0f} targets/s",
+                flush=True,
+            )
+    bar.close()
+    cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
+    files.write_json(folder / writer.COST_FILE, cost)
+    meta = made.finish(dataset.identities, dataset.sources)
+    print(
+        f"dump {folder}: done, {made.dtype.itemsize} bytes a target, teacher ce"
+        f" {meta['teacher_ce']:.4f} acc1 {meta['teacher_acc1']:.4f}, top-k coverage at T=1"
+        f" {meta['coverage']['1']:.3f}",
+        flush=True,
+    )
+
+
+def outage(line: str) -> None:
+    print(f"dump: {line}", flush=True)
+
+
+def requests_of(split: data.Split, rows: np.ndarray, settings: dict) -> Iterator[ScoreRequest]:
+    for row in rows.tolist():
+        ids, answer = split.row(row)
+        places = np.flatnonzero(answer)
+        until = int(places[-1]) + 1
+        yield ScoreRequest(row, ids[:until].tolist(), places, settings["k"], settings["vocab"])
+
+
+def not_scored(client: Any, reply: Any) -> None:
+    """Say in one line that a server will not score a row, and what to do."""
+    row = reply.request
+    mend = f"--max-len of prepare_data.py below the server's context ({len(row.ids)} tokens here)"
+    if "logprobs" in reply.said:
+        mend = f"--k {K}, or a server that grants more (vllm serve --max-logprobs {row.k})"
+    files.fail(
+        f"{client.url} does not score row {row.row}", reply.said, "prompt_logprobs of it", mend
+    )
+
+
+def held_against(args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: Path) -> None:
+    """Print how far the server's records are from what the same model says here (--check-with)."""
+    device = models.pick_device(args.device, args.threads)
+    folder = checkpoints.local_folder(args.check_with, args.trust_remote_code)
+    dtype = models.pick_dtype(args.dtype, device, folder)
+    apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
+    here = models.load(args.check_with, device, dtype, dataset=dataset, pack=False, apart=apart)
+    for chunk in wanted:
+        part = Chunk(record.chunk_folder(out, chunk), chunk, dataset)
+        split = dataset.val if chunk == "val" else dataset.train
+        rows = writer.rows_of(dataset, chunk)
+        some = split.rows[sample.evenly(rows, CHECKED)]
+        first = some["first_target"].astype(int) - int(split.rows["first_target"][rows[0]])
+        numbers = [np.arange(start, start + n) for start, n in zip(first, some["targets"])]
+        far, same = verify.scored_again(part, np.concatenate(numbers), split, rows, here)
+        print(
+            f"dump {part.folder}: {len(some)} rows scored by {args.check_with} too: largest"
+            f" difference of a log-probability {far:.2g} nats, same likeliest token {same:.1%}",
+            flush=True,
+        )
