@@ -6,12 +6,16 @@ SOURCE  = $(NAME).parquet
 TEACHER = Qwen/Qwen2.5-7B-Instruct
 STUDENT = Qwen/Qwen2.5-0.5B
 TOKENIZER = $(STUDENT)
+# make logits: where a server has TEACHER, by the name that it has there: TEACHER_URL=http://HOST:8000/v1
+TEACHER_URL =
+TEACHER_IS = $(if $(TEACHER_URL),--teacher-url $(TEACHER_URL) --teacher-model,--teacher) $(call one,$(TEACHER))
+HOLDS   = $(if $(TEACHER_URL),,--k $(K) --temperatures $(TEMPERATURES))
 DATA    = data/$(NAME)
 LOGITS  = logits/$(NAME)
 RUNS    = runs/$(NAME)
 CHUNK   = all
 K       = 16
-T       = 2
+T       = $(if $(TEACHER_URL),1,2)
 TEMPERATURES = 1,2,4
 ALPHA   = 0.9
 CKPT    = $(RUNS)/stage2
@@ -113,7 +117,7 @@ stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/s
 
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
 	$(call needs,$(DATA)/meta.json)
-	$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS) $(ARGS)
+	$(PY) dump_logits.py --data $(call one,$(DATA)) $(TEACHER_IS) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) $(HOLDS) $(LOGITS_ARGS) $(ARGS)
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
 	$(PY) -m lib.files $(foreach w,DATA LOGITS RUNS,$(call there,$($(w))))
@@ -129,7 +133,7 @@ control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answe
 own: .venv/ready ## a round on the student's own text: its answers to SOURCE's prompts, TEACHER's logits over them, stage 2 again (ROUND=2: from round 1) -> runs/NAME/own1
 	$(call needs,$(DATA)/meta.json)
 	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --out $(call one,$(DATA)-$(OWN)) $(ANSWERS_ARGS) --val $(call one,$(DATA)) --answers student --student $(call one,$(RUNS)/$(BEFORE)) --generations $(GENERATIONS) $(ARGS)
-	$(PY) dump_logits.py --data $(call one,$(DATA)-$(OWN)) --teacher $(call one,$(TEACHER)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(LOGITS)-$(OWN)) --chunk $(CHUNK) --k $(K) --temperatures $(TEMPERATURES) $(LOGITS_ARGS)
+	$(PY) dump_logits.py --data $(call one,$(DATA)-$(OWN)) $(TEACHER_IS) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(LOGITS)-$(OWN)) --chunk $(CHUNK) $(HOLDS) $(LOGITS_ARGS)
 	$(PY) stage2_kd.py --data $(call one,$(DATA)-$(OWN)) --logits $(call one,$(LOGITS)-$(OWN)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(RUNS)/$(OWN)) --temperature "$(T)" $(OWN_ARGS)
 
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was

@@ -6,6 +6,9 @@ of the rest, to memory-mapped arrays.
     # what is there, against its checksums, and 1,000 targets against the teacher
     python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct \\
         --out logits/distilqwen --verify 1000
+    # a teacher behind a server that scores token ids (vLLM): T = 1 alone, no shape of the rest
+    python dump_logits.py --data data/distilqwen --teacher-url http://HOST:8000/v1 \\
+        --teacher-model NAME --student Qwen/Qwen2.5-0.5B --out logits/served
     # CPU, seconds, after `make demo`
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val
 

@@ -27,8 +27,8 @@ The core, flat: what every reader of a trainer needs, from the floor up.
 Rooms: what one may leave out. Each room's __init__ lists its files.
 
     teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
-               reader), verify, basis, fit and sample (the shape of a record's tail), live, worth
-               (can it teach?), written (who wrote the rows?)
+               reader), verify, basis, fit and sample (the shape of a record's tail), served (a
+               server fills it), live, worth (can it teach?), written (who wrote the rows?)
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
                source), onpolicy (the student's own text, live; with drift), beside (losses beside
                the logits; with capture, attention, gradnorm), classifier, tags, track, samples
@@ -60,7 +60,8 @@ Where is ...?
     records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
     a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer, and
                            where one is chosen: teacher/__init__.py, class Teacher, open_teacher
-    a server asked         prepare/ask.py: any OpenAI-compatible one, for answers
+    a server asked         prepare/ask.py: any OpenAI-compatible one, for answers; the same client
+                           for a teacher's records (teacher/served.py, vLLM's prompt_logprobs)
     our own server         chat/serve.py (start and stop), routes.py (Flask), api.py (OpenAI's API)
     kill -9                every file is written beside its target and renamed (files.py). A trainer
                            goes on from last/, saved every --save-every steps, and ends in the

@@ -9,7 +9,7 @@ which it is. `open_teacher` chooses by the flags.
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
                                                sample.py   from which targets
     verify.py   records held against their checksums, and against the teacher
-    written.py  who wrote the rows
+    written.py  who wrote the rows             served.py  chunks that a server fills
 """
 
 import argparse

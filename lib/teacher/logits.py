@@ -34,7 +34,10 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
         "tail-rank": meta.get("tail_rank"),
         "tail-bytes": meta.get("tail_bytes"),
     }
-    words = ["--data", dataset.folder, "--teacher", meta.get("teacher_folder"), "--out", out]
+    teacher = ["--teacher", meta.get("teacher_folder")]
+    if meta.get("dtype") == record.SERVED:
+        teacher = ["--teacher-url", "URL", "--teacher-model", meta["teacher_folder"]]
+    words = ["--data", dataset.folder, *teacher, "--out", out]
     for name, value in given.items():
         words += [f"--{name}", value] if value not in (None, "") else []
     return f"{files.command('dump_logits.py', *words)} {more}"
@@ -201,10 +204,11 @@ class Records:
         """
         dumped = self.temperatures
         below, above = [t for t in dumped if t < wanted], [t for t in dumped if t > wanted]
-        again = (
-            f"--temperature {dumped[0]:g}, or dump_logits.py --temperatures with {wanted:g} among"
-            " them and --fresh"
-        )
+        again = f"--temperature {dumped[0]:g}, or "
+        if self.meta.get("dtype") == record.SERVED:
+            again += "a teacher that is loaded here: of another T a server says nothing"
+        else:
+            again += f"dump_logits.py --temperatures with {wanted:g} among them and --fresh"
         if self.shape is None or len(dumped) < 3 or not below or above and above[0] > 2 * below[-1]:
             files.fail(
                 f"temperature {wanted:g} was not dumped",
@@ -310,6 +314,8 @@ class Records:
                 f"the rest: its exact mass, in a shape of {len(self.shape.bits)} dimensions"
                 f" ({self.meta['tail_bytes']} bytes a target)"
             )
+        elif self.meta.get("dtype") == record.SERVED:
+            print("the rest: one bucket, at T=1 alone: a server filled these records")
         if self.guess:
             t, mean, worst = self.guess
             print(

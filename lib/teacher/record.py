@@ -38,6 +38,7 @@ DONE = np.dtype([("done", "?"), ("ce_sum", "<f8"), ("hits", "<u4")])
 LARGEST_GAP = 60_000.0  # float16 ends at 65,504
 LEAST_ERROR, OCTAVE = 2.0**-20, 8  # error_code: nats of its 0, and codes a factor of two
 SHAPELESS = 255  # of an error
+SERVED = "served"  # the dtype of records that a server filled
 CHUNK_META = {  # of meta.json
     "identities": {"data": str, "vocabulary": str},
     "chunk": (range(1 << 62), {"val"}),

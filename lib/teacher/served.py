@@ -198,7 +198,7 @@ def settings_of(args: argparse.Namespace, dataset: data.Dataset) -> dict:
         "values": args.values,
         "vocab": vocab,
         "tail_rank": 0,
-        "dtype": "served",
+        "dtype": record.SERVED,
         "tokens_per_microbatch": args.tokens_per_microbatch,
     }
 

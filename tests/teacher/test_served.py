@@ -262,12 +262,18 @@ def test_stage_2_learns_from_it_at_t_1_and_says_why_at_no_other(folder, server, 
     make.call(dump_logits.main, *remotely(folder, server(folder / "teacher").url, out="taught"))
     words = make.stage2(folder, "--steps", 2, "--temperature", 1, logits="taught", out="learnt")
     make.call(stage2_kd.main, *words)
-    assert "one bucket" in capsys.readouterr().out
+    assert "one bucket, at T=1 alone: a server filled" in capsys.readouterr().out
     code, words = make.ends(
         stage2_kd.main,
         *make.stage2(folder, "--steps", 2, "--temperature", 2, logits="taught", out="no"),
     )
-    assert code == 1 and "temperature 2 was not dumped" in words
+    assert code == 1 and "temperature 2 was not dumped" in words and "loaded here" in words
+    (folder / "taught/chunk-0001/topk.npy").unlink()
+    code, words = make.ends(
+        stage2_kd.main,
+        *make.stage2(folder, "--steps", 2, "--temperature", 1, logits="taught", out="no"),
+    )
+    assert code == 1 and "--teacher-url URL --teacher-model big" in words
 
 
 @pytest.mark.parametrize(
