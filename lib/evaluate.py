@@ -32,7 +32,7 @@ class ComparedTeacher(Protocol):
     def compares(self) -> bool:
         """Whether it is known at the val targets at T=1."""
 
-    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole | None:
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.Distribution | None:
         """Return the teacher at the targets of a val batch."""
 
 
@@ -110,10 +110,7 @@ def val_batches(split: data.Split, tokens_per_microbatch: int) -> Iterator[data.
 
 
 def at_targets(
-    z: Tensor,
-    labels: Tensor,
-    teacher: losses.TopK | losses.Whole | None,
-    beyond: Tensor | None = None,
+    z: Tensor, labels: Tensor, teacher: losses.Distribution | None, beyond: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return at n targets the COLUMNS (without the teacher's, where there is none) and last the
     confidence, (n, columns) on the CPU in float64, and the likeliest token (n,). z (n, V), the

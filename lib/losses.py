@@ -59,6 +59,22 @@ class TailShape(Protocol):
         """Return the logits (n, V), in `out` if given, that coefficients (n, R) stand for."""
 
 
+class Distribution(Protocol):
+    """A teacher at N targets: `TopK`, `Whole`, or several of them (lib/teacher/several.py)."""
+
+    def __getitem__(self, part: slice) -> "Distribution": ...
+
+    def logits(self, out: Tensor, student: Tensor) -> Tensor:
+        """Put into out (n, V) what `logp_all` begins with; student (n, V): its logits."""
+
+    def logp_all(self, z: Tensor, temperature: float) -> Tensor:
+        """Return the log-probabilities (n, V) at T over all tokens. z (n, V), of `logits`, is
+        overwritten."""
+
+    def likeliest(self, z: Tensor) -> Tensor:
+        """Return the likeliest token (n,). z (n, V): of `logits`."""
+
+
 @dataclass(frozen=True)
 class TopK:
     """The teacher at N targets as records hold it: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0,
@@ -90,7 +106,9 @@ class TopK:
         there is no shape, those of the student (n, V): with r = p_rest / q_rest the teacher is then
         r q in the tail, and each divergence here, a sum of q f(p / q), is q_rest f(r) there: value
         and gradient are those of one bucket."""
-        assert self.basis is not None and self.coef is not None
+        if self.basis is None:
+            return out.copy_(student)
+        assert self.coef is not None
         z = self.basis.logits(self.coef, out)
         if self.shapeless is not None:
             z[self.shapeless] = student[self.shapeless]
@@ -102,6 +120,10 @@ class TopK:
         logp = teacher_logp(self, temperature)
         tail = z.div_(temperature).scatter_(1, self.ids, -torch.inf).log_softmax(1)
         return tail.add_(logp[:, -1:]).scatter_(1, self.ids, logp[:, :-1])
+
+    def likeliest(self, z: Tensor) -> Tensor:
+        """Return the likeliest token (n,). z (n, V): of `logits`."""
+        return self.ids[:, 0]
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,10 @@ class Whole:
         """Return the log-probabilities (n, V) at T over all tokens. z (n, V), the logits, is
         overwritten."""
         return z.div_(temperature).log_softmax(1)
+
+    def likeliest(self, z: Tensor) -> Tensor:
+        """Return the likeliest token (n,). z (n, V): of `logits`."""
+        return z.argmax(1)
 
 
 @dataclass(frozen=True)
@@ -279,7 +305,7 @@ def dense_bytes(device: torch.device, logits: int) -> int:
     return 6 * min(piece_bytes(device), chunk) + chunk * (2 if device.type == "cuda" else 1)
 
 
-def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def distance(z: Tensor, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return KL(teacher || student) and KL(student || teacher) at T=1 in nats, the teacher's
     likeliest token, and the sum of exp(z) over all tokens, each (n,).
 
@@ -291,7 +317,7 @@ def distance(z: Tensor, teacher: TopK | Whole) -> tuple[Tensor, Tensor, Tensor, 
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
     other = teacher.logits(torch.empty_like(z), z)
-    top = teacher.ids[:, 0] if isinstance(teacher, TopK) else other.argmax(1)
+    top = teacher.likeliest(other)
     total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
         logp, logq = teacher[piece].logp_all(other[piece], 1.0), z[piece].log_softmax(1)
@@ -323,7 +349,7 @@ def divergence_over_bucket(
 
 
 def divergence_over_all(
-    z: Tensor, teacher: TopK | Whole, method: Method, out: Tensor
+    z: Tensor, teacher: Distribution, method: Method, out: Tensor
 ) -> tuple[Tensor, AddGradient]:
     """Return the divergence summed over targets, nats, over all V tokens, and what adds T times its
     gradient at s. z (n, V) holds s - s_max.
@@ -358,7 +384,7 @@ def cross_entropy(z: Tensor, labels: Tensor, weight: float) -> Tensor:
 
 
 def loss_of_logits(
-    z: Tensor, labels: Tensor, teacher: TopK | Whole | None, method: Method, out: Tensor
+    z: Tensor, labels: Tensor, teacher: Distribution | None, method: Method, out: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return cross-entropy and divergence summed over targets, nats. z (n, V) holds the student's
     logits s and becomes the loss' gradient at them; out (n, V) is a buffer."""
@@ -469,7 +495,7 @@ def head_loss(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    teacher: TopK | Whole | None = None,
+    teacher: Distribution | None = None,
     method: Method = Method(),
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ which it is. `open_teacher` chooses by the flags.
                                                sample.py   from which targets
     verify.py   records held against their checksums, and against the teacher
     written.py  who wrote the rows             served.py  chunks that a server fills
+    several.py  several folders as one teacher
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from lib import data, flags, losses, models, plan
-from lib.teacher import live, logits
+from lib.teacher import live, logits, several
 
 
 class Teacher(typing.Protocol):
@@ -70,10 +71,10 @@ class Teacher(typing.Protocol):
         """Return what training with it takes on the student's device, beside weights that are
         there; targets: of a micro-batch."""
 
-    def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
+    def at(self, batch: data.Batch, temperature: float) -> losses.Distribution:
         """Return its distribution at a train batch's targets, on the device of their labels."""
 
-    def val_at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole | None:
+    def val_at(self, batch: data.Batch, temperature: float) -> losses.Distribution | None:
         """Return the same at a val batch's targets; None where it is not known there."""
 
     @property
@@ -89,17 +90,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a teacher, and those of either kind."""
     group = parser.add_argument_group("the teacher")
     either = group.add_mutually_exclusive_group(required=True)
-    either.add_argument("--logits", metavar="DIR", help="the folder dump_logits.py wrote")
+    either.add_argument(
+        "--logits",
+        nargs="+",
+        metavar="DIR",
+        help="the folder dump_logits.py wrote; of several teachers NAME=DIR NAME=DIR",
+    )
     either.add_argument(
         "--teacher",
         metavar="DIR|ID",
         help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
     )
+    several.add_flags(group)
     live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work, and put in the defaults of a live teacher."""
+    several.check_flags(parser, args)
     live.check_flags(parser, args)
 
 
@@ -107,5 +115,7 @@ def open_teacher(args: argparse.Namespace, dataset: data.Dataset) -> Teacher:
     """Return the teacher that the flags name. With --eval-only no train rows are asked for."""
     if args.teacher:
         return live.LiveTeacher(args, dataset)
+    if folders := several.folders_of(args.logits):
+        return several.Several(args, dataset, folders)
     temperature = None if args.eval_only else flags.span(args.temperature)
     return logits.Records(args.logits, dataset, temperature, args.verify)
