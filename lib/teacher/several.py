@@ -28,7 +28,7 @@ from lib.teacher import record
 from lib.teacher.logits import Chunk, Records
 
 HOW = ("best", "mean", "product")
-Asked = Callable[[data.Batch, float], losses.TopK | None]  # Records.at, Records.val_at
+Way = Callable[[data.Batch, float], losses.TopK | None]  # Records.at, Records.val_at
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -47,9 +47,9 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work together; put --logits into one word."""
     words = args.logits or []
-    if len(words) > 1 and (wrong := [word for word in words if not all(named(word))]):
+    if len(words) > 1 and (wrong := [word for word in words if not all(name_and_folder(word))]):
         parser.error(f"--logits has several folders, and {wrong[0]!r} is not NAME=DIR")
-    names = [named(word)[0] for word in words]
+    names = [name_and_folder(word)[0] for word in words]
     if len(words) > 1 and len({*names}) < len(names):
         parser.error(f"--logits names one twice: {', '.join(names)}")
     args.logits = None if not words else words[0] if len(words) == 1 else shlex.join(words)
@@ -57,7 +57,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--combine needs two or more --logits NAME=DIR")
 
 
-def named(word: str) -> tuple[str, str]:
+def name_and_folder(word: str) -> tuple[str, str]:
     """Return the two parts of NAME=DIR; of a folder alone, no name."""
     name, is_named, folder = word.partition("=")
     return (name, folder) if is_named and not Path(word).exists() else ("", word)
@@ -65,7 +65,9 @@ def named(word: str) -> tuple[str, str]:
 
 def folders_of(text: str) -> dict[str, str]:
     """Return the folders of --logits by name; of a single one without a name, none."""
-    found = [named(word) for word in ([text] if Path(text).exists() else shlex.split(text))]
+    found = [
+        name_and_folder(word) for word in ([text] if Path(text).exists() else shlex.split(text))
+    ]
     return {name: folder for name, folder in found if name}
 
 
@@ -146,7 +148,7 @@ class Several:
         """Return the number of the teacher of each row of a split, -1 where it has none."""
         split, number = getattr(self.dataset, name), {n: i for i, n in enumerate(self.of)}
         if self.how == "best":
-            return best_of([row_ce(one, name) for one in self.of.values()])
+            return likelier_of([row_ce(one, name) for one in self.of.values()])
         if self.how:
             return np.zeros(len(split.rows), np.int64)
         names = self.dataset.sources
@@ -242,7 +244,7 @@ class Several:
         return self._known(batch, "val", temperature, [one.val_at for one in self.of.values()])
 
     def _known(
-        self, batch: data.Batch, name: str, temperature: float, ways: list[Asked]
+        self, batch: data.Batch, name: str, temperature: float, ways: list[Way]
     ) -> losses.Distribution | None:
         """Return what the teachers say at a batch's targets; ways: how each is asked. A batch of
         one teacher's rows is as if that teacher were alone."""
@@ -321,7 +323,7 @@ def row_ce(one: Records, name: str) -> np.ndarray:
     return found
 
 
-def best_of(ce: list[np.ndarray]) -> np.ndarray:
+def likelier_of(ce: list[np.ndarray]) -> np.ndarray:
     """Return for each row the number of the teacher with the lowest cross-entropy, the first of
     several; -1 where none knows it."""
     stacked = np.stack(ce)
