@@ -16,17 +16,18 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from lib import checkpoints, data, files, flags, models
+from lib import checkpoints, data, files, flags, losses, models
 from lib.run import Interrupt
-from lib.teacher import record, sample, verify, writer
+from lib.teacher import record, sample, writer
 from lib.teacher.logits import Chunk
 
 K = 20  # what a vLLM grants that was not told otherwise (--max-logprobs)
@@ -173,11 +174,13 @@ def tail_of(logp: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(rest, LEAST_REST)) - logp[:, 0]
 
 
-def records_of(scores: Scores, dtype: np.dtype) -> np.ndarray:
-    """Return the records (n,) of what a server said."""
+def keep(made: writer.Writer, scores: Scores) -> None:
+    """Put what a server said of a row among the records of a chunk."""
     gaps = scores.logp[:, :1] - scores.logp
     tails = tail_of(scores.logp)[:, None]
-    return record.pack(scores.ids, gaps, tails, dtype, scores.request.vocab)
+    records = record.pack(scores.ids, gaps, tails, made.dtype, scores.request.vocab)
+    hits = scores.labels >= scores.logp[:, 0]
+    made.add(np.array([scores.request.row]), records, -scores.labels, hits)
 
 
 def settings_of(args: argparse.Namespace, dataset: data.Dataset) -> dict:
@@ -266,28 +269,22 @@ def fill(
         unit_scale=True,
         disable=not sys.stderr.isatty(),
     )
-    begun = said = time.monotonic()
+    begun, said, targets = time.monotonic(), time.monotonic(), 0
     requests = requests_of(split, left, settings)
-    for number, scores in enumerate(
-        ask.ask(client, requests, args.concurrency, args.retry_for, outage)
-    ):
+    for scores in ask.ask(client, requests, args.concurrency, args.retry_for, outage):
         if scores.finish in ("refused", "failed"):
             made.flush()
             not_scored(client, scores)
-        records = records_of(scores, made.dtype)
-        hits = scores.labels >= scores.logp[:, 0]
-        made.add(np.array([scores.request.row]), records, -scores.labels, hits)
-        bar.update(len(records))
+        keep(made, scores)
+        bar.update(len(scores.ids))
+        targets += len(scores.ids)
         if interrupt.number:
             made.flush()
             interrupt.leave(f"dump: saved {folder}; the same command continues")
         if bar.disable and time.monotonic() - said > 15:
             said = time.monotonic()
-            speed = bar.n / (said - begun)
-            print(
-                f"dump {chunk}: {number + 1:,} of {len(left):,} rows, {speed:.0f} targets/s",
-                flush=True,
-            )
+            share = f"{targets:,} of {bar.total:,} targets"
+            print(f"dump {chunk}: {share}, {targets / (said - begun):.0f} targets/s", flush=True)
     bar.close()
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(folder / writer.COST_FILE, cost)
@@ -323,6 +320,7 @@ def not_scored(client: Any, reply: Any) -> None:
     )
 
 
+@torch.inference_mode()
 def held_against(args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: Path) -> None:
     """Print how far the server's records are from what the same model says here (--check-with)."""
     device = models.pick_device(args.device, args.threads)
@@ -332,14 +330,34 @@ def held_against(args: argparse.Namespace, dataset: data.Dataset, wanted: list, 
     here = models.load(args.check_with, device, dtype, dataset=dataset, pack=False, apart=apart)
     for chunk in wanted:
         part = Chunk(record.chunk_folder(out, chunk), chunk, dataset)
+        head = replace(here, limit=part.meta["vocab"]).head()
         split = dataset.val if chunk == "val" else dataset.train
         rows = writer.rows_of(dataset, chunk)
-        some = split.rows[sample.evenly(rows, CHECKED)]
-        first = some["first_target"].astype(int) - int(split.rows["first_target"][rows[0]])
-        numbers = [np.arange(start, start + n) for start, n in zip(first, some["targets"])]
-        far, same = verify.scored_again(part, np.concatenate(numbers), split, rows, here)
+        first, figures = int(split.rows["first_target"][rows[0]]), []
+        some = sample.evenly(rows, CHECKED)
+        for lines in writer.batches_of(some, split.rows["length"], args.tokens_per_microbatch):
+            batch = split.batch([[row] for row in lines.tolist()]).to(device)
+            records = part.records[batch.numbers.numpy() - first]
+            for piece, z in head.chunks(here.hidden(batch)):
+                figures.append(differences(z, record.unpack(records[piece], head.vocab, 0)))
+        far, same, kl = (torch.cat(each) for each in zip(*figures))
         print(
-            f"dump {part.folder}: {len(some)} rows scored by {args.check_with} too: largest"
-            f" difference of a log-probability {far:.2g} nats, same likeliest token {same:.1%}",
+            f"dump {part.folder}: {len(some)} rows scored by {args.check_with} too: a probability"
+            f" is at most {far.max():.2g} off, the likeliest token the same at"
+            f" {same.float().mean():.1%}, KL {kl.mean():.2g} nats a target",
             flush=True,
         )
+
+
+def differences(
+    z: torch.Tensor, known: losses.TopK
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return how far a model's logits z (n, V) are from a record, each (n,): the largest difference
+    of a probability at T = 1, of the k tokens and the rest; whether the likeliest is the same; KL
+    over these, in nats."""
+    logp = z.log_softmax(1).double().cpu()
+    top = logp.gather(1, known.ids)
+    rest = logp.scatter(1, known.ids, -torch.inf).logsumexp(1, keepdim=True)
+    own, stored = torch.cat([top, rest], 1), losses.teacher_logp(known, 1.0).double()
+    far = (own.exp() - stored.exp()).abs().amax(1)
+    return far, logp.argmax(1) == known.ids[:, 0], (own.exp() * (own - stored)).sum(1)
