@@ -227,7 +227,7 @@ def dump(
     if args.dry_run:
         return print("--dry-run: nothing was asked or written")
     held = writer.empty_chunks(out, missing) if args.fresh else {}
-    interrupt = Interrupt()
+    Interrupt(at_once=True)  # also while a server is waited for
     for chunk in wanted:
         folder = record.chunk_folder(out, chunk)
         if chunk not in missing:
@@ -235,7 +235,7 @@ def dump(
             continue
         holding = held.get(chunk) or files.lock(folder)
         if not (folder / "meta.json").exists():  # another process may have finished it
-            fill(args, dataset, chunk, folder, settings, ask, interrupt)
+            fill(args, dataset, chunk, folder, settings, ask)
         holding.release()
     if args.check_with:
         held_against(args, dataset, wanted, out)
@@ -248,7 +248,6 @@ def fill(
     folder: Path,
     settings: dict,
     ask: ModuleType,
-    interrupt: Interrupt,
 ) -> None:
     """Write one chunk, or what is missing of it."""
     split = dataset.val if chunk == "val" else dataset.train
@@ -271,20 +270,24 @@ def fill(
     )
     begun, said, targets = time.monotonic(), time.monotonic(), 0
     requests = requests_of(split, left, settings)
-    for scores in ask.ask(client, requests, args.concurrency, args.retry_for, outage):
-        if scores.finish in ("refused", "failed"):
-            made.flush()
-            not_scored(client, scores)
-        keep(made, scores)
-        bar.update(len(scores.ids))
-        targets += len(scores.ids)
-        if interrupt.number:
-            made.flush()
-            interrupt.leave(f"dump: saved {folder}; the same command continues")
-        if bar.disable and time.monotonic() - said > 15:
-            said = time.monotonic()
-            share = f"{targets:,} of {bar.total:,} targets"
-            print(f"dump {chunk}: {share}, {targets / (said - begun):.0f} targets/s", flush=True)
+    try:
+        for scores in ask.ask(client, requests, args.concurrency, args.retry_for, outage):
+            if scores.finish in ("refused", "failed"):
+                not_scored(client, scores)
+            keep(made, scores)
+            bar.update(len(scores.ids))
+            targets += len(scores.ids)
+            if bar.disable and time.monotonic() - said > 15:
+                said = time.monotonic()
+                share = f"{targets:,} of {bar.total:,} targets"
+                print(
+                    f"dump {chunk}: {share}, {targets / (said - begun):.0f} targets/s", flush=True
+                )
+    except SystemExit:
+        print(f"dump: what came is kept in {folder}; the same command continues", flush=True)
+        raise
+    finally:  # however it ends
+        made.flush()
     bar.close()
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(folder / writer.COST_FILE, cost)
