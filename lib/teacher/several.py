@@ -47,6 +47,8 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work together; put --logits into one word."""
     words = args.logits or []
+    if len(words) == 1:
+        words = words_of(words[0])  # make's LOGITS="a=DIR b=DIR"
     if len(words) > 1 and (wrong := [word for word in words if not all(name_and_folder(word))]):
         parser.error(f"--logits has several folders, and {wrong[0]!r} is not NAME=DIR")
     names = [name_and_folder(word)[0] for word in words]
@@ -55,6 +57,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.logits = None if not words else words[0] if len(words) == 1 else shlex.join(words)
     if args.combine and len(words) < 2:
         parser.error("--combine needs two or more --logits NAME=DIR")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of --logits as one text: of a folder alone, it."""
+    if Path(text).exists() or "=" not in text:
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote without its other half
+        return [text]
 
 
 def name_and_folder(word: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import dump_logits
 import stage2_kd
-from lib import data, losses, plan
+from lib import data, files, losses, plan
 from lib import head as heads
 from lib.teacher import several
 from lib.teacher.logits import Records
@@ -214,8 +214,13 @@ def test_a_run_with_two_teachers_measures_by_source_and_goes_on_after_a_kill(fol
 def test_measuring_alone(folder):
     argv = make.stage2(folder, "--eval-only", out="measured")
     at = argv.index("--logits")
-    argv[at : at + 2] = ["--logits", *logits_of(folder, "shape", ("a", "b")), "--combine", "mean"]
+    both = logits_of(folder, "shape", ("a", "b"))
+    argv[at : at + 2] = ["--logits", *both, "--combine", "mean"]
     make.call(stage2_kd.main, *argv)
+    argv[at : at + 3] = ["--logits", " ".join(both)]  # as make hands it over
+    make.call(stage2_kd.main, *argv)
+    about = files.read_json(folder / "measured" / "eval.json")
+    assert about["logits"] == " ".join(both) and about["kl"] > 0
 
 
 @pytest.mark.parametrize(
