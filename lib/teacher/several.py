@@ -48,7 +48,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse (exit code 2) flags that cannot work together; put --logits into one word."""
     words = args.logits or []
     if len(words) == 1:
-        words = words_of(words[0])  # make's LOGITS="a=DIR b=DIR"
+        words = parts_of_flag(words[0])  # make's LOGITS="a=DIR b=DIR"
     if len(words) > 1 and (wrong := [word for word in words if not all(name_and_folder(word))]):
         parser.error(f"--logits has several folders, and {wrong[0]!r} is not NAME=DIR")
     names = [name_and_folder(word)[0] for word in words]
@@ -59,7 +59,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--combine needs two or more --logits NAME=DIR")
 
 
-def words_of(text: str) -> list[str]:
+def parts_of_flag(text: str) -> list[str]:
     """Return the words of --logits as one text: of a folder alone, it."""
     if Path(text).exists() or "=" not in text:
         return [text]
@@ -77,9 +77,7 @@ def name_and_folder(word: str) -> tuple[str, str]:
 
 def folders_of(text: str) -> dict[str, str]:
     """Return the folders of --logits by name; of a single one without a name, none."""
-    found = [
-        name_and_folder(word) for word in ([text] if Path(text).exists() else shlex.split(text))
-    ]
+    found = [name_and_folder(word) for word in parts_of_flag(text)]
     return {name: folder for name, folder in found if name}
 
 
