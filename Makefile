@@ -9,7 +9,9 @@ TOKENIZER = $(STUDENT)
 # make logits: where a server has TEACHER, by the name that it has there: TEACHER_URL=http://HOST:8000/v1
 TEACHER_URL =
 TEACHER_IS = $(if $(TEACHER_URL),--teacher-url $(TEACHER_URL) --teacher-model,--teacher) $(call one,$(TEACHER))
-HOLDS   = $(if $(TEACHER_URL),,--k $(K) --temperatures $(TEMPERATURES))
+HOLDS   = $(call unless_served,K,--k) $(call unless_served,TEMPERATURES,--temperatures)
+# a served teacher has its own defaults: only what was asked for
+unless_served = $(if $(if $(TEACHER_URL),$(filter command environment,$(origin $(1))),yes),$(2) $($(1)))
 DATA    = data/$(NAME)
 LOGITS  = logits/$(NAME)
 RUNS    = runs/$(NAME)
@@ -120,7 +122,7 @@ logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alon
 	$(PY) dump_logits.py --data $(call one,$(DATA)) $(TEACHER_IS) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) $(HOLDS) $(LOGITS_ARGS) $(ARGS)
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
-	$(PY) -m lib.files $(foreach w,DATA LOGITS RUNS,$(call there,$($(w))))
+	$(PY) -m lib.files $(call there,$(DATA)) $(or $(call there,$(LOGITS)),$(foreach w,$(LOGITS),$(call there,$(lastword $(subst =, ,$(w)))))) $(call there,$(RUNS))
 	$(if $(VERIFY),$(PY) dump_logits.py --data $(call one,$(DATA)) --teacher $(call one,$(TEACHER)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --verify $(VERIFY) $(ARGS))
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2

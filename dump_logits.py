@@ -268,7 +268,7 @@ def main(argv=None):
             missing.append(chunk)
         else:
             print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
-    if other := written.other_teacher(dataset, args.teacher, settings["teacher"]):
+    if other := written.other_teacher(dataset, [(args.teacher, settings["teacher"])]):
         print(other)
     print(
         f"teacher: {folder}, {teacher.parameters:,} parameters, {teacher.limit:,} tokens, on"

@@ -137,6 +137,7 @@ def measure_only(args, dataset, device, amp):
         student = teacher.join(student, args, amp)
     teacher.say()
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
+    about |= {"combine": args.combine} if args.combine else {}
     if teacher.compares:
         about["kl_is_over"] = teacher.over
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)

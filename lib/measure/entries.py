@@ -38,6 +38,7 @@ def evaluation_command(folder: Path) -> str:
     words = ["python", "stage2_kd.py" if teacher else "stage1_sft.py"]
     words += ["--data", settings.get("data", "data/NAME")]
     words += [f"--{teacher}", settings[teacher]] if teacher else []
+    words += ["--combine", settings["combine"]] if settings.get("combine") else []
     words += ["--student", str(folder), "--out", str(evaluation_folder(folder)), "--eval-only"]
     return shlex.join(words)
 

@@ -157,12 +157,14 @@ def cost_of(settings: dict) -> dict[str, float]:
             found["written_tokens"] = told["answers"] * told["mean_tokens"]
             cost = meta.parent / str(told.get("folder")) / "cost.json"
             found |= {"written_s": files.read_json(cost)["written_s"]} if cost.exists() else {}
-    if settings.get("logits") and Path(settings["logits"]).is_dir():
-        records = Path(settings["logits"])
-        if costs := [files.read_json(path) for path in records.glob("*/cost.json")]:
+    logits = str(settings.get("logits") or "")
+    words = [logits] if Path(logits).exists() else logits.split()  # of several NAME=DIR NAME=DIR
+    records = [Path(word.rpartition("=")[2]) for word in words]
+    if records and all(folder.is_dir() for folder in records):
+        paths = [path for folder in records for path in folder.rglob("*") if path.is_file()]
+        if costs := [files.read_json(path) for path in paths if path.name == "cost.json"]:
             found["dumped_s"] = sum(cost["dumped_s"] for cost in costs)
-        sizes = (path.stat().st_size for path in records.rglob("*") if path.is_file())
-        found["record_bytes"] = sum(sizes)
+        found["record_bytes"] = sum(path.stat().st_size for path in paths)
     return found
 
 

@@ -41,6 +41,9 @@ class ChatRequest:
     messages: list[dict]
     seed: int = 0
 
+    def mend(self, said: str) -> str:
+        return "other --teacher-model or sampling flags"
+
     def body(self) -> dict:
         return spoken(self.messages) | {"seed": self.seed % 2**31}
 
@@ -71,6 +74,9 @@ class ServerRequest(Protocol):
     path: ClassVar[str]
 
     def body(self) -> dict: ...
+
+    def mend(self, said: str) -> str:
+        """Return what mends that the server refuses it, and said so."""
 
     def read(self, client: "Client", value: dict) -> Any: ...
 
@@ -187,12 +193,12 @@ class Client:
                 "--teacher-url",
             )
 
-    def refuses_all(self, said: str) -> NoReturn:
+    def refuses_all(self, refused: "Reply") -> NoReturn:
         files.fail(
             f"{self.url} refuses every request",
-            seen=said,
+            seen=refused.said,
             wanted="a server that takes these settings",
-            mend="other --teacher-model or sampling flags",
+            mend=refused.request.mend(refused.said),
         )
 
     def once(self, request: ServerRequest) -> Any:
@@ -398,13 +404,13 @@ def ask(
             elif result.finish == "refused" and not asking.any:
                 held.append(result)
                 if len(held) == REFUSED:
-                    client.refuses_all(result.said)
+                    client.refuses_all(result)
             else:
                 yield from held
                 held = []
                 yield result
         if held and not asking.any:
-            client.refuses_all(held[0].said)
+            client.refuses_all(held[0])
         yield from held
     finally:
         asking.over.set()

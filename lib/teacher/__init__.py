@@ -35,6 +35,10 @@ class Teacher(typing.Protocol):
         """The folder or hub id that it was loaded from, as it was given."""
 
     @property
+    def each(self) -> list[tuple[str, str]]:
+        """Of each of its models, name and identity ("" where nobody knows the weights)."""
+
+    @property
     def compares(self) -> bool:
         """Whether `val_at` knows it at T=1, so that KL and agreement can be measured."""
 

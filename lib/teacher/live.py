@@ -136,6 +136,11 @@ class LiveTeacher:
             return f"the top {self.k} and one bucket of all others (a lower bound)"
         return f"all {self.vocab:,} tokens"
 
+    @property
+    def each(self) -> list[tuple[str, str]]:
+        """Its name and identity."""
+        return [(self.name, checkpoints.identity(self.folder))]
+
     def identity(self) -> dict:
         """Return what a run that is continued must find again."""
         return {"teacher": checkpoints.identity(self.folder)}

@@ -250,6 +250,12 @@ class Records:
         return self.meta["teacher_folder"]
 
     @property
+    def each(self) -> list[tuple[str, str]]:
+        """The teacher's name and identity; of a served one nobody knows the weights: ""."""
+        served = self.meta.get("dtype") == record.SERVED
+        return [(self.name, "" if served else self.meta["teacher"])]
+
+    @property
     def compares(self) -> bool:
         """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in
         it."""

@@ -12,11 +12,12 @@ as the server says the same again. The client (lib/prepare/ask.py) is handed ove
 
 import argparse
 import hashlib
+import math
 import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -33,6 +34,12 @@ from lib.teacher.logits import Chunk
 K = 20  # what a vLLM grants that was not told otherwise (--max-logprobs)
 # the least mass outside the top k: log-probabilities in float32 sum to 1 no nearer than so
 LEAST_REST = 2.0**-20
+# nats below 1 of a token that stands for none
+NO_MASS = 30.0
+# of a row's tokens, how many the server may name otherwise: special ones, and pieces of characters
+MISNAMED = 0.2
+BLANKS = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})  # of BPE, SentencePiece
+NAMED_ROWS = 8  # whose tokens are compared by name
 CHECKED = 200  # rows that --check-with scores here too
 
 
@@ -96,6 +103,15 @@ class ScoreRequest:
     places: np.ndarray
     k: int
     vocab: int
+    named: dict[int, str] = field(default_factory=dict)  # what the data's tokenizer calls some ids
+
+    def mend(self, said: str) -> str:
+        if "logprobs" in said:
+            return f"--k {K}, or a server that grants more (vllm serve --max-logprobs {self.k})"
+        return (
+            "a server with a longer context, or a smaller --max-len of prepare_data.py"
+            f" ({len(self.ids)} tokens here)"
+        )
 
     def body(self) -> dict:
         return {"prompt": self.ids, "prompt_logprobs": self.k}
@@ -126,7 +142,26 @@ class ScoreRequest:
                 "the ids that were sent, as they are (no token added in front, no chat template)",
                 "the server of a model with the data's tokenizer",
             )
+        self._check_names(client, there)
         return self._scores(client, [there[place] for place in self.places])
+
+    def _check_names(self, client: Any, there: list[dict[int, dict]]) -> None:
+        """End the program where the server's tokenizer calls the ids otherwise than ours: any
+        server has a token of each id. (Pieces of a character have no name that all agree on.)"""
+        both = [
+            (bare(str(there[i][id].get("decoded_token") or "")), bare(self.named[id]))
+            for i, id in enumerate(self.ids)
+            if i and id in self.named
+        ]
+        both = [(theirs, ours) for theirs, ours in both if theirs and ours]
+        other = [f"{theirs!r} for {ours!r}" for theirs, ours in both if theirs != ours]
+        if len(other) > MISNAMED * len(both):
+            files.fail(
+                f"{client.url} has another tokenizer than the data",
+                f"{other[0]}, and {len(other)} of {len(both)} tokens of row {self.row}",
+                "a model whose token ids are the data's",
+                "prepare_data.py --tokenizer of that model, or a server of another one",
+            )
 
     def _scores(self, client: Any, told: list[dict[int, dict]]) -> "Scores":
         ids, logp = np.zeros((len(told), self.k), np.int64), np.zeros((len(told), self.k))
@@ -141,16 +176,11 @@ class ScoreRequest:
                     self.k,
                     f"--k {len(best)}",
                 )
+            if any(id >= self.vocab for _, id in best):
+                best = within(best, self.vocab, self.k)
             ids[i], logp[i] = [id for _, id in best], [-minus for minus, _ in best]
         if not np.isfinite(logp).all() or logp.max(initial=0.0) > 1e-3:
             raise ValueError("log-probabilities that are none")
-        if (most := int(ids.max(initial=0))) >= self.vocab:
-            files.fail(
-                f"{client.url} gives tokens that the student has not",
-                f"token {most}",
-                f"tokens below V = {self.vocab}",
-                "--student of the teacher's vocabulary, or a larger --vocab",
-            )
         return Scores(self, ids, logp, labels)
 
 
@@ -164,6 +194,24 @@ class Scores:
     logp: np.ndarray
     labels: np.ndarray
     finish: str = "scored"
+
+
+def bare(token: str) -> str:
+    """Return a token's text without blanks and the marks that stand for one; "" of a piece of a
+    character, which each tokenizer shows in its own way."""
+    return "" if "\ufffd" in token else token.translate(BLANKS).strip()
+
+
+def within(best: list[tuple[float, int]], vocab: int, k: int) -> list[tuple[float, int]]:
+    """Return (-log p, id) of k tokens below `vocab`, where some lie above it, which the student has
+    not: as a teacher that is run here is cut, their mass goes to all others in proportion. Tokens
+    of no mass fill the places."""
+    lost = sum(math.exp(-minus) for minus, id in best if id >= vocab)
+    left = [(minus + math.log1p(-min(lost, 0.999)), id) for minus, id in best if id < vocab]
+    there = {id for _, id in left}
+    spare = (id for id in range(vocab) if id not in there)
+    least = max([minus for minus, _ in left], default=0.0)
+    return left + [(max(least, NO_MASS), next(spare)) for _ in range(k - len(left))]
 
 
 def tail_of(logp: np.ndarray) -> np.ndarray:
@@ -213,6 +261,8 @@ def dump(
     if dataset.labels:
         files.fail("--teacher-url does not go with classes", wanted="--teacher DIR, a classifier")
     settings = settings_of(args, dataset)
+    if args.check_with:  # before anything is asked
+        local_model(args, dataset)
     missing = [
         chunk
         for chunk in wanted
@@ -269,7 +319,7 @@ def fill(
         disable=not sys.stderr.isatty(),
     )
     begun, said, targets = time.monotonic(), time.monotonic(), 0
-    requests = requests_of(split, left, settings)
+    requests = requests_of(dataset, split, left, settings)
     try:
         for scores in ask.ask(client, requests, args.concurrency, args.retry_for, outage):
             if scores.finish in ("refused", "failed"):
@@ -304,33 +354,48 @@ def outage(line: str) -> None:
     print(f"dump: {line}", flush=True)
 
 
-def requests_of(split: data.Split, rows: np.ndarray, settings: dict) -> Iterator[ScoreRequest]:
-    for row in rows.tolist():
+def requests_of(
+    dataset: data.Dataset, split: data.Split, rows: np.ndarray, settings: dict
+) -> Iterator[ScoreRequest]:
+    tokenizer = dataset.tokenizer()
+    for count, row in enumerate(rows.tolist()):
         ids, answer = split.row(row)
         places = np.flatnonzero(answer)
-        until = int(places[-1]) + 1
-        yield ScoreRequest(row, ids[:until].tolist(), places, settings["k"], settings["vocab"])
+        sent = ids[: int(places[-1]) + 1].tolist()
+        named = {id: tokenizer.decode([id]) for id in {*sent}} if count < NAMED_ROWS else {}
+        yield ScoreRequest(row, sent, places, settings["k"], settings["vocab"], named)
 
 
 def not_scored(client: Any, reply: Any) -> None:
     """Say in one line that a server will not score a row, and what to do."""
-    row = reply.request
-    mend = f"--max-len of prepare_data.py below the server's context ({len(row.ids)} tokens here)"
-    if "logprobs" in reply.said:
-        mend = f"--k {K}, or a server that grants more (vllm serve --max-logprobs {row.k})"
+    mend = "the same command: it asks for what is missing"
+    if reply.finish == "refused":
+        mend = reply.request.mend(reply.said)
     files.fail(
-        f"{client.url} does not score row {row.row}", reply.said, "prompt_logprobs of it", mend
+        f"{client.url} does not score row {reply.request.row}",
+        reply.said,
+        "prompt_logprobs of it",
+        mend,
     )
+
+
+def local_model(args: argparse.Namespace, dataset: data.Dataset) -> tuple:
+    """Return the folder of --check-with, refused if it does not fit the data, and the ids that are
+    other tokens to it."""
+    folder = checkpoints.local_folder(args.check_with, args.trust_remote_code)
+    return folder, models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
 
 
 @torch.inference_mode()
 def held_against(args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: Path) -> None:
     """Print how far the server's records are from what the same model says here (--check-with)."""
     device = models.pick_device(args.device, args.threads)
-    folder = checkpoints.local_folder(args.check_with, args.trust_remote_code)
+    folder, apart = local_model(args, dataset)
     dtype = models.pick_dtype(args.dtype, device, folder)
-    apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
-    here = models.load(args.check_with, device, dtype, dataset=dataset, pack=False, apart=apart)
+    options = dict(attn=args.attn, compiled=args.compile, trust_remote_code=args.trust_remote_code)
+    here = models.load(
+        args.check_with, device, dtype, dataset=dataset, pack=False, apart=apart, **options
+    )
     for chunk in wanted:
         part = Chunk(record.chunk_folder(out, chunk), chunk, dataset)
         head = replace(here, limit=part.meta["vocab"]).head()

@@ -136,9 +136,8 @@ class Several:
     model = None  # none is here, but what they said
 
     def __init__(self, args: argparse.Namespace, dataset: data.Dataset, folders: dict) -> None:
-        temperature = None if args.eval_only else flags.span(args.temperature)
         self.of = {
-            name: Records(folder, dataset, temperature, args.verify)
+            name: Records(folder, dataset, temperature_of(args, name), args.verify)
             for name, folder in folders.items()
         }
         self.dataset, self.how = dataset, args.combine or ""
@@ -192,6 +191,10 @@ class Several:
     def over(self) -> str:
         return "; ".join(f"{name}: {one.over}" for name, one in self.of.items())
 
+    @property
+    def each(self) -> list[tuple[str, str]]:
+        return [about for one in self.of.values() for about in one.each]
+
     def identity(self) -> dict:
         own = {name: one.identity() for name, one in self.of.items()}
 
@@ -232,10 +235,9 @@ class Several:
         for name, one in self.of.items():
             print(f"--- {name}:")
             one.say()
-        if self.how == "best":
-            share = np.bincount(self.owner["train"], minlength=len(self.of)) / len(
-                self.owner["train"]
-            )
+        own = self.owner["train"][self.owner["train"] >= 0]
+        if self.how == "best" and len(own):
+            share = np.bincount(own, minlength=len(self.of)) / len(own)
             print(
                 "best: "
                 + ", ".join(f"{n} {part:.1%} of the rows" for n, part in zip(self.of, share))
@@ -302,6 +304,16 @@ class Several:
         ce /= targets
         figures = {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": hits / targets}
         return figures | {"targets": targets}
+
+
+def temperature_of(args: argparse.Namespace, name: str) -> flags.Moving | None:
+    """Return the temperatures that a teacher's records are read at: of a source's own teacher, its
+    own."""
+    if args.eval_only:
+        return None
+    asked = args.temperature
+    own = isinstance(asked, dict) and not args.combine and name in asked
+    return flags.span(asked[name] if own else asked)
 
 
 def part_of(batch: data.Batch, rows: np.ndarray, targets: np.ndarray) -> data.Batch:

@@ -44,7 +44,7 @@ def report(
         source = run.identities["student"]
         line, warning = written.own_text(run.args, dataset, student, source)
         run.say(line + (warning and red(warning)))
-    if other := written.other_teacher(dataset, teacher.name, run.identities["teacher"]):
+    if other := written.other_teacher(dataset, teacher.each):
         run.say(red(other))
     if not dataset.val.targets or not (own := teacher.val_measures()):
         return

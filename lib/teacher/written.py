@@ -45,28 +45,33 @@ def own_text(args, dataset: data.Dataset, student: models.Model, source: str) ->
     return line, f"; WARNING: stale: the student has changed since then; anew: {again}"
 
 
-def other_teacher(dataset: data.Dataset, name: str, identity: str) -> str:
-    """Return a line where the answers are not those of the teacher `name` of this identity, ""
-    where they are, or nobody knows who wrote them. Of a server's model the name alone is known.
+def other_teacher(dataset: data.Dataset, teachers: list[tuple[str, str]]) -> str:
+    """Return a line where the answers are not those of a teacher of these names and identities, ""
+    where they are, or nobody knows who wrote them. Of a server's model the name alone is known: its
+    identity is "".
 
     Source: teacher consistency, arXiv:2604.13010: where stage 1's answers are one teacher's and the
     distribution another's, what the student ends in is biased, however long it trains.
     """
     about = dataset.meta.get("teacher", {})
     by, weights = about.get("teacher"), about.get("weights")
-    if not by or weights == identity:
+    if not by or weights and weights in [identity for _, identity in teachers]:
         return ""
     one_for_both = "one for both is better (docs/methods.md, teacher consistency)"
-    if weights:
+    name = ", ".join(called for called, _ in teachers)
+    if weights and all(identity for _, identity in teachers):
         return (
             f"answers: WARNING: {by} wrote them, and the teacher is another model, {name}:"
             f" {one_for_both}"
         )
-    called, known = (Path(text).name.casefold() for text in (by, name))
-    if called == known:
+    known = [
+        Path(called).name.casefold() for called, identity in teachers if not (weights and identity)
+    ]
+    if Path(by).name.casefold() in known:
         return ""
+    on = f" on {about['host']}" if about.get("host") else ""
     return (
-        f"answers: {by} on {about.get('host')} wrote them, and the teacher is {name}: if these are"
+        f"answers: {by}{on} wrote them, and the teacher is {name}: if these are"
         f" two models, {one_for_both}"
     )
 

@@ -241,7 +241,7 @@ def server(world, monkeypatch):
         said = template.render(made, messages, add_generation_prompt=True)
         return made(said, add_special_tokens=False)["input_ids"]
 
-    monkeypatch.setattr(ask.Client, "_post", lambda self, body: Server(body, reads))
+    monkeypatch.setattr(ask.Client, "_post", lambda self, path, body: Server(body, reads))
     monkeypatch.setattr(Server, "bodies", [])
 
 
@@ -262,7 +262,9 @@ def test_a_server_that_says_no_tokens_or_renders_otherwise_is_one_line(
 ):
     monkeypatch.setattr(Server, "says", False)
     refused("does not say which tokens it sampled", capsys, *served(world, "no1"))
-    monkeypatch.setattr(ask.Client, "_post", lambda self, body: Server(body, lambda _: [1, 2]))
+    monkeypatch.setattr(
+        ask.Client, "_post", lambda self, path, body: Server(body, lambda _: [1, 2])
+    )
     monkeypatch.setattr(Server, "says", True)
     refused("renders a prompt otherwise than --tokenizer", capsys, *served(world, "no2"))
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import dump_logits
 import stage2_kd
-from lib import data, files
+from lib import data, files, losses
 from lib.prepare import ask
 from lib.teacher import logits, record, served
 
@@ -35,6 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder, does=lambda number, body: "ok", port=0):
         super().__init__(("127.0.0.1", port), Handler)
         self.model = AutoModelForCausalLM.from_pretrained(folder)
+        self.names = make.tokenizer().convert_ids_to_tokens([*range(make.V)])
         self.does, self.bodies, self.tries = does, [], collections.Counter()
         self.guard = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -61,7 +62,7 @@ class Server(http.server.ThreadingHTTPServer):
                     str(id): {
                         "logprob": row[id].item(),
                         "rank": order.index(id) + 1,
-                        "decoded_token": f"w{id}",
+                        "decoded_token": self.names[id] if id < make.V else None,
                     }
                     for id in dict.fromkeys([ids[place], *best])
                 }
@@ -95,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         deed = self.server.does(number, body)
         if isinstance(deed, int):
             return self.reply(deed, {"error": {"message": f"no: {body['model']}"}})
-        if isinstance(deed, str) and deed not in ("ok", "none", "moved", "added", "nan"):
+        if isinstance(deed, str) and deed not in ("ok", "none", "moved", "added", "nan", "renamed"):
             return self.reply(400, {"error": {"message": deed}})
         if deed == "moved":
             body["prompt"] = [(id + 1) % make.V for id in body["prompt"]]
@@ -105,6 +106,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if deed == "nan":
             for one in told[-1].values():
                 one["logprob"] = None
+        if deed == "renamed":
+            for entry in told[1:]:
+                for one in entry.values():
+                    one["decoded_token"] = "other"
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": told}
         if deed == "none":
             del choice["prompt_logprobs"]
@@ -305,7 +310,8 @@ def test_stage_2_learns_from_it_at_t_1_and_says_why_at_no_other(folder, server, 
         ("added", "has scored other tokens than it was sent"),
         (404, "has no model big, or is no such endpoint"),
         (403, "refuses a request without a key"),
-        ("prompt logprobs of 8 is greater than the max allowed: 5", "refuses every request"),
+        ("prompt logprobs of 8 is greater than the max allowed: 5", "--max-logprobs 8"),
+        ("renamed", "has another tokenizer than the data"),
     ],
 )
 def test_a_server_that_cannot_help_is_one_line(folder, server, deed, words, tmp_path):
@@ -382,3 +388,27 @@ def test_meta_says_that_it_is_served(folder, server):
     make.call(dump_logits.main, *remotely(folder, server(folder / "teacher").url, out="meta"))
     meta = files.read_json(folder / "meta" / "val" / "meta.json")
     assert meta["dtype"] == "served" and meta["teacher_folder"] == "big"
+
+
+def test_tokens_that_the_student_has_not_are_cut_as_of_a_teacher_that_is_run_here(folder, server):
+    """A teacher with more rows in its output layer than the student: their mass, as far as the
+    server tells it, goes to all others in proportion; the dump does not end."""
+    best = [(-np.log(0.5), 0), (-np.log(0.3), 9), (-np.log(0.1), 2)]
+    made = served.within(best, 5, 3)
+    assert [id for _, id in made] == [0, 2, 1]
+    assert np.exp([-minus for minus, _ in made]) == pytest.approx(
+        [0.5 / 0.7, 0.1 / 0.7, 0], abs=1e-9
+    )
+    make.model(folder / "wider", seed=2, vocab=make.V + 7)
+    url = server(folder / "wider").url
+    make.call(dump_logits.main, *remotely(folder, url, "--student", folder / "student", out="wide"))
+    known = record.unpack(chunks_of(folder, "wide")[0].records, make.V, 0)
+    p = losses.teacher_logp(known, 1.0).exp()
+    assert (p < 1e-9).any() and torch.allclose(p.sum(1), torch.ones(len(p)))
+    assert int(known.ids.max()) < make.V
+    assert all(len({*row}) == K for row in known.ids.tolist())
+
+
+def test_bare_names():
+    assert served.bare("\u0120the") == served.bare(" the") == served.bare("\u2581the") == "the"
+    assert served.bare("\ufffd") == ""

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import dump_logits
 import stage2_kd
-from lib import data, files, losses, plan
+from lib import checkpoints, data, files, losses, plan
 from lib import head as heads
-from lib.teacher import several
+from lib.teacher import several, written
 from lib.teacher.logits import Records
 
 KINDS = {
@@ -253,3 +253,45 @@ def test_teachers_of_other_tokens_are_refused(folder):
     argv[at : at + 2] = ["--logits", f"general={folder}/general-shape", f"finance={folder}/wide"]
     code, said = make.ends(stage2_kd.main, *argv)
     assert code == 1 and "know different tokens" in said, said
+
+
+def test_the_best_of_what_is_there_when_a_chunk_is_missing(tmp_path, capsys):
+    folder = make.world(tmp_path, rows=30, val=4, rows_per_chunk=10)
+    make.model(folder / "other", seed=3)
+    for name, chunks in (("teacher", (0, 1)), ("other", (0,))):
+        for chunk in (*chunks, "val"):
+            words = make.dump(folder, "--chunk", chunk, "--tail-rank", 0, out=f"of-{name}")
+            words[words.index("--teacher") + 1] = folder / name
+            make.call(dump_logits.main, *words)
+    argv = make.stage2(folder, "--steps", 2, "--temperature", 1, out="best")
+    at = argv.index("--logits")
+    both = [f"a={folder}/of-teacher", f"b={folder}/of-other"]
+    argv[at : at + 2] = ["--logits", *both, "--combine", "best"]
+    make.call(stage2_kd.main, *argv)
+    said = capsys.readouterr().out
+    assert "best: a " in said and "chunks 2 are missing" in said
+
+
+def test_each_source_has_a_temperature_of_its_own_with_records_of_that_alone(tmp_path):
+    folder = make.sourced(make.world(tmp_path, rows=60, val=8))
+    make.model(folder / "other", seed=3)
+    for name, t in (("teacher", 1), ("other", 2)):
+        words = make.dump(folder, "--tail-rank", 0, "--temperatures", f"1,{t}", out=f"of-{name}")
+        words[words.index("--teacher") + 1] = folder / name
+        make.call(dump_logits.main, *words)
+    argv = make.stage2(folder, "--steps", 2, "--temperature", "general:1 finance:2", out="two")
+    at = argv.index("--logits")
+    argv[at : at + 2] = ["--logits", f"general={folder}/of-teacher", f"finance={folder}/of-other"]
+    make.call(stage2_kd.main, *argv)
+
+
+def test_answers_of_one_of_several_teachers_are_no_other_teachers(folder):
+    teacher, dataset = opened(folder, "shape")
+    identity = checkpoints.identity(folder / "other")
+    assert identity in [one for _, one in teacher.each]
+    dataset.meta["teacher"] = {"teacher": "x", "weights": identity}
+    assert written.other_teacher(dataset, teacher.each) == ""
+    dataset.meta["teacher"] = {"teacher": "x", "weights": "0" * 64}
+    assert "WARNING: x wrote them" in written.other_teacher(dataset, teacher.each)
+    dataset.meta["teacher"] = {"teacher": "org/big", "weights": "0" * 64}
+    assert written.other_teacher(dataset, [("big", "")]) == ""  # served: its name alone is known

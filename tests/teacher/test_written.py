@@ -162,5 +162,5 @@ def test_the_answers_of_another_teacher_are_warned_of_in_dump_and_both_stage_2(t
 def test_a_teacher_is_known_by_its_weights_and_one_of_a_server_by_its_name(folder, about, words):
     dataset = data.Dataset(folder / "data")
     dataset.meta = dataset.meta | ({"teacher": about} if about else {})
-    said = written.other_teacher(dataset, "models/big-7b", "a" * 64)
+    said = written.other_teacher(dataset, [("models/big-7b", "a" * 64)])
     assert words in said and bool(words) == bool(said)
