@@ -158,7 +158,8 @@ def cost_of(settings: dict) -> dict[str, float]:
             cost = meta.parent / str(told.get("folder")) / "cost.json"
             found |= {"written_s": files.read_json(cost)["written_s"]} if cost.exists() else {}
     logits = str(settings.get("logits") or "")
-    words = [logits] if Path(logits).exists() else logits.split()  # of several NAME=DIR NAME=DIR
+    # "" where there are none; of several teachers NAME=DIR NAME=DIR
+    words = [logits] if logits and Path(logits).exists() else logits.split()
     records = [Path(word.rpartition("=")[2]) for word in words]
     if records and all(folder.is_dir() for folder in records):
         paths = [path for folder in records for path in folder.rglob("*") if path.is_file()]
