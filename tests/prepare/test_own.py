@@ -188,7 +188,12 @@ def test_a_killed_run_goes_on_with_rows_alike(world, monkeypatch):
         make.call(prepare_data.main, *argv)
     monkeypatch.setattr(split.Staging, "save", whole)
     make.call(prepare_data.main, *argv)
-    assert learnt(world / "again") == learnt(world / "own")
+    again, own = learnt(world / "again"), learnt(world / "own")
+    assert [row[:2] for row in again] == [row[:2] for row in own]
+    # the module's fixture may have had more threads, which sum in another order
+    assert [row[2] for row in again] == pytest.approx(
+        [row[2] for row in own], rel=1e-5, nan_ok=True
+    )
 
 
 def test_a_round_against_the_one_before(world, capsys):
