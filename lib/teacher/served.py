@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lib import checkpoints, data, files, flags, losses, models
 from lib.run import Interrupt
-from lib.teacher import record, sample, writer
+from lib.teacher import record, sample, writer, written
 from lib.teacher.logits import Chunk
 
 K = 20  # what a vLLM grants that was not told otherwise (--max-logprobs)
@@ -273,6 +273,8 @@ def dump(
         f"teacher: {args.teacher_model} on {host}; the top {args.k} of {settings['vocab']:,} at"
         " T = 1, and the mass of the rest: no other T, no shape (one bucket)"
     )
+    if other := written.other_teacher(dataset, [(args.teacher_model, "")]):
+        print(other)
     writer.check_disk(out, dataset, missing, settings, width=0)
     if args.dry_run:
         return print("--dry-run: nothing was asked or written")

@@ -412,3 +412,12 @@ def test_tokens_that_the_student_has_not_are_cut_as_of_a_teacher_that_is_run_her
 def test_bare_names():
     assert served.bare("\u0120the") == served.bare(" the") == served.bare("\u2581the") == "the"
     assert served.bare("\ufffd") == ""
+
+
+def test_answers_of_another_teacher_are_said_at_the_dump(folder, server, capsys, tmp_path):
+    other = make.world(tmp_path, rows=6, val=2)
+    meta = files.read_json(other / "data" / "meta.json")
+    about = {"teacher": {"teacher": "huge", "host": "there"}}
+    files.write_json(other / "data" / "meta.json", meta | about)
+    make.call(dump_logits.main, *remotely(other, server(other / "teacher").url))
+    assert "answers: huge on there wrote them, and the teacher is big" in capsys.readouterr().out
