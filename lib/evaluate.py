@@ -18,7 +18,8 @@ from lib import checkpoints, data, files, losses, plan
 from lib.models import Model
 
 # what is summed over targets
-COLUMNS = ("count", "ce", "acc1", "acc5", "own_ce", "kl", "rkl", "agree")
+COLUMNS = ("count", "ce", "acc1", "acc5", "own_ce", "known", "kl", "rkl", "agree")
+OF_TEACHER = ("kl", "rkl", "agree")  # over the targets that it knows
 # of confidence, for the expected calibration error (Guo et al., arXiv:1706.04599, eq. 3)
 BINS = 15
 MOST_CONFUSED = 200  # classes, beyond which no table of all pairs of them is written
@@ -96,7 +97,7 @@ def measure(
             tally.add(batch.numbers[part], values, top)
     model.module.train(training)
     absent = set() if beyond else {"own_ce"}
-    absent |= {"kl", "rkl", "agree"} if teacher is None else set()
+    absent |= {*OF_TEACHER} if teacher is None else set()
     return tally.measures(vocab, sources, absent)
 
 
@@ -125,7 +126,8 @@ def at_targets(
         total = z.exp_().sum(1)
     else:
         kl, rkl, teachers, total = losses.distance(z, teacher)
-        distances = [kl, rkl, top == teachers]
+        known = torch.ones_like(kl) if teacher.silent is None else (~teacher.silent).to(kl)
+        distances = [known, kl, rkl, (top == teachers) * known]
     confidence, ce = 1 / total, total.log() - at_label[:, 0]
     own = ce
     if beyond is not None:
@@ -179,6 +181,10 @@ def shares(sums: torch.Tensor, bins: torch.Tensor, absent: set[str]) -> dict:
     over them, in the order of COLUMNS; bins (BINS, 2) confidence, right."""
     n = int(sums[0])
     result = dict(zip(COLUMNS[1:], (sums[1:] / n).tolist()))
+    if not (known := result.pop("known")):
+        absent = absent | {*OF_TEACHER}
+    elif known < 1:
+        result |= {name: result[name] / known for name in OF_TEACHER}
     result["ppl"] = math.exp(min(result["ce"], 700.0))
     result["ece"] = (bins[:, 0] - bins[:, 1]).abs().sum().item() / n
     order = ("ce", "ppl", "acc1", "acc5", "own_ce", "ece", "kl", "rkl", "agree")

@@ -33,7 +33,7 @@ taken whole: softmax(z / T).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ BETA = {"skl": 0.1, "srkl": 0.1}  # the beta of those for which it is not 0.5
 # cache, or few enough kernels on a GPU. It takes about six temporaries of this size.
 PIECE_BYTES = {"cpu": 1 << 24}
 PIECE_BYTES_ELSEWHERE = 1 << 26
+NONE = -1e9  # log of no mass, and still a number
 
 AddGradient = Callable[[Tensor, float], None]  # (d (n, V), weight): adds weight * a gradient to d
 
@@ -63,6 +64,11 @@ class Distribution(Protocol):
     """A teacher at N targets: `TopK`, `Whole`, or several of them (lib/teacher/several.py)."""
 
     def __getitem__(self, part: slice) -> "Distribution": ...
+
+    @property
+    def silent(self) -> Tensor | None:
+        """The targets (N,) of which it says nothing, None where there is none: there its divergence
+        from any student is 0."""
 
     def logits(self, out: Tensor, student: Tensor) -> Tensor:
         """Put into out (n, V) what `logp_all` begins with; student (n, V): its logits."""
@@ -80,6 +86,9 @@ class TopK:
     """The teacher at N targets as records hold it: ids (N, K) int64, gap (N, K) = z_max - z_i >= 0,
     tail (N,) at one T.
 
+    count (N,), if given: how many of a target's K ids are known. All others' mass is in its tail,
+    so that of a target with 0 known the divergence is 0.
+
     With a `basis`, coef (N, R) are the tail's coefficients over it; without one, the tail is a
     bucket, and so it is at targets of `shapeless` (N,), whose coefficients are worse than none.
     """
@@ -90,6 +99,7 @@ class TopK:
     coef: Tensor | None = None
     basis: TailShape | None = None
     shapeless: Tensor | None = None
+    count: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "TopK":
         return TopK(
@@ -99,7 +109,20 @@ class TopK:
             None if self.coef is None else self.coef[part],
             self.basis,
             None if self.shapeless is None else self.shapeless[part],
+            None if self.count is None else self.count[part],
         )
+
+    @property
+    def unknown(self) -> Tensor | None:
+        """Which of the ids (N, K) are none that it knows; None: it knows them all."""
+        if self.count is None:
+            return None
+        return torch.arange(self.ids.shape[1], device=self.ids.device) >= self.count[:, None]
+
+    @property
+    def silent(self) -> Tensor | None:
+        """The targets (N,) of which it knows nothing."""
+        return None if self.count is None else self.count == 0
 
     def logits(self, out: Tensor, student: Tensor) -> Tensor:
         """Put the basis' logits of these targets into out (n, V): good for the tail alone. Where
@@ -117,9 +140,14 @@ class TopK:
     def logp_all(self, z: Tensor, temperature: float) -> Tensor:
         """Return the log-probabilities (n, V) at T over all tokens. z (n, V), its basis' logits, is
         overwritten."""
-        logp = teacher_logp(self, temperature)
-        tail = z.div_(temperature).scatter_(1, self.ids, -torch.inf).log_softmax(1)
-        return tail.add_(logp[:, -1:]).scatter_(1, self.ids, logp[:, :-1])
+        logp, unknown, z = teacher_logp(self, temperature), self.unknown, z.div_(temperature)
+        emptied, known = torch.full_like(logp[:, :-1], -torch.inf), logp[:, :-1]
+        if unknown is not None:
+            emptied = torch.where(unknown, z.gather(1, self.ids), emptied)
+        tail = z.scatter_(1, self.ids, emptied).log_softmax(1).add_(logp[:, -1:])
+        if unknown is not None:
+            known = torch.where(unknown, tail.gather(1, self.ids), known)
+        return tail.scatter_(1, self.ids, known)
 
     def likeliest(self, z: Tensor) -> Tensor:
         """Return the likeliest token (n,). z (n, V): of `logits`."""
@@ -136,6 +164,7 @@ class Whole:
 
     hidden: Tensor
     head: Head
+    silent: ClassVar[None] = None
 
     def __getitem__(self, part: slice) -> "Whole":
         return Whole(self.hidden[part], self.head)
@@ -255,28 +284,42 @@ def divergence_and_gradient(logp: Tensor, logq: Tensor, method: Method) -> tuple
 
 
 def teacher_logp(teacher: TopK, temperature: float) -> Tensor:
-    """Return the teacher's log-probabilities (N, K+1) at T over its K tokens and, last, the bucket
-    of all others."""
-    d = -teacher.gap / temperature
+    """Return the teacher's log-probabilities (N, K+1) at T over its K tokens (NONE of those that it
+    does not know) and, last, the bucket of all others."""
+    d, unknown = -teacher.gap / temperature, teacher.unknown
+    if unknown is not None:
+        d = d.masked_fill(unknown, NONE)
     log_z = torch.logaddexp(d.logsumexp(-1), teacher.tail)
     logp, rest = d - log_z[:, None], (teacher.tail - log_z)[:, None]
     # no mass is known: a light one, and no heavier than the least that is
-    light = logp.amin(-1, keepdim=True).clamp_max(FLOOR)
+    least = logp if unknown is None else logp.masked_fill(unknown, 0.0)
+    light = least.amin(-1, keepdim=True).clamp_max(FLOOR)
     return torch.cat([logp, torch.where(rest.isinf(), light, rest)], -1)
 
 
+def all_logp(teacher: Distribution, z: Tensor, logq: Tensor, temperature: float) -> Tensor:
+    """Return a teacher's log-probabilities (n, V) at T over all tokens: where it says nothing, the
+    student's own, logq (n, V). z (n, V), of its `logits`, is overwritten."""
+    logp, silent = teacher.logp_all(z, temperature), teacher.silent
+    return logp if silent is None else torch.where(silent[:, None], logq, logp)
+
+
 def student_logq(
-    z: Tensor, ids: Tensor, temperature: float, out: Tensor
+    z: Tensor, teacher: TopK, temperature: float, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the student's log-probabilities (n, K+1) at T over the same categories, and the sums
     of exp((s - s_max)/T) over the others, times exp(raised), and over all, each (n,); and raised
     (n,), which is 0 but where the others are too light for float32 (head.lift).
 
     z (n, V) holds s - s_max; out (n, V), which may be z, becomes exp((s - s_max)/T + raised) with
-    zeros at `ids`.
+    zeros at the teacher's ids.
     """
-    inside = z.gather(1, ids) / temperature
-    torch.div(z, temperature, out=out).scatter_(1, ids, -torch.inf)
+    inside, unknown = z.gather(1, teacher.ids) / temperature, teacher.unknown
+    emptied = torch.full_like(inside, -torch.inf)
+    if unknown is not None:
+        emptied = torch.where(unknown, inside, emptied)
+        inside = inside.masked_fill(unknown, NONE)
+    torch.div(z, temperature, out=out).scatter_(1, teacher.ids, emptied)
     raised = lift(out)
     # of S nothing is in it, so that the bucket is a sum and never 1 - sum
     rest = out.exp_().sum(1).clamp_min(math.exp(FLOOR))
@@ -313,14 +356,15 @@ def distance(z: Tensor, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor, 
     teacher that is there whole, over all tokens.
     """
     if isinstance(teacher, TopK) and teacher.basis is None:
-        logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher.ids, 1.0, z)
+        logp, (logq, _, total, _) = teacher_logp(teacher, 1.0), student_logq(z, teacher, 1.0, z)
         kl, rkl = divergence(logp, logq, "fkl"), divergence(logp, logq, "rkl")
         return kl, rkl, teacher.ids[:, 0], total
     other = teacher.logits(torch.empty_like(z), z)
     top = teacher.likeliest(other)
     total, kl, rkl = z.new_empty(3, len(z))
     for piece in pieces(z):
-        logp, logq = teacher[piece].logp_all(other[piece], 1.0), z[piece].log_softmax(1)
+        logq = z[piece].log_softmax(1)
+        logp = all_logp(teacher[piece], other[piece], logq, 1.0)
         student = z[piece].exp_()  # of its tokens, times their sum: the one exp serves both
         total[piece] = student.sum(1)
         apart = logp - logq
@@ -335,7 +379,7 @@ def divergence_over_bucket(
     """Return the divergence summed over targets, nats, over the top k and one bucket, and what adds
     T times its gradient at s. z (n, V) holds s - s_max; out (n, V) is a buffer."""
     ids, t = teacher.ids, method.temperature
-    logq, rest, total, raised = student_logq(z, ids, t, soft := out)
+    logq, rest, total, raised = student_logq(z, teacher, t, soft := out)
     kd, g = divergence_and_gradient(teacher_logp(teacher, t), logq, method)  # (), (n, K+1)
     g_sum = g.sum(1)
     of_soft = g[:, -1] / rest - g_sum / total * (-raised).exp()
@@ -360,8 +404,8 @@ def divergence_over_all(
     teacher.logits(out, z)
     kd_sum = torch.zeros((), dtype=z.dtype, device=z.device)
     for piece in pieces(z):
-        logp = teacher[piece].logp_all(out[piece], method.temperature)
         logq = (z[piece] / method.temperature).log_softmax(1)
+        logp = all_logp(teacher[piece], out[piece], logq, method.temperature)
         kd, g = divergence_and_gradient(logp, logq, method)
         kd_sum += kd
         torch.addcmul(g, logq.exp_(), g.sum(1, keepdim=True), value=-1, out=out[piece])

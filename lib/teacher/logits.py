@@ -3,6 +3,7 @@ logits folder, checked against the data and read by target number (record.py say
 """
 
 import argparse
+import collections
 import hashlib
 import itertools
 import math
@@ -21,7 +22,17 @@ from lib.teacher.basis import Basis
 
 GUESS_LIMIT = 0.01  # mean error of a tail's mass that is computed instead of read (a share of 1)
 # what chunks that are read together share
-ALIKE = ("teacher", "k", "temperatures", "values", "vocab", "tail_rank", "tail_bytes", "apart")
+ALIKE = (
+    "teacher",
+    "k",
+    "temperatures",
+    "values",
+    "vocab",
+    "tail_rank",
+    "tail_bytes",
+    "apart",
+    "counted",
+)
 
 
 def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str:
@@ -82,6 +93,21 @@ class Chunk:
         if chunk != "val":
             rows = dataset.train.rows[dataset.chunk_rows(int(chunk))]
         self._open(int(rows["targets"].sum()), again, verify)
+        # (rows,): which have records; None: all
+        self.there = self.done(again)["done"] if self.meta.get("left_out") else None
+        if self.there is not None and len(self.there) != len(rows):
+            files.fail(f"{folder}/done.npy is not whole", len(self.there), len(rows), again)
+        self.counts = rows["targets"]
+
+    def done(self, again: str = "make logits") -> np.ndarray:
+        """Return what done.npy holds (rows,): which rows are there, and the teacher's score."""
+        return files.read_npy(self.folder / "done.npy", record.DONE, again)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers of the records that there are."""
+        there = np.arange(len(self.records))
+        return there if self.there is None else there[np.repeat(self.there, self.counts)]
 
     def _open(self, targets: int, again: str, verify: bool) -> None:
         """Map the records; refuse those that are broken, and name the command `again`."""
@@ -219,7 +245,8 @@ class Records:
             )
         left = min(dumped[1:], key=lambda t: abs(1 / t - 1 / wanted))
         others = [i for i, t in enumerate(dumped) if t != left]
-        records = part.records[:: max(1, len(part.records) // 512)][:512]
+        numbers = part.numbers
+        records = part.records[numbers[:: max(1, len(numbers) // 512)][:512]]
         shape = self.shape.to(torch.device("cpu"))
         topk = record.unpack(records, self.vocab, dumped.index(left), shape)
         tails, known = record.tails_of(records)[:, others], [dumped[i] for i in others]
@@ -257,9 +284,11 @@ class Records:
 
     @property
     def compares(self) -> bool:
-        """Whether val rows can be compared with the teacher: a val dump is there, and T=1 is in
-        it."""
-        return self.val is not None and (1 in self.temperatures or self.whole)
+        """Whether val rows can be compared with the teacher: a val dump is there with some record,
+        and T=1 is in it."""
+        if self.val is None or self.val.there is not None and not self.val.there.any():
+            return False
+        return 1 in self.temperatures or self.whole
 
     @property
     def over(self) -> str:
@@ -334,6 +363,8 @@ class Records:
                 f"logits: chunks {', '.join(map(str, self.missing))} are missing and will not be"
                 f" trained on; {self.mend([*self.parts.values()])}"
             )
+        for why, count in self._left_out().items():
+            print(f"logits: {count:,} rows have no record ({why})")
         if self.compares:
             print(f"val: kl and rkl are over {self.over}")
         else:
@@ -343,13 +374,20 @@ class Records:
                 + ("" if 1 in self.temperatures else " (with --temperatures that have 1, and all)")
             )
 
+    def _left_out(self) -> dict[str, int]:
+        """Return how many rows of all chunks have no record, by the reason."""
+        found: collections.Counter[str] = collections.Counter()
+        for part in (*self.parts.values(), *([self.val] if self.val else [])):
+            found.update(part.meta.get("left_out", {}))
+        return dict(found)
+
     def val_measures(self) -> dict | None:
         """Return the teacher's own measures on val, as far as the dump tells them, if val was
         dumped."""
         if self.val is None:
             return None
         ce, acc1 = self.val.meta["teacher_ce"], self.val.meta["teacher_acc1"]
-        targets = len(self.val.records)
+        targets = len(self.val.numbers)
         return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "targets": targets}
 
     @property
@@ -365,8 +403,12 @@ class Records:
         return dump_command(meta, self.dataset, self.folder, which)
 
     def rows(self) -> np.ndarray:
-        """Return the numbers of all train rows whose chunk is there."""
-        return np.concatenate([np.asarray(self.dataset.chunk_rows(c)) for c in self.chunks])
+        """Return the numbers of all train rows that have records."""
+        found = []
+        for chunk in self.chunks:
+            rows, there = np.asarray(self.dataset.chunk_rows(chunk)), self.parts[chunk].there
+            found.append(rows if there is None else rows[there])
+        return np.concatenate(found)
 
     def at(self, batch: data.Batch, temperature: float) -> losses.TopK:
         """Return the teacher at a train batch's targets and a temperature, on the device of its
@@ -388,7 +430,12 @@ class Records:
         dumped."""
         if self.val is None or temperature not in self.temperatures and not self.whole:
             return None
-        return self._topk(self.val.records[batch.numbers.numpy()], temperature, batch)
+        topk = self._topk(self.val.records[batch.numbers.numpy()], temperature, batch)
+        if self.val.there is None:
+            return topk
+        there = np.repeat(self.val.there[batch.rows], self.val.counts[batch.rows])
+        count = torch.from_numpy(there).to(topk.ids.device) * topk.ids.shape[1]
+        return replace(topk, count=count if topk.count is None else count.minimum(topk.count))
 
     def _topk(self, records: np.ndarray, temperature: float, batch: data.Batch) -> losses.TopK:
         """Return unpacked records on the device of the batch's labels. The tail at a temperature
@@ -402,8 +449,11 @@ class Records:
         column = self.temperatures.index(nearest)
         topk = record.unpack(records, self.vocab, column, self.shape)
         if len(self.unforeseen):
-            other = torch.isin(topk.ids, self.unforeseen)
-            gap, order = topk.gap.masked_fill(other, -ABSENT).sort(dim=1, stable=True)
+            other, unknown = torch.isin(topk.ids, self.unforeseen), topk.unknown
+            gap = topk.gap.masked_fill(other, -ABSENT)
+            if unknown is not None:  # these stay the last
+                gap = gap.masked_fill(unknown, -2 * ABSENT)
+            gap, order = gap.sort(dim=1, stable=True)
             topk = replace(topk, ids=topk.ids.gather(1, order), gap=gap)
 
         def move(tensor):
@@ -412,6 +462,8 @@ class Records:
         topk = replace(topk, ids=move(topk.ids), gap=move(topk.gap), tail=move(topk.tail))
         if topk.shapeless is not None:
             topk = replace(topk, shapeless=move(topk.shapeless))
+        if topk.count is not None:
+            topk = replace(topk, count=move(topk.count))
         if dumped or self.whole:
             return topk
         return between(topk, move(record.tails_of(records)), self.temperatures, temperature)

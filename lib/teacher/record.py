@@ -16,8 +16,10 @@ writer.py writes them, logits.py reads them. A record holds, largest logit first
 with one scale a record), for every dumped T `tail` = log of the sum over the other V - k tokens of
 exp((z_j - z_max)/T), float32, and `coef`, the shape of the tail: coefficients over the basis,
 packed as the basis says; then also for every T `error`, how far that shape is from the teacher's
-own (uint8, `error_code`), of which the highest says that it is worse than none: a bucket. Never raw
-logits: float16 of z costs 1.7e-3 nats of KL, float16 of
+own (uint8, `error_code`), of which the highest says that it is worse than none: a bucket. Where
+whoever fills it may know fewer than k tokens of a target, `count` says how many (0: it says nothing
+of this target); and rows of a chunk that have no record at all are those that done.npy lacks,
+counted in meta.json's `left_out`. Never raw logits: float16 of z costs 1.7e-3 nats of KL, of
 z_max - z 4e-7.
 
 Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148
@@ -51,6 +53,8 @@ CHUNK_META = {  # of meta.json
     "tail_rank": range(1 << 20),
     "tail_bytes?": range(1 << 20),
     "errors?": bool,
+    "counted?": bool,
+    "left_out?": {...: range(1 << 62)},
     "error?": {...: {...: {"mean": float, "p99": float, "shapeless": float}}},
     "basis?": str,
     "teacher": str,
@@ -80,6 +84,7 @@ def record_dtype(
     values: str,
     tail_bytes: int = 0,
     errors: bool = False,
+    counted: bool = False,
 ) -> np.dtype:
     """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
     fields: list[tuple] = [("id_low", "<u2", (k,))]
@@ -89,6 +94,8 @@ def record_dtype(
         fields.append(("gap", "<f2", (k,)))
     else:
         fields += [("gap", "u1", (k,)), ("scale", "<f2")]
+    if counted:
+        fields.append(("count", "<u2"))
     if tail_bytes:
         fields.append(("coef", "u1", (tail_bytes,)))
     if errors:
@@ -99,7 +106,7 @@ def record_dtype(
 def dtype_of(settings: dict) -> np.dtype:
     """Return the dtype of the records that a dump's settings, or a meta.json, tell of."""
     k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
-    more = settings.get("tail_bytes", 0), settings.get("errors", False)  # older dumps have none
+    more = [settings.get(name, 0) for name in ("tail_bytes", "errors", "counted")]  # some have none
     return record_dtype(k, temperatures, vocab, settings["values"], *more)
 
 
@@ -149,9 +156,11 @@ def pack(
     vocab: int,
     coef: np.ndarray | None = None,
     error: np.ndarray | None = None,
+    count: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures), packed coefficients
-    (n, bytes) and codes of their errors (n, temperatures)."""
+    (n, bytes), codes of their errors (n, temperatures), and how many of the ids are known (n,):
+    the others are any that differ from these, their gaps no smaller."""
     records = np.zeros(len(ids), dtype)
     records["id_low"] = ids & 0xFFFF
     if bits := high_bits(vocab):
@@ -173,6 +182,8 @@ def pack(
         records["coef"] = coef
     if error is not None and "error" in (dtype.names or ()):
         records["error"] = error
+    if "count" in (dtype.names or ()):
+        records["count"] = ids.shape[1] if count is None else count
     records["tail"] = tails
     return records
 
@@ -190,6 +201,8 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
         gap *= records["scale"].astype(np.float32)[:, None]
     tail = records["tail"][:, column].astype(np.float32)
     topk = losses.TopK(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(tail))
+    if "count" in (records.dtype.names or ()) and (records["count"] < ids.shape[1]).any():
+        topk = replace(topk, count=torch.from_numpy(records["count"].astype(np.int64)))
     if shape is None:
         return topk
     topk = replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
@@ -211,11 +224,16 @@ def rest_mass(topk: losses.TopK, temperature: float) -> torch.Tensor:
 
 
 def coverage(
-    records: np.ndarray, temperatures: list[float], vocab: int, sample: int = 20_000
+    records: np.ndarray,
+    temperatures: list[float],
+    vocab: int,
+    numbers: np.ndarray | None = None,
+    sample: int = 20_000,
 ) -> dict[str, float]:
     """Return the share of the teacher's softened mass that lies inside its top k, by temperature,
-    over an even sample of records."""
-    records = records[:: max(1, len(records) // sample)]
+    over an even sample of records; numbers: of those that there are (default: all)."""
+    numbers = np.arange(len(records)) if numbers is None else numbers
+    records = records[numbers[:: max(1, len(numbers) // sample)]]
     shares = {}
     for column, t in enumerate(temperatures):
         rest = rest_mass(unpack(records, vocab, column), t)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from lib import data, files, flags, losses, models, plan
-from lib.teacher import record
 from lib.teacher.logits import Chunk, Records
 
 HOW = ("best", "mean", "product")
@@ -100,6 +99,20 @@ class Mixed:
             if first < last:
                 found.append((numbers[first:last] - part.start, known[slice(first, last)]))
         return Mixed(found, self.how)
+
+    @property
+    def silent(self) -> Tensor | None:
+        """The targets (N,) of which one of them says nothing."""
+        found = None
+        for numbers, known in self.parts:
+            if known.silent is None:
+                continue
+            if found is None:
+                size = sum(len(own) for own, _ in self.parts if own is not None)
+                found = known.silent.new_zeros(size or len(known.silent))
+            at = slice(None) if numbers is None else torch.from_numpy(numbers).to(found.device)
+            found[at] |= known.silent
+        return found
 
     def logits(self, out: Tensor, student: Tensor) -> Tensor:
         """Put into out (n, V) what `logp_all` begins with: the student's logits."""
@@ -296,9 +309,9 @@ class Several:
         counts, owner = self.dataset.val.rows["targets"].astype(int), self.owner["val"]
         ce, hits, targets = 0.0, 0, 0
         for number, val in enumerate(vals):
-            done, own = done_of(val), owner == number
+            done, own = val.done(), owner == number
             ce, hits = ce + float(done["ce_sum"][own].sum()), hits + int(done["hits"][own].sum())
-            targets += int(counts[own].sum())
+            targets += int(counts[own & done["done"]].sum())
         if not targets:
             return None
         ce /= targets
@@ -327,22 +340,25 @@ def part_of(batch: data.Batch, rows: np.ndarray, targets: np.ndarray) -> data.Ba
     )
 
 
-def done_of(part: Chunk) -> np.ndarray:
-    return files.read_npy(part.folder / "done.npy", record.DONE, "make logits")
-
-
 def row_ce(one: Records, name: str) -> np.ndarray:
-    """Return the teacher's cross-entropy of each row of a split, summed; infinite where its chunk
-    is not there."""
+    """Return the teacher's cross-entropy of each row of a split, summed; infinite where it has
+    no record."""
     dataset = one.dataset
     if name == "val":
         none = np.full(len(dataset.val.rows), np.inf)
-        return none if one.val is None else np.array(done_of(one.val)["ce_sum"])
+        return none if one.val is None else ce_of(one.val)
     found = np.full(len(dataset.train.rows), np.inf)
     for chunk, part in one.parts.items():
         rows = np.asarray(dataset.chunk_rows(chunk))
-        found[rows] = done_of(part)["ce_sum"]
+        found[rows] = ce_of(part)
     return found
+
+
+def ce_of(part: Chunk) -> np.ndarray:
+    """Return the teacher's cross-entropy of each row of a chunk (rows,), summed; infinite where it
+    has no record."""
+    done = part.done()
+    return np.where(done["done"], done["ce_sum"], np.inf)
 
 
 def likelier_of(ce: list[np.ndarray]) -> np.ndarray:

@@ -41,14 +41,15 @@ def check_chunks(out: Path, wanted: list, dataset: data.Dataset) -> dict[int | s
 
 def draw_targets(parts: dict[int | str, Chunk], count: int) -> dict[int | str, np.ndarray]:
     """Return `count` random targets (all, where there are fewer) as numbers in each chunk."""
-    sizes = [len(part.records) for part in parts.values()]
+    there = [part.numbers for part in parts.values()]
+    sizes = [len(numbers) for numbers in there]
     ends = np.cumsum(sizes)
     some = np.arange(ends[-1])
     if count < len(some):
         some = np.random.default_rng().choice(some, count, replace=False)
     owner = np.searchsorted(ends, some, side="right")
     begins = ends - sizes
-    return {chunk: np.sort(some[owner == i] - begins[i]) for i, chunk in enumerate(parts)}
+    return {chunk: there[i][np.sort(some[owner == i] - begins[i])] for i, chunk in enumerate(parts)}
 
 
 def apart(z: Tensor, records: np.ndarray, meta: dict) -> tuple[Tensor, Tensor]:

@@ -367,7 +367,8 @@ class Writer:
     kill has `left` == [[3, 1]].
 
     topk, done: the open files; there (rows,) DONE: what done.npy holds. batches, left: the rows of
-    each forward pass, all and those that are missing.
+    each forward pass, all and those that are missing. A row that is to have no record is named by
+    `leave_out`, and is never added.
     """
 
     def __init__(
@@ -384,6 +385,7 @@ class Writer:
         self.batches = batches_of(rows, split.rows["length"], settings["tokens_per_microbatch"])
         there = self.there["done"]
         self.left = [batch for batch in self.batches if not there[batch - rows[0]].all()]
+        self.left_out: dict[str, np.ndarray] = {}  # by the reason
         self.pending: list[tuple] = []  # what has been added since the last flush
         self.flushed = time.monotonic()
 
@@ -445,6 +447,11 @@ class Writer:
         if time.monotonic() - self.flushed > FLUSH_S:
             self.flush()
 
+    def leave_out(self, rows: np.ndarray, why: str) -> None:
+        """Let rows of the chunk have no record; said anew by whoever continues a dump."""
+        before = self.left_out.get(why, np.zeros(0, np.int64))
+        self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
+
     def flush(self) -> None:
         """Force what was added to the disk: the records first, then the word that they are
         there."""
@@ -464,7 +471,13 @@ class Writer:
         """Write meta.json, which says that the chunk is whole, and return it. names: of the
         sources; more: what else it is to hold."""
         self.flush()
-        assert self.there["done"].all(), "rows are missing"
+        done = self.there["done"]
+        without = np.unique(np.concatenate([self.rows[:0], *self.left_out.values()]))
+        assert np.array_equal(self.rows[~done], without), "rows are missing"
+        there = None  # the numbers of the records that there are, if not all
+        if len(without):
+            there = np.flatnonzero(np.repeat(done, self.counts[self.rows]))
+        recorded = self.targets if there is None else len(there)
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
         settings, digest = self.settings, hashlib.sha256()
         checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
@@ -478,12 +491,17 @@ class Writer:
             "bytes_per_target": self.dtype.itemsize,
             **settings,
             "identities": identities | {"teacher": settings["teacher"]},
-            "teacher_ce": float(self.there["ce_sum"].sum() / self.targets),
-            "teacher_acc1": float(self.there["hits"].sum() / self.targets),
-            "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"]),
+            "teacher_ce": float(self.there["ce_sum"].sum() / max(1, recorded)),
+            "teacher_acc1": float(self.there["hits"].sum() / max(1, recorded)),
+            "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"], there),
+            **(
+                {"left_out": {why: len(rows) for why, rows in self.left_out.items()}}
+                if len(without)
+                else {}
+            ),
             "sha256": digest.hexdigest(),
             "versions": versions(),
-            **({"error": self.errors(topk, names)} if "errors" in settings else {}),
+            **({"error": self.errors(topk, names, there)} if "errors" in settings else {}),
             **more,
             "checksums": checksums,
         }
@@ -491,12 +509,18 @@ class Writer:
         (self.folder / "settings.json").unlink()
         return meta
 
-    def errors(self, records: np.ndarray, names: list[str]) -> dict[str, dict]:
+    def errors(
+        self, records: np.ndarray, names: list[str], there: np.ndarray | None = None
+    ) -> dict[str, dict]:
         """Return {source: {T: {"mean", "p99": nats a target, "shapeless": a share of 1}}} of
-        finished records; mean and p99 are of those that have a shape."""
+        finished records (`there`: their numbers, if not all); mean and p99 are of those that have a
+        shape."""
         source, found = np.repeat(self.sources, self.counts[self.rows]), {}
+        codes_of_all = records["error"]
+        if there is not None:
+            source, codes_of_all = source[there], codes_of_all[there]
         for number in np.unique(source):
-            codes = records["error"][source == number]
+            codes = codes_of_all[source == number]
             found[names[number] if number < len(names) else str(number)] = {
                 f"{t:g}": record.error_figures(codes[:, i])
                 for i, t in enumerate(self.settings["temperatures"])

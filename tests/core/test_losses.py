@@ -1,5 +1,6 @@
 """The loss against references that hold none of the code under test (tests/references.py)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -92,9 +93,70 @@ def test_no_divergence_is_ever_below_zero(kind, dtype):
         hidden, weight, _, noise = problem(seed=seed, dtype=dtype)
         s = hidden @ weight.t()
         teacher = keep(s + near * noise, 3, 2.0)
-        logq = losses.student_logq(less := s - s.amax(1, keepdim=True), teacher.ids, 2.0, less)[0]
+        logq = losses.student_logq(less := s - s.amax(1, keepdim=True), teacher, 2.0, less)[0]
         divergence = losses.divergence(losses.teacher_logp(teacher, 2.0), logq, kind, BETAS[kind])
         assert divergence.min() >= -8 * torch.finfo(dtype).eps, (seed, near, divergence.min())
+
+
+def knowing(z, counts, t):
+    """Return a teacher of logits z (n, V) that knows of each target its `counts` largest, and of
+    all others the mass."""
+    largest, k = keep(z, max(counts), t), max(counts)
+    tails = [
+        keep(row[None], count, t).tail if count else row.new_zeros(1)
+        for row, count in zip(z, counts)
+    ]
+    return TopK(largest.ids, largest.gap[:, :k], torch.cat(tails), count=torch.tensor(counts))
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_of_a_target_only_the_tokens_that_are_known_are_compared(kind, t):
+    hidden, weight, labels, z = problem()
+    counts, method = [4, 1, 0, 3, 0, 4], Method(0.7, t, kind, BETAS[kind])
+    seen = ours(hidden, weight, labels, knowing(z, counts, t), method)
+    wanted = [
+        torch.zeros((), dtype=hidden.dtype),
+        torch.zeros_like(hidden),
+        torch.zeros_like(weight),
+    ]
+    for i, count in enumerate(counts):
+        one, alone = slice(i, i + 1), keep(z[i : i + 1], count, t) if count else None
+        # nothing known: the cross-entropy, at its weight, is all there is
+        own = method if count else Method(0.0)
+        loss, at_hidden, at_weight = ours(hidden[one], weight, labels[one], alone, own)
+        share = 1.0 if count else 1 - method.alpha
+        wanted[0] += share * loss
+        wanted[1][one] += share * at_hidden
+        wanted[2] += share * at_weight
+    all_close(seen, wanted)
+
+
+@pytest.mark.parametrize("kind", losses.DIVERGENCES)
+def test_over_all_tokens_too_only_what_is_known_is_taken_from_the_record(kind):
+    """With a shape: a target of which nothing is known has no divergence and no gradient, and of
+    one known token the rest has the shape of the basis."""
+    hidden, weight, labels, z = problem()
+
+    class Shape:
+        def logits(self, coef, out=None):
+            return out.copy_(coef)
+
+    counts, method = [4, 1, 0, 3, 0, 4], Method(1.0, 2.0, kind, BETAS[kind])
+    teacher = dataclasses.replace(knowing(z, counts, 2.0), coef=z.flip(1), basis=Shape())
+    seen = ours(hidden, weight, labels, teacher, method)
+    logq = (hidden @ weight.t() / 2).log_softmax(1)
+    p = teacher.logp_all(z.flip(1).clone(), 2.0).exp()
+    for i, count in enumerate(counts):
+        exact, own = (z[i] / 2).softmax(0), teacher.ids[i, :count]
+        rest = torch.full((z.shape[1],), True).index_fill(0, own, False)
+        assert torch.allclose(p[i, own], exact[own])
+        shape = (z.flip(1)[i, rest] / 2).softmax(0)
+        assert torch.allclose(p[i, rest], (exact[rest].sum() if count else 1.0) * shape)
+    heard = torch.tensor([count > 0 for count in counts])
+    wanted = reference_divergence(p, logq.exp(), kind, BETAS[kind])[heard].sum()
+    assert math.isclose(seen[0].item(), power(kind, 2.0) * wanted.item(), rel_tol=1e-9)
+    assert not seen[1][~heard].abs().gt(1e-12).any() or kind == "tvd"
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
@@ -285,7 +347,7 @@ def test_trap_4_the_bucket_of_a_confident_student_is_summed_and_not_one_minus_th
     s = torch.full((1, 50), -40.0) + torch.arange(50) / 100
     s[0, 7] = 0.0
     teacher = TopK(torch.tensor([[7, 8]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0.0]))
-    logq = losses.student_logq(s, teacher.ids, 1.0, s.clone())[0]
+    logq = losses.student_logq(s, teacher, 1.0, s.clone())[0]
     exact = (
         torch.softmax(s.double(), 1)
         .masked_fill(torch.zeros(1, 50, dtype=torch.bool).scatter(1, teacher.ids, True), 0)

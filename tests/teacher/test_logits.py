@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dump_logits
-from lib import data, files, losses, models
+from lib import data, evaluate, files, losses, models
 from lib.head import Head
 from lib.losses import Method
 from lib.teacher import basis, logits, record, writer
@@ -369,6 +369,74 @@ def test_missing_chunks_are_named_with_the_lines_that_bring_them_and_their_rows_
     batch = some.dataset.train.batch([[31], [16]])
     full = make.store(mine, name="full")
     assert (some.at(batch, 2.0).ids == full.at(batch, 2.0).ids[:, :8]).all()
+
+
+def without(folder, chunk, rows, name="logits"):
+    """Dump a chunk again, without records of some of its rows, from the records that there are."""
+    part = record.chunk_folder(folder / name, chunk)
+    records, done = np.load(part / "topk.npy"), np.load(part / "done.npy")
+    meta, dataset = files.read_json(part / "meta.json"), data.Dataset(folder / "data")
+    split = dataset.val if chunk == "val" else dataset.train
+    names = ("teacher", "teacher_folder", "data", "k", "rows_per_chunk", "temperatures", "values")
+    names += ("vocab", "tail_rank", "tail_bytes", "errors", "dtype", "tokens_per_microbatch")
+    settings = {name: meta[name] for name in (*names, "basis") if name in meta}
+    shutil.rmtree(part)
+    part.mkdir()
+    every = writer.rows_of(dataset, chunk)
+    made = writer.Writer(part, chunk, split, every, settings)
+    made.leave_out(rows[:1], "too long")
+    made.leave_out(rows[1:], "of other tokens")
+    first, counts = split.rows["first_target"], split.rows["targets"]
+    for row in np.setdiff1d(every, rows):
+        start, one = int(first[row]) - int(first[every[0]]), done[row - every[0]]
+        own = records[start : start + counts[row]]
+        ce, hits = np.full(len(own), one["ce_sum"] / len(own)), np.arange(len(own)) < one["hits"]
+        made.add(np.array([row]), own, ce, hits)
+    return made.finish(dataset.identities, dataset.sources)
+
+
+def test_a_chunk_may_lack_rows_and_they_are_neither_taught_nor_measured(mine, capsys):
+    meta = without(mine, 1, np.array([17, 20, 31]))
+    assert meta["left_out"] == {"too long": 1, "of other tokens": 2}
+    without(mine, "val", np.array([0, 2]))
+    some, full = make.store(mine), make.store(mine, name="full")
+    assert some.rows().tolist() == [row for row in range(40) if row not in (17, 20, 31)]
+    some.say()
+    assert "2 rows have no record (too long)" in capsys.readouterr().out
+    own = files.read_json(mine / "logits" / "val" / "meta.json")
+    dataset = some.dataset
+    split, there = dataset.val, [row for row in range(len(dataset.val.rows)) if row not in (0, 2)]
+    kept = data.Split.of([(*split.row(row), 0) for row in there])
+    assert own["teacher_ce"] == pytest.approx(full.val.done()["ce_sum"][there].sum() / kept.targets)
+    assert some.val_measures()["targets"] == kept.targets
+    model = models.load(str(mine / "student"), CPU)
+    model = some.join(model, types.SimpleNamespace(student="student"), None)
+
+    class OfKept:
+        """The same records, by the rows that there are."""
+
+        compares = True
+
+        def val_at(self, batch, t):
+            return some.val_at(split.batch([[there[row]] for row in batch.rows]), t)
+
+    measured = evaluate.measure(model, split, some.vocab, 64, teacher=some)
+    wanted = evaluate.measure(model, kept, some.vocab, 64, teacher=OfKept())
+    assert wanted["kl"] > 0.1 and measured["targets"] == split.targets
+    for name in ("kl", "rkl", "agree"):
+        assert measured[name] == pytest.approx(wanted[name], rel=1e-5)
+
+
+def test_a_row_that_is_missing_and_not_left_out_ends_no_chunk(mine):
+    with pytest.raises(AssertionError, match="rows are missing"):
+        part = record.chunk_folder(mine / "logits", 1)
+        meta = files.read_json(part / "meta.json")
+        dataset, settings = data.Dataset(mine / "data"), {**meta}
+        shutil.rmtree(part)
+        part.mkdir()
+        made = writer.Writer(part, 1, dataset.train, writer.rows_of(dataset, 1), settings)
+        made.leave_out(made.rows[1:], "too long")
+        made.finish(dataset.identities, [])
 
 
 def test_a_folder_without_one_finished_chunk_is_refused(mine):
