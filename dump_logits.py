@@ -36,7 +36,18 @@ from lib.data import Dataset
 from lib.options import classifier
 from lib.prepare import ask
 from lib.run import Interrupt, clock
-from lib.teacher import basis, fit, record, served, verify, worth, writer, written
+from lib.teacher import (
+    across,
+    basis,
+    fit,
+    record,
+    served,
+    translate,
+    verify,
+    worth,
+    writer,
+    written,
+)
 
 
 def parse_args(argv=None):
@@ -85,8 +96,10 @@ def parse_args(argv=None):
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     served.add_flags(parser)
+    across.add_flags(parser)
     args = parser.parse_args(argv)
     served.check_flags(parser, args, ask.KEYS)
+    across.check_flags(parser, args)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
@@ -114,7 +127,9 @@ def chunks_wanted(args, dataset):
 
 def load_teacher(args, dataset, folder, device, dtype):
     """Return the teacher, cut to the tokens that the student knows too, and the rows that it reads:
-    a classifier's own tokenizer reads their texts."""
+    a classifier's own tokenizer reads their texts, and so does that of a teacher with other tokens
+    (`others`, by the name of the split, which then make its records)."""
+    others = {}
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(
         dataset=dataset,
@@ -124,17 +139,24 @@ def load_teacher(args, dataset, folder, device, dtype):
     )
     if dataset.labels:
         splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
+    if across.is_asked(args):
+        others, table = across.read_rows(args, dataset, folder)
+        splits = {name: one.theirs for name, one in others.items()}
+        options["dataset"] = None
     lengths = [split.rows["length"] for split in splits.values()]
     plan.check_lengths(np.concatenate(lengths), args.tokens_per_microbatch)
     if dataset.labels:
         rows = list(splits.values())
         teacher = classifier.load(args.teacher, device, dtype, rows=rows, **options)
         args.k, args.values, args.tail_rank = teacher.vocab, "fp16", 0
+    elif others:
+        teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+        teacher = translate.translated(teacher, table)
     else:
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
         teacher = models.load(args.teacher, device, dtype, pack=False, apart=apart, **options)
     teacher.module.requires_grad_(False)
-    return cut(args, teacher, dataset), splits
+    return cut(args, teacher, dataset), splits, others
 
 
 def cut(args, teacher, dataset):
@@ -159,20 +181,32 @@ def cut(args, teacher, dataset):
             " layer)",
             "--vocab 0",
         )
-    left = vocab - sum(id < vocab for id in apart)
+    teacher = replace(teacher, limit=vocab, apart=tuple(sorted(apart)))
+    without = teacher.head().apart
+    left = vocab - (0 if without is None else len(without))
     if args.k > left:
         files.fail("k does not fit", f"--k {args.k}", f"at most V = {left}", f"--k {left}")
-    return replace(teacher, limit=vocab, apart=tuple(sorted(apart)))
+    return teacher
 
 
-def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holding):
-    """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
+def dump(out, chunk, dataset, split, other, teacher, shape, settings, interrupt, holding):
+    """Write one chunk (or val), or what is missing of it. other: who makes the records of a teacher
+    with other tokens. holding: its lock, if there is one."""
     folder = record.chunk_folder(out, chunk)
     holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
-    made = writer.Writer(folder, chunk, split, writer.rows_of(dataset, chunk), settings)
+    made = writer.Writer(
+        folder,
+        chunk,
+        dataset.val if chunk == "val" else dataset.train,
+        writer.rows_of(dataset, chunk),
+        settings,
+        split.rows["length"],
+        other and other.lost,
+    )
+    score = other.records if other else writer.teacher_records
     batches, left, head = len(made.batches), len(made.left), teacher.head()
     print(
         f"dump {folder}: {len(made.rows):,} rows, {made.targets:,} targets, {made.dtype.itemsize}"
@@ -193,7 +227,7 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
     for number, rows in enumerate(made.left):
         started = clock(teacher.device)
         batch = split.batch([[row] for row in rows.tolist()]).to(teacher.device)
-        records, ce, hits = writer.teacher_records(
+        records, ce, hits = score(
             teacher, head, batch, settings["k"], settings["temperatures"], made.dtype, shape
         )
         if number:  # the first one warms up
@@ -210,21 +244,26 @@ def dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, holdin
             said = time.monotonic()
     bar.close()
 
-    asked = chunk == "val" and not dataset.labels
+    asked = chunk == "val" and not dataset.labels and not other
     more = {"answers": worth.answered(teacher, dataset)} if asked else {}
+    finish(made, dataset, begun, speed, more)
+    holding.release()
+
+
+def finish(made, dataset, begun, speed, more):
+    """End a chunk, and say what is in it."""
     # apart from what is the same whatever the machine; of the process that finished it
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
-    files.write_json(folder / writer.COST_FILE, cost)
+    files.write_json(made.folder / writer.COST_FILE, cost)
     meta = made.finish(dataset.identities, dataset.sources, **more)
     print(
-        f"dump {folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
+        f"dump {made.folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
         f" {meta['teacher_ce']:.4f} acc1 {meta['teacher_acc1']:.4f}, top-k coverage "
         + "  ".join(f"T={t}: {share:.3f}" for t, share in meta["coverage"].items()),
         flush=True,
     )
     for line in writer.errors_said(meta):
         print(line, flush=True)
-    holding.release()
 
 
 def look_again(args, dataset, wanted, out, device):
@@ -235,7 +274,7 @@ def look_again(args, dataset, wanted, out, device):
         checkpoints.check_written(folder, verify=True)
         dtype = models.pick_dtype(args.dtype, device, folder)
         args.k = min(part.meta["k"] for part in there.values())
-        teacher, splits = load_teacher(args, dataset, folder, device, dtype)
+        teacher, splits, _ = load_teacher(args, dataset, folder, device, dtype)
         identity = checkpoints.identity(folder)
         verify.against_teacher(there, args.verify, dataset, splits, teacher, identity)
     print(f"verify: {out} is in order")
@@ -256,8 +295,9 @@ def main(argv=None):
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
     writer.say_memory(folder, dtype, device, args, dataset)
-    teacher, splits = load_teacher(args, dataset, folder, device, dtype)
+    teacher, splits, others = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
+    settings |= across.settings_across(others)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
@@ -286,14 +326,27 @@ def main(argv=None):
     held = writer.empty_chunks(out, missing) if args.fresh else {}
     shape = None
     if args.tail_rank and missing:
-        shape, settings["basis"] = fit.shared_basis(out, dataset, teacher, settings, missing, anew)
+        shape, settings["basis"] = fit.shared_basis(
+            out, splits["train"], teacher, settings, missing, anew
+        )
     elif anew:
         (out / basis.FILE).unlink(missing_ok=True)
 
     interrupt = Interrupt()
     for chunk in missing:
-        split = splits["val" if chunk == "val" else "train"]
-        dump(out, chunk, dataset, split, teacher, shape, settings, interrupt, held.get(chunk))
+        name = "val" if chunk == "val" else "train"
+        dump(
+            out,
+            chunk,
+            dataset,
+            splits[name],
+            others.get(name),
+            teacher,
+            shape,
+            settings,
+            interrupt,
+            held.get(chunk),
+        )
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists():

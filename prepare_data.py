@@ -322,7 +322,7 @@ def main(argv=None):
     # later stages load this one: so does this run
     tokenizer = rows.saved_tokenizer(partial / "tokenizer", args.trust_remote_code)
     texts = None
-    if args.export or args.push_to_hub:
+    if export.keeps_text(args):
         texts = export.RowWriter(partial / "staged.texts.parquet", inputs, bool(written))
     try:
         if args.task == "classify":

@@ -399,7 +399,9 @@ def check_vocabulary(
             mend = OTHER_GGUF
         elif teacher:  # to prepare with its tokenizer would only have the student refused
             mend = (
-                "learn the text that it writes: python prepare_data.py --tokenizer"
+                "dump_logits.py --map-vocabulary (the teacher's tokenizer differs in a few tokens)"
+                " or --align bytes (it cuts text otherwise); or learn the text that it writes:"
+                " python prepare_data.py --tokenizer"
                 f" {dataset.folder / 'tokenizer'} --answers teacher --teacher {folder} --source"
                 " SOURCE --out another folder"
             )

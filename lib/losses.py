@@ -31,7 +31,7 @@ taken whole: softmax(z / T).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -87,7 +87,9 @@ class TopK:
     tail (N,) at one T.
 
     count (N,), if given: how many of a target's K ids are known. All others' mass is in its tail,
-    so that of a target with 0 known the divergence is 0.
+    so that of a target with 0 known the divergence is 0. joint (N,), if given: above 0 where so
+    many targets from here on, of which nothing else is known, are compared by the product of their
+    labels' probabilities, and tail says what is beside it.
 
     With a `basis`, coef (N, R) are the tail's coefficients over it; without one, the tail is a
     bucket, and so it is at targets of `shapeless` (N,), whose coefficients are worse than none.
@@ -100,6 +102,7 @@ class TopK:
     basis: TailShape | None = None
     shapeless: Tensor | None = None
     count: Tensor | None = None
+    joint: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "TopK":
         return TopK(
@@ -110,6 +113,7 @@ class TopK:
             self.basis,
             None if self.shapeless is None else self.shapeless[part],
             None if self.count is None else self.count[part],
+            None if self.joint is None else self.joint[part],
         )
 
     @property
@@ -416,6 +420,53 @@ def divergence_over_all(
     return kd_sum, add_gradient
 
 
+def divergence_over_products(
+    z: Tensor, labels: Tensor, teacher: TopK, method: Method
+) -> tuple[Tensor, AddGradient]:
+    """Return the divergence summed over the groups of several targets (`TopK.joint`), nats, and
+    what adds its gradient at s: of each group the probability of its labels one after the other,
+    and of all else (the chain rule; T = 1). z (n, V) holds s - s_max."""
+    assert method.temperature == 1 and teacher.joint is not None, method.temperature
+    first = teacher.joint.nonzero()[:, 0]
+    size = teacher.joint[first]
+    group = torch.arange(len(first), device=z.device).repeat_interleave(size)
+    member = torch.arange(len(group), device=z.device) + (first + size - size.cumsum(0))[group]
+    logp = z[member].log_softmax(1)  # (members, V)
+    at, place = labels[member][:, None], torch.zeros(len(first), dtype=z.dtype, device=z.device)
+    product = place.index_add(0, group, logp.gather(1, at)[:, 0])
+    p = -torch.nn.functional.softplus(teacher.tail[first].to(z.dtype))
+    known = torch.stack([p, teacher.tail[first] + p], 1)
+    with torch.enable_grad():
+        leaf = product.detach().requires_grad_()
+        rest = (-torch.expm1(leaf)).clamp_min(math.exp(FLOOR)).log()
+        logq = torch.stack([leaf, rest], 1)
+        kd = divergence(known, logq, method.divergence, method.beta).sum()
+        (g,) = torch.autograd.grad(kd, leaf)
+    slope, soft = g[group], logp.exp_()
+
+    def add_gradient(d: Tensor, weight: float) -> None:
+        d.index_add_(0, member, soft * slope[:, None], alpha=-weight)
+        d[member] = d[member].scatter_add_(1, at, weight * slope[:, None])
+
+    return kd.detach(), add_gradient
+
+
+def chunks_of(count: int, size: int, teacher: Distribution | None) -> Iterator[slice]:
+    """Yield `count` targets in chunks of at most `size`, none of which ends inside a group."""
+    inside = torch.zeros(count + 1, dtype=torch.bool)
+    if isinstance(teacher, TopK) and teacher.joint is not None:
+        for first in teacher.joint.cpu().nonzero()[:, 0].tolist():
+            inside[first + 1 : first + int(teacher.joint[first])] = True
+    start = 0
+    while start < count:
+        end = min(start + size, count)
+        while inside[end]:
+            end -= 1
+        assert end > start, f"a group of more than {size} targets"
+        yield slice(start, end)
+        start = end
+
+
 def cross_entropy(z: Tensor, labels: Tensor, weight: float) -> Tensor:
     """Return the cross-entropy summed over targets, nats. z (n, V) holds s - s_max and becomes
     `weight` times its gradient at s: softmax(s) - 1 at the label (n,)."""
@@ -439,8 +490,13 @@ def loss_of_logits(
         kd, add_gradient = divergence_over_bucket(z, teacher, method, out)
     else:
         kd, add_gradient = divergence_over_all(z, teacher, method, out)
+    adding = [add_gradient]
+    if isinstance(teacher, TopK) and teacher.joint is not None:
+        of_groups, add_gradient = divergence_over_products(z, labels, teacher, method)
+        kd, adding = kd + of_groups, [*adding, add_gradient]
     ce = cross_entropy(z, labels, 1 - method.alpha)
-    add_gradient(z, method.slope)
+    for add_gradient in adding:
+        add_gradient(z, method.slope)
     return ce, kd
 
 
@@ -501,8 +557,7 @@ class _HeadLoss(torch.autograd.Function):
         size = min(head.chunk(), max(len(labels), 1))
         buffer = torch.empty(size, head.vocab, dtype=wide(operand.dtype), device=device)
         second = torch.empty_like(buffer if teacher is not None else buffer[:0])
-        for start in range(0, len(labels), size):
-            part = slice(start, min(start + size, len(labels)))
+        for part in chunks_of(len(labels), size, teacher):
             rows = hidden[part].to(operand.dtype)
             z = head.logits(rows, operand, buffer[: len(rows)])  # (n, V)
             slope = 1 - (z / head.softcap) ** 2 if head.softcap else None

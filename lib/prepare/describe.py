@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import data, files, template
-from lib.prepare import own, places, sources, split, templates
+from lib.prepare import export, own, places, sources, split, templates
 
 BOTH = {"train": int, "val": int}
 DESCRIBED = data.META | {  # of meta.json, what is printed of it
@@ -108,7 +108,7 @@ def facts_of_rows(inputs: list[sources.Source], staged: split.Staged, args, shap
 def staging_key(inputs: list[sources.Source], written, args, shaping: dict, tokenizer) -> str:
     """Return a hash of all that staged rows depend on, "" where a killed run starts over: rows with
     a class, and rows that are exported too."""
-    if args.fresh or args.task == "classify" or args.export or args.push_to_hub:
+    if args.fresh or args.task == "classify" or export.keeps_text(args):
         return ""
     import tokenizers
     import transformers

@@ -34,8 +34,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add where the rows kept are also written to."""
     parser.add_argument(
         "--export",
+        nargs="?",
+        const="",
         metavar="DIR|URI",
-        help="also write the rows kept, as train.parquet and validation.parquet in this folder",
+        help=(
+            "also write the rows kept, as train.parquet and validation.parquet in this folder;"
+            " without one: beside the data, in --out's rows/"
+        ),
     )
     parser.add_argument(
         "--push-to-hub",
@@ -57,6 +62,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--push-to-hub is {args.push_to_hub}, wanted org/name")
     if args.export and args.export.partition("?")[0].endswith(".parquet"):
         parser.error(f"--export is {places.redact(args.export)}, wanted a folder")
+
+
+def keeps_text(args: argparse.Namespace) -> bool:
+    """Return whether the rows are also kept as text."""
+    return args.export is not None or bool(args.push_to_hub)
 
 
 def schema(plain_text: bool, written: bool) -> pa.Schema:
@@ -159,7 +169,7 @@ def begin(args: argparse.Namespace, inputs: list[sources.Source]) -> None:
             )
     if args.push_to_hub:
         hub.create(args.push_to_hub, args.public)
-    if not (args.export or args.push_to_hub):
+    if not keeps_text(args):
         return
     if len({file.is_text for source in inputs for file in source.files}) > 1:
         files.fail(
@@ -173,7 +183,7 @@ def begin(args: argparse.Namespace, inputs: list[sources.Source]) -> None:
 def deliver(folder: Path, args: argparse.Namespace) -> None:
     """Write the rows of a finished data set (data/NAME/rows) where --export and --push-to-hub
     say."""
-    if not (args.export or args.push_to_hub):
+    if not keeps_text(args):
         return
     parts = [folder / f"{split}.parquet" for split in SPLITS]
     if not any(part.exists() for part in parts):

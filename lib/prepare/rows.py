@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import data, files, flags, template
-from lib.prepare import conversations, own, sources, split, templates
+from lib.prepare import conversations, export, own, sources, split, templates
 
 LEAST = 1 << 20  # characters: a shorter row is tokenized as it is, whatever --max-len
 AT_ONCE = 1 << 17  # of a longer text, tokenized at once: a token takes 300 bytes there
@@ -332,7 +332,7 @@ def _pieces(tokenizer, row: str, ids: np.ndarray, answer: np.ndarray, args) -> l
         mine = ids[start : start + args.max_len]
         learnt = answer[start : start + args.max_len] & (np.arange(len(mine)) > 0)
         text = ""
-        if args.export or args.push_to_hub:
+        if export.keeps_text(args):
             text = tokenizer.decode(mine, skip_special_tokens=True)
         if learnt.any():
             found.append(Encoded(mine, learnt, prompt, split.hash64(mine.tobytes()), text))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib import data, files, models
-from lib.head import Head
+from lib.head import ABSENT, Head
 from lib.run import clock
 from lib.teacher import basis, sample
 from lib.teacher.basis import Basis
@@ -73,21 +73,17 @@ def check_basis(out: Path, settings: dict, missing: list, anew: bool) -> bool:
 
 
 def shared_basis(
-    out: Path,
-    dataset: data.Dataset,
-    teacher: models.Model,
-    settings: dict,
-    missing: list,
-    anew: bool,
+    out: Path, split: data.Split, teacher: models.Model, settings: dict, missing: list, anew: bool
 ) -> tuple[Basis, str]:
     """Return the basis of a logits folder, on the teacher's device, and its file's hash: the one
-    that is there, or a new one. Of several dumps, the first makes it."""
+    that is there, or a new one, fitted to train rows as the teacher reads them (`split`). Of
+    several dumps, the first makes it."""
     path, holding = out / basis.FILE, files.lock(out, wait=True)
     if not check_basis(out, settings, missing, anew):
         started, size = clock(teacher.device), settings["tail_bytes"]
         print(f"basis {path}: is fitted, once for all chunks", flush=True)
         with files.telling("basis, the teacher over a sample of rows"):
-            hidden = sample.hidden_states(dataset, teacher, settings["tokens_per_microbatch"])
+            hidden = sample.hidden_states(split, teacher, settings["tokens_per_microbatch"])
         k, rank = settings["k"], settings["tail_rank"]
         with files.telling("basis, fitting"):
             shape, held = fit_basis(teacher.head(), hidden, k, rank, size)
@@ -205,6 +201,8 @@ def decoded(head: Head, center: Tensor, middle: Tensor, decoder: Tensor) -> tupl
         mean[part] = wide @ center
     if head.bias is not None:
         mean += head.bias.detach()[: head.vocab].float() * head.scale
+    if head.apart is not None and not head.softcap:  # a cap would bring them back
+        mean[head.apart], rows[:, head.apart] = ABSENT, 0.0
     return mean, rows
 
 

@@ -32,6 +32,8 @@ ALIKE = (
     "tail_bytes",
     "apart",
     "counted",
+    "joint",
+    "across",
 )
 
 
@@ -51,6 +53,8 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
     words = ["--data", dataset.folder, *teacher, "--out", out]
     for name, value in given.items():
         words += [f"--{name}", value] if value not in (None, "") else []
+    if "across" in meta:
+        words += ["--align", "bytes"] if meta.get("joint") else ["--map-vocabulary"]
     return f"{files.command('dump_logits.py', *words)} {more}"
 
 
@@ -464,6 +468,8 @@ class Records:
             topk = replace(topk, shapeless=move(topk.shapeless))
         if topk.count is not None:
             topk = replace(topk, count=move(topk.count))
+        if topk.joint is not None:
+            topk = replace(topk, joint=move(topk.joint))
         if dumped or self.whole:
             return topk
         return between(topk, move(record.tails_of(records)), self.temperatures, temperature)

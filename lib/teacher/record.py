@@ -18,9 +18,11 @@ exp((z_j - z_max)/T), float32, and `coef`, the shape of the tail: coefficients o
 packed as the basis says; then also for every T `error`, how far that shape is from the teacher's
 own (uint8, `error_code`), of which the highest says that it is worse than none: a bucket. Where
 whoever fills it may know fewer than k tokens of a target, `count` says how many (0: it says nothing
-of this target); and rows of a chunk that have no record at all are those that done.npy lacks,
-counted in meta.json's `left_out`. Never raw logits: float16 of z costs 1.7e-3 nats of KL, of
-z_max - z 4e-7.
+of this target); `joint`, where a record without known tokens is of so many targets together, the
+probability of their tokens' product (across.py); and rows of a chunk that have no record at all are
+those that done.npy lacks, counted in meta.json's `left_out`.
+
+Never raw logits: float16 of z costs 1.7e-3 nats of KL, float16 of z_max - z 4e-7.
 
 Worked example: V = 151,936, three temperatures: k = 32, float16, no basis 64 + 8 + 64 + 12 = 148
 bytes a target; k = 16, uint8 and 128 bytes of coefficients 32 + 4 + 16 + 2 + 128 + 3 + 12 = 197.
@@ -54,6 +56,8 @@ CHUNK_META = {  # of meta.json
     "tail_bytes?": range(1 << 20),
     "errors?": bool,
     "counted?": bool,
+    "joint?": bool,
+    "across?": str,
     "left_out?": {...: range(1 << 62)},
     "error?": {...: {...: {"mean": float, "p99": float, "shapeless": float}}},
     "basis?": str,
@@ -85,6 +89,7 @@ def record_dtype(
     tail_bytes: int = 0,
     errors: bool = False,
     counted: bool = False,
+    joint: bool = False,
 ) -> np.dtype:
     """Return the dtype of one target's record; its itemsize is the bytes a target takes."""
     fields: list[tuple] = [("id_low", "<u2", (k,))]
@@ -96,6 +101,8 @@ def record_dtype(
         fields += [("gap", "u1", (k,)), ("scale", "<f2")]
     if counted:
         fields.append(("count", "<u2"))
+    if joint:
+        fields.append(("joint", "u1"))
     if tail_bytes:
         fields.append(("coef", "u1", (tail_bytes,)))
     if errors:
@@ -106,7 +113,8 @@ def record_dtype(
 def dtype_of(settings: dict) -> np.dtype:
     """Return the dtype of the records that a dump's settings, or a meta.json, tell of."""
     k, temperatures, vocab = (settings[name] for name in ("k", "temperatures", "vocab"))
-    more = [settings.get(name, 0) for name in ("tail_bytes", "errors", "counted")]  # some have none
+    names = ("tail_bytes", "errors", "counted", "joint")
+    more = [settings.get(name, 0) for name in names]  # some have none
     return record_dtype(k, temperatures, vocab, settings["values"], *more)
 
 
@@ -157,10 +165,12 @@ def pack(
     coef: np.ndarray | None = None,
     error: np.ndarray | None = None,
     count: np.ndarray | None = None,
+    joint: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return records (n,) of ids (n, k), gaps (n, k), tails (n, temperatures), packed coefficients
     (n, bytes), codes of their errors (n, temperatures), and how many of the ids are known (n,):
-    the others are any that differ from these, their gaps no smaller."""
+    the others are any that differ from these, their gaps no smaller; joint (n,): of how many
+    targets it holds the product, if of several."""
     records = np.zeros(len(ids), dtype)
     records["id_low"] = ids & 0xFFFF
     if bits := high_bits(vocab):
@@ -184,6 +194,8 @@ def pack(
         records["error"] = error
     if "count" in (dtype.names or ()):
         records["count"] = ids.shape[1] if count is None else count
+    if joint is not None and "joint" in (dtype.names or ()):
+        records["joint"] = joint
     records["tail"] = tails
     return records
 
@@ -203,6 +215,8 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
     topk = losses.TopK(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(tail))
     if "count" in (records.dtype.names or ()) and (records["count"] < ids.shape[1]).any():
         topk = replace(topk, count=torch.from_numpy(records["count"].astype(np.int64)))
+    if "joint" in (records.dtype.names or ()) and records["joint"].any():
+        topk = replace(topk, joint=torch.from_numpy(records["joint"].astype(np.int64)))
     if shape is None:
         return topk
     topk = replace(topk, coef=shape.unpack(records["coef"]), basis=shape)
@@ -234,6 +248,8 @@ def coverage(
     over an even sample of records; numbers: of those that there are (default: all)."""
     numbers = np.arange(len(records)) if numbers is None else numbers
     records = records[numbers[:: max(1, len(numbers) // sample)]]
+    if "count" in (records.dtype.names or ()):
+        records = records[records["count"] > 0]
     shares = {}
     for column, t in enumerate(temperatures):
         rest = rest_mass(unpack(records, vocab, column), t)

@@ -13,10 +13,10 @@ A_ROW = 64  # of these from one row, at most
 
 
 @torch.inference_mode()
-def hidden_states(dataset: data.Dataset, teacher: models.Model, tokens: int) -> Tensor:
-    """Return the teacher's hidden states (about SAMPLE, D) at the targets of the sample; `tokens` a
-    forward pass."""
-    split, parts = dataset.train, []
+def hidden_states(split: data.Split, teacher: models.Model, tokens: int) -> Tensor:
+    """Return the teacher's hidden states (about SAMPLE, D) at the targets of the sample of a split;
+    `tokens` a forward pass."""
+    parts = []
     rows, lengths = sampled_rows(split), split.rows["length"]
     for lines in plan.microbatches(rows, lengths, tokens, int(lengths.max()), pack=False):
         batch = split.batch(lines)

@@ -133,8 +133,8 @@ def dump_settings(
         "dtype": str(dtype),
         "tokens_per_microbatch": args.tokens_per_microbatch,
     }
-    if head.apart is not None:  # older folders, and most, have none
-        settings["apart"] = head.apart.tolist()
+    if apart := [id for id in teacher.apart if id < head.vocab]:  # older folders, and most: none
+        settings["apart"] = apart
     more = {"tail_bytes": args.tail_bytes, "errors": True}
     return settings | (more if args.tail_rank else {})
 
@@ -288,13 +288,32 @@ def teacher_records(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the records of a batch's targets, the teacher's cross-entropy at each (nats) and
     whether it had it right, each (N,)."""
+    return of_hidden(teacher.hidden(batch), batch.labels, head, k, temperatures, dtype, shape)
+
+
+@torch.inference_mode()
+def of_hidden(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: heads.Head,
+    k: int,
+    temperatures: list[float],
+    dtype: np.dtype,
+    shape: Basis | None = None,
+    others: heads.Head | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `teacher_records` of hidden states (N, D) and labels (N,). others: the output layer of
+    more tokens, none of which is to be in a record, but their mass is; a label of -1 - i is its
+    token i."""
     with_one = sorted({*temperatures, 1.0})
     one, columns = with_one.index(1.0), [with_one.index(t) for t in temperatures]
-    hidden = teacher.hidden(batch)
     records, ce, hits = [], [], []
     for part, z in head.chunks(hidden):
-        label = batch.labels[part]
-        at_label = (z.gather(1, label[:, None]) - z.amax(1, keepdim=True))[:, 0]
+        label, top = labels[part], z.amax(1)
+        at_label, more = z.gather(1, label.clamp_min(0)[:, None])[:, 0] - top, None
+        if others is not None:
+            at_other, more = mass_beside(others, hidden[part], -1 - label, with_one, top)
+            at_label = torch.where(label < 0, at_other, at_label)
         coef = stored = off = None
         if shape is not None:
             coef = shape.pack(shape.encode(hidden[part]))
@@ -305,15 +324,34 @@ def teacher_records(
             for some in losses.pieces(z)
         ]
         tails, errors = (torch.cat(each) for each in zip(*made))
+        tails = tails if more is None else torch.logaddexp(tails, more)
         log_z = torch.logaddexp((-gaps).logsumexp(1), tails[:, one])
         own = tails[:, columns]
         if shape is not None:
             off = codes_of(errors[:, columns], gaps, own, temperatures)
-        top = ids.cpu().numpy(), gaps.cpu().numpy(), own.cpu().numpy()
-        records.append(record.pack(*top, dtype, head.vocab, coef, off))
+        known = ids.cpu().numpy(), gaps.cpu().numpy(), own.cpu().numpy()
+        records.append(record.pack(*known, dtype, head.vocab, coef, off))
         ce.append((log_z - at_label).cpu().double().numpy())
         hits.append((at_label == 0).cpu().numpy())
     return np.concatenate(records), np.concatenate(ce), np.concatenate(hits)
+
+
+def mass_beside(
+    others: heads.Head,
+    hidden: torch.Tensor,
+    label: torch.Tensor,
+    temperatures: list[float],
+    top: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return of tokens beside a head's, at n targets, the logit of one of them (n,) (any, where
+    label (n,) is below 0), and the log of their mass at each T (n, temperatures), both less top
+    (n,), which counts 1."""
+    at_label, mass = [], []
+    for part, x in others.chunks(hidden):
+        x -= top[part, None]
+        at_label.append(x.gather(1, label[part].clamp_min(0)[:, None])[:, 0])
+        mass.append(torch.stack([(x / t).logsumexp(1) for t in temperatures], 1))
+    return torch.cat(at_label), torch.cat(mass)
 
 
 def codes_of(
@@ -372,8 +410,17 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, chunk: int | str, split: data.Split, rows: np.ndarray, settings: dict
+        self,
+        folder: Path,
+        chunk: int | str,
+        split: data.Split,
+        rows: np.ndarray,
+        settings: dict,
+        lengths: np.ndarray | None = None,
+        left_out: dict[str, np.ndarray] | None = None,
     ) -> None:
+        """lengths (rows of the split,): of each row as the teacher reads it, if not as the data
+        has it; left_out: what `leave_out` would be told of."""
         self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
         self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
         self.sources = split.rows["source"][rows]
@@ -382,10 +429,17 @@ class Writer:
             self._continue()
         else:
             self._begin()
-        self.batches = batches_of(rows, split.rows["length"], settings["tokens_per_microbatch"])
+        self.left_out: dict[str, np.ndarray] = {}  # by the reason
+        for why, some in (left_out or {}).items():
+            self.leave_out(np.intersect1d(some, rows), why)
+        lengths, tokens = (
+            split.rows["length"] if lengths is None else lengths,
+            settings["tokens_per_microbatch"],
+        )
+        wanted = np.setdiff1d(rows, np.concatenate([rows[:0], *self.left_out.values()]))
+        self.batches = batches_of(wanted, lengths, tokens)
         there = self.there["done"]
         self.left = [batch for batch in self.batches if not there[batch - rows[0]].all()]
-        self.left_out: dict[str, np.ndarray] = {}  # by the reason
         self.pending: list[tuple] = []  # what has been added since the last flush
         self.flushed = time.monotonic()
 
@@ -449,8 +503,9 @@ class Writer:
 
     def leave_out(self, rows: np.ndarray, why: str) -> None:
         """Let rows of the chunk have no record; said anew by whoever continues a dump."""
-        before = self.left_out.get(why, np.zeros(0, np.int64))
-        self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
+        if len(rows):
+            before = self.left_out.get(why, np.zeros(0, np.int64))
+            self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
 
     def flush(self) -> None:
         """Force what was added to the disk: the records first, then the word that they are
@@ -548,7 +603,9 @@ class Placed:
 
 def batches_of(rows: np.ndarray, lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Return rows in batches of like length, of at most `tokens` tokens with padding."""
-    batches = []
+    batches: list[np.ndarray] = []
+    if not len(rows):
+        return batches
     for window in np.array_split(rows, -(-len(rows) // WINDOW)):
         for lines in plan.microbatches(window, lengths, tokens, int(lengths.max()), pack=False):
             batches.append(np.concatenate(lines))
