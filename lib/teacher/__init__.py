@@ -11,6 +11,8 @@ which it is. `open_teacher` chooses by the flags.
     verify.py   records held against their checksums, and against the teacher
     written.py  who wrote the rows             served.py  chunks that a server fills
     several.py  several folders as one teacher
+    across.py   records of a teacher with another tokenizer: translate.py pairs the tokens, and
+                reread.py the rows
 """
 
 import argparse

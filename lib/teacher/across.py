@@ -157,7 +157,7 @@ def read_rows(
     words = checkpoints.with_tokenizer(folder)
     teacher, student = template.load_tokenizer(words, args.trust_remote_code), dataset.tokenizer()
     table = translate.shared(student, teacher, vocab_of(args, student))
-    for line in translate.say_table(table, student, teacher):
+    for line in translate.table_said(table, student, teacher):
         print(line)
     reader, made = reread.Reader(dataset, teacher, table), {}
     about = template.identities(teacher)["tokenizer"]

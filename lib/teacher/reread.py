@@ -105,12 +105,12 @@ class Reader:
         for known, one in ((self.mine, self.ours), (self.other, teacher)):
             names = template.token_names(one)
             known |= {id: names[id].encode() for id in template.special_ids(one)}
-        self.drops = dataset.meta.get("args", {}).get("think") == "drop"
+        self.think = dataset.meta.get("args", {}).get("think")
         self.bos = [teacher.bos_token_id] if template.adds_bos(teacher) else []
 
     def asked(self, messages: list[dict]) -> str:
         """Return the prompt as their template writes it."""
-        shown = template.without_think(messages) if self.drops else messages
+        shown = template.without_think(messages) if self.think == "drop" else messages
         text = template.render(self.theirs, shown, add_generation_prompt=True)
         return OPENED.sub("", text)
 
@@ -158,6 +158,9 @@ class Reader:
                 asked = self.asked(messages[:turn])
             except (jinja2.TemplateError, TypeError):
                 return "refused by the teacher's template"
+            if self.think == "mask":  # what the answer has before its targets
+                before = len(template.prompt_ids(self.ours, messages[:turn]))
+                asked += self.ours.decode(ids[before:start], clean_up_tokenization_spaces=False)
             if not asked.startswith(text):  # it shows an earlier answer otherwise: that one is lost
                 whole, text, found = [], "", []
             whole += self.tokens(asked[len(text) :])

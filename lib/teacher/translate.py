@@ -104,7 +104,7 @@ def shared(student, teacher, vocab: int) -> Table:
     return Table(theirs, ours, roles)
 
 
-def say_table(found: Table, student, teacher) -> list[str]:
+def table_said(found: Table, student, teacher) -> list[str]:
     """Return in words what was mapped."""
     ours, theirs = template.token_names(student), template.token_names(teacher)
     both, missing = len(found.ours), len(found.lacking)

@@ -258,6 +258,8 @@ def say_memory(
     lengths, targets = dataset.train.rows["length"], dataset.train.targets
     share = targets / max(1, int(lengths.sum()))  # of tokens that are targets
     tokens = min(args.tokens_per_microbatch, int(lengths.sum()))
+    if args.map_vocabulary or args.align:  # its output layer once more, in the student's order
+        weights += vocab * width * dtype.itemsize
     logits = 4 * math.ceil(tokens * share) * vocab
     more = live.activation_bytes(shapes, tokens, dtype)
     # a chunk, sorted, and what is widened for it; what is stored of it, and the difference

@@ -186,7 +186,7 @@ def test_tokens_are_paired_by_their_bytes_and_special_ones_by_their_role(world):
         one.convert_tokens_to_ids(name)
         for one, name in ((ours, "<|im_end|>"), (theirs, "<|end of turn|>"))
     )
-    said = translate.say_table(table, ours, theirs)
+    said = translate.table_said(table, ours, theirs)
     assert "<|end of turn|> is the student's <|im_end|>" in " ".join(said)
 
 
@@ -301,6 +301,34 @@ def test_of_an_earlier_answer_too_the_teacher_is_asked_behind_what_its_template_
         several += len(answers) > 1
         assert len(made.groups[row]) == dataset.train.rows["targets"][row]
     assert several > 5
+
+
+@pytest.mark.parametrize("think", ("keep", "mask", "drop"))
+def test_a_trace_that_the_teachers_prompt_opens_is_opened_once(tmp_path, think):
+    """DeepSeek-R1's generation prompt ends in <think>, and so do its students' answers begin."""
+    ours = tiny.tiny(merges=MERGES)
+    opens = TURNS.replace("'<|turn|>assistant: ' }}", "'<|turn|>assistant: <think>\\n' }}")
+    theirs, _ = permuted(ours, chat_template=opens)
+    theirs.add_tokens(["<think>", "</think>"])
+    trace = "<think>\nhm\n</think>\n\n"
+    rows = [{"messages": tiny.chat(f"Q{n}", trace + f"Yes {n}")} for n in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    ours.save_pretrained(tmp_path / "tokenizer")
+    words = ["--source", tmp_path / "rows.parquet", "--tokenizer", tmp_path / "tokenizer"]
+    words += ["--export", "--out", tmp_path / "data", "--val", 2, "--workers", 1]
+    make.call(prepare_data.main, *words, "--think", think)
+    dataset = data.Dataset(tmp_path / "data")
+    reader = reread.Reader(dataset, theirs, translate.shared(ours, theirs, len(ours)))
+    made = reread.reread(dataset, "train", reader, 500)
+    for row, messages in enumerate(rows_of(tmp_path, "train")):
+        ids, mask = made.row(row)
+        question, answer = (message["content"] for message in messages)
+        answer = answer if think != "drop" else answer.removeprefix(trace)
+        learnt = answer if think != "mask" else answer.removeprefix(trace)
+        assert theirs.decode(ids) == (
+            f"<s><|turn|>user: {question}<|end of turn|><|turn|>assistant: {answer}<|end of turn|>"
+        )
+        assert theirs.decode(ids[mask]) == learnt + "<|end of turn|>"
 
 
 # --- --align bytes
