@@ -13,6 +13,7 @@ which it is. `open_teacher` chooses by the flags.
     several.py  several folders as one teacher
     across.py   records of a teacher with another tokenizer: translate.py pairs the tokens, and
                 reread.py the rows
+    truncated.py  top k at T = 1 alone, of whatever is not run here
 """
 
 import argparse

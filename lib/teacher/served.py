@@ -12,7 +12,6 @@ as the server says the same again. The client (lib/prepare/ask.py) is handed ove
 
 import argparse
 import hashlib
-import math
 import sys
 import time
 import urllib.parse
@@ -28,14 +27,10 @@ from tqdm import tqdm
 
 from lib import checkpoints, data, files, flags, losses, models
 from lib.run import Interrupt
-from lib.teacher import record, sample, writer, written
+from lib.teacher import record, sample, truncated, writer, written
 from lib.teacher.logits import Chunk
 
 K = 20  # what a vLLM grants that was not told otherwise (--max-logprobs)
-# the least mass outside the top k: log-probabilities in float32 sum to 1 no nearer than so
-LEAST_REST = 2.0**-20
-# nats below 1 of a token that stands for none
-NO_MASS = 30.0
 # of a row's tokens, how many the server may name otherwise: special ones, and pieces of characters
 MISNAMED = 0.2
 BLANKS = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})  # of BPE, SentencePiece
@@ -177,7 +172,7 @@ class ScoreRequest:
                     f"--k {len(best)}",
                 )
             if any(id >= self.vocab for _, id in best):
-                best = within(best, self.vocab, self.k)
+                best = truncated.within(best, self.vocab, self.k)
             ids[i], logp[i] = [id for _, id in best], [-minus for minus, _ in best]
         if not np.isfinite(logp).all() or logp.max(initial=0.0) > 1e-3:
             raise ValueError("log-probabilities that are none")
@@ -202,56 +197,12 @@ def bare(token: str) -> str:
     return "" if "\ufffd" in token else token.translate(BLANKS).strip()
 
 
-def within(best: list[tuple[float, int]], vocab: int, k: int) -> list[tuple[float, int]]:
-    """Return (-log p, id) of k tokens below `vocab`, where some lie above it, which the student has
-    not: as a teacher that is run here is cut, their mass goes to all others in proportion. Tokens
-    of no mass fill the places."""
-    lost = sum(math.exp(-minus) for minus, id in best if id >= vocab)
-    left = [(minus + math.log1p(-min(lost, 0.999)), id) for minus, id in best if id < vocab]
-    there = {id for _, id in left}
-    spare = (id for id in range(vocab) if id not in there)
-    least = max([minus for minus, _ in left], default=0.0)
-    return left + [(max(least, NO_MASS), next(spare)) for _ in range(k - len(left))]
-
-
-def tail_of(logp: np.ndarray) -> np.ndarray:
-    """Return the log mass (n,) outside a top k of log-probabilities (n, k), largest first, where
-    the largest counts 1 (record.py's `tail` at T = 1): log(1 - sum) without a NaN, whatever the sum
-    was rounded to."""
-    rest = -np.expm1(np.logaddexp.reduce(logp, axis=1))
-    return np.log(np.maximum(rest, LEAST_REST)) - logp[:, 0]
-
-
 def keep(made: writer.Writer, scores: Scores) -> None:
     """Put what a server said of a row among the records of a chunk."""
-    gaps = scores.logp[:, :1] - scores.logp
-    tails = tail_of(scores.logp)[:, None]
-    records = record.pack(scores.ids, gaps, tails, made.dtype, scores.request.vocab)
+    vocab = scores.request.vocab
+    records = truncated.packed(scores.ids, scores.logp, made.dtype, vocab)
     hits = scores.labels >= scores.logp[:, 0]
     made.add(np.array([scores.request.row]), records, -scores.labels, hits)
-
-
-def settings_of(args: argparse.Namespace, dataset: data.Dataset) -> dict:
-    """Return what a chunk must have been made with to be continued. The teacher's identity is that
-    of its name: what lies behind a URL may move."""
-    vocab = args.vocab or len(dataset.tokenizer())
-    if args.student and not args.vocab:
-        folder = checkpoints.local_folder(args.student, args.trust_remote_code)
-        models.check_fits(folder, dataset, args.trust_remote_code)
-        vocab = checkpoints.tokens_of(folder)
-    return {
-        "teacher": hashlib.sha256(f"served {args.teacher_model}".encode()).hexdigest(),
-        "teacher_folder": args.teacher_model,
-        "data": dataset.identities["data"],
-        "k": args.k,
-        "rows_per_chunk": dataset.meta["rows_per_chunk"],
-        "temperatures": args.temperatures,
-        "values": args.values,
-        "vocab": vocab,
-        "tail_rank": 0,
-        "dtype": record.SERVED,
-        "tokens_per_microbatch": args.tokens_per_microbatch,
-    }
 
 
 def dump(
@@ -260,7 +211,9 @@ def dump(
     """Write the chunks `wanted` as a server fills them; ask: lib/prepare/ask.py."""
     if dataset.labels:
         files.fail("--teacher-url does not go with classes", wanted="--teacher DIR, a classifier")
-    settings = settings_of(args, dataset)
+    # what lies behind a URL may move: the identity is that of the name
+    identity = hashlib.sha256(f"served {args.teacher_model}".encode()).hexdigest()
+    settings = truncated.settings_of(args, dataset, identity, args.teacher_model, record.SERVED)
     if args.check_with:  # before anything is asked
         local_model(args, dataset)
     missing = [

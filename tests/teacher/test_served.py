@@ -21,7 +21,7 @@ import dump_logits
 import stage2_kd
 from lib import data, files, losses
 from lib.prepare import ask
-from lib.teacher import logits, record, served
+from lib.teacher import logits, record, served, truncated
 
 K = 8
 
@@ -377,11 +377,11 @@ def test_flags_of_a_server_without_one(folder, capsys):
 
 def test_a_tail_without_a_nan_whatever_the_sum_is_rounded_to():
     logp = torch.tensor([[0.0, -20.0], [1e-7, -30.0], [-0.5, -1.2]], dtype=torch.float64)
-    seen = served.tail_of(logp.numpy())
+    seen = truncated.tail_of(logp.numpy())
     assert np.isfinite(seen).all()
     wanted = np.log(1 - np.exp(-0.5) - np.exp(-1.2)) + 0.5
     assert seen[2] == pytest.approx(wanted, abs=1e-12)
-    assert seen[0] == pytest.approx(np.log(served.LEAST_REST)) and seen[1] < seen[2]
+    assert seen[0] == pytest.approx(np.log(truncated.LEAST_REST)) and seen[1] < seen[2]
 
 
 def test_meta_says_that_it_is_served(folder, server):
@@ -394,7 +394,7 @@ def test_tokens_that_the_student_has_not_are_cut_as_of_a_teacher_that_is_run_her
     """A teacher with more rows in its output layer than the student: their mass, as far as the
     server tells it, goes to all others in proportion; the dump does not end."""
     best = [(-np.log(0.5), 0), (-np.log(0.3), 9), (-np.log(0.1), 2)]
-    made = served.within(best, 5, 3)
+    made = truncated.within(best, 5, 3)
     assert [id for _, id in made] == [0, 2, 1]
     assert np.exp([-minus for minus, _ in made]) == pytest.approx(
         [0.5 / 0.7, 0.1 / 0.7, 0], abs=1e-9
