@@ -64,7 +64,7 @@ def check_flags(
     """Refuse (exit code 2) flags that cannot work together, and put in what a server can say: T = 1
     and no shape. keys: the variables that may hold a key."""
     if (args.teacher is None) == (args.teacher_url is None):
-        parser.error("wanted exactly one of --teacher DIR and --teacher-url URL")
+        parser.error("wanted exactly one of --teacher DIR and --teacher-url URL (or --import PATH)")
     if (args.teacher_url is None) != (args.teacher_model is None):
         parser.error("--teacher-url URL and --teacher-model NAME belong together")
     if args.teacher_url is None:
@@ -159,23 +159,22 @@ class ScoreRequest:
             )
 
     def _scores(self, client: Any, told: list[dict[int, dict]]) -> "Scores":
-        ids, logp = np.zeros((len(told), self.k), np.int64), np.zeros((len(told), self.k))
-        labels = np.zeros(len(told))
+        shape, labels = (len(told), max(map(len, told))), np.zeros(len(told))
+        ids, logp = np.full(shape, -1), np.full(shape, -np.inf)
         for i, (entry, place) in enumerate(zip(told, self.places)):
-            labels[i] = float(entry[self.ids[place]]["logprob"])
-            best = sorted((-float(one["logprob"]), id) for id, one in entry.items())[: self.k]
-            if len(best) < self.k:
+            if len(entry) < self.k:
                 files.fail(
                     f"{client.url} gives fewer log-probabilities than were asked for",
-                    f"{len(best)} at a token",
+                    f"{len(entry)} at a token",
                     self.k,
-                    f"--k {len(best)}",
+                    f"--k {len(entry)}",
                 )
-            if any(id >= self.vocab for _, id in best):
-                best = truncated.within(best, self.vocab, self.k)
-            ids[i], logp[i] = [id for _, id in best], [-minus for minus, _ in best]
-        if not np.isfinite(logp).all() or logp.max(initial=0.0) > 1e-3:
+            labels[i] = float(entry[self.ids[place]]["logprob"])
+            ids[i, : len(entry)] = [*entry]
+            logp[i, : len(entry)] = [float(one["logprob"]) for one in entry.values()]
+        if not np.isfinite(logp[ids >= 0]).all() or logp.max(initial=0.0) > 1e-3:
             raise ValueError("log-probabilities that are none")
+        ids, logp = truncated.likeliest(ids, logp, self.vocab, self.k)
         return Scores(self, ids, logp, labels)
 
 

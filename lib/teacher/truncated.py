@@ -4,7 +4,7 @@ other tokens is 1 less their sum; of other temperatures, and of the rest's shape
 """
 
 import argparse
-import math
+import itertools
 
 import numpy as np
 
@@ -24,28 +24,49 @@ def log_rest(logp: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(rest, LEAST_REST))
 
 
-def tail_of(logp: np.ndarray) -> np.ndarray:
-    """Return the same, largest of a top k first, where the largest counts 1 (record.py's `tail` at
-    T = 1)."""
-    return log_rest(logp) - logp[:, 0]
+def likeliest(
+    ids: np.ndarray, logp: np.ndarray, vocab: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and log-probabilities (n, k), largest first, of the k likeliest among those that
+    are told of, (n, m) each; id -1, and -inf, stand for none. Tokens from `vocab` on the student
+    has not: as a teacher that is run here is cut, their mass goes to all others in proportion. What
+    is told of twice counts once; where fewer are known, other ids at -inf follow."""
+    lost = np.where(ids >= vocab, np.exp(logp), 0.0).sum(1, keepdims=True)
+    logp = np.where((ids >= 0) & (ids < vocab), logp - np.log1p(-np.minimum(lost, 0.999)), -np.inf)
+    ids, logp = by_mass(ids, logp)
+    alike = np.argsort(ids, axis=1, kind="stable")
+    found = np.take_along_axis(ids, alike, 1)
+    again = np.zeros(ids.shape, bool)
+    np.put_along_axis(again, alike[:, 1:], found[:, 1:] == found[:, :-1], 1)
+    if (again & np.isfinite(logp)).any():
+        ids, logp = by_mass(ids, np.where(again, -np.inf, logp))
+    short = ((0, 0), (0, max(0, k - ids.shape[1])))
+    ids = np.pad(ids, short, constant_values=-1)[:, :k]
+    logp = np.pad(logp, short, constant_values=-np.inf)[:, :k]
+    for i in np.flatnonzero(~np.isfinite(logp).all(1)):
+        count = int(np.isfinite(logp[i]).sum())
+        there = {*ids[i, :count].tolist()}
+        spare = (id for id in range(vocab) if id not in there)
+        ids[i, count:] = [*itertools.islice(spare, k - count)]
+    return ids, logp
 
 
-def within(best: list[tuple[float, int]], vocab: int, k: int) -> list[tuple[float, int]]:
-    """Return (-log p, id) of k tokens below `vocab`, where some lie above it, which the student has
-    not: as a teacher that is run here is cut, their mass goes to all others in proportion. Tokens
-    of no mass fill the places."""
-    lost = sum(math.exp(-minus) for minus, id in best if id >= vocab)
-    left = [(minus + math.log1p(-min(lost, 0.999)), id) for minus, id in best if id < vocab][:k]
-    there = {id for _, id in left}
-    spare = (id for id in range(vocab) if id not in there)
-    least = max([minus for minus, _ in left], default=0.0)
-    return left + [(max(least, NO_MASS), next(spare)) for _ in range(k - len(left))]
+def by_mass(ids: np.ndarray, logp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both (n, m) with the likeliest first, the lower id of two that are as likely."""
+    order = np.lexsort((ids, -logp), axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logp, order, 1)
 
 
 def packed(ids: np.ndarray, logp: np.ndarray, dtype: np.dtype, vocab: int) -> np.ndarray:
-    """Return the records (n,) of a top k, ids (n, k) and their log-probabilities (n, k), largest
-    first."""
-    return record.pack(ids, logp[:, :1] - logp, tail_of(logp)[:, None], dtype, vocab)
+    """Return the records (n,) of what `likeliest` returns. Where a record holds no count of what is
+    known, a token at -inf is one of next to no mass."""
+    known = np.isfinite(logp)
+    spare = np.where(known, logp, 0.0).min(1, keepdims=True)
+    if "count" not in (dtype.names or ()):
+        spare = np.minimum(spare, -NO_MASS)
+    filled = np.where(known, logp, spare)
+    tails = (log_rest(logp) - filled[:, 0])[:, None]
+    return record.pack(ids, filled[:, :1] - filled, tails, dtype, vocab, count=known.sum(1))
 
 
 def settings_of(

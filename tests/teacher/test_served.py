@@ -377,7 +377,7 @@ def test_flags_of_a_server_without_one(folder, capsys):
 
 def test_a_tail_without_a_nan_whatever_the_sum_is_rounded_to():
     logp = torch.tensor([[0.0, -20.0], [1e-7, -30.0], [-0.5, -1.2]], dtype=torch.float64)
-    seen = truncated.tail_of(logp.numpy())
+    seen = truncated.log_rest(logp.numpy()) - logp[:, 0].numpy()
     assert np.isfinite(seen).all()
     wanted = np.log(1 - np.exp(-0.5) - np.exp(-1.2)) + 0.5
     assert seen[2] == pytest.approx(wanted, abs=1e-12)
@@ -393,12 +393,10 @@ def test_meta_says_that_it_is_served(folder, server):
 def test_tokens_that_the_student_has_not_are_cut_as_of_a_teacher_that_is_run_here(folder, server):
     """A teacher with more rows in its output layer than the student: their mass, as far as the
     server tells it, goes to all others in proportion; the dump does not end."""
-    best = [(-np.log(0.5), 0), (-np.log(0.3), 9), (-np.log(0.1), 2)]
-    made = truncated.within(best, 5, 3)
-    assert [id for _, id in made] == [0, 2, 1]
-    assert np.exp([-minus for minus, _ in made]) == pytest.approx(
-        [0.5 / 0.7, 0.1 / 0.7, 0], abs=1e-9
-    )
+    best = np.array([[0, 9, 2]]), np.log([[0.5, 0.3, 0.1]])
+    ids, logp = truncated.likeliest(*best, 5, 3)
+    assert ids.tolist() == [[0, 2, 1]]
+    assert np.exp(logp[0]) == pytest.approx([0.5 / 0.7, 0.1 / 0.7, 0], abs=1e-12)
     make.model(folder / "wider", seed=2, vocab=make.V + 7)
     url = server(folder / "wider").url
     make.call(dump_logits.main, *remotely(folder, url, "--student", folder / "student", out="wide"))
