@@ -8,16 +8,19 @@ STUDENT = Qwen/Qwen2.5-0.5B
 TOKENIZER = $(STUDENT)
 # make logits: where a server has TEACHER, by the name that it has there: TEACHER_URL=http://HOST:8000/v1
 TEACHER_URL =
-TEACHER_IS = $(if $(TEACHER_URL),--teacher-url $(TEACHER_URL) --teacher-model,--teacher) $(call one,$(TEACHER))
+# or where another tool has dumped its logits: IMPORT="a.jsonl b/", FORMAT=easydistill, axolotl, distillkit or verl
+IMPORT  =
+FORMAT  =
+TEACHER_IS = $(if $(IMPORT),--import $(call some,$(IMPORT)) --format $(FORMAT),$(if $(TEACHER_URL),--teacher-url $(TEACHER_URL) --teacher-model,--teacher) $(call one,$(TEACHER)))
 HOLDS   = $(call unless_served,K,--k) $(call unless_served,TEMPERATURES,--temperatures)
-# a served teacher has its own defaults: only what was asked for
-unless_served = $(if $(if $(TEACHER_URL),$(filter command environment,$(origin $(1))),yes),$(2) $($(1)))
+# a served teacher, and an import, have their own defaults: only what was asked for
+unless_served = $(if $(if $(TEACHER_URL)$(IMPORT),$(filter command environment,$(origin $(1))),yes),$(2) $($(1)))
 DATA    = data/$(NAME)
 LOGITS  = logits/$(NAME)
 RUNS    = runs/$(NAME)
 CHUNK   = all
 K       = 16
-T       = $(if $(TEACHER_URL),1,2)
+T       = $(if $(TEACHER_URL)$(IMPORT),1,2)
 TEMPERATURES = 1,2,4
 ALPHA   = 0.9
 CKPT    = $(RUNS)/stage2

@@ -9,6 +9,9 @@ of the rest, to memory-mapped arrays.
     # a teacher behind a server that scores token ids (vLLM): T = 1 alone, no shape of the rest
     python dump_logits.py --data data/distilqwen --teacher-url http://HOST:8000/v1 \\
         --teacher-model NAME --student Qwen/Qwen2.5-0.5B --out logits/served
+    # what another tool has dumped (easydistill, axolotl, distillkit, verl): the same limits
+    python dump_logits.py --data data/distilqwen --import logits.jsonl --format easydistill \\
+        --student Qwen/Qwen2.5-0.5B --out logits/imported
     # CPU, seconds, after `make demo`
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val
 
@@ -40,6 +43,7 @@ from lib.teacher import (
     across,
     basis,
     fit,
+    imported,
     record,
     served,
     translate,
@@ -97,8 +101,9 @@ def parse_args(argv=None):
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     served.add_flags(parser)
     across.add_flags(parser)
+    imported.add_flags(parser)
     args = parser.parse_args(argv)
-    served.check_flags(parser, args, ask.KEYS)
+    imported.check_flags(parser, args) or served.check_flags(parser, args, ask.KEYS)
     across.check_flags(parser, args)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
@@ -291,6 +296,8 @@ def main(argv=None):
         return look_again(args, dataset, wanted, out, device)
     if args.teacher_url:
         return served.dump(args, dataset, wanted, out, ask)
+    if args.import_:
+        return imported.convert(args, dataset, wanted, out)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)

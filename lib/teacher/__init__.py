@@ -13,7 +13,8 @@ which it is. `open_teacher` chooses by the flags.
     several.py  several folders as one teacher
     across.py   records of a teacher with another tokenizer: translate.py pairs the tokens, and
                 reread.py the rows
-    truncated.py  top k at T = 1 alone, of whatever is not run here
+    truncated.py  top k at T = 1 alone:    imported.py  chunks made of another tool's dump
+                  of what is not run here  foreign.py   what such a dump holds
 """
 
 import argparse

@@ -50,6 +50,10 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
     teacher = ["--teacher", meta.get("teacher_folder")]
     if meta.get("dtype") == record.SERVED:
         teacher = ["--teacher-url", "URL", "--teacher-model", meta["teacher_folder"]]
+    if origin := meta.get("imported"):
+        teacher = ["--import", *origin["paths"], "--format", origin["format"]]
+        if meta["teacher_folder"] != " ".join(origin["paths"]):
+            teacher += ["--teacher-model", meta["teacher_folder"]]
     words = ["--data", dataset.folder, *teacher, "--out", out]
     for name, value in given.items():
         words += [f"--{name}", value] if value not in (None, "") else []
@@ -237,6 +241,8 @@ class Records:
         again = f"--temperature {dumped[0]:g}, or "
         if self.meta.get("dtype") == record.SERVED:
             again += "a teacher that is loaded here: of another T a server says nothing"
+        elif self.meta.get("dtype") == record.IMPORTED:
+            again += "a teacher that is loaded here: of another T the imported file says nothing"
         else:
             again += f"dump_logits.py --temperatures with {wanted:g} among them and --fresh"
         if self.shape is None or len(dumped) < 3 or not below or above and above[0] > 2 * below[-1]:
@@ -282,9 +288,10 @@ class Records:
 
     @property
     def each(self) -> list[tuple[str, str]]:
-        """The teacher's name and identity; of a served one nobody knows the weights: ""."""
-        served = self.meta.get("dtype") == record.SERVED
-        return [(self.name, "" if served else self.meta["teacher"])]
+        """The teacher's name and identity; "" where nobody knows the weights: of a served one, and
+        of an imported one."""
+        elsewhere = self.meta.get("dtype") in (record.SERVED, record.IMPORTED)
+        return [(self.name, "" if elsewhere else self.meta["teacher"])]
 
     @property
     def compares(self) -> bool:
@@ -355,6 +362,8 @@ class Records:
             )
         elif self.meta.get("dtype") == record.SERVED:
             print("the rest: one bucket, at T=1 alone: a server filled these records")
+        elif self.meta.get("dtype") == record.IMPORTED:
+            print("the rest: one bucket, at T=1 alone: these records are another tool's")
         if self.guess:
             t, mean, worst = self.guess
             print(

@@ -43,6 +43,7 @@ LARGEST_GAP = 60_000.0  # float16 ends at 65,504
 LEAST_ERROR, OCTAVE = 2.0**-20, 8  # error_code: nats of its 0, and codes a factor of two
 SHAPELESS = 255  # of an error
 SERVED = "served"  # the dtype of records that a server filled
+IMPORTED = "imported"  # and of those that were read from another tool's files
 CHUNK_META = {  # of meta.json
     "identities": {"data": str, "vocabulary": str},
     "chunk": (range(1 << 62), {"val"}),
@@ -63,6 +64,7 @@ CHUNK_META = {  # of meta.json
     "basis?": str,
     "teacher": str,
     "teacher_folder": str,
+    "imported?": {"paths": [str], "format": str},
     "teacher_ce": float,
     "teacher_acc1": float,
     "coverage": {...: float},

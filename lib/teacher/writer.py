@@ -42,20 +42,22 @@ MAY_DIFFER = ("teacher_folder", "dtype", "tokens_per_microbatch", "errors")
 def add_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say what a record holds."""
     group.add_argument(
-        "--k", type=int, help=f"logits kept a target (default: {K}; of a served teacher 20)"
+        "--k",
+        type=int,
+        help=f"logits kept a target (default: {K}; of a served teacher 20, of an import all)",
     )
     group.add_argument(
         "--temperatures",
         metavar=TEMPERATURES,
         help=(
-            f"temperatures training may use later (default: {TEMPERATURES}; of a served teacher 1)"
+            f"temperatures training may use later (default: {TEMPERATURES}; of a served teacher,"
+            " and an import, 1)"
         ),
     )
     group.add_argument(
         "--values",
         choices=["fp16", "u8"],
-        default="u8",
-        help="format of z_max - z (default: %(default)s)",
+        help="format of z_max - z (default: u8; of an import fp16)",
     )
     group.add_argument(
         "--tail-rank",
@@ -82,6 +84,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """Refuse (exit code 2) flags that cannot work; read the temperatures."""
     args.k = K if args.k is None else args.k
     args.temperatures = TEMPERATURES if args.temperatures is None else args.temperatures
+    args.values = args.values or "u8"
     flags.positive(parser, args, "k", "tokens_per_microbatch")
     try:
         args.temperatures = sorted({float(t) for t in args.temperatures.split(",")})
