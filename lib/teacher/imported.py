@@ -111,9 +111,9 @@ class Index:
     def tokens(self, number: int) -> np.ndarray:
         """Return the tokens by which a row is found; none, if it cannot be."""
         ids, places = self.row(number)
-        if not self.alone:
+        if not self.alone or not len(places):
             return ids
-        return ids[places[:1].sum() :] if len(places) == np.ptp(places) + 1 else ids[:0]
+        return ids[places[0] :] if len(places) == np.ptp(places) + 1 else ids[:0]
 
     def find(self, ids: np.ndarray) -> list[int]:
         """Return the rows of the data with which tokens (L,) begin; of answers the longest."""
@@ -249,15 +249,15 @@ def count_in(found: Found, said: Told, index: Index, row: int) -> None:
     logp = said.logp[entries]
     found.widths.update(np.isfinite(logp).sum(1).tolist())
     found.whole += int((np.exp(logp).sum(1) > 1 - RENORMALISED).sum())
-    found.inside += int(np.isfinite(own_logp(said, entries, index, row)).sum())
+    own = own_logp(said.top[entries], logp, index, row)
+    found.inside += int(np.isfinite(own).sum())
 
 
-def own_logp(said: Told, entries: np.ndarray, index: Index, row: int) -> np.ndarray:
-    """Return the log-probabilities (n,) that a file gives the tokens of a row's targets; -inf of
-    those that it does not tell of."""
+def own_logp(top: np.ndarray, logp: np.ndarray, index: Index, row: int) -> np.ndarray:
+    """Return the log-probabilities (n,) that what is told of a row's targets, ids (n, m) and theirs
+    (n, m), gives the tokens that are there; -inf of those that it does not tell of."""
     ids, places = index.row(row)
-    own = said.top[entries] == ids[places][:, None]
-    return np.where(own, said.logp[entries], -np.inf).max(1)
+    return np.where(top == ids[places][:, None], logp, -np.inf).max(1)
 
 
 def lead_of(paths: list[Path], form: Form, index: Index) -> int:
@@ -276,7 +276,8 @@ def lead_of(paths: list[Path], form: Form, index: Index) -> int:
         targets += len(index.entries(row, 0))
         for lead in inside:
             if not unusable(said, index, row, lead):
-                own = own_logp(said, index.entries(row, lead), index, row)
+                entries = index.entries(row, lead)
+                own = own_logp(said.top[entries], said.logp[entries], index, row)
                 inside[lead] += int(np.isfinite(own).sum())
     lead = max(inside, key=lambda one: inside[one])
     if targets:
@@ -296,33 +297,22 @@ def records_of(
     it had it right, each (n,). Of a token that is not told of, the most that it can have counts:
     the mass of the rest, or that of the least likely token that is."""
     entries, vocab, k = index.entries(row, lead), made.settings["vocab"], made.settings["k"]
-    ids, logp = truncated.likeliest(said.top[entries], said.logp[entries], vocab, k)
-    own = own_logp(said, entries, index, row)
+    most = min(vocab, max(k, said.top.shape[1]))
+    ids, logp = truncated.likeliest(said.top[entries], said.logp[entries], vocab, most)
+    own, ids, logp = own_logp(ids, logp, index, row), ids[:, :k], logp[:, :k]
     least = np.where(np.isfinite(logp), logp, 0.0).min(1)
     ce = -np.where(np.isfinite(own), own, np.minimum(least, truncated.log_rest(logp)))
-    return truncated.packed(ids, logp, made.dtype, vocab), ce, own >= logp[:, 0]
+    hits = np.isfinite(own) & (own >= logp[:, 0])
+    return truncated.packed(ids, logp, made.dtype, vocab), ce, hits
 
 
-def import_settings(args: argparse.Namespace, dataset: data.Dataset, identity: str) -> dict:
-    """Return what a chunk must have been made with to be continued."""
-    name = args.teacher_model or " ".join(args.import_)
-    made = truncated.settings_of(args, dataset, identity, name, record.IMPORTED)
-    if args.k > made["vocab"]:
-        files.fail("k does not fit", args.k, f"at most V = {made['vocab']}", "a smaller --k")
-    return made | {"counted": True}  # some targets may have fewer
-
-
-def all_there(
-    args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: Path, identity: str
-) -> bool:
+def all_there(args: argparse.Namespace, settings: dict, wanted: list, out: Path) -> bool:
     """Return whether all chunks are finished, and say so: then the files need not be read."""
     metas = [record.chunk_folder(out, chunk) / "meta.json" for chunk in wanted]
     if args.fresh or not all(path.exists() for path in metas):
         return False
-    found = [files.read_json(path, writer.DUMP_ANEW) for path in metas]
-    args.k = args.asked_k or found[0].get("k", 1)
-    settings = import_settings(args, dataset, identity)
-    if not all(writer.is_finished(path.parent, settings) for path in metas):
+    k = args.asked_k or files.read_json(metas[0], writer.DUMP_ANEW).get("k")
+    if not all(writer.is_finished(path.parent, settings | {"k": k}) for path in metas):
         return False
     for path in metas:
         print(f"dump {path.parent}: already finished; nothing to do (--fresh dumps it anew)")
@@ -336,20 +326,30 @@ def convert(args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: 
     paths, form, called = foreign.paths_of(args.import_), FORMS[args.format], " ".join(args.import_)
     with files.telling(f"reading {called}"):
         identity = hashlib.sha256(f"imported {files.sha256(*paths)}".encode()).hexdigest()
-        if all_there(args, dataset, wanted, out, identity):
+        name = args.teacher_model or called
+        settings = truncated.settings_of(args, dataset, identity, name, record.IMPORTED)
+        settings["counted"] = True  # some targets may have fewer
+        if all_there(args, settings, wanted, out):
             return
         index = Index(dataset, form.alone)
         found = match(paths, form, index)
     found.say(called, dataset)
-    args.k = min(args.asked_k or found.k, max(found.widths))
-    settings = import_settings(args, dataset, identity)
-    missing = [
-        chunk
-        for chunk in wanted
-        if args.fresh or not writer.is_finished(record.chunk_folder(out, chunk), settings)
-    ]
+    settings["k"], most = args.asked_k or found.k, min(max(found.widths), settings["vocab"])
+    if settings["k"] > most:
+        told = f"at most {most}, of the tokens that are told of at a target"
+        files.fail("k does not fit", settings["k"], told, f"--k {most}")
+    missing = []
+    for chunk in wanted:
+        folder = record.chunk_folder(out, chunk)
+        numbers = writer.rows_of(dataset, chunk) + (index.train if chunk == "val" else 0)
+        if not args.fresh and writer.is_finished(folder, settings):
+            print(f"dump {folder}: already finished; nothing to do (--fresh dumps it anew)")
+        elif (found.file[numbers] < 0).all():
+            print(f"dump {folder}: nothing is said of its rows; it is not written")
+        else:
+            missing.append(chunk)
     print(
-        f"teacher: {settings['teacher_folder']}, from {args.format}'s files; the top {args.k} of"
+        f"teacher: {name}, from {args.format}'s files; the top {settings['k']} of"
         f" {settings['vocab']:,} at T = 1, as which they are taken, and the mass of the rest: no"
         " other T, no shape (one bucket), no answers of its own"
     )
@@ -360,18 +360,12 @@ def convert(args: argparse.Namespace, dataset: data.Dataset, wanted: list, out: 
         return print("--dry-run: nothing was written")
     held = writer.empty_chunks(out, missing) if args.fresh else {}
     interrupt = Interrupt()
-    for chunk in wanted:
+    for chunk in missing:
         folder = record.chunk_folder(out, chunk)
-        numbers = writer.rows_of(dataset, chunk) + (index.train if chunk == "val" else 0)
-        if chunk not in missing:
-            print(f"dump {folder}: already finished; nothing to do (--fresh dumps it anew)")
-        elif (found.file[numbers] < 0).all():
-            print(f"dump {folder}: nothing is said of its rows; it is not written")
-        else:
-            holding = held.get(chunk) or files.lock(folder)
-            if not (folder / "meta.json").exists():  # another process may have finished it
-                write_chunk(args, paths, chunk, folder, settings, index, found, interrupt)
-            holding.release()
+        holding = held.get(chunk) or files.lock(folder)
+        if not (folder / "meta.json").exists():  # another process may have finished it
+            write_chunk(args, paths, chunk, folder, settings, index, found, interrupt)
+        holding.release()
 
 
 def write_chunk(

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import types
 
 import make
 import numpy as np
@@ -423,22 +424,66 @@ def test_k_may_be_lowered_and_the_rest_goes_to_the_bucket(folder, told, tmp_path
     assert seen == pytest.approx(direct(entries, z, rounded=True), rel=1e-6, abs=1e-6)
 
 
-def test_an_answer_to_several_prompts_is_nobodys_and_rows_that_are_alike_share(tmp_path, told):
-    dataset = make.dataset(tmp_path / "data", rows=12, val=0)
-    ids = np.array(dataset.train.tokens)
-    starts, lengths = dataset.train.rows["start"].astype(int), dataset.train.rows["length"]
-    rows = [dataset.train.row(row) for row in range(12)]
+def test_k_beyond_what_the_file_has_is_refused(folder, told, tmp_path):
+    path = write_lines(tmp_path / "dump.jsonl", [verl(row) for row in told])
+    argv = importing(folder, path, "verl", "--k", K + 1, out="higher")
+    code, said = make.ends(dump_logits.main, *argv)
+    assert code == 1 and f"k does not fit; saw {K + 1}" in said and f"--k {K}" in said
+
+
+def test_tokens_that_the_student_has_not_are_cut(folder, told, tmp_path):
+    """As of a teacher that is run here: their mass goes to all others in proportion, and where all
+    that is told is of such tokens, the target teaches nothing."""
+    rows = [verl(row) for row in told]
+    known = [(row[0], row[1], *likely(*row[2:4]), None) for row in told]
+    strange = [100 + i for i in range(K + 1)]
+    place = 3 + int(np.flatnonzero(told[0][1])[1]) - 1  # row 0's second target, behind the padding
+    for row, (_, _, top, logp, _) in zip(rows, known):
+        row["teacher_ids"][3 : 3 + len(top)] = top.tolist()
+        row["teacher_logprobs"][3 : 3 + len(top)] = logp.tolist()
+    rows[0]["teacher_ids"][place] = strange
+    path = write_lines(tmp_path / "dump.jsonl", rows)
+    make.call(dump_logits.main, *importing(folder, path, "verl", out="cut"))
+    part, entries = chunks_of(folder, "cut")[0], []
+    for _, answer, top, logp, _ in known[:25]:
+        for at in np.flatnonzero(answer):
+            entry = dict(zip(top[at - 1].tolist(), np.exp(logp[at - 1])))
+            lost = entry.pop(make.V + 5)
+            entries.append({id: p / (1 - lost) for id, p in entry.items()})
+    z = student(told[:25])
+    seen, wanted = ours(part, range(25), z), direct(entries, z, rounded=True)
+    assert part.records["count"][1] == 0 and seen[1] == pytest.approx(0, abs=1e-6)
+    others = np.arange(len(wanted)) != 1
+    assert seen[others] == pytest.approx(wanted[others], rel=1e-6, abs=1e-6)
+    assert {*part.records["count"][others].tolist()} == {K}
+
+
+def likely(top, logp):
+    """Return a top k to which a token beyond the vocabulary belongs, as the likeliest."""
+    top, logp = np.pad(top, ((0, 0), (1, 0)), constant_values=make.V + 5), logp + np.log(0.7)
+    return top, np.pad(logp, ((0, 0), (1, 0)), constant_values=np.log(0.3))
+
+
+def test_rows_are_found_by_what_a_file_begins_with():
+    """Answers without prompts: the longest one that is there, whoever's; not of two turns."""
+    rows = [
+        ([1, 2, 7, 8], [0, 0, 1, 1]),
+        ([1, 3, 7, 8], [0, 0, 1, 1]),
+        ([1, 4, 7, 8, 9], [0, 0, 1, 1, 1]),
+        ([1, 7, 2, 8], [0, 1, 0, 1]),
+        ([1, 2, 7, 8, 6], [0, 0, 1, 1, 0]),  # as row 0 up to its last target
+    ]
+    split = data.Split.of([(np.array(ids), np.array(own, bool), 0) for ids, own in rows])
+    dataset = types.SimpleNamespace(train=split, val=data.Split.of([split.row(0) + (0,)]))
     index = imported.Index(dataset, alone=True)
-    alone = {row: index.tokens(row).tolist() for row in range(12)}
-    assert all(alone[row] == rows[row][0][rows[row][1]].tolist() for row in range(12))
-    for row in range(12):
-        found = index.find(np.array([*alone[row], 5, 5, 5]))
-        assert row in found and all(alone[one] == alone[row] for one in found)
-    assert not index.find(np.array([60, 60, 60, 60]))
-    whole = imported.Index(dataset, alone=False)
-    for row in range(12):
-        own = ids[starts[row] : starts[row] + lengths[row]].astype(np.int64)
-        assert row in whole.find(np.append(own, [1, 2])) and not whole.find(own[:-1])
+    assert sorted(index.find(np.array([7, 8, 5, 5]))) == [0, 1, 4, 5]  # 5: of val
+    assert index.find(np.array([7, 8, 9, 1])) == [2]
+    assert not index.find(np.array([7])) and not index.find(np.array([8, 7]))
+    assert index.entries(2, 0).tolist() == [0, 1, 2]
+    index = imported.Index(dataset, alone=False)
+    assert sorted(index.find(np.array([1, 2, 7, 8, 0]))) == [0, 4, 5]
+    assert index.find(np.array([1, 7, 2, 8])) == [3] and not index.find(np.array([1, 7, 2]))
+    assert index.entries(3, 1).tolist() == [0, 2]
 
 
 def test_a_chunk_killed_and_continued_is_that_of_one_left_alone(folder, told, tmp_path):
