@@ -86,8 +86,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bo
 
 
 class Index:
-    """The rows of the data by a hash of their tokens up to the last target (`alone`: of their
-    targets, where these are in one piece); those of val are numbered behind those of train."""
+    """The rows of the data by a hash of their tokens up to the last target (`alone`: from the first
+    one on); those of val are numbered behind those of train."""
 
     def __init__(self, dataset: data.Dataset, alone: bool) -> None:
         self.dataset, self.alone = dataset, alone
@@ -109,11 +109,9 @@ class Index:
         return ids[: int(places[-1]) + 1 if len(places) else 0].astype(np.int64), places
 
     def tokens(self, number: int) -> np.ndarray:
-        """Return the tokens by which a row is found; none, if it cannot be."""
+        """Return the tokens by which a row is found."""
         ids, places = self.row(number)
-        if not self.alone or not len(places):
-            return ids
-        return ids[places[0] :] if len(places) == np.ptp(places) + 1 else ids[:0]
+        return ids[places[0] :] if self.alone and len(places) else ids
 
     def find(self, ids: np.ndarray) -> list[int]:
         """Return the rows of the data with which tokens (L,) begin; of answers the longest."""

@@ -465,7 +465,8 @@ def likely(top, logp):
 
 
 def test_rows_are_found_by_what_a_file_begins_with():
-    """Answers without prompts: the longest one that is there, whoever's; not of two turns."""
+    """Answers without prompts: the longest one that is there, whoever's; what is
+    between two turns is held against them too."""
     rows = [
         ([1, 2, 7, 8], [0, 0, 1, 1]),
         ([1, 3, 7, 8], [0, 0, 1, 1]),
@@ -477,7 +478,7 @@ def test_rows_are_found_by_what_a_file_begins_with():
     dataset = types.SimpleNamespace(train=split, val=data.Split.of([split.row(0) + (0,)]))
     index = imported.Index(dataset, alone=True)
     assert sorted(index.find(np.array([7, 8, 5, 5]))) == [0, 1, 4, 5]  # 5: of val
-    assert index.find(np.array([7, 8, 9, 1])) == [2]
+    assert index.find(np.array([7, 8, 9, 1])) == [2] and index.find(np.array([7, 2, 8])) == [3]
     assert not index.find(np.array([7])) and not index.find(np.array([8, 7]))
     assert index.entries(2, 0).tolist() == [0, 1, 2]
     index = imported.Index(dataset, alone=False)
