@@ -174,6 +174,8 @@ def pack(
     the others are any that differ from these, their gaps no smaller; joint (n,): of how many
     targets it holds the product, if of several."""
     records = np.zeros(len(ids), dtype)
+    if not len(ids):  # nothing has a shape that follows from the others
+        return records
     records["id_low"] = ids & 0xFFFF
     if bits := high_bits(vocab):
         per = 8 // bits

@@ -21,7 +21,7 @@ import stage2_kd
 from lib import data, files, losses, template
 from lib.head import Head
 from lib.losses import Method, TopK
-from lib.teacher import logits, record, reread, translate, writer
+from lib.teacher import across, logits, record, reread, translate, writer
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ġ", "and"), ("i", "n")]
 OTHER = [("h", "e"), ("t", "he"), ("n", "d"), ("a", "nd"), ("Ġ", "a"), ("1", "2"), ("i", "s")]
@@ -380,6 +380,24 @@ def test_of_two_tokenizers_records_hold_the_common_tokens_and_the_products(world
         own_ce = float(aligned.val.done()["ce_sum"][row])
         assert own_ce == pytest.approx(-sum(heard), rel=1e-4)
     assert min(kinds.values()) > 1, kinds
+
+
+@pytest.mark.parametrize("vocab", (300, 151_936))
+def test_no_group_gives_no_record_and_one_of_many_tokens_its_own(vocab):
+    dtype = record.record_dtype(8, [1.0], vocab, "u8", counted=True, joint=True)
+    none = np.zeros(0, np.int64)
+    assert len(across.of_groups(np.zeros(0), none, none, dtype, vocab)) == 0
+    nats, label = np.array([0.5, 0.0, 40.0]), np.array([vocab - 1, 0, 7])
+    made = across.of_groups(nats, label, np.array([1, 2, 1]), dtype, vocab)
+    known = record.unpack(made, vocab, 0)
+    assert known.ids[:, 0].tolist() == label.tolist()
+    assert all(len(set(ids)) == 8 and max(ids) < vocab for ids in known.ids.tolist())
+    assert known.count.tolist() == [1, 0, 1] and known.joint.tolist() == [0, 2, 0]
+    p = losses.teacher_logp(known, 1.0)[:, 0].exp()
+    assert p[0].item() == pytest.approx(math.exp(-0.5), rel=1e-5)
+    assert p[2].item() == pytest.approx(math.exp(-40), rel=1e-3)
+    rest = torch.log1p(known.tail.double().exp())
+    assert rest[1].item() == pytest.approx(0.0, abs=2e-6)
 
 
 def product_loss(s, labels, joint, logp, method):
