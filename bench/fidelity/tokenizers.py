@@ -14,8 +14,8 @@ written, aligned    the teacher's records over these
 Each is measured on the held-out rows of both kinds: cross-entropy of the given answers and of the
 teacher's (the student's tokens, so that all are comparable), and the distance to the teacher where
 both write one token. Runs the scripts, a process each; what is there is not run again, and
---results keeps what was measured elsewhere. Prints the table: mean over the seeds, and the difference to the
-control, paired by seed, with its 95 % interval.
+--results keeps what was measured elsewhere. Prints the table: mean over the seeds, and the
+difference to the control, paired by seed, with its 95 % interval.
 """
 
 import argparse
