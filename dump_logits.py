@@ -114,7 +114,16 @@ def parse_args(argv=None):
 
 
 def chunks_wanted(args, dataset):
-    """Return the chunks that --chunk names: numbers, and "val" where it has rows."""
+    """Return the chunks that --chunk names: numbers, and "val", where they have rows (of --only)."""
+    found, only = chunks_named(args, dataset), writer.of_sources(args, dataset).get("only")
+    wanted = [chunk for chunk in found if writer.has_rows(dataset, chunk, only)]
+    if without := [str(chunk) for chunk in found if chunk not in wanted]:
+        print(f"dump: chunk {', '.join(without)}: no row of {' '.join(args.only)} is in it")
+    return wanted
+
+
+def chunks_named(args, dataset):
+    """Return the chunks that --chunk names, and say where there is no val."""
     if args.chunk.isdigit():
         if int(args.chunk) < dataset.chunks:
             return [int(args.chunk)]

@@ -380,11 +380,12 @@ def write_chunk(
     dataset, before = index.dataset, index.train if chunk == "val" else 0
     split = dataset.val if chunk == "val" else dataset.train
     made = writer.Writer(folder, chunk, split, writer.rows_of(dataset, chunk), settings)
-    nowhere = made.rows[found.file[made.rows + before] < 0]
+    nowhere = made.missing
+    nowhere = nowhere[found.file[nowhere + before] < 0]
     for why in sorted({found.why[row + before] for row in nowhere}):
         rows = [row for row in nowhere if found.why[row + before] == why]
         made.leave_out(np.array(rows), why)
-    left = np.setdiff1d(made.rows[~made.there["done"]], nowhere)
+    left = made.missing
     print(
         f"dump {folder}: {len(made.rows) - len(nowhere):,} of {len(made.rows):,} rows,"
         f" {made.dtype.itemsize} bytes a target; {len(left):,} rows are to be read",

@@ -34,6 +34,7 @@ ALIKE = (
     "counted",
     "joint",
     "across",
+    "only",
 )
 
 
@@ -57,6 +58,8 @@ def dump_command(meta: dict, dataset: data.Dataset, out: Path, more: str) -> str
     words = ["--data", dataset.folder, *teacher, "--out", out]
     for name, value in given.items():
         words += [f"--{name}", value] if value not in (None, "") else []
+    if only := [dataset.sources[number] for number in meta.get("only", ())]:
+        words += ["--only", *only]
     if "across" in meta:
         words += ["--align", "bytes"] if meta.get("joint") else ["--map-vocabulary"]
     return f"{files.command('dump_logits.py', *words)} {more}"

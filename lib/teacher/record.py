@@ -59,6 +59,7 @@ CHUNK_META = {  # of meta.json
     "counted?": bool,
     "joint?": bool,
     "across?": str,
+    "only?": [range(1 << 16)],
     "left_out?": {...: range(1 << 62)},
     "error?": {...: {...: {"mean": float, "p99": float, "shapeless": float}}},
     "basis?": str,

@@ -256,7 +256,7 @@ def fill(
     """Write one chunk, or what is missing of it."""
     split = dataset.val if chunk == "val" else dataset.train
     made = writer.Writer(folder, chunk, split, writer.rows_of(dataset, chunk), settings)
-    left = made.rows[~made.there["done"]]
+    left = made.missing
     print(
         f"dump {folder}: {len(made.rows):,} rows, {made.targets:,} targets, {made.dtype.itemsize}"
         f" bytes each; {len(left):,} rows are asked for",

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 from lib import checkpoints, data, models
-from lib.teacher import record
+from lib.teacher import record, writer
 
 # the least mass outside the top k: log-probabilities in float32 sum to 1 no nearer than so
 LEAST_REST = 2.0**-20
@@ -91,4 +91,5 @@ def settings_of(
         "tail_rank": 0,
         "dtype": kind,
         "tokens_per_microbatch": args.tokens_per_microbatch,
+        **writer.of_sources(args, dataset),
     }

@@ -33,6 +33,7 @@ SMALL_BASIS, TIMES_RECORDS = 1 << 24, 4
 # which the tail of a student near the teacher is nearer than what is stored (docs/fidelity.md)
 WORSE = 1.0
 MOST_SHAPELESS = 0.2  # of a source's records, above which it is warned of; a few are in any data
+OTHER_SOURCE = "of another source"
 WINDOW = 4096  # rows that are sorted by length at once
 # settings that a finished chunk may have otherwise: they change records by rounding at most, or
 # (errors) older ones have none
@@ -53,6 +54,12 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
             f"temperatures training may use later (default: {TEMPERATURES}; of a served teacher,"
             " and an import, 1)"
         ),
+    )
+    group.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SOURCE",
+        help="rows of these sources alone; the others get no record (default: all)",
     )
     group.add_argument(
         "--values",
@@ -99,6 +106,27 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
+def of_sources(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, list[int]]:
+    """Return the numbers of the sources of --only as a dump's settings hold them; nothing without
+    it. Refused: a name that no source has."""
+    if not args.only:
+        return {}
+    if unknown := sorted({*args.only} - {*dataset.sources}):
+        files.fail(
+            f"--only names no source of {dataset.folder}",
+            ", ".join(unknown),
+            ", ".join(dataset.sources) or "(data without named sources)",
+        )
+    return {"only": sorted({dataset.sources.index(name) for name in args.only})}
+
+
+def has_rows(dataset: data.Dataset, chunk: int | str, only: list[int] | None) -> bool:
+    """Return whether a chunk has rows of the sources `only` (None: of any)."""
+    split = dataset.val if chunk == "val" else dataset.train
+    sources = split.rows["source"][rows_of(dataset, chunk)]
+    return len(sources) > 0 if only is None else bool(np.isin(sources, only).any())
+
+
 def dump_settings(
     args: argparse.Namespace,
     dataset: data.Dataset,
@@ -139,7 +167,7 @@ def dump_settings(
     if apart := [id for id in teacher.apart if id < head.vocab]:  # older folders, and most: none
         settings["apart"] = apart
     more = {"tail_bytes": args.tail_bytes, "errors": True}
-    return settings | (more if args.tail_rank else {})
+    return settings | of_sources(args, dataset) | (more if args.tail_rank else {})
 
 
 def rank_that_fits(args: argparse.Namespace, dataset: data.Dataset, head: heads.Head) -> int:
@@ -435,6 +463,8 @@ class Writer:
         else:
             self._begin()
         self.left_out: dict[str, np.ndarray] = {}  # by the reason
+        if only := settings.get("only"):
+            self.leave_out(rows[~np.isin(self.sources, only)], OTHER_SOURCE)
         for why, some in (left_out or {}).items():
             self.leave_out(np.intersect1d(some, rows), why)
         lengths, tokens = (
@@ -511,6 +541,12 @@ class Writer:
         if len(rows):
             before = self.left_out.get(why, np.zeros(0, np.int64))
             self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
+
+    @property
+    def missing(self) -> np.ndarray:
+        """The rows that are to have a record, and have none yet."""
+        out = np.concatenate([self.rows[:0], *self.left_out.values()])
+        return np.setdiff1d(self.rows[~self.there["done"]], out)
 
     def flush(self) -> None:
         """Force what was added to the disk: the records first, then the word that they are

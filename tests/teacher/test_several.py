@@ -295,3 +295,36 @@ def test_answers_of_one_of_several_teachers_are_no_other_teachers(folder):
     assert "WARNING: x wrote them" in written.other_teacher(dataset, teacher.each)
     dataset.meta["teacher"] = {"teacher": "org/big", "weights": "0" * 64}
     assert written.other_teacher(dataset, [("big", "")]) == ""  # served: its name alone is known
+
+
+def test_a_teacher_need_not_read_the_rows_of_another_source(folder, capsys):
+    """--only: each teacher's records of its own source, which are those of a dump of all rows."""
+    for name in ("general", "finance"):
+        words = make.dump(folder, "--tail-rank", 0, "--only", name, out=f"{name}-alone")
+        if name == "finance":
+            words[words.index("--teacher") + 1] = folder / "other"
+        make.call(dump_logits.main, *words)
+    whole, dataset = opened(folder, "bucket")
+    alone, _ = opened(folder, "alone")
+    capsys.readouterr()
+    alone.say()
+    assert "30 rows have no record (of another source)" in capsys.readouterr().out
+    for name, one in alone.of.items():
+        rows = dataset.train.rows["source"][one.rows()]
+        assert (rows == dataset.sources.index(name)).all() and len(rows) == 30
+    assert alone.rows().tolist() == whole.rows().tolist() == list(range(60))
+    for split, way in ((dataset.train, "at"), (dataset.val, "val_at")):
+        for batch in batches(split, range(len(split.rows))):
+            z = torch.randn(len(batch.labels), make.V)
+            seen, wanted = (
+                said(getattr(one, way)(batch, 2.0), z.clone(), 2.0) for one in (alone, whole)
+            )
+            torch.testing.assert_close(seen, wanted, atol=1e-6, rtol=1e-6)
+    assert alone.val_measures() == pytest.approx(whole.val_measures())
+
+
+def test_a_source_that_is_not_there_and_a_chunk_without_its_rows(folder, capsys):
+    code, words = make.ends(dump_logits.main, *make.dump(folder, "--only", "nobody", out="none"))
+    assert code == 1 and "nobody" in words and "general, finance" in words
+    some = Records(folder / "finance-alone", data.Dataset(folder / "data"), 2.0)
+    assert "--only finance" in some.mend([*some.parts.values()])
