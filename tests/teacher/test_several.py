@@ -588,7 +588,7 @@ def test_layers_of_live_teachers_wait_on_disk_each_in_a_place_of_its_own(
 ):
     pytest.importorskip("accelerate")
     _, teacher, dataset = beside(folder, live_argv(folder, "--combine", "mean"), "float32")
-    batch, z = dataset.train.batch([[0, 35], [40]]), torch.zeros(1)
+    batch = dataset.train.batch([[0, 35], [40]])
     z = torch.randn(len(batch.labels), make.V)
     wanted = said(teacher.at(batch, 2.0), z.clone(), 2.0)
     monkeypatch.setattr(train, "available_bytes", lambda device: 0)
@@ -596,6 +596,7 @@ def test_layers_of_live_teachers_wait_on_disk_each_in_a_place_of_its_own(
     _, teacher, _ = beside(folder, argv, "float32")
     for one in teacher.of.values():
         assert next(one.model.module.model.layers.parameters()).is_meta
+    assert len({one._placing(0)["offload_folder"] for one in teacher.loaded}) == 2
     made = said(teacher.at(batch, 2.0), z.clone(), 2.0)
     torch.testing.assert_close(made, wanted, rtol=0, atol=0)
 
