@@ -114,7 +114,7 @@ def parse_args(argv=None):
 
 
 def chunks_wanted(args, dataset):
-    """Return the chunks that --chunk names: numbers, and "val", where they have rows (of --only)."""
+    """Return the chunks that --chunk names: numbers, and "val"; with rows (of --only)."""
     found, only = chunks_named(args, dataset), writer.of_sources(args, dataset).get("only")
     wanted = [chunk for chunk in found if writer.has_rows(dataset, chunk, only)]
     if without := [str(chunk) for chunk in found if chunk not in wanted]:

@@ -4,8 +4,10 @@ apart. An option (lib/options) brings its own: `add_flags(parser)`, `check_flags
 
 import argparse
 import json
+import shlex
 import urllib.parse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lib import template
@@ -378,6 +380,44 @@ def span(value: Moving | dict[str, Moving]) -> Moving:
         return value
     least, most = min(ends(value)), max(ends(value))
     return least if least == most else (least, most)
+
+
+def join_folders(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> list[str]:
+    """Put the words of a flag, DIR or NAME=DIR NAME=DIR, into one (None where it was not given);
+    return them. Refuse (exit code 2) several that have no name, or the same."""
+    words = getattr(args, name) or []
+    if len(words) == 1:
+        words = parts_of_flag(words[0])  # make's LOGITS="a=DIR b=DIR"
+    if len(words) > 1 and (wrong := [word for word in words if not all(name_and_folder(word))]):
+        parser.error(f"{spelled(name)} has several folders, and {wrong[0]!r} is not NAME=DIR")
+    names = [name_and_folder(word)[0] for word in words]
+    if len(words) > 1 and len({*names}) < len(names):
+        parser.error(f"{spelled(name)} names one twice: {', '.join(names)}")
+    one = words[0] if len(words) == 1 else shlex.join(words)
+    setattr(args, name, one if words else None)
+    return words
+
+
+def parts_of_flag(text: str) -> list[str]:
+    """Return the words of such a flag as one text: of a folder alone, it."""
+    if Path(text).exists() or "=" not in text:
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote without its other half
+        return [text]
+
+
+def name_and_folder(word: str) -> tuple[str, str]:
+    """Return the two parts of NAME=DIR; of a folder alone, no name."""
+    name, is_named, folder = word.partition("=")
+    return (name, folder) if is_named and not Path(word).exists() else ("", word)
+
+
+def folders_of(text: str | None) -> dict[str, str]:
+    """Return the folders of such a flag by name; of a single one without a name, none."""
+    found = [name_and_folder(word) for word in parts_of_flag(text or "")]
+    return {name: folder for name, folder in found if name}
 
 
 def spelled(name: str) -> str:

@@ -211,8 +211,12 @@ class Rows:
         return np.unique(self.split.rows["source"][self.there]).tolist()
 
     def keep_apart(self, group: np.ndarray) -> None:
-        """Let no micro-batch hold rows of two groups. group: of each source."""
-        self.groups = group[self.split.rows["source"]]
+        """Let no micro-batch hold rows of two groups, nor of two that were kept apart before.
+        group: of each source, -1 or more."""
+        groups = group[self.split.rows["source"]]
+        if self.groups is not None:  # a number for each pair
+            groups = groups + self.groups * (int(group.max()) + 2)
+        self.groups = groups
 
     def identity(self) -> dict[str, str]:
         """Return what a run that is continued must find again, beside the data's own identity."""

@@ -110,6 +110,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(
                 f"{flag} needs the teacher live: it goes with --teacher, not with --logits"
             )
+        if weight and flags.folders_of(args.teacher):
+            parser.error(f"{flag} needs one teacher, and --teacher names several: wanted one DIR")
     if args.attention_weight and args.attn not in ("auto", "sdpa", "eager"):
         parser.error(
             f"--attention-weight needs maps, which --attn {args.attn} does not give: wanted --attn"

@@ -59,6 +59,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             "--on-policy needs the teacher live: it goes with --teacher, not with --logits (own"
             " text on disk: prepare_data.py --answers student)"
         )
+    if args.on_policy and flags.folders_of(args.teacher):
+        parser.error("--on-policy needs one teacher, and --teacher names several: wanted one DIR")
     if args.max_new_tokens is not None:
         if not args.on_policy:
             parser.error("--max-new-tokens belongs to --on-policy")

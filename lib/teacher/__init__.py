@@ -10,7 +10,7 @@ which it is. `open_teacher` chooses by the flags.
                                                sample.py   from which targets
     verify.py   records held against their checksums, and against the teacher
     written.py  who wrote the rows             served.py  chunks that a server fills
-    several.py  several folders as one teacher
+    several.py  several teachers as one: folders, or live
     across.py   records of a teacher with another tokenizer: translate.py pairs the tokens, and
                 reread.py the rows
     truncated.py  top k at T = 1 alone:    imported.py  chunks made of another tool's dump
@@ -106,8 +106,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     either.add_argument(
         "--teacher",
+        nargs="+",
         metavar="DIR|ID",
-        help="a model to run beside the student instead: a folder, a hub id or a GGUF file",
+        help=(
+            "a model to run beside the student instead: a folder, a hub id or a GGUF file; several"
+            " likewise NAME=DIR NAME=DIR"
+        ),
     )
     several.add_flags(group)
     live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
@@ -122,8 +126,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def open_teacher(args: argparse.Namespace, dataset: data.Dataset) -> Teacher:
     """Return the teacher that the flags name. With --eval-only no train rows are asked for."""
     if args.teacher:
+        if folders := flags.folders_of(args.teacher):
+            return several.SeveralLive(args, dataset, folders)
         return live.LiveTeacher(args, dataset)
-    if folders := several.folders_of(args.logits):
+    if folders := flags.folders_of(args.logits):
         return several.Several(args, dataset, folders)
     temperature = None if args.eval_only else flags.span(args.temperature)
     return logits.Records(args.logits, dataset, temperature, args.verify)

@@ -12,6 +12,7 @@ import collections
 import logging
 import math
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--k is {args.k}, wanted 0 or more")
     if args.teacher_quant and args.teacher_offload:
         parser.error("--teacher-quant and --teacher-offload do not go together: wanted one of them")
-    if args.teacher.endswith(".gguf") and (args.teacher_quant or args.teacher_offload):
+    folders = [*flags.folders_of(args.teacher).values()] or [args.teacher]
+    is_gguf = any(folder.endswith(".gguf") for folder in folders)
+    if is_gguf and (args.teacher_quant or args.teacher_offload):
         parser.error(
             "a GGUF file is read as a whole: --teacher-quant and --teacher-offload do not go"
             " with it"
@@ -94,7 +97,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 class LiveTeacher:
     """A frozen causal LM that is asked for its distribution at the targets of a batch. `join` loads
-    it; before, it is a name and a hash."""
+    it; before, it is a name and a hash. number: of several beside one another (several.py)."""
 
     compares = True
     answers = None  # it can be asked itself
@@ -102,8 +105,9 @@ class LiveTeacher:
     model: models.Model
     head: Head
 
-    def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, number: int = 0) -> None:
         self.args, self.dataset, self.k, self.name = args, dataset, args.k, args.teacher
+        self.number = number
         # what it said at val batches: the same at every evaluation; and the bytes left for it
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES
@@ -158,7 +162,13 @@ class LiveTeacher:
     ) -> models.Model:
         """Load the teacher beside a student: say what both need, check it, and cut both to the
         tokens that both know."""
-        self._load(self._room(student, amp, rows))
+        (room,) = rooms_of([self], self.memory_bytes, student, amp, rows)
+        return self.load_beside(student, room)
+
+    def load_beside(self, student: models.Model, room: int) -> models.Model:
+        """Load the teacher with `room` bytes for its weights, check it, cut both to the tokens that
+        both know, and return the student."""
+        self._load(room)
         self.vocab = min(student.vocab, self.model.vocab)
         self._check_k(self.vocab)
         apart = tuple(sorted({*student.apart, *self.model.apart}))
@@ -175,6 +185,13 @@ class LiveTeacher:
         packs = student.packs and self.model.packs
         return replace(student, limit=self.vocab, apart=apart, packs=packs)
 
+    def leave_out(self, more: Iterable[int]) -> None:
+        """Leave out of every distribution `more` ids, beside those that are left out already."""
+        self.model = replace(self.model, apart=tuple(sorted({*self.model.apart, *more})))
+        ids = self.model.head().apart
+        ids = None if ids is None else ids.to(self.head.weight.device)
+        self.head = replace(self.head, apart=ids)
+
     def _check_k(self, vocab: int) -> None:
         """Refuse a k beyond the tokens that there are: the teacher's own, before anything is
         loaded, and then those that both know."""
@@ -185,30 +202,6 @@ class LiveTeacher:
                 f"at most V = {vocab}",
                 f"--k {vocab}, or 0 for all tokens",
             )
-
-    def _room(self, student: models.Model, amp: torch.dtype | None, rows: plan.Rows | None) -> int:
-        """Return the bytes that the teacher's device has for its weights, beside its activations
-        and the student; say them, and warn where they are too few."""
-        more = activation_bytes(self.shapes, self.args.tokens_per_microbatch, self.dtype)
-        if self.device == numbered(student.device) and rows is not None:
-            most = train.largest(self.args, rows)
-            each, on = train.kept_bytes(student, rows.split, amp), self.args.checkpointing
-            more = self.memory_bytes(student.device, most.targets)
-            more += train.training_bytes(student, most, each, amp, on)
-        weights, have = self.weight_bytes(), train.available_bytes(self.device)
-        print(
-            f"memory: the teacher's weights take about {files.human(weights)}, the rest of it and"
-            f" the student about {files.human(more)} more; {files.human(have)} free on"
-            f" {self.device}"
-        )
-        if weights + more > have and not self.args.teacher_offload:
-            print(
-                f"memory: WARNING, {files.human(weights + more)} do not fit into"
-                f" {files.human(have)} on {self.device}: --teacher-quant 8bit or 4bit,"
-                " --teacher-offload, another --teacher-device, or --logits (dump_logits.py), for"
-                " which the teacher runs alone"
-            )
-        return have - more
 
     def _load(self, room: int) -> None:
         """Load the model, frozen, with `room` bytes for its weights on its device."""
@@ -257,7 +250,8 @@ class LiveTeacher:
             "teacher: layers on " + ", ".join(f"{place} {count}" for place, count in counts.items())
         )
         # what the checkpoint does not hold as it is; --fresh empties --out
-        disk = files.beside(Path(self.args.out).resolve(), "offload")
+        own = f"offload{self.number or ''}"
+        disk = files.beside(Path(self.args.out).resolve(), own)
         shutil.rmtree(disk, ignore_errors=True)
         atexit.register(shutil.rmtree, disk, ignore_errors=True)
         return {"device_map": where, "offload_folder": str(disk)}
@@ -275,17 +269,21 @@ class LiveTeacher:
 
     def memory_bytes(self, device: torch.device, targets: int) -> int:
         """Return what it takes on the student's device while it trains, its weights apart: one
-        layer's activations, the output layer where it is copied (`join`), what is remembered of
-        val, and the buffers of the loss."""
-        vocab, width = output_layer(self.shapes)
-        here, half = self.device == numbered(device), self.dtype.itemsize < 4
-        tokens = self.args.tokens_per_microbatch
+        layer's activations, what it keeps there, and the buffers of the loss."""
+        tokens, vocab = self.args.tokens_per_microbatch, output_layer(self.shapes)[0]
+        here = self.device == numbered(device)
         own = activation_bytes(self.shapes, tokens, self.dtype) if here else 0
+        return own + self.kept_bytes(device) + losses.dense_bytes(device, 4 * targets * vocab)
+
+    def kept_bytes(self, device: torch.device) -> int:
+        """Return what it keeps on the student's device: the output layer where it is copied
+        (`load_beside`), and what is remembered of val."""
+        vocab, width = output_layer(self.shapes)
+        here, half, own = self.device == numbered(device), self.dtype.itemsize < 4, 0
         if not here or half and device.type != "cuda":
-            own += vocab * width * (4 if device.type != "cuda" else self.dtype.itemsize)
+            own = vocab * width * (4 if device.type != "cuda" else self.dtype.itemsize)
         kept = 12 * self.k or width * self.dtype.itemsize  # a target: ids and gaps, or hidden
-        own += min(VAL_BYTES, self.dataset.val.targets * kept)
-        return own + losses.dense_bytes(device, 4 * targets * vocab)
+        return own + min(VAL_BYTES, self.dataset.val.targets * kept)
 
     def say(self) -> None:
         """Print what the teacher is and how much of it is compared."""
@@ -338,13 +336,54 @@ class LiveTeacher:
 
     def val_measures(self) -> dict:
         """Return its own measures on val: one pass over val."""
+        return self.measures(self.dataset.val)
+
+    def measures(self, split: data.Split) -> dict:
+        """Return its own measures on some rows."""
         return evaluate.evaluate(
             self.model,
-            self.dataset.val,
+            split,
             self.vocab,
             self.args.tokens_per_microbatch,
             sources=self.dataset.sources,
         )
+
+
+def rooms_of(
+    teachers: list[LiveTeacher],
+    memory_bytes: Callable[[torch.device, int], int],
+    student: models.Model,
+    amp: torch.dtype | None,
+    rows: plan.Rows | None,
+) -> list[int]:
+    """Return the bytes that the teachers' device has for the weights of each, in proportion to
+    them, beside activations and the student; say them, and warn where they are too few.
+    memory_bytes: what the teachers take beside their weights (`Teacher.memory_bytes`)."""
+    args, device = teachers[0].args, teachers[0].device
+    tokens = args.tokens_per_microbatch
+    more = max(activation_bytes(one.shapes, tokens, one.dtype) for one in teachers)
+    if device == numbered(student.device) and rows is not None:
+        most = train.largest(args, rows)
+        each, on = train.kept_bytes(student, rows.split, amp), args.checkpointing
+        more = memory_bytes(student.device, most.targets)
+        more += train.training_bytes(student, most, each, amp, on)
+    weights, have = [one.weight_bytes() for one in teachers], train.available_bytes(device)
+    alone = len(teachers) == 1
+    whose = "the teacher's weights" if alone else f"the weights of {len(teachers)} teachers"
+    print(
+        f"memory: {whose} take about {files.human(sum(weights))}, the rest of"
+        f" {'it' if alone else 'them'} and the student about {files.human(more)} more;"
+        f" {files.human(have)} free on {device}"
+    )
+    if sum(weights) + more > have and not args.teacher_offload:
+        print(
+            f"memory: WARNING, {files.human(sum(weights) + more)} do not fit into"
+            f" {files.human(have)} on {device}: --teacher-quant 8bit or 4bit,"
+            " --teacher-offload, another --teacher-device, or --logits (dump_logits.py), for"
+            f" which {'the' if alone else 'each'} teacher runs alone"
+        )
+    room = have - more
+    return [room * own // max(1, sum(weights)) for own in weights]
 
 
 def output_layer(shapes: list) -> tuple[int, int]:

@@ -1,83 +1,63 @@
-"""Several teachers, each a folder of records (stage2_kd.py --logits NAME=DIR NAME=DIR): the rows of
-a source learn from its own, or all rows from what the teachers say together (--combine).
+"""Several teachers as one, each a folder of records (stage2_kd.py --logits NAME=DIR NAME=DIR) or
+each live (--teacher NAME=DIR NAME=DIR): the rows of a source learn from its own, or all rows from
+what the teachers say together (--combine).
 
     no --combine   NAME is a source: its rows, of train and val, are taught by that folder's teacher
-    best           of each row the teacher that finds it likelier (the lower cross-entropy)
+    best           of each row the teacher that finds it likelier (the lower cross-entropy, which a
+                   dump has noted: not of live ones)
     mean           the average of the softened probabilities, over all teachers
     product        the normalised geometric mean: the average of the softened logits
 
-Every teacher's record is read as if it stood alone (logits.Records). A target's distribution over
-all V tokens is made of it where the loss is (`Mixed`): the rest of a record without a shape goes as
-the student's own tail does, which is one bucket exactly (losses.TopK.logits).
+Every teacher is asked as if it stood alone (logits.Records, live.LiveTeacher), and no more than it
+has to teach: a live one reads the lines of its own rows, and a train micro-batch holds rows of one
+source alone. A target's distribution over all V tokens is made of it where the loss is (`Mixed`):
+the rest of a record without a shape goes as the student's own tail does, which is one bucket
+exactly (losses.TopK.logits).
 """
 
 import argparse
 import hashlib
 import math
-import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib import data, files, flags, losses, models, plan
+from lib import data, evaluate, files, flags, losses, models, plan
+from lib.teacher.live import LiveTeacher, output_layer, rooms_of
 from lib.teacher.logits import Chunk, Records
 
 HOW = ("best", "mean", "product")
-Way = Callable[[data.Batch, float], losses.TopK | None]  # Records.at, Records.val_at
+# at or val_at of one teacher
+Way = Callable[[data.Batch, float], losses.Distribution | None]
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
-    """Add how several teachers are combined; what names them is --logits."""
+    """Add how several teachers are combined; what names them is --logits or --teacher."""
     group.add_argument(
         "--combine",
         choices=HOW,
         help=(
-            "of several --logits NAME=DIR, each over the same rows: the teacher that finds a row"
-            " likeliest, or the average of their probabilities, or of their logits (default: each"
-            " NAME is a source, and teaches its rows)"
+            "of several NAME=DIR of --logits or --teacher, each over the same rows: the teacher"
+            " that finds a row likeliest (--logits), or the average of their probabilities, or of"
+            " their logits (default: each NAME is a source, and teaches its rows)"
         ),
     )
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse (exit code 2) flags that cannot work together; put --logits into one word."""
-    words = args.logits or []
-    if len(words) == 1:
-        words = parts_of_flag(words[0])  # make's LOGITS="a=DIR b=DIR"
-    if len(words) > 1 and (wrong := [word for word in words if not all(name_and_folder(word))]):
-        parser.error(f"--logits has several folders, and {wrong[0]!r} is not NAME=DIR")
-    names = [name_and_folder(word)[0] for word in words]
-    if len(words) > 1 and len({*names}) < len(names):
-        parser.error(f"--logits names one twice: {', '.join(names)}")
-    args.logits = None if not words else words[0] if len(words) == 1 else shlex.join(words)
-    if args.combine and len(words) < 2:
-        parser.error("--combine needs two or more --logits NAME=DIR")
-
-
-def parts_of_flag(text: str) -> list[str]:
-    """Return the words of --logits as one text: of a folder alone, it."""
-    if Path(text).exists() or "=" not in text:
-        return [text]
-    try:
-        return shlex.split(text)
-    except ValueError:  # a quote without its other half
-        return [text]
-
-
-def name_and_folder(word: str) -> tuple[str, str]:
-    """Return the two parts of NAME=DIR; of a folder alone, no name."""
-    name, is_named, folder = word.partition("=")
-    return (name, folder) if is_named and not Path(word).exists() else ("", word)
-
-
-def folders_of(text: str) -> dict[str, str]:
-    """Return the folders of --logits by name; of a single one without a name, none."""
-    found = [name_and_folder(word) for word in parts_of_flag(text)]
-    return {name: folder for name, folder in found if name}
+    """Refuse (exit code 2) flags that cannot work together; put --logits and --teacher into one
+    word each."""
+    named = [flags.join_folders(parser, args, name) for name in ("logits", "teacher")]
+    if args.combine and max(map(len, named)) < 2:
+        parser.error("--combine needs two or more NAME=DIR of --logits or --teacher")
+    if args.combine == "best" and args.teacher:
+        parser.error(
+            "--combine best goes by each row's cross-entropy, which a dump has noted: wanted"
+            " --logits, or with --teacher mean or product"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,43 +123,35 @@ def of_one(known: losses.Distribution, student: Tensor, temperature: float) -> T
     return known.logp_all(known.logits(torch.empty_like(student), student), temperature)
 
 
-class Several:
-    """Several `Records` as one teacher (lib/teacher/__init__.py, class Teacher)."""
+class Together:
+    """Several teachers as one (lib/teacher/__init__.py, class Teacher): what does not depend on
+    where they are. of: each, by its name; owner: the number of the teacher of each row of a split,
+    -1 where it has none."""
 
-    model = None  # none is here, but what they said
+    model: None = None  # none is all of them
+    of: Mapping[str, Records | LiveTeacher]
+    flag: str  # that names them
+    vocab: int
 
-    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, folders: dict) -> None:
-        self.of = {
-            name: Records(folder, dataset, temperature_of(args, name), args.verify)
-            for name, folder in folders.items()
-        }
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset) -> None:
         self.dataset, self.how = dataset, args.combine or ""
-        every = [*self.of.values()]
-        self.vocab = every[0].vocab
-        for name, one in self.of.items():
-            if one.vocab != self.vocab:
-                files.fail(
-                    "the teachers of --logits know different tokens",
-                    f"{one.vocab:,} in {name}",
-                    f"{self.vocab:,} as in {next(iter(self.of))}",
-                    "dump_logits.py --vocab, or --student, the same for each",
-                )
         self.owner = {split: self._owners(split) for split in ("train", "val")}
 
     def _owners(self, name: str) -> np.ndarray:
         """Return the number of the teacher of each row of a split, -1 where it has none."""
-        split, number = getattr(self.dataset, name), {n: i for i, n in enumerate(self.of)}
-        if self.how == "best":
-            return likelier_of([row_ce(one, name) for one in self.of.values()])
-        if self.how:
-            return np.zeros(len(split.rows), np.int64)
-        names = self.dataset.sources
+        rows = getattr(self.dataset, name).rows
+        return np.zeros(len(rows), np.int64) if self.how else self._by_source()[rows["source"]]
+
+    def _by_source(self) -> np.ndarray:
+        """Return the number of the teacher of each source, -1 of those without rows; refuse names
+        that are no sources, and sources without a teacher."""
+        names, number = self.dataset.sources, {n: i for i, n in enumerate(self.of)}
         if unknown := sorted({*self.of} - {*names}):
             files.fail(
-                f"--logits names a source that is not in {self.dataset.folder}",
+                f"{self.flag} names a source that is not in {self.dataset.folder}",
                 ", ".join(unknown),
                 f"names among {', '.join(names) or '(none there)'}",
-                "--logits SOURCE=DIR, or --combine mean over the same rows",
+                f"{self.flag} SOURCE=DIR, or --combine mean over the same rows",
             )
         there = np.union1d(self.dataset.train.rows["source"], self.dataset.val.rows["source"])
         if without := [names[i] for i in there.tolist() if names[i] not in number]:
@@ -187,10 +159,9 @@ class Several:
                 "a source has no teacher",
                 ", ".join(without),
                 "a folder for each source",
-                f"--logits {without[0]}=DIR beside the others",
+                f"{self.flag} {without[0]}=DIR beside the others",
             )
-        by_source = np.array([number.get(source, -1) for source in names])
-        return by_source[split.rows["source"]]
+        return np.array([number.get(source, -1) for source in names])
 
     @property
     def name(self) -> str:
@@ -208,15 +179,10 @@ class Several:
     def each(self) -> list[tuple[str, str]]:
         return [about for one in self.of.values() for about in one.each]
 
-    def identity(self) -> dict:
-        own = {name: one.identity() for name, one in self.of.items()}
-
-        def joined(what: str) -> str:
-            text = " ".join(f"{name}={one[what]}" for name, one in own.items())
-            return hashlib.sha256(f"{self.how} {text}".encode()).hexdigest()
-
-        chunks = {name: one["chunks"] for name, one in own.items()}
-        return {"teacher": joined("teacher"), "chunks": chunks, "records": joined("records")}
+    def joined(self, what: str) -> str:
+        """Return one hash of what the teachers' identities hold under a name."""
+        text = " ".join(f"{name}={one.identity()[what]}" for name, one in self.of.items())
+        return hashlib.sha256(f"{self.how} {text}".encode()).hexdigest()
 
     def rows(self) -> np.ndarray:
         """Return the train rows that have their teacher, or all teachers that are combined."""
@@ -228,37 +194,12 @@ class Several:
         owner = self.owner["train"]
         return np.flatnonzero(np.any([(owner == i) & one for i, one in enumerate(there)], 0))
 
-    def join(
-        self,
-        student: models.Model,
-        args: argparse.Namespace,
-        amp: torch.dtype | None,
-        rows: plan.Rows | None = None,
-    ) -> models.Model:
-        for one in self.of.values():
-            student = one.join(student, args, amp, rows)
-        apart = student.apart  # of all together
-        for one in self.of.values():
-            one.leave_out(apart)
-        return student
-
     def say(self) -> None:
         said = self.how or "each source's rows learn from their own"
         print(f"teachers: {len(self.of)}, {said}")
         for name, one in self.of.items():
             print(f"--- {name}:")
             one.say()
-        own = self.owner["train"][self.owner["train"] >= 0]
-        if self.how == "best" and len(own):
-            share = np.bincount(own, minlength=len(self.of)) / len(own)
-            print(
-                "best: "
-                + ", ".join(f"{n} {part:.1%} of the rows" for n, part in zip(self.of, share))
-            )
-
-    def memory_bytes(self, device: torch.device, targets: int) -> int:
-        each = [one.memory_bytes(device, targets) for one in self.of.values()]
-        return sum(each) + len(each) * losses.dense_bytes(device, 4 * targets * self.vocab)
 
     def at(self, batch: data.Batch, temperature: float) -> losses.Distribution:
         known = self._known(batch, "train", temperature, [one.at for one in self.of.values()])
@@ -288,6 +229,67 @@ class Several:
                 return known
             parts.append((None if together else targets, known))
         return Mixed(parts, self.how if together else "")
+
+
+class Several(Together):
+    """Several `Records` as one teacher."""
+
+    of: dict[str, Records]
+    flag = "--logits"
+
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, folders: dict) -> None:
+        self.of = {
+            name: Records(folder, dataset, temperature_of(args, name), args.verify)
+            for name, folder in folders.items()
+        }
+        first, *others = self.of
+        self.vocab = self.of[first].vocab
+        for name in others:
+            check_same_tokens(
+                self, name, first, "dump_logits.py --vocab, or --student, the same for each"
+            )
+        super().__init__(args, dataset)
+
+    def _owners(self, name: str) -> np.ndarray:
+        if self.how == "best":
+            return likelier_of([row_ce(one, name) for one in self.of.values()])
+        return super()._owners(name)
+
+    def identity(self) -> dict:
+        chunks = {name: one.chunks for name, one in self.of.items()}
+        return {
+            "teacher": self.joined("teacher"),
+            "chunks": chunks,
+            "records": self.joined("records"),
+        }
+
+    def join(
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
+    ) -> models.Model:
+        for one in self.of.values():
+            student = one.join(student, args, amp, rows)
+        apart = student.apart  # of all together
+        for one in self.of.values():
+            one.leave_out(apart)
+        return student
+
+    def say(self) -> None:
+        super().say()
+        own = self.owner["train"][self.owner["train"] >= 0]
+        if self.how == "best" and len(own):
+            share = np.bincount(own, minlength=len(self.of)) / len(own)
+            print(
+                "best: "
+                + ", ".join(f"{n} {part:.1%} of the rows" for n, part in zip(self.of, share))
+            )
+
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
+        each = [one.memory_bytes(device, targets) for one in self.of.values()]
+        return sum(each) + len(each) * losses.dense_bytes(device, 4 * targets * self.vocab)
 
     @property
     def answers(self) -> dict[str, list[int]] | None:
@@ -319,6 +321,88 @@ class Several:
         return figures | {"targets": targets}
 
 
+class SeveralLive(Together):
+    """Several `LiveTeacher` as one teacher, all of them loaded beside the student; two names of one
+    folder are one model."""
+
+    of: dict[str, LiveTeacher]
+    flag = "--teacher"
+    answers: None = None  # of all together; each could be asked itself
+
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, folders: dict) -> None:
+        made: dict[str, LiveTeacher] = {}
+        for number, folder in enumerate(dict.fromkeys(folders.values())):
+            own = argparse.Namespace(**{**vars(args), "teacher": folder})
+            made[folder] = LiveTeacher(own, dataset, number)
+        self.of = {name: made[folder] for name, folder in folders.items()}
+        self.loaded = [*made.values()]
+        super().__init__(args, dataset)
+
+    def identity(self) -> dict:
+        return {"teacher": self.joined("teacher")}
+
+    def join(
+        self,
+        student: models.Model,
+        args: argparse.Namespace,
+        amp: torch.dtype | None,
+        rows: plan.Rows | None = None,
+    ) -> models.Model:
+        rooms = rooms_of(self.loaded, self.memory_bytes, student, amp, rows)
+        for one, room in zip(self.loaded, rooms):
+            student = one.load_beside(student, room)
+        first, *others = self.of
+        self.vocab = self.of[first].vocab
+        for name in others:
+            check_same_tokens(self, name, first, "--logits, dumped with one --vocab for each")
+        for one in self.loaded:
+            one.leave_out(student.apart)  # of all together
+        if rows is not None and not self.how:
+            rows.keep_apart(self._by_source())
+        return student
+
+    def memory_bytes(self, device: torch.device, targets: int) -> int:
+        """Return what each keeps beside its weights, what the largest takes in a pass (they run one
+        after the other), and what it takes to compare with several at once."""
+        kept = [one.kept_bytes(device) for one in self.loaded]
+        passes = [one.memory_bytes(device, targets) - own for one, own in zip(self.loaded, kept)]
+        vocab = max(output_layer(one.shapes)[0] for one in self.loaded)
+        more = losses.dense_bytes(device, 4 * targets * vocab)
+        return sum(kept) + max(passes) + more * (len(self.of) if self.how else 1)
+
+    def val_measures(self) -> dict | None:
+        """Return the teachers' own measures, each on the rows that it teaches, and the
+        cross-entropy of each; None of an average, which is no model."""
+        val, found = self.dataset.val, {}
+        for number, (name, one) in enumerate(self.of.items()):
+            own = np.flatnonzero(self.owner["val"] == number).tolist()
+            if not self.how and val.rows["targets"][own].any():
+                rows = [(*val.row(row), int(val.rows["source"][row])) for row in own]
+                found[name] = one.measures(data.Split.of(rows))
+        if not found:
+            return None
+        targets = sum(one["targets"] for one in found.values())
+        whole = {
+            column: sum(one[column] * one["targets"] for one in found.values()) / targets
+            for column in ("ce", "acc1", "acc5")
+        }
+        ce, names = whole.pop("ce"), evaluate.sources_apart(val, self.dataset.sources)
+        by_source = {f"ce_{name}": found[name]["ce"] for _, name in names if name in found}
+        return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), **whole, **by_source, "targets": targets}
+
+
+def check_same_tokens(teachers: Together, name: str, other: str, mend: str) -> None:
+    """Refuse two teachers over different tokens."""
+    vocab, wanted = teachers.of[name].vocab, teachers.of[other].vocab
+    if vocab != wanted:
+        files.fail(
+            f"the teachers of {teachers.flag} know different tokens",
+            f"{vocab:,} in {name}",
+            f"{wanted:,} as in {other}",
+            mend,
+        )
+
+
 def temperature_of(args: argparse.Namespace, name: str) -> flags.Moving | None:
     """Return the temperatures that a teacher's records are read at: of a source's own teacher, its
     own."""
@@ -330,13 +414,27 @@ def temperature_of(args: argparse.Namespace, name: str) -> flags.Moving | None:
 
 
 def part_of(batch: data.Batch, rows: np.ndarray, targets: np.ndarray) -> data.Batch:
-    """Return what a teacher reads of some rows of a batch; rows (rows,) bool, targets: places."""
-    at = torch.from_numpy(targets)
+    """Return some rows of a batch, on the lines that hold them; rows (rows,) bool, targets: places
+    of theirs. What else lies on these lines stays there, as padding does."""
+    if rows.all():
+        return batch
+    place = np.full(len(rows) + 1, -1)  # the last one: of padding
+    place[:-1][rows] = np.arange(int(rows.sum()))
+    row_of = torch.from_numpy(place)[batch.row_of]
+    lines, width = (row_of >= 0).any(1), row_of.shape[1]
+    back = torch.arange(len(lines)) - (lines.cumsum(0) - 1)  # how many lines before it are left out
+    device = batch.labels.device
+    at, kept, back = (x.to(device) for x in (torch.from_numpy(targets), lines, back))
+    where = batch.where[at]
     return replace(
         batch,
+        tokens=batch.tokens[kept],
+        positions=batch.positions[kept],
+        where=where - width * back[where // width],
+        labels=batch.labels[at],
+        numbers=batch.numbers[torch.from_numpy(targets)],
         rows=[row for row, own in zip(batch.rows, rows) if own],
-        numbers=batch.numbers[at],
-        labels=batch.labels[at.to(batch.labels.device)],
+        row_of=row_of[lines],
     )
 
 

@@ -59,10 +59,9 @@ def report(
         return classifier_can_teach(own, measures, dataset, run.say)
     said = answered(teacher.model, dataset, run.say) if teacher.model else teacher.answers
     if said is None:
-        return run.say(
-            "val answers: none of the teacher's are known (a val dump made again has a few:"
-            " dump_logits.py --chunk val --fresh)"
-        )
+        again = " (a val dump made again has a few: dump_logits.py --chunk val --fresh)"
+        again = again if run.args.logits else ""
+        return run.say(f"val answers: none of the teacher's are known{again}")
     compare_answers(said, answered(student, dataset, run.say), dataset, tokenizer, run.say)
 
 
