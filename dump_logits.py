@@ -115,7 +115,7 @@ def parse_args(argv=None):
 
 def chunks_wanted(args, dataset):
     """Return the chunks that --chunk names: numbers, and "val"; with rows (of --only)."""
-    found, only = chunks_named(args, dataset), writer.of_sources(args, dataset).get("only")
+    found, only = chunks_named(args, dataset), writer.only_sources(args, dataset).get("only")
     wanted = [chunk for chunk in found if writer.has_rows(dataset, chunk, only)]
     if without := [str(chunk) for chunk in found if chunk not in wanted]:
         print(f"dump: chunk {', '.join(without)}: no row of {' '.join(args.only)} is in it")
@@ -313,7 +313,7 @@ def main(argv=None):
     writer.say_memory(folder, dtype, device, args, dataset)
     teacher, splits, others = load_teacher(args, dataset, folder, device, dtype)
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
-    settings |= across.settings_across(others)
+    settings |= across.settings_across(others, teacher)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
@@ -368,6 +368,7 @@ def main(argv=None):
     if not Path(student).exists():
         student = args.student or "STUDENT"
     words = ["--data", args.data, "--logits", args.out, "--student", student]
+    words += [] if 2.0 in args.temperatures else ["--temperature", f"{args.temperatures[0]:g}"]
     following = files.command("stage2_kd.py", *words, "--out", f"runs/{name}/stage2")
     print(f"dump: {out} holds what was asked for. Next: {following}")
 

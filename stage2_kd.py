@@ -139,7 +139,7 @@ def measure_only(args, dataset, device, amp):
     about = {"logits": args.logits} if args.logits else {"teacher": args.teacher, "k": args.k}
     about |= {"combine": args.combine} if args.combine else {}
     if teacher.compares:
-        about["kl_is_over"] = teacher.over
+        about |= {"kl_is_over": teacher.over, "kl_is_to": teacher.name}
     evaluate.alone(args, student, dataset, student.head().vocab, amp, teacher, **about)
     holding.release()
 

@@ -382,6 +382,16 @@ def span(value: Moving | dict[str, Moving]) -> Moving:
     return least if least == most else (least, most)
 
 
+class Folders(argparse.Action):
+    """A flag of DIR or NAME=DIR NAME=DIR: given again, names are added to names; else the last
+    counts, as of any flag."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest) or []
+        named = before and all("=" in word for word in [*before, *values])
+        setattr(namespace, self.dest, [*before, *values] if named else values)
+
+
 def join_folders(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> list[str]:
     """Put the words of a flag, DIR or NAME=DIR NAME=DIR, into one (None where it was not given);
     return them. Refuse (exit code 2) several that have no name, or the same."""

@@ -148,7 +148,8 @@ class TopK:
         emptied, known = torch.full_like(logp[:, :-1], -torch.inf), logp[:, :-1]
         if unknown is not None:
             emptied = torch.where(unknown, z.gather(1, self.ids), emptied)
-        tail = z.scatter_(1, self.ids, emptied).log_softmax(1).add_(logp[:, -1:])
+        # a token that the teacher has not, and the student has: light, and no infinity
+        tail = z.scatter_(1, self.ids, emptied).log_softmax(1).clamp_min_(FLOOR).add_(logp[:, -1:])
         if unknown is not None:
             known = torch.where(unknown, tail.gather(1, self.ids), known)
         return tail.scatter_(1, self.ids, known)
@@ -455,8 +456,9 @@ def chunks_of(count: int, size: int, teacher: Distribution | None) -> Iterator[s
     """Yield `count` targets in chunks of at most `size`, none of which ends inside a group."""
     inside = torch.zeros(count + 1, dtype=torch.bool)
     if isinstance(teacher, TopK) and teacher.joint is not None:
-        for first in teacher.joint.cpu().nonzero()[:, 0].tolist():
-            inside[first + 1 : first + int(teacher.joint[first])] = True
+        joint = teacher.joint.cpu()
+        for first in joint.nonzero()[:, 0].tolist():
+            inside[first + 1 : first + int(joint[first])] = True
     start = 0
     while start < count:
         end = min(start + size, count)

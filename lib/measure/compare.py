@@ -421,6 +421,8 @@ def main(argv=None):
     for name, (_, where) in folders.items():
         for line in entries.stale(models[name], read.get(name), where):
             print(f"report: WARNING: {line}")
+    for line in entries.apart_teachers(models):
+        print(f"report: WARNING: {line}")
     entries.check_same_rows(models, rows, roles.get("student", next(iter(models))))
     result = comparison(read, models, rows, roles)
 

@@ -189,6 +189,15 @@ def stale(model: dict, run: dict | None, where: Path) -> list[str]:
     return found
 
 
+def apart_teachers(models: dict[str, dict]) -> list[str]:
+    """Return in words where the models' distances are to several teachers: no one number."""
+    to = {name: model["kl_is_to"] for name, model in models.items() if model.get("kl_is_to")}
+    if len({*to.values()}) < 2:
+        return []
+    each = "; ".join(f"of {name} to {teacher}" for name, teacher in to.items())
+    return [f"the KLs are not to one teacher: {each}"]
+
+
 def check_same_rows(models: dict[str, dict], rows: dict[str, list[dict]], against: str) -> None:
     """Refuse models that were measured on other held-out rows, or answered other prompts, than the
     one called `against`."""

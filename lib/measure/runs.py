@@ -159,8 +159,8 @@ def cost_of(settings: dict) -> dict[str, float]:
             found |= {"written_s": files.read_json(cost)["written_s"]} if cost.exists() else {}
     logits = str(settings.get("logits") or "")
     # "" where there are none; of several teachers NAME=DIR NAME=DIR
-    several = [] if Path(logits).exists() else logits.split()
-    records = [Path(word.rpartition("=")[2]) for word in several] or [Path(logits)] * bool(logits)
+    several = flags.folders_of(logits).values()
+    records = [Path(folder) for folder in several] or [Path(logits)] * bool(logits)
     if records and all(folder.is_dir() for folder in records):
         paths = [path for folder in records for path in folder.rglob("*") if path.is_file()]
         if costs := [files.read_json(path) for path in paths if path.name == "cost.json"]:

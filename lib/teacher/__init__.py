@@ -101,12 +101,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     either.add_argument(
         "--logits",
         nargs="+",
+        action=flags.Folders,
         metavar="DIR",
         help="the folder dump_logits.py wrote; of several teachers NAME=DIR NAME=DIR",
     )
     either.add_argument(
         "--teacher",
         nargs="+",
+        action=flags.Folders,
         metavar="DIR|ID",
         help=(
             "a model to run beside the student instead: a folder, a hub id or a GGUF file; several"

@@ -31,6 +31,7 @@ from lib.teacher.basis import Basis
 
 LEAST_SHARED = 0.99  # of the answer tokens, which --map-vocabulary wants to be one token to both
 LARGEST = 64  # of our tokens in a group, to be compared: it lies in one chunk of targets
+MUCH = 0.2  # of the answer tokens that are not compared: it is warned of more
 CERTAIN = 1e-6  # what is left beside a group of probability 1, as float32 sums it
 
 
@@ -61,7 +62,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--verify N does not go with {which}: --verify alone checks every byte")
     if not args.align:
         return
-    if args.temperatures not in (None, "1"):
+    if not writer.is_one(args.temperatures):
         parser.error(
             f"--temperatures is {args.temperatures}, wanted 1: the probability of several tokens"
             " together is a product, which says nothing of another T"
@@ -115,8 +116,10 @@ class Across:
         single = (last - first == 1) & (end - begin == 1)
         single &= labels.cpu().numpy()[begin] == wanted[first]
         records[first[single]] = each[0][begin[single]]
-        ce[first], hits[first] = nats, np.where(single, each[2][begin], nats < math.log(2))
         more = ~single & (last - first <= LARGEST) & self.joint
+        heard = single | more
+        right = np.where(single, each[2][begin], nats < math.log(2))
+        ce[first[heard]], hits[first[heard]] = nats[heard], right[heard]
         sizes, own = (last - first)[more], wanted[first[more]]
         records[first[more]] = of_groups(nats[more], own, sizes, dtype, head.vocab)
         return found
@@ -154,6 +157,16 @@ def read_rows(
 ) -> tuple[dict[str, Across], translate.Table]:
     """Return the rows as the teacher in `folder` reads them, by split, and which tokens are one;
     say both, and refuse a --map-vocabulary that maps too little."""
+    which = "--align bytes" if args.align else "--map-vocabulary"
+    if dataset.labels:
+        seen, mend = (
+            "classes",
+            "the same without it: a classifier reads the texts by its own tokens",
+        )
+        files.fail(f"{which} does not go with {dataset.folder}", seen, "language", mend)
+    if checkpoints.is_gguf(folder):
+        mend = "the checkpoint that it was made of"
+        files.fail(f"{which} does not read {folder}", "a GGUF file", "a folder", mend)
     words = checkpoints.with_tokenizer(folder)
     teacher, student = template.load_tokenizer(words, args.trust_remote_code), dataset.tokenizer()
     table = translate.shared(student, teacher, vocab_of(args, student))
@@ -180,40 +193,58 @@ def vocab_of(args: argparse.Namespace, student) -> int:
     return checkpoints.tokens_of(checkpoints.local_folder(args.student, args.trust_remote_code))
 
 
-def settings_across(made: dict[str, Across]) -> dict:
+def settings_across(made: dict[str, Across], teacher: models.Model) -> dict:
     """Return what a chunk must also have been made with to be continued."""
     if not made:
         return {}
-    joint = made["train"].joint
-    return {"counted": True, "across": made["train"].about} | ({"joint": True} if joint else {})
+    assert isinstance(teacher, translate.Translated)
+    settings = {"counted": True, "across": made["train"].about}
+    if made["train"].joint:
+        return settings | {"joint": True}
+    limit = teacher.limit or teacher.vocab
+    return settings | {"no_mass": [id for id in teacher.lacking if id < limit]}
 
 
 def say_shared(made: dict[str, Across], folder: Path) -> None:
-    """Print how much of the answers is compared; refuse where --map-vocabulary maps too little."""
-    targets = sum(one.ours.targets for one in made.values())
-    groups = [own for one in made.values() for own in one.theirs.groups]
-    first, last, begin, end = np.concatenate([np.zeros((0, 4), np.int64), *groups]).T
-    mine, theirs = last - first, end - begin
-    single = int(((mine == 1) & (theirs == 1)).sum())
-    share = single / max(1, targets)
-    print(f"tokens: {single:,} of {targets:,} answer tokens ({share:.2%}) are one token to both")
-    joint = made["train"].joint
-    if joint:
-        several, inside = ((theirs > 1) & (mine == 1)).sum(), mine[mine > 1].sum()
-        rest = targets - single - several - inside
-        print(
-            f"tokens: {several / targets:.2%} are several to the teacher, {inside / targets:.2%}"
-            f" lie in groups of several, {rest / targets:.2%} are not compared"
-        )
+    """Print how much of the answers is compared, and warn where it is little; refuse where it is
+    nothing, or --map-vocabulary maps too little of what was read."""
     lost: collections.Counter[str] = collections.Counter()
+    targets = single = several = inside = 0
     for one in made.values():
         lost.update({why: len(rows) for why, rows in one.lost.items()})
+        gone = np.concatenate([np.zeros(0, np.int64), *one.lost.values()])
+        targets += one.ours.targets - int(one.ours.rows["targets"][gone].sum())
+        for first, last, begin, end in (groups.T for groups in one.theirs.groups):
+            mine, theirs = last - first, end - begin
+            single += int(((mine == 1) & (theirs == 1)).sum())
+            several += int(((mine == 1) & (theirs > 1)).sum())
+            inside += int(mine[mine > 1].sum())
     for why, count in lost.items():
         print(f"rows: {count:,} have no record ({why})")
+    if not targets:
+        files.fail(
+            f"{folder} can read no row",
+            "; ".join(lost),
+            mend="another teacher, or prepare_data.py --answers teacher: its text",
+        )
+    joint, share = made["train"].joint, single / targets
+    print(f"tokens: {single:,} of {targets:,} answer tokens ({share:.2%}) are one token to both")
+    rest = 1 - share
+    if joint:
+        rest = 1 - (single + several + inside) / targets
+        print(
+            f"tokens: {several / targets:.2%} are several to the teacher, {inside / targets:.2%}"
+            f" lie in groups of several, {rest:.2%} are not compared"
+        )
     if not joint and share < LEAST_SHARED:
         files.fail(
             f"--map-vocabulary does not map enough of {folder}'s tokens",
             f"{share:.1%} of the answer tokens",
             f"at least {LEAST_SHARED:.0%}",
             "--align bytes, for tokenizers that cut text otherwise",
+        )
+    if rest > MUCH:
+        print(
+            f"WARNING: {rest:.0%} of the answer tokens are not compared: the teacher's tokenizer"
+            " writes another text (another case, other blanks); there the labels alone teach"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib import data, files, models
-from lib.head import ABSENT, Head
+from lib.head import Head
 from lib.run import clock
 from lib.teacher import basis, sample
 from lib.teacher.basis import Basis
@@ -201,8 +201,6 @@ def decoded(head: Head, center: Tensor, middle: Tensor, decoder: Tensor) -> tupl
         mean[part] = wide @ center
     if head.bias is not None:
         mean += head.bias.detach()[: head.vocab].float() * head.scale
-    if head.apart is not None and not head.softcap:  # a cap would bring them back
-        mean[head.apart], rows[:, head.apart] = ABSENT, 0.0
     return mean, rows
 
 

@@ -69,7 +69,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> bo
     for name in ("teacher", "teacher_url", "check_with"):
         if getattr(args, name) is not None:
             parser.error(f"--import PATH takes the place of a teacher: no {flags.spelled(name)}")
-    if args.temperatures not in (None, "1"):
+    if not writer.is_one(args.temperatures):
         parser.error(
             f"--temperatures is {args.temperatures}, wanted 1: the file holds probabilities, and"
             " the mass outside the top k at another T does not follow from them"

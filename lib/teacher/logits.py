@@ -164,7 +164,7 @@ class Records:
         self.meta = every[0].meta
         self.vocab, self.temperatures = self.meta["vocab"], self.meta["temperatures"]
         # nothing is left for a tail: any temperature is exact
-        self.whole = self.meta["k"] == self.vocab
+        self.whole = self.meta["k"] == self.vocab and not self.meta.get("counted")
         self.shape = self._basis(every if temperature is not None or not self.val else [self.val])
         self.leave_out(())
         self.placed: torch.device | None = None  # the device that it has been moved to
@@ -244,6 +244,8 @@ class Records:
         again = f"--temperature {dumped[0]:g}, or "
         if self.meta.get("dtype") == record.SERVED:
             again += "a teacher that is loaded here: of another T a server says nothing"
+        elif self.meta.get("joint"):
+            again += "a teacher of the student's tokenizer: a product says nothing of another T"
         elif self.meta.get("dtype") == record.IMPORTED:
             again += "a teacher that is loaded here: of another T the imported file says nothing"
         else:
@@ -281,8 +283,9 @@ class Records:
         dumped = {*self.meta.get("apart", [])}
         self.apart = tuple(sorted({*more} | dumped))
         self.unforeseen = torch.tensor(sorted({*more} - dumped), dtype=torch.int64)
-        if self.shape is not None and (ids := [id for id in self.apart if id < self.vocab]):
-            self.shape = replace(self.shape, apart=torch.tensor(ids))
+        none = {id for id in (*self.apart, *self.meta.get("no_mass", ())) if id < self.vocab}
+        if self.shape is not None and none:
+            self.shape = replace(self.shape, apart=torch.tensor(sorted(none)))
 
     @property
     def name(self) -> str:
@@ -382,7 +385,13 @@ class Records:
         for why, count in self._left_out().items():
             print(f"logits: {count:,} rows have no record ({why})")
         if self.compares:
-            print(f"val: kl and rkl are over {self.over}")
+            assert self.val is not None
+            known = record.told(self.val.records, self.val.numbers)["known"]
+            all_of = self.dataset.val.targets
+            some = "" if known == all_of else f", at {known:,} of {all_of:,} targets"
+            print(f"val: kl and rkl are over {self.over}{some}")
+        elif not len(self.dataset.val.rows):
+            print("logits: the data has no val rows, so no KL to the teacher")
         else:
             print(
                 "logits: no val dump with T=1, so no KL to the teacher; "
@@ -403,7 +412,7 @@ class Records:
         if self.val is None:
             return None
         ce, acc1 = self.val.meta["teacher_ce"], self.val.meta["teacher_acc1"]
-        targets = len(self.val.numbers)
+        targets = sum(record.told(self.val.records, self.val.numbers).values())
         return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "targets": targets}
 
     @property

@@ -60,6 +60,9 @@ CHUNK_META = {  # of meta.json
     "joint?": bool,
     "across?": str,
     "only?": [range(1 << 16)],
+    "no_mass?": [range(1 << 20)],
+    "known?": range(1 << 62),
+    "grouped?": range(1 << 62),
     "left_out?": {...: range(1 << 62)},
     "error?": {...: {...: {"mean": float, "p99": float, "shapeless": float}}},
     "basis?": str,
@@ -229,6 +232,31 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
         return topk
     worse = records["error"][:, column] == SHAPELESS
     return replace(topk, shapeless=torch.from_numpy(worse)) if worse.any() else topk
+
+
+def told(records: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, int]:
+    """Return at how many targets something is told by records (`numbers`: of those that there are,
+    if not all): `known`, alone, and `grouped`, together with others (`joint`)."""
+    names = records.dtype.names or ()
+    count = len(records) if numbers is None else len(numbers)
+    if "count" not in names:
+        return {"known": count, "grouped": 0}
+    there = slice(None) if numbers is None else numbers
+    known = int((records["count"][there] > 0).sum())
+    return {"known": known, "grouped": int(records["joint"].sum()) if "joint" in names else 0}
+
+
+def told_by_row(records: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return at how many targets of each row (rows,) something is told; counts: their targets."""
+    names = records.dtype.names or ()
+    if "count" not in names:
+        return counts.astype(np.int64)
+    each = (records["count"] > 0).astype(np.int64)
+    if "joint" in names:
+        each += records["joint"]
+    ends = np.concatenate([[0], np.cumsum(each)])
+    last = np.cumsum(counts, dtype=np.int64)
+    return ends[last] - ends[last - counts]
 
 
 def tails_of(records: np.ndarray) -> torch.Tensor:

@@ -5,13 +5,14 @@ The prompt is what the teacher's template makes of the row's messages (data/NAME
 prepare_data.py --export keeps); the answers are the student's very tokens, as text. Behind the
 prompt they are tokenized alone, as they are where a model writes them; a turn ends in the token
 that ends it for each. Both ways to cut an answer are held against each other in bytes: `groups` are
-the shortest stretches that begin and end together. Where the texts part, nothing is known of what
-follows.
+the shortest stretches that begin and end together.
 
 Worked example: "unhappy!" as un|happy|! and as un|hap|py|!: the groups are un - un, happy - hap py,
 ! - !.
 """
 
+import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -24,7 +25,11 @@ from pyarrow import parquet
 from lib import data, files, template
 from lib.teacher import translate
 
+Seam = tuple[str, str, tuple[str, str]]
 Group = tuple[int, int, int, int]  # the first and last + 1 of our tokens, and of theirs
+EMPTY = re.compile(r"\s*<think>\s*</think>\s*")  # before an answer that does not think
+LONG = 20_000  # bytes of an answer up to which it is looked for where two texts go on alike
+LEAST_ALIKE = 4  # bytes that are one text again behind a difference
 OPENED = re.compile(r"<think>\s*$")  # by a generation prompt: an answer that thinks opens it itself
 PLAIN = {"role", "content", "reasoning_content", "name", "tool_call_id"}  # of a message: texts
 TEXTS = {"train": "train", "val": "validation"}  # the files of data/NAME/rows
@@ -32,36 +37,40 @@ GROUP_OF_ROWS = 256
 
 
 def groups(ours: list[bytes], theirs: list[bytes]) -> list[Group]:
-    """Return the shortest stretches of tokens that stand for the same bytes, up to where two texts
-    part. A blank before the text that only one of them has (SentencePiece writes one) is none.
+    """Return the shortest stretches of tokens that stand for the same bytes. A blank more before
+    the text (SentencePiece writes one) is none; where two texts part (another case, a character
+    composed otherwise), nothing is paired, and again from where both go on alike.
 
     groups([b"un", b"happy"], [b"un", b"hap", b"py"]) == [(0, 1, 0, 1), (1, 2, 1, 3)].
     """
     one, other = b"".join(ours), b"".join(theirs)
-    before = [0, 0]
-    if one[:1] != other[:1]:
-        before = [int(text[:1] == b" ") for text in (one, other)]
-    one, other = one[before[0] :], other[before[1] :]
-    same = (
-        len(one)
-        if other.startswith(one)
-        else next(
-            (i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other))
-        )
-    )
-
-    def ends(tokens: list[bytes], blank: int) -> dict[int, int]:
-        """The number of tokens up to each place where one ends: the last, where some are empty."""
-        at = np.cumsum([len(token) for token in tokens]) - blank
-        return {int(place): number + 1 for number, place in enumerate(at)}
-
-    mine, others = ends(ours, before[0]), ends(theirs, before[1])
-    found, last = [], (0, 0)
-    for place in sorted(mine.keys() & others.keys()):
-        if 0 < place <= same:
-            found.append((last[0], mine[place], last[1], others[place]))
-            last = mine[place], others[place]
+    blanks = [len(text) - len(text.lstrip(b" ")) for text in (one, other)]
+    more = [own - min(blanks) for own in blanks]
+    mine, others = ends(ours, more[0]), ends(theirs, more[1])
+    found = []
+    for a, b, size in alike(one[more[0] :], other[more[1] :]):
+        shared = [at for at in range(size + 1) if a + at in mine and b + at in others]
+        for begin, end in itertools.pairwise(shared):
+            found.append((mine[a + begin], mine[a + end], others[b + begin], others[b + end]))
     return found
+
+
+def ends(tokens: list[bytes], blank: int) -> dict[int, int]:
+    """Return how many tokens there are before each place where one begins or the last one ends; of
+    empty ones the last counts. blank: bytes of the first that are none."""
+    at = np.concatenate([[blank], np.cumsum([len(token) for token in tokens], dtype=np.int64)])
+    return {int(place) - blank: number for number, place in enumerate(at) if place >= blank}
+
+
+def alike(one: bytes, other: bytes) -> list[tuple[int, int, int]]:
+    """Return (place, place, length) of the stretches that two texts have in common, in order."""
+    if one == other:
+        return [(0, 0, len(one))]
+    if max(len(one), len(other)) > LONG:
+        same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
+        return [(0, 0, same or min(len(one), len(other)))]
+    blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
+    return [(a, b, size) for a, b, size in blocks if size >= LEAST_ALIKE or a == b == 0]
 
 
 def runs(answer: np.ndarray) -> list[tuple[int, int]]:
@@ -70,60 +79,39 @@ def runs(answer: np.ndarray) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def turns_of(messages: list[dict], said: list[str]) -> list[int] | None:
-    """Return which messages the answers of a row are, given what they say; None where that cannot
-    be told (some of them are no targets, and none of them matches)."""
-    answers = [
-        turn for turn, message in enumerate(messages) if turn and template.is_answer(message)
-    ]
-
-    def is_said(turn: int, text: str) -> bool:
-        if template.beside_text(messages[turn]):
-            return len(said) == len(answers)
-        begin = min(24, *(len(part.strip()) for part in (text, messages[turn]["content"])))
-        return text.strip()[:begin] in messages[turn]["content"]
-
-    for turns in (answers[: len(said)], answers[-len(said) :]):
-        if len(turns) == len(said) and all(map(is_said, turns, said)):
-            return turns
-    return None
-
-
 class Reader:
     """Reads rows with a teacher's tokenizer."""
 
     def __init__(self, dataset: data.Dataset, teacher, table: translate.Table) -> None:
         self.ours, self.theirs, self.table = dataset.tokenizer(), teacher, table
-        if not teacher.chat_template and dataset.tokenizer().chat_template:
-            files.fail(
-                "the teacher's tokenizer has no chat template",
-                wanted="one, to read the rows as the teacher was taught to",
-                mend="a chat_template.jinja in the teacher's folder",
-            )
         self.mine, self.other = translate.bytes_of(self.ours), translate.bytes_of(teacher)
-        self.special = template.special_ids(self.ours)
+        self.special, self.end = template.special_ids(self.ours), ""
+        if teacher.chat_template:
+            *_, self.end = template.marks(teacher, str(teacher.chat_template))
         for known, one in ((self.mine, self.ours), (self.other, teacher)):
             names = template.token_names(one)
             known |= {id: names[id].encode() for id in template.special_ids(one)}
         self.think = dataset.meta.get("args", {}).get("think")
         self.bos = [teacher.bos_token_id] if template.adds_bos(teacher) else []
 
-    def asked(self, messages: list[dict]) -> str:
-        """Return the prompt as their template writes it."""
-        shown = template.without_think(messages) if self.think == "drop" else messages
-        text = template.render(self.theirs, shown, add_generation_prompt=True)
-        return OPENED.sub("", text)
+    def shown(self, messages: list[dict], answered: bool = False) -> str:
+        """Return messages as their template writes them; without an answer at the end the prompt to
+        it, in which no trace is open."""
+        some = template.without_think(messages) if self.think == "drop" else messages
+        text = template.render(self.theirs, some, add_generation_prompt=not answered)
+        return text if answered else OPENED.sub("", text)
 
     def tokens(self, text: str) -> list[int]:
         return self.theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def answer(self, ids: list[int]) -> tuple[list[int], list[Group]]:
-        """Return an answer in their tokens, and its groups. ids: ours, with the end of turn."""
+    def answer(self, ids: list[int], lead: str = "") -> tuple[list[int], list[Group]]:
+        """Return an answer in their tokens, and its groups. ids: ours, with the end of turn; lead:
+        a blank that their template writes before it."""
         end, said = ids[-1:], ids[:-1]
-        if end[0] not in self.special:
+        if end and end[0] not in self.special:
             end, said = [], ids
         text = self.ours.decode(said, clean_up_tokenization_spaces=False)
-        theirs = self.tokens(text)
+        theirs = self.tokens(lead + text)
         found = groups([self.mine[id] for id in said], [self.other[id] for id in theirs])
         ended = [int(id) for id in self.table.theirs[end] if id >= 0]
         if ended:
@@ -138,38 +126,91 @@ class Reader:
         moved = [(a + head, b + head, c + ahead, d + ahead) for a, b, c, d in found]
         return self.bos + theirs, [one for one in moved if one[0] > 0 and one[2] > 0]
 
+    def turns(
+        self, messages: list[dict], ids: np.ndarray, stretches: list[tuple[int, int]]
+    ) -> list[tuple[int, int]] | None:
+        """Return which message each stretch of targets of a row answers, and where in the row its
+        prompt ends: by our own template's prompts. None where these do not lie in the row."""
+        answers = [
+            turn for turn, message in enumerate(messages) if turn and template.is_answer(message)
+        ]
+        if len(answers) == len(stretches) and self.think != "mask":
+            return [(turn, start) for turn, (start, _) in zip(answers, stretches)]
+        found: list[tuple[int, int]] = []
+        places = []
+        shown = template.without_think(messages) if self.think == "drop" else messages
+        for turn in answers:
+            prompt = template.prompt_ids(self.ours, shown[:turn])
+            if ids[: len(prompt)].tolist() == prompt:
+                places.append((turn, len(prompt)))
+        for start, _ in stretches:
+            before = [place for place in places if place[1] <= start]
+            if not before or before[-1] in found:
+                return None
+            found.append(before[-1])
+        return found
+
     def conversation(
         self, messages: list[dict], ids: np.ndarray, answer: np.ndarray
     ) -> tuple[list[int], list[Group]] | str:
         """Return a conversation in their tokens, and its groups by the places of both; or why it
         cannot be read."""
+        if not self.theirs.chat_template:
+            files.fail(
+                "the teacher's tokenizer has no chat template",
+                wanted="one, to read the rows as the teacher was taught to",
+                mend="a chat_template.jinja in the teacher's folder",
+            )
         stretches = runs(answer)
-        said = [
-            self.ours.decode(ids[start:end].tolist(), skip_special_tokens=True)
-            for start, end in stretches
-        ]
-        if (turns := turns_of(messages, said)) is None:
+        if (turns := self.turns(messages, ids, stretches)) is None:
             return "answers that are not told apart"
         whole: list[int] = []
         found: list[Group] = []
-        text = ""
-        for turn, (start, end) in zip(turns, stretches):
+        text = rest = ""  # of their template, up to the last answer's end, and behind it
+        for (turn, before), (start, end) in zip(turns, stretches):
+            lead = self.ours.decode(ids[before:start], clean_up_tokenization_spaces=False)
+            said = self.ours.decode(ids[start:end], skip_special_tokens=True)
             try:
-                asked = self.asked(messages[:turn])
+                asked = self.shown(messages[:turn])
+                seam = self.seam(asked, self.shown(messages[: turn + 1], True), lead + said)
+                if seam is None:  # Mistral writes the system message into the last question alone
+                    one = self.shown(messages[turn - 1 : turn])
+                    both = self.shown(messages[turn - 1 : turn + 1], True)
+                    seam = (self.seam(one, both, lead + said) or ("", ""))[:2] + (("", ""),)
             except (jinja2.TemplateError, TypeError):
                 return "refused by the teacher's template"
-            if self.think == "mask":  # what the answer has before its targets
-                before = len(template.prompt_ids(self.ours, messages[:turn]))
-                asked += self.ours.decode(ids[before:start], clean_up_tokenization_spaces=False)
-            if not asked.startswith(text):  # it shows an earlier answer otherwise: that one is lost
-                whole, text, found = [], "", []
-            whole += self.tokens(asked[len(text) :])
-            theirs, own = self.answer(ids[start:end].tolist())
+            if not text or not asked.startswith(text + rest):
+                # they show an earlier answer otherwise: what was said of it is lost
+                whole, text, rest, found = [], "", "", []
+            between, blank, closed = seam
+            whole += self.tokens(asked[len(text) :] + between + lead)
+            theirs, own = self.answer(ids[start:end].tolist(), blank)
             at = len(whole)
             found += [(start + a, start + b, at + c, at + d) for a, b, c, d in own if at + c > 0]
             whole += theirs
-            text = asked + self.theirs.decode(theirs, clean_up_tokenization_spaces=False)
+            text, rest = closed
         return whole, found
+
+    def seam(self, asked: str, shown: str, said: str) -> Seam | None:
+        """Return what their template writes between the prompt and an answer: what belongs to the
+        prompt (an empty trace, line breaks), and a blank that belongs to the answer (Mistral); and
+        its text up to the end of the turn, and from there on ("" where it shows another answer).
+        None where the answered conversation does not begin with the prompt."""
+        if not shown.startswith(asked):
+            return None
+        behind, end = shown[len(asked) :], self.end
+        trace = EMPTY.match(behind)
+        between = trace.group() if trace and not said.lstrip().startswith(template.OPEN) else ""
+        behind = behind[len(between) :]
+        blanks = behind[: len(behind) - len(behind.lstrip())]
+        own = said[: len(said) - len(said.lstrip())]
+        blanks = blanks.removesuffix(own)
+        between, blank = (between, blanks) if blanks == " " else (between + blanks, "")
+        stop = behind.rfind(end) if end else -1
+        if stop < 0 or behind[:stop].strip() != said.strip():
+            return between, blank, ("", "")
+        closed = len(shown) - len(behind) + stop + len(end)
+        return between, blank, (shown[:closed], shown[closed:])
 
 
 def messages_of(path: Path) -> Iterator[list[dict] | str]:
@@ -222,7 +263,7 @@ def reread(dataset: data.Dataset, name: str, reader: Reader, max_len: int) -> Re
             else reader.conversation(row, ids, answer)
         )
         if not isinstance(made, str) and len(made[0]) > max_len:
-            made = f"longer than {max_len} of the teacher's tokens"
+            made = f"longer than --tokens-per-microbatch {max_len} of the teacher's tokens"
         if not isinstance(made, str) and not made[1]:
             made = "no answer token in common"
         if isinstance(made, str):
@@ -247,4 +288,5 @@ def reread(dataset: data.Dataset, name: str, reader: Reader, max_len: int) -> Re
 def among_targets(own: np.ndarray, answer: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """Return groups (n, 4) of places as groups of target numbers; answer, theirs: the masks."""
     mine, other = (np.concatenate([[0], np.cumsum(mask)]) for mask in (answer, theirs))
-    return np.stack([mine[own[:, 0]], mine[own[:, 1]], other[own[:, 2]], other[own[:, 3]]], 1)
+    made = np.stack([mine[own[:, 0]], mine[own[:, 1]], other[own[:, 2]], other[own[:, 3]]], 1)
+    return made.astype(np.int32)

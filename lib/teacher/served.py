@@ -72,7 +72,7 @@ def check_flags(
             parser.error("--check-with needs --teacher-url")
         return
     flags.check_server(parser, args, keys)
-    if args.temperatures not in (None, "1"):
+    if not writer.is_one(args.temperatures):
         parser.error(
             f"--temperatures is {args.temperatures}, wanted 1: a server gives probabilities at"
             " T = 1 alone, and the mass outside the top k at another T does not follow from them"
@@ -101,6 +101,8 @@ class ScoreRequest:
     named: dict[int, str] = field(default_factory=dict)  # what the data's tokenizer calls some ids
 
     def mend(self, said: str) -> str:
+        if "prompt_logprobs" in said and "nexpected" in said:  # transformers serve
+            return "a server that scores a prompt of token ids, such as vLLM"
         if "logprobs" in said:
             return f"--k {K}, or a server that grants more (vllm serve --max-logprobs {self.k})"
         return (

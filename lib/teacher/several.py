@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lib import data, evaluate, files, flags, losses, models, plan
+from lib.teacher import record
 from lib.teacher.live import LiveTeacher, output_layer, rooms_of
 from lib.teacher.logits import Chunk, Records
 
@@ -244,6 +245,13 @@ class Several(Together):
         }
         first, *others = self.of
         self.vocab = self.of[first].vocab
+        self.joint = any(one.meta.get("joint") for one in self.of.values())
+        if self.joint and args.combine == "best":
+            files.fail(
+                "--combine best does not go with records of --align bytes",
+                "groups of tokens, which belong to one teacher's rows",
+                "mean or product, or a teacher for each source",
+            )
         for name in others:
             check_same_tokens(
                 self, name, first, "dump_logits.py --vocab, or --student, the same for each"
@@ -272,6 +280,8 @@ class Several(Together):
     ) -> models.Model:
         for one in self.of.values():
             student = one.join(student, args, amp, rows)
+        if self.joint and not self.how and rows is not None:
+            rows.keep_apart(self._by_source())  # groups of tokens are compared by a teacher alone
         apart = student.apart  # of all together
         for one in self.of.values():
             one.leave_out(apart)
@@ -308,12 +318,12 @@ class Several(Together):
         vals = [one.val for one in self.of.values() if one.val is not None]
         if self.how in ("mean", "product") or len(vals) < len(self.of):
             return None
-        counts, owner = self.dataset.val.rows["targets"].astype(int), self.owner["val"]
+        owner = self.owner["val"]
         ce, hits, targets = 0.0, 0, 0
         for number, val in enumerate(vals):
             done, own = val.done(), owner == number
             ce, hits = ce + float(done["ce_sum"][own].sum()), hits + int(done["hits"][own].sum())
-            targets += int(counts[own & done["done"]].sum())
+            targets += int(heard_by_row(val)[own & done["done"]].sum())
         if not targets:
             return None
         ce /= targets
@@ -439,8 +449,8 @@ def part_of(batch: data.Batch, rows: np.ndarray, targets: np.ndarray) -> data.Ba
 
 
 def row_ce(one: Records, name: str) -> np.ndarray:
-    """Return the teacher's cross-entropy of each row of a split, summed; infinite where it has
-    no record."""
+    """Return the teacher's cross-entropy of each row of a split, a target of which it says
+    something; infinite where it has no record."""
     dataset = one.dataset
     if name == "val":
         none = np.full(len(dataset.val.rows), np.inf)
@@ -453,10 +463,14 @@ def row_ce(one: Records, name: str) -> np.ndarray:
 
 
 def ce_of(part: Chunk) -> np.ndarray:
-    """Return the teacher's cross-entropy of each row of a chunk (rows,), summed; infinite where it
-    has no record."""
-    done = part.done()
-    return np.where(done["done"], done["ce_sum"], np.inf)
+    """Return `row_ce` of the rows of a chunk (rows,)."""
+    done, heard = part.done(), heard_by_row(part)
+    return np.where(done["done"] & (heard > 0), done["ce_sum"] / np.maximum(heard, 1), np.inf)
+
+
+def heard_by_row(part: Chunk) -> np.ndarray:
+    """Return at how many targets of each row of a chunk its teacher says something."""
+    return record.told_by_row(part.records, part.counts)
 
 
 def likelier_of(ce: list[np.ndarray]) -> np.ndarray:

@@ -91,5 +91,5 @@ def settings_of(
         "tail_rank": 0,
         "dtype": kind,
         "tokens_per_microbatch": args.tokens_per_microbatch,
-        **writer.of_sources(args, dataset),
+        **writer.only_sources(args, dataset),
     }

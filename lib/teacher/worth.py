@@ -46,9 +46,12 @@ def report(
         run.say(line + (warning and red(warning)))
     if other := written.other_teacher(dataset, teacher.each):
         run.say(red(other))
-    if not dataset.val.targets or not (own := teacher.val_measures()):
+    own = teacher.val_measures() if dataset.val.targets else None
+    names = {"name": teacher.name} if len(teacher.each) > 1 else {}
+    if names or own:
+        run.log("teacher", 0, **names, **(own or {}))
+    if not own:
         return
-    run.log("teacher", 0, **own)
     if dataset.val_own.any():  # who wrote a text finds it likelier than who is to teach
         both = f"teacher {own['ce']:.4f}, student {measures['ce']:.4f}"
         run.say(f"val cross-entropy, of the student's own text too: {both}")
@@ -59,7 +62,10 @@ def report(
         return classifier_can_teach(own, measures, dataset, run.say)
     said = answered(teacher.model, dataset, run.say) if teacher.model else teacher.answers
     if said is None:
-        again = " (a val dump made again has a few: dump_logits.py --chunk val --fresh)"
+        again = (
+            " (of a teacher that is run here, with the data's tokenizer, a val dump made again has"
+            " a few: dump_logits.py --chunk val --fresh)"
+        )
         again = again if run.args.logits else ""
         return run.say(f"val answers: none of the teacher's are known{again}")
     compare_answers(said, answered(student, dataset, run.say), dataset, tokenizer, run.say)

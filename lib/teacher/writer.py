@@ -106,7 +106,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
-def of_sources(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, list[int]]:
+def only_sources(args: argparse.Namespace, dataset: data.Dataset) -> dict[str, list[int]]:
     """Return the numbers of the sources of --only as a dump's settings hold them; nothing without
     it. Refused: a name that no source has."""
     if not args.only:
@@ -125,6 +125,11 @@ def has_rows(dataset: data.Dataset, chunk: int | str, only: list[int] | None) ->
     split = dataset.val if chunk == "val" else dataset.train
     sources = split.rows["source"][rows_of(dataset, chunk)]
     return len(sources) > 0 if only is None else bool(np.isin(sources, only).any())
+
+
+def is_one(temperatures: str | None) -> bool:
+    """Return whether --temperatures, if given, is T = 1 alone."""
+    return temperatures is None or temperatures.strip() in ("1", "1.0")
 
 
 def dump_settings(
@@ -167,7 +172,7 @@ def dump_settings(
     if apart := [id for id in teacher.apart if id < head.vocab]:  # older folders, and most: none
         settings["apart"] = apart
     more = {"tail_bytes": args.tail_bytes, "errors": True}
-    return settings | of_sources(args, dataset) | (more if args.tail_rank else {})
+    return settings | only_sources(args, dataset) | (more if args.tail_rank else {})
 
 
 def rank_that_fits(args: argparse.Namespace, dataset: data.Dataset, head: heads.Head) -> int:
@@ -238,7 +243,8 @@ def check_files(folder: Path, dataset: data.Dataset, wanted: list, args) -> None
     if dataset.labels:
         return
     tokens, _ = live.output_layer(checkpoints.shapes(checkpoints.base_of(folder)))
-    for name, value in (("k", args.k), ("vocab", args.vocab)):
+    across = args.map_vocabulary or args.align  # V is the student's
+    for name, value in (("k", args.k), ("vocab", 0 if across else args.vocab)):
         if value > tokens and not checkpoints.is_adapter(folder):  # it may bring more
             most = f"at most V = {tokens}, the tokens of {folder}"
             files.fail(f"{name} does not fit", f"--{name} {value}", most, f"--{name} {tokens}")
@@ -573,9 +579,10 @@ class Writer:
         there = None  # the numbers of the records that there are, if not all
         if len(without):
             there = np.flatnonzero(np.repeat(done, self.counts[self.rows]))
-        recorded = self.targets if there is None else len(there)
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
         settings, digest = self.settings, hashlib.sha256()
+        told = record.told(topk, there)
+        heard = sum(told.values())
         checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
         for name in ("done.npy", f"../{basis.FILE}")[: 1 + ("basis" in settings)]:
             checksums[name] = files.sums(self.folder / name)
@@ -586,9 +593,10 @@ class Writer:
             "rows": len(self.rows),
             "bytes_per_target": self.dtype.itemsize,
             **settings,
+            **(told if settings.get("counted") else {}),
             "identities": identities | {"teacher": settings["teacher"]},
-            "teacher_ce": float(self.there["ce_sum"].sum() / max(1, recorded)),
-            "teacher_acc1": float(self.there["hits"].sum() / max(1, recorded)),
+            "teacher_ce": float(self.there["ce_sum"].sum() / max(1, heard)),
+            "teacher_acc1": float(self.there["hits"].sum() / max(1, heard)),
             "coverage": record.coverage(topk, settings["temperatures"], settings["vocab"], there),
             **(
                 {"left_out": {why: len(rows) for why, rows in self.left_out.items()}}

@@ -345,6 +345,16 @@ def test_the_control_of_a_student_that_is_no_round_is_held_against_the_student(
     assert made["began"] is None and made["control"].startswith("CE only at equal steps (30)")
 
 
+def test_distances_that_are_not_to_one_teacher_are_told(demo, tmp_path, no_pictures, capsys):
+    folders.evaluation(demo / "stage1-eval", "stage1", kl_is_to="runs/demo/teacher")
+    compared(tmp_path / "out", demo)
+    assert "the KLs are not" not in capsys.readouterr().out
+    folders.evaluation(demo / "stage2-eval", "stage2", kl_is_to="A (a), B (b)")
+    compared(tmp_path / "out", demo)
+    said = capsys.readouterr().out
+    assert "the KLs are not to one teacher: of stage1 to runs/demo/teacher; of stage2 to A" in said
+
+
 def test_an_evaluation_of_other_weights_is_told(demo, tmp_path, no_pictures, capsys):
     folders.evaluation(demo / "stage1-eval", "stage1", weights="a" * 64)
     folders.answers(demo / "stage1-eval", "stage1", weights="b" * 64)

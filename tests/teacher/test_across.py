@@ -3,6 +3,9 @@
 import json
 import math
 import random
+import shlex
+import shutil
+import types
 
 import make
 import numpy as np
@@ -12,16 +15,18 @@ import pytest
 import tiny_tokenizers as tiny
 import torch
 from references import BETAS, reference_divergence
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dump_logits
 import prepare_data
 import stage2_kd
 from lib import data, files, losses, template
+from lib import models as lib_models
+from lib import teacher as teachers
 from lib.head import Head
 from lib.losses import Method, TopK
-from lib.teacher import across, logits, record, reread, translate, writer
+from lib.teacher import across, logits, record, reread, several, translate, writer
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ġ", "and"), ("i", "n")]
 OTHER = [("h", "e"), ("t", "he"), ("n", "d"), ("a", "nd"), ("Ġ", "a"), ("1", "2"), ("i", "s")]
@@ -70,9 +75,9 @@ def permuted(tokenizer, renamed=RENAMED, chat_template=None, seed=1):
     return result, before
 
 
-def prepared(folder, tokenizer, rows=40, name="data"):
+def prepared(folder, tokenizer, rows, name="data"):
     tokenizer.save_pretrained(folder / "tokenizer")
-    pq.write_table(pa.Table.from_pylist(conversations(rows)), folder / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     words = ["--source", folder / "rows.parquet", "--tokenizer", folder / "tokenizer", "--export"]
     make.call(prepare_data.main, *words, "--out", folder / name, "--val", 6, "--workers", 1)
     return data.Dataset(folder / name)
@@ -84,7 +89,7 @@ def world(tmp_path_factory):
     each token, and `turns`: with a template of its own; `other`: of another tokenizer."""
     folder = tmp_path_factory.mktemp("across")
     ours = tiny.tiny(merges=MERGES)
-    dataset = prepared(folder, ours)
+    dataset = prepared(folder, ours, conversations(40))
     size = len(ours)
     make.model(folder / "teacher", vocab=size, with_tokenizer=ours)
     make.model(folder / "student", seed=1, vocab=size, with_tokenizer=ours)
@@ -141,15 +146,19 @@ def test_groups_are_the_shortest_stretches_of_the_same_bytes():
             assert not inner & {len(b"".join(theirs[c:i])) for i in range(c + 1, d)}
 
 
-def test_where_the_texts_part_nothing_is_known_of_what_follows():
+def test_where_the_texts_part_nothing_is_paired_until_they_go_on_alike():
     assert reread.groups([b"a", b"b", b"c"], [b"a", b"X", b"c"]) == [(0, 1, 0, 1)]
+    ours = [b"caf", b"e\xcc\x81", b" au", b" lait"]  # composed by the other's normalizer
+    theirs = [b"caf\xc3\xa9", b" ", b"au lait"]
+    assert reread.groups(ours, theirs) == [(2, 4, 1, 3)]
     assert reread.groups([b"ab", b"c"], [b"a", b"bX"]) == []
     assert reread.groups([b"a"], []) == []
 
 
 def test_a_blank_before_the_text_that_sentencepiece_writes_is_none():
     assert reread.groups([b"a", b"b"], [b" a", b"b"]) == [(0, 1, 0, 1), (1, 2, 1, 2)]
-    assert reread.groups([b" ", b"a"], [b"a"]) == [(0, 2, 0, 1)]
+    assert reread.groups([b" ", b"a"], [b"a"]) == [(1, 2, 0, 1)]
+    assert reread.groups([b" the", b" a"], [b"  ", b"the", b" a"]) == [(0, 1, 0, 2), (1, 2, 2, 3)]
 
 
 def test_tokens_stand_for_the_bytes_that_a_tokenizer_makes_of_them():
@@ -303,6 +312,67 @@ def test_of_an_earlier_answer_too_the_teacher_is_asked_behind_what_its_template_
     assert several > 5
 
 
+def read_by(theirs, messages, turns="all", ours=None):
+    """Return what a tokenizer reads of a conversation: its text, that of its targets, and the share
+    of ours that are paired; or why none."""
+    ours = ours or tiny.tiny(merges=MERGES)
+    ((ids, answer),) = template.encode(ours, [messages], turns)
+    dataset = types.SimpleNamespace(tokenizer=lambda: ours, meta={"args": {}})
+    reader = reread.Reader(dataset, theirs, translate.shared(ours, theirs, len(ours)))
+    made = reader.conversation(messages, ids, answer)
+    if isinstance(made, str):
+        return made
+    whole, found = made
+    targets = [id for *_, first, last in found for id in whole[first:last]]
+    return (
+        theirs.decode(whole),
+        theirs.decode(targets),
+        sum(b - a for a, b, *_ in found) / answer.sum(),
+    )
+
+
+TALK = tiny.chat("q1", "the first", "q2", "and second")
+
+
+@pytest.mark.parametrize("name", ("chatml", "qwen2.5", "llama3", "gemma3", "mistral"))
+def test_each_answer_stands_where_the_teachers_template_writes_it(name):
+    theirs = tiny.model(name)
+    text, said, share = read_by(theirs, TALK)
+    assert theirs.apply_chat_template(TALK, tokenize=False).startswith(text) and share == 1
+    end = tiny.MODELS[name][-1] if name != "gemma3" else "<end_of_turn>"
+    assert said.replace(" the", "the").replace(" and", "and") == f"the first{end}and second{end}"
+
+
+def test_of_two_answers_the_one_that_is_learnt_is_asked_for():
+    begins = "Sure! Here is the revised version: "
+    talk = tiny.chat("q1", begins + "aaa", "q2", begins + "bbb")
+    text, said, share = read_by(tiny.model("llama3"), talk, "last")
+    assert said == begins + "bbb<|eot_id|>" and share == 1
+    assert "aaa" in text and "q2" in text
+
+
+def test_a_trace_that_the_template_writes_before_an_answer_belongs_to_the_prompt():
+    text, said, share = read_by(tiny.model("qwen3"), tiny.chat("q1", "the first"))
+    assert text.endswith("<think>\n\n</think>\n\nthe first<|im_end|>") and share == 1
+    assert said == "the first<|im_end|>"
+
+
+def test_an_answer_that_ends_otherwise_in_the_template_is_read_all_the_same():
+    text, said, share = read_by(tiny.model("llama3"), tiny.chat("q1", "the\n", "q2", "and"))
+    assert said == "the\n<|eot_id|>and<|eot_id|>" and share == 1
+
+
+def test_the_system_message_of_a_template_that_shows_it_once_is_there():
+    talk = tiny.chat("q1", "the first", system="be nice")
+    text, said, share = read_by(tiny.model("mistral"), talk)
+    assert text == "<s>[INST] be nice\n\nq1[/INST] the first</s>" and share == 1
+
+
+def test_an_answer_with_the_text_of_a_special_token_is_read():
+    text, said, share = read_by(tiny.model("llama3"), tiny.chat("q1", "say <|im_end|> and go"))
+    assert "say <|im_end|> and go<|eot_id|>" in text
+
+
 @pytest.mark.parametrize("think", ("keep", "mask", "drop"))
 def test_a_trace_that_the_teachers_prompt_opens_is_opened_once(tmp_path, think):
     """DeepSeek-R1's generation prompt ends in <think>, and so do its students' answers begin."""
@@ -329,6 +399,21 @@ def test_a_trace_that_the_teachers_prompt_opens_is_opened_once(tmp_path, think):
             f"<s><|turn|>user: {question}<|end of turn|><|turn|>assistant: {answer}<|end of turn|>"
         )
         assert theirs.decode(ids[mask]) == learnt + "<|end of turn|>"
+
+
+def test_a_token_that_only_the_student_has_is_light_and_no_infinity(world):
+    """With a shape of the rest: no mass, and a reverse KL that a student can live with."""
+    flags = ["--tail-rank", 8, "--tail-bytes", 8]
+    mapped = dumped(world, "turns", "--map-vocabulary", *flags, out="lacking")
+    (none,) = mapped.meta["no_mass"]
+    mapped.leave_out(())
+    batch = mapped.dataset.val.batch([[0], [1]])
+    known = mapped.val_at(batch, 1.0)
+    z = torch.randn(len(batch.labels), mapped.vocab)
+    p = known.logp_all(known.logits(torch.empty_like(z), z), 1.0)
+    assert (p[:, none] < -60).all() and torch.allclose(p.exp().sum(1), torch.ones(len(p)))
+    kl, rkl, *_ = losses.distance(z - z.amax(1, keepdim=True), known)
+    assert (kl < 20).all() and (rkl < 20).all() and torch.isfinite(rkl).all()
 
 
 # --- --align bytes
@@ -398,6 +483,25 @@ def test_no_group_gives_no_record_and_one_of_many_tokens_its_own(vocab):
     assert p[2].item() == pytest.approx(math.exp(-40), rel=1e-3)
     rest = torch.log1p(known.tail.double().exp())
     assert rest[1].item() == pytest.approx(0.0, abs=2e-6)
+
+
+def test_the_teachers_own_measures_are_over_what_it_says(tmp_path):
+    """A tokenizer that lowers the case: where the texts part nothing is compared, nor counted."""
+    ours, theirs = tiny.tiny(merges=MERGES), tiny.tiny(merges=MERGES)
+    theirs.backend_tokenizer.normalizer = normalizers.Lowercase()
+    rows = [{"messages": tiny.chat(f"q {n}", "the and THE AND the and then")} for n in range(9)]
+    prepared(tmp_path, ours, rows)
+    make.model(tmp_path / "lower", vocab=len(theirs), with_tokenizer=theirs)
+    some = dumped(tmp_path, "lower", "--align", "bytes", out="lower-logits")
+    told = record.told(some.val.records)
+    targets = some.dataset.val.targets
+    assert 0 < told["known"] + told["grouped"] < targets
+    ce, done = some.val.meta["teacher_ce"], some.val.done()
+    assert ce == pytest.approx(done["ce_sum"].sum() / sum(told.values()))
+    assert ce > 0.7 * math.log(len(ours)) and some.val_measures()["targets"] == sum(told.values())
+    assert several.ce_of(some.val).tolist() == pytest.approx(
+        (done["ce_sum"] / record.told_by_row(some.val.records, some.val.counts)).tolist()
+    )
 
 
 def product_loss(s, labels, joint, logp, method):
@@ -485,6 +589,41 @@ def test_stage_2_learns_from_both_and_measures_on_what_is_known(world, capsys):
         assert len(evals) == 3 and all(math.isfinite(one["kl"]) and one["kl"] > 0 for one in evals)
 
 
+def test_beside_another_teacher_groups_stay_with_their_own(tmp_path, world):
+    """By source: a micro-batch holds rows of one teacher, whatever rows a step has; combined by the
+    likelier one they are refused."""
+    ours, sources = tiny.tiny(merges=MERGES), []
+    ours.save_pretrained(tmp_path / "tokenizer")
+    for number, name in enumerate("ab"):
+        rows = pa.Table.from_pylist(conversations(20, seed=number))
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+        sources += ["--source", f"{name}={tmp_path}/{name}.parquet"]
+    words = [*sources, "--tokenizer", tmp_path / "tokenizer", "--export", "--val", 6]
+    make.call(prepare_data.main, *words, "--out", tmp_path / "data", "--workers", 1)
+    for name, teacher, more in (("a", "other", ["--align", "bytes"]), ("b", "teacher", [])):
+        words = ["--data", tmp_path / "data", "--teacher", world / teacher, "--only", name]
+        words += ["--out", tmp_path / name, "--k", 8, "--temperatures", 1, "--tail-rank", 0]
+        make.call(dump_logits.main, *words, *more, *make.CPU)
+    both = [f"{name}={tmp_path / name}" for name in "ab"]
+    argv = ["--data", tmp_path / "data", "--logits", *both, "--student", world / "student"]
+    argv += ["--out", tmp_path / "run", "--temperature", 1, "--steps", 2, *make.QUICK]
+    argv += ["--tokens-per-microbatch", 256]
+    make.call(stage2_kd.main, *argv)
+    last = make.history(tmp_path / "run", "eval")[-1]
+    assert last["kl_a"] > 0 and last["kl_b"] > 0
+    args, dataset = (
+        stage2_kd.parse_args([str(word) for word in argv]),
+        data.Dataset(tmp_path / "data"),
+    )
+    teacher, kept = teachers.open_teacher(args, dataset), []
+    student = lib_models.load(str(world / "student"), torch.device("cpu"), dataset=dataset)
+    rows = types.SimpleNamespace(keep_apart=lambda group: kept.append(group.tolist()))
+    teacher.join(student, args, None, rows)
+    assert kept == [[0, 1]]
+    code, said = make.ends(stage2_kd.main, *argv, "--combine", "best", "--fresh")
+    assert code == 1 and "--combine best does not go with records of --align bytes" in said
+
+
 def test_a_dump_that_was_killed_goes_on_and_is_that_of_one_left_alone(world, monkeypatch):
     words = ["--align", "bytes", "--tokens-per-microbatch", 256]
     whole = dumped(world, "other", *words, out="whole")
@@ -548,6 +687,20 @@ def test_flags_that_cannot_work_are_refused(world, capsys):
     ):
         assert refused(world, *more)[0] == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_mend_of_a_chunk_that_is_missing_can_be_run(world):
+    """V is the student's, whatever the teacher has."""
+    if not (world / "padded").exists():
+        size = len(template.load_tokenizer(world / "tokenizer")) + 40
+        make.model(world / "padded", seed=1, vocab=size, with_tokenizer=tiny.tiny(merges=MERGES))
+    some = dumped(world, "other", "--align", "bytes", "--student", world / "padded", out="big")
+    shutil.rmtree(world / "big" / "val")
+    some = logits.Records(world / "big", data.Dataset(world / "data"), 1.0)
+    argv = shlex.split(some.mend([*some.parts.values()]).split("dump_logits.py ")[1])
+    assert "--align" in argv and argv[argv.index("--vocab") + 1] == str(some.vocab)
+    make.call(dump_logits.main, *argv, "--chunk", "val", *make.CPU)
+    assert logits.Records(world / "big", data.Dataset(world / "data"), 1.0).compares
 
 
 def test_a_teacher_without_a_chat_template_is_named(world):

@@ -208,6 +208,8 @@ def test_a_run_with_two_teachers_measures_by_source_and_goes_on_after_a_kill(fol
     assert "teachers: 2, each source's rows learn from their own" in said and "--- finance:" in said
     last = make.history(folder / "taught", "eval")[-1]
     assert {"kl", "kl_general", "kl_finance", "ce_finance"} <= set(last)
+    (told,) = make.history(folder / "taught", "teacher")
+    assert told["name"] == f"{folder}/teacher (general), {folder}/other (finance)" and told["ce"]
     assert make.ends(stage2_kd.main, *argv) == (0, "")
     assert "already finished" in capsys.readouterr().out
     argv[at + 2] = f"finance={folder}/finance-shape"
@@ -225,6 +227,9 @@ def test_measuring_alone(folder):
     make.call(stage2_kd.main, *argv)
     about = files.read_json(folder / "measured" / "eval.json")
     assert about["logits"] == " ".join(both) and about["kl"] > 0
+    assert about["kl_is_to"] == f"{folder}/teacher (a), {folder}/other (b)"
+    argv[at : at + 2] = [word for one in both for word in ("--logits", one)]  # the flag twice
+    assert stage2_kd.parse_args([str(word) for word in argv]).logits == about["logits"]
 
 
 @pytest.mark.parametrize(
