@@ -22,7 +22,9 @@ WEIGHED = (
 )
 # temperature of that: T=1 gains 0.1 degrees at T=1 and loses as much at T=4 (docs/fidelity.md)
 WEIGH_AT = 2.0
-PIECE = 8192  # tokens whose rows of the output layer are widened at once: all may not fit
+# rows of the output layer, and hidden states, that are widened at once: all may not fit
+PIECE = 8192
+SPENT_BY = 2048  # hidden states, at least, that tell where bits are spent, if there are so many
 MOST_BITS = 8
 # of each number of bits, in deviations: Max, IRE IT-6 (1960)
 GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -117,9 +119,7 @@ def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple
     float64.
     """
     middle, gram = weighted_gram(head, tail_shares(head, hidden, k))
-    center = hidden.float().mean(0)
-    away = hidden.float() - center
-    covariance = exact(away.t() @ away) / len(hidden)
+    center, covariance = moments(hidden)
 
     root, inverse = powers_of(gram)
     variance, components = torch.linalg.eigh(root @ covariance @ root)
@@ -127,7 +127,8 @@ def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple
     largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     components = components * largest.sign()  # an eigenvector's sign is free: fix it
     encoder = (root @ components).float().to(hidden.device)
-    bits, step, error = spend_bits((away[:: max(1, len(away) // 2048)] @ encoder).cpu(), 8 * size)
+    some = hidden[:: max(1, len(hidden) // SPENT_BY)].float() - center
+    bits, step, error = spend_bits((some @ encoder).cpu(), 8 * size)
     lost = error.sum() + variance.flip(0)[rank:].sum()
     held = 1 - float(lost / variance.sum().clamp_min(1e-30))
 
@@ -137,6 +138,22 @@ def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple
     bits, step = (part[stored].to(hidden.device) for part in (bits, step))
     encoder = encoder[:, stored.to(hidden.device)].contiguous()
     return Basis(mean, rows, bits, step, center, encoder, head.softcap), held
+
+
+def moments(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,) of hidden states (N, D) in float32, and their covariance (D, D). They
+    stay in their dtype; PIECE of them are widened at once (mean(0, dtype=...) would copy them all,
+    on the CPU)."""
+    width = hidden.shape[1]
+    total = torch.zeros(width, dtype=torch.float64)
+    for part in hidden.split(PIECE):
+        total += exact(part.float().sum(0))
+    center = (total / len(hidden)).float().to(hidden.device)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for part in hidden.split(PIECE):
+        away = part.float() - center
+        covariance += exact(away.t() @ away)
+    return center, covariance / len(hidden)
 
 
 def exact(made: Tensor) -> Tensor:

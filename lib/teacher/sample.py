@@ -1,6 +1,7 @@
 """Which targets the basis is fitted to (fit.py): a fixed sample of the train rows. Each source has
 an equal share of it, whatever its size, and no row gives more than A_ROW targets: those of one text
-are alike, and two dozen long rows would leave out what is one row in fifty."""
+are alike, and two dozen long rows would leave out what is one row in fifty. It grows with the data
+(`size`), so that what is one row in fifty gives enough of them."""
 
 import numpy as np
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from lib import data, files, models, plan
 
-SAMPLE = 8192  # targets that the basis is fitted to, about
+# targets that the basis is fitted to, about: one in SHARE of those that rows may give, within these
+LEAST, MOST, SHARE = 8192, 32768, 8
 A_ROW = 64  # of these from one row, at most
 
 
 @torch.inference_mode()
 def hidden_states(dataset: data.Dataset, teacher: models.Model, tokens: int) -> Tensor:
-    """Return the teacher's hidden states (about SAMPLE, D) at the targets of the sample; `tokens` a
+    """Return the teacher's hidden states (about `size`, D) at the targets of the sample; `tokens` a
     forward pass."""
     split, parts = dataset.train, []
     rows, lengths = sampled_rows(split), split.rows["length"]
@@ -35,20 +37,34 @@ def hidden_states(dataset: data.Dataset, teacher: models.Model, tokens: int) -> 
     return hidden
 
 
-def sampled_rows(split: data.Split, wanted: int = SAMPLE) -> np.ndarray:
-    """Return row numbers, ascending, whose targets, A_ROW a row at most, are about `wanted` (all
-    rows, where there are fewer): evenly spread over each source. What a small source leaves of its
-    share goes to the larger ones.
+def given(split: data.Split) -> np.ndarray:
+    """Return how many targets each row (rows,) may give."""
+    return np.minimum(split.rows["targets"], A_ROW).astype(int)
+
+
+def size(split: data.Split) -> int:
+    """Return about how many targets the sample has.
+
+    Worked example: 5,000 rows of 50 targets give 250,000 / 8 = 31,250; 1,000 of them 8,192.
+    """
+    there = int(given(split).sum())
+    return min(there, max(LEAST, min(MOST, there // SHARE)))
+
+
+def sampled_rows(split: data.Split, wanted: int | None = None) -> np.ndarray:
+    """Return row numbers, ascending, whose targets, A_ROW a row at most, are about `wanted`, or
+    `size` of them (all rows, where there are fewer): evenly spread over each source. What a small
+    source leaves of its share goes to the larger ones.
 
     Worked example: of 8,192, sources of 1,000 and 1,000,000 targets give 1,000 and 7,192.
     """
-    taken = np.minimum(split.rows["targets"], A_ROW).astype(int)
+    taken = given(split)
     sources = [
         np.flatnonzero((split.rows["source"] == source) & (taken > 0))
         for source in np.unique(split.rows["source"])
     ]
     sources = sorted((rows for rows in sources if len(rows)), key=lambda rows: taken[rows].sum())
-    chosen, left = [], wanted
+    chosen, left = [], size(split) if wanted is None else wanted
     for number, rows in enumerate(sources):
         share = left // (len(sources) - number)
         chosen.append(evenly(rows, max(1, round(share / taken[rows].mean()))))

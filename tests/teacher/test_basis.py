@@ -507,6 +507,18 @@ def test_a_teacher_whose_tails_all_underflow_has_a_basis_all_the_same():
     assert torch.isfinite(shape.rows).all() and torch.isfinite(shape.encode(hidden)).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_covariance_in_pieces_is_the_whole_one(dtype, monkeypatch):
+    hidden = teacher(n=1003)[1].to(dtype)
+    monkeypatch.setattr(fit, "PIECE", 100)
+    center, covariance = fit.moments(hidden)
+    whole = hidden.double()
+    assert center.dtype == torch.float32
+    torch.testing.assert_close(center.double(), whole.mean(0), rtol=0, atol=1e-6)
+    wanted = whole.t().cov(correction=0)
+    torch.testing.assert_close(covariance, wanted, rtol=1e-5, atol=1e-6)
+
+
 # --- bits
 
 
