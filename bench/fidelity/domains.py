@@ -9,9 +9,10 @@ rows one Debian description, one Chinese review, and one long piece of Python's 
 characters of pydoc_data.topics). HELD rows a kind are held out, TARGETS of each are measured.
 Teacher SmolLM2-135M-Instruct, student the same without layers 13 to 16 (`near` of fidelity.py).
 
-Bases of the default record (384 dimensions in 128 bytes, k = 16), fitted to: the least sample, what
-it was whatever the data; the sample that grows with the data, as a dump takes it (lib/teacher/
-sample.py); that one without the three rare kinds. And the bucket alone.
+Bases of the default record (384 dimensions in 128 bytes, k = 16), fitted to: 8,192 targets, 64 a
+row, as it was whatever the data; the sample that grows with the data, all its rows alike; that
+sample as a dump takes it now (lib/teacher/sample.py, fit.row_weights); its rows of the standard
+library alone. The same with 512 dimensions in as many bytes. And the bucket alone.
 
 Reads   REAL/smollm2, REAL/stdlib.parquet, REAL/debian.parquet (docs/real-models.md)
 Writes  OUT/: the data, hidden states by row (what is there is not computed again), domains.json;
@@ -48,6 +49,8 @@ MAX_LEN = 1200
 NEAR = [*range(13), *range(17, 30)]
 TEMPERATURES = [1.0, 2.0, 4.0]
 RANK, SIZE = writer.RANK, 128
+MORE = 512  # dimensions in as many bytes
+BEFORE = 64  # targets a row, in a sample of sample.LEAST
 # how the prompts of the rare kinds begin
 BEGINS = {
     "debian": "Describe the package ",
@@ -205,14 +208,24 @@ def bases_of(args, dataset: data.Dataset, teacher: models.Model, out: Path) -> d
     """Return {name: (basis or None, its sample's rows by kind, targets)}."""
     split, kinds = dataset.train, kinds_of(dataset)
     print(f"train rows: {dict(Counter(kinds.tolist()))}", flush=True)
-    grown, least = sample.sampled_rows(split), sample.sampled_rows(split, sample.LEAST)
-    only = grown[kinds[grown] == "stdlib"]
+    now, now_most = sample.sampled_rows(split), sample.of_a_row(split)
+    sample.A_ROW, kept = BEFORE, sample.A_ROW
+    before = sample.sampled_rows(split, sample.LEAST)
+    sample.A_ROW = kept
     folder = out / f"states-{dataset.identities['data'][:8]}"
-    known = states(teacher, split, np.union1d(grown, least), folder)
+    known = states(teacher, split, np.union1d(now, before), folder)
+    tried = {  # rows, targets of each, weighed, dimensions
+        "before": (before, BEFORE, False, RANK),
+        "alike": (now, now_most, False, RANK),
+        "now": (now, now_most, True, RANK),
+        "stdlib": (now[kinds[now] == "stdlib"], now_most, True, RANK),
+        "more": (now, now_most, True, MORE),
+    }
     found = {"": (None, {}, 0)}
-    for name, rows in {"least": least, "grown": grown, "stdlib": only}.items():
-        hidden = picked(known, rows, sample.A_ROW)
-        shape, held = fit.fit_basis(teacher.head(), hidden, writer.K, RANK, SIZE)
+    for name, (rows, most, weighed, rank) in tried.items():
+        hidden = picked(known, rows, most)
+        counts = [min(most, len(known[row])) for row in rows] if weighed else None
+        shape, held = fit.fit_basis(teacher.head(), hidden, writer.K, rank, SIZE, counts)
         seen = dict(Counter(kinds[rows].tolist()))
         print(f"basis {name}: {len(hidden):,} targets, {held:.1%} held, rows {seen}", flush=True)
         found[name] = fidelity.stored(shape), seen, len(hidden)
@@ -247,9 +260,11 @@ def tables(result: dict) -> str:
     rows, about = result["rows"], result["bases"]
     titles = {
         "": "no basis: top 16 and exact bucket",
-        "stdlib": "the grown sample's rows of stdlib alone",
-        "least": "the least sample: what every basis was fitted to",
-        "grown": "**the sample that grows with the data: now**",
+        "stdlib": "stdlib alone, of the sample that grows",
+        "before": "8,192 targets, 64 a row (as it was)",
+        "alike": "the sample that grows, rows alike",
+        "now": "**the sample that grows, rows weighed (as it is now)**",
+        "more": f"... `--tail-rank {MORE}`",
     }
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     heads = [KINDS[kind] for kind in kinds]

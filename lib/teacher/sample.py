@@ -1,7 +1,7 @@
 """Which targets the basis is fitted to (fit.py): a fixed sample of the train rows. Each source has
-an equal share of it, whatever its size, and no row gives more than A_ROW targets: those of one text
+an equal share of it, whatever its size, and no row gives more than a few targets: those of one text
 are alike, and two dozen long rows would leave out what is one row in fifty. It grows with the data
-(`size`), so that what is one row in fifty gives enough of them."""
+(`size`), so that what is one row in fifty gives it enough rows."""
 
 import numpy as np
 import torch
@@ -10,22 +10,25 @@ from torch import Tensor
 from lib import data, files, models, plan
 
 # targets that the basis is fitted to, about: one in SHARE of those that rows may give, within these
-LEAST, MOST, SHARE = 8192, 32768, 8
-A_ROW = 64  # of these from one row, at most
+LEAST, MOST, SHARE = 8192, 32768, 4
+A_ROW = 32  # of these from one row, at most, unless the data is small (`of_a_row`)
 
 
 @torch.inference_mode()
-def hidden_states(dataset: data.Dataset, teacher: models.Model, tokens: int) -> Tensor:
-    """Return the teacher's hidden states (about `size`, D) at the targets of the sample; `tokens` a
-    forward pass."""
-    split, parts = dataset.train, []
-    rows, lengths = sampled_rows(split), split.rows["length"]
+def hidden_states(
+    dataset: data.Dataset, teacher: models.Model, tokens: int
+) -> tuple[Tensor, list[int]]:
+    """Return the teacher's hidden states (about `size`, D) at the targets of the sample, row after
+    row, and how many each row gave; `tokens` a forward pass."""
+    split, parts, counts = dataset.train, [], []
+    rows, lengths, most = sampled_rows(split), split.rows["length"], of_a_row(split)
     for lines in plan.microbatches(rows, lengths, tokens, int(lengths.max()), pack=False):
         batch = split.batch(lines)
         hidden, start = teacher.hidden(batch.to(teacher.device)), 0
         for row in batch.rows:
             count = int(split.rows[row]["targets"])
-            parts.append(hidden[start + evenly(np.arange(count), A_ROW)])
+            parts.append(hidden[start + evenly(np.arange(count), most)])
+            counts.append(len(parts[-1]))
             start += count
     hidden = torch.cat(parts)
     if not torch.isfinite(hidden).all():
@@ -34,25 +37,34 @@ def hidden_states(dataset: data.Dataset, teacher: models.Model, tokens: int) -> 
             seen="NaN or infinity",
             mend="--dtype float32 (some models overflow float16)",
         )
-    return hidden
+    return hidden, counts
+
+
+def of_a_row(split: data.Split) -> int:
+    """Return how many targets a row may give: A_ROW; twice, four times, ... as many where all rows
+    together would give fewer than LEAST."""
+    targets, most = split.rows["targets"], A_ROW
+    while most < targets.max(initial=0) and np.minimum(targets, most).sum() < LEAST:
+        most *= 2
+    return most
 
 
 def given(split: data.Split) -> np.ndarray:
     """Return how many targets each row (rows,) may give."""
-    return np.minimum(split.rows["targets"], A_ROW).astype(int)
+    return np.minimum(split.rows["targets"], of_a_row(split)).astype(int)
 
 
 def size(split: data.Split) -> int:
     """Return about how many targets the sample has.
 
-    Worked example: 5,000 rows of 50 targets give 250,000 / 8 = 31,250; 1,000 of them 8,192.
+    Worked example: 4,000 rows of 50 targets may give 32 each; 128,000 / 4 = 32,000.
     """
     there = int(given(split).sum())
     return min(there, max(LEAST, min(MOST, there // SHARE)))
 
 
 def sampled_rows(split: data.Split, wanted: int | None = None) -> np.ndarray:
-    """Return row numbers, ascending, whose targets, A_ROW a row at most, are about `wanted`, or
+    """Return row numbers, ascending, whose targets, `of_a_row` at most, are about `wanted`, or
     `size` of them (all rows, where there are fewer): evenly spread over each source. What a small
     source leaves of its share goes to the larger ones.
 

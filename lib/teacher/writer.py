@@ -345,9 +345,10 @@ def errors_said(meta: dict) -> list[str]:
         if shapeless > MOST_SHAPELESS:
             lines.append(
                 f"WARNING: the basis does not fit {source}: {shapeless:.1%} of its records fall"
-                " back to one bucket; give this kind of text a source of its own"
+                " back to one bucket; what mends it is a source of its own for this kind of text"
                 " (prepare_data.py --source NAME=...: each has an equal share of the sample), or a"
-                " larger --tail-rank"
+                " larger --tail-rank and --tail-bytes; with all chunks in another --out, for they"
+                " share one basis"
             )
     return lines
 

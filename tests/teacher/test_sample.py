@@ -17,7 +17,7 @@ def split_of(*sources):
 
 
 def by_source(split, rows):
-    taken = np.minimum(split.rows["targets"][rows], sample.A_ROW)
+    taken = np.minimum(split.rows["targets"][rows], sample.of_a_row(split))
     return np.bincount(split.rows["source"][rows], taken).astype(int).tolist()
 
 
@@ -25,7 +25,7 @@ def test_rows_are_spread_evenly_and_hold_as_many_targets_as_are_wanted():
     targets = np.random.default_rng(0).integers(1, 40, 5000)
     split = data.Split.of([(np.zeros(n + 1, np.uint32), np.arange(n + 1) > 0, 0) for n in targets])
     rows = sample.sampled_rows(split)
-    assert 0.95 < targets[rows].sum() / sample.size(split) < 1.05
+    assert 0.95 < sum(by_source(split, rows)) / sample.size(split) < 1.05
     assert rows[0] == 0 and rows[-1] == 4999 and np.ptp(np.diff(rows)) <= 1
     assert sample.sampled_rows(
         data.Split.of([(np.zeros(9, np.uint32), np.arange(9) > 3, 0)] * 30)
@@ -43,14 +43,16 @@ def test_long_rows_are_taken_from_many():
     "sources, wanted",
     [
         ([(0, 3, 9)], 3 * 9),  # all, where there are few
-        ([(0, 300, 40)], sample.LEAST),
-        ([(0, 5000, 40)], 5000 * 40 // 8),
-        ([(0, 2500, 400), (1, 2500, 40)], 2500 * (64 + 40) // 8),  # of a row at most 64
+        ([(0, 24, 45)], 24 * 45),  # ... and more of a row
+        ([(0, 50, 600)], sample.LEAST),
+        ([(0, 300, 30)], sample.LEAST),
+        ([(0, 3000, 30)], 3000 * 30 // 4),
+        ([(0, 1800, 400), (1, 1800, 30)], 1800 * (32 + 30) // 4),  # of a row at most 32
         ([(0, 20_000, 40)], sample.MOST),
     ],
 )
 def test_the_sample_grows_with_the_data(sources, wanted):
-    """A fixed size held three rows of what is one row in fifty, where an eighth holds a dozen."""
+    """A fixed size held three rows of what is one row in fifty of 5,000, now it is two dozen."""
     split = split_of(*sources)
     assert sample.size(split) == wanted
     taken = sum(by_source(split, sample.sampled_rows(split)))
@@ -59,7 +61,7 @@ def test_the_sample_grows_with_the_data(sources, wanted):
 
 def test_a_size_may_be_asked_for():
     split = split_of((0, 5000, 40))
-    assert len(sample.sampled_rows(split, 400)) == 10
+    assert len(sample.sampled_rows(split, 320)) == 10
 
 
 def test_each_source_has_an_equal_share_whatever_its_size_and_small_ones_all_of_theirs():
