@@ -17,7 +17,7 @@ library alone. The same with 512 dimensions in as many bytes. And the bucket alo
 Reads   REAL/smollm2, REAL/stdlib.parquet, REAL/debian.parquet (docs/real-models.md)
 Writes  OUT/: the data, hidden states by row (what is there is not computed again), domains.json;
         the tables of docs/fidelity.md between its marks, with --doc
-About 40 minutes on a CPU core the first time, ten the second.
+About 40 minutes on a CPU core the first time, five the second.
 """
 
 import argparse

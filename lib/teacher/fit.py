@@ -153,8 +153,9 @@ def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> T
     to MOST_WEIGHT where a basis of equal weights leaves more of the row than of most.
 
     A few rows of another kind of text are a few per cent of the variance, and principal components
-    leave them out. Weighed by what is left, squared, against the median row's. (A weight for each
-    state brings out the odd states of every kind, and makes all kinds worse.)
+    leave them out. Weighed by what is left, squared error over the median row's. (The square of
+    that costs the other kinds; a weight for each state brings out the odd states of every kind, and
+    is worse than none.)
     """
     center, covariance = moments(hidden, torch.ones(len(hidden), device=hidden.device))
     _, components = torch.linalg.eigh(root @ covariance @ root)  # the smallest first
@@ -162,7 +163,7 @@ def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> T
     beyond = (root @ beyond).float().to(hidden.device)
     parts = [((part.float() - center) @ beyond).square().sum(1) for part in hidden.split(PIECE)]
     left = torch.stack([of_row.mean() for of_row in torch.cat(parts).split(counts)])  # (rows,)
-    weight = (left / left.median().clamp_min(1e-30)).square().clamp(1.0, MOST_WEIGHT)
+    weight = (left / left.median().clamp_min(1e-30)).clamp(1.0, MOST_WEIGHT)
     return weight.repeat_interleave(torch.tensor(counts, device=hidden.device))
 
 
