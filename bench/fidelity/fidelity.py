@@ -495,7 +495,7 @@ def main(argv=None):
         else (args.targets, [float(t) for t in args.temperatures.split(",")])
     )
     teacher = models.load(args.teacher, device, dataset=dataset)
-    train, place_train = hidden_states(teacher, dataset.train, sample.SAMPLE)
+    train, place_train = hidden_states(teacher, dataset.train, sample.LEAST)
     hidden, place = hidden_states(teacher, dataset.val, targets)
     head, width = teacher.head(), hidden.shape[1]
     z = torch.cat([z.clone() for _, z in head.chunks(hidden)])

@@ -22,7 +22,10 @@ WEIGHED = (
 )
 # temperature of that: T=1 gains 0.1 degrees at T=1 and loses as much at T=4 (docs/fidelity.md)
 WEIGH_AT = 2.0
-PIECE = 8192  # tokens whose rows of the output layer are widened at once: all may not fit
+# rows of the output layer, and hidden states, that are widened at once: all may not fit
+PIECE = 8192
+SPENT_BY = 4096  # hidden states that tell where bits are spent, if there are so many
+MOST_WEIGHT = 16.0  # of a row that a basis tells badly, where most rows have 1
 MOST_BITS = 8
 # of each number of bits, in deviations: Max, IRE IT-6 (1960)
 GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -83,10 +86,11 @@ def shared_basis(
         started, size = clock(teacher.device), settings["tail_bytes"]
         print(f"basis {path}: is fitted, once for all chunks", flush=True)
         with files.telling("basis, the teacher over a sample of rows"):
-            hidden = sample.hidden_states(split, teacher, settings["tokens_per_microbatch"])
+            tokens = settings["tokens_per_microbatch"]
+            hidden, counts = sample.hidden_states(split, teacher, tokens, settings.get("only"))
         k, rank = settings["k"], settings["tail_rank"]
         with files.telling("basis, fitting"):
-            shape, held = fit_basis(teacher.head(), hidden, k, rank, size)
+            shape, held = fit_basis(teacher.head(), hidden, k, rank, size, counts)
         about = {name: settings[name] for name in FITTED_TO}
         basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
         print(
@@ -102,10 +106,13 @@ def shared_basis(
 
 
 @torch.no_grad()
-def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple[Basis, float]:
+def fit_basis(
+    head: Head, hidden: Tensor, k: int, rank: int, size: int, counts: list[int] | None = None
+) -> tuple[Basis, float]:
     """Return the basis of at most `rank` rows for the tails outside the top k, with coefficients of
     `size` bytes a target, fitted to a teacher's hidden states (N, D); and the share of the logits'
-    weighted variance that the stored coefficients hold.
+    weighted variance that the stored coefficients hold. counts: of the states, how many each row
+    gave; with it, rows that would be told badly weigh more (`row_weights`).
 
     With G = W' diag(w) W the tokens' weighted Gram matrix (D, D), w-centred, and C the covariance
     of the hidden states, the logits' principal components are the eigenvectors v of sqrt(G) C
@@ -113,17 +120,19 @@ def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple
     float64.
     """
     middle, gram = weighted_gram(head, tail_shares(head, hidden, k))
-    center = hidden.float().mean(0)
-    away = hidden.float() - center
-    covariance = exact(away.t() @ away) / len(hidden)
-
     root, inverse = powers_of(gram)
+    weight = torch.ones(len(hidden), device=hidden.device)
+    if counts is not None:
+        weight = row_weights(hidden, root, rank, counts)
+    center, covariance = moments(hidden, weight)
+
     variance, components = torch.linalg.eigh(root @ covariance @ root)
     components = components.flip(1)[:, :rank]
     largest = components.gather(0, components.abs().argmax(0, keepdim=True))
     components = components * largest.sign()  # an eigenvector's sign is free: fix it
     encoder = (root @ components).float().to(hidden.device)
-    bits, step, error = spend_bits((away[:: max(1, len(away) // 2048)] @ encoder).cpu(), 8 * size)
+    some = hidden[places_of(weight, SPENT_BY)].float() - center
+    bits, step, error = spend_bits((some @ encoder).cpu(), 8 * size)
     lost = error.sum() + variance.flip(0)[rank:].sum()
     held = 1 - float(lost / variance.sum().clamp_min(1e-30))
 
@@ -133,6 +142,51 @@ def fit_basis(head: Head, hidden: Tensor, k: int, rank: int, size: int) -> tuple
     bits, step = (part[stored].to(hidden.device) for part in (bits, step))
     encoder = encoder[:, stored.to(hidden.device)].contiguous()
     return Basis(mean, rows, bits, step, center, encoder, head.softcap), held
+
+
+def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> Tensor:
+    """Return the weight of each hidden state (N,) in the fit, the same for all of a row: 1, and up
+    to MOST_WEIGHT where a basis of equal weights leaves more of the row than of most.
+
+    A few rows of another kind of text are a few per cent of the variance, and principal components
+    leave them out. Weighed by what is left, squared error over the median row's. (The square of
+    that costs the other kinds; a weight for each state brings out the odd states of every kind, and
+    is worse than none.)
+    """
+    center, covariance = moments(hidden, torch.ones(len(hidden), device=hidden.device))
+    _, components = torch.linalg.eigh(root @ covariance @ root)  # the smallest first
+    beyond = components[:, : max(0, components.shape[1] - rank)]
+    beyond = (root @ beyond).float().to(hidden.device)
+    parts = [((part.float() - center) @ beyond).square().sum(1) for part in hidden.split(PIECE)]
+    left = torch.stack([of_row.mean() for of_row in torch.cat(parts).split(counts)])  # (rows,)
+    weight = (left / left.median().clamp_min(1e-30)).clamp(1.0, MOST_WEIGHT)
+    return weight.repeat_interleave(torch.tensor(counts, device=hidden.device))
+
+
+def moments(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (D,), in float32, and the covariance (D, D) of hidden states (N, D), each of
+    which counts `weight` (N,). They stay in their dtype; PIECE of them are widened at once
+    (mean(0, dtype=...) would copy them all, on the CPU)."""
+    width, count = hidden.shape[1], float(weight.double().sum())
+    pieces = list(zip(hidden.split(PIECE), weight.split(PIECE)))
+    total = torch.zeros(width, dtype=torch.float64)
+    for part, each in pieces:
+        total += exact(each @ part.float())
+    center = (total / count).float().to(hidden.device)
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for part, each in pieces:
+        away = part.float() - center
+        covariance += exact(away.t() @ (away * each[:, None]))
+    return center, covariance / count
+
+
+def places_of(weight: Tensor, count: int) -> Tensor:
+    """Return `count` places (all, where there are fewer and of one weight) at even steps of the
+    weights' (N,) running sum: of weights 1 1 2, all four are 0 1 2 2."""
+    ends = weight.double().cumsum(0)
+    count = min(count, int(ends[-1]))
+    steps = (torch.arange(count, device=weight.device) + 0.5) * (ends[-1] / count)
+    return torch.searchsorted(ends, steps).clamp_max(len(weight) - 1)
 
 
 def exact(made: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from lib import checkpoints, data, files, flags, losses, models, plan, train
 from lib import head as heads
 from lib.run import versions
-from lib.teacher import basis, live, record, sample
+from lib.teacher import basis, fit, live, record, sample
 from lib.teacher.basis import Basis
 
 DUMP_ANEW = "--fresh to dump it anew"
@@ -302,9 +302,10 @@ def say_memory(
     # a chunk, sorted, and what is widened for it; what is stored of it, and the difference
     more += 5 * min(heads.CHUNK_BYTES, logits)
     if (rank := min(RANK if args.tail_rank is None else args.tail_rank, width)) > 0:
-        # fitting: the rows in float32 and float16, the sample three times, what is (D, D)
-        sampled = min(sample.SAMPLE, targets)
-        more += 6 * rank * vocab + 3 * 4 * sampled * width + 6 * 8 * width**2
+        # fitting: the rows in float32 and float16; the sample in parts and whole; what is widened
+        # of it, or of the output layer, with two products of that; what is (D, D)
+        more += 6 * rank * vocab + 2 * dtype.itemsize * sample.size(dataset.train) * width
+        more += 3 * 4 * fit.PIECE * width + 6 * 8 * width**2
     more += train.CODE_BYTES if device.type == "cpu" else 0
     have = train.available_bytes(device)
     print(
@@ -421,9 +422,10 @@ def errors_said(meta: dict) -> list[str]:
         if shapeless > MOST_SHAPELESS:
             lines.append(
                 f"WARNING: the basis does not fit {source}: {shapeless:.1%} of its records fall"
-                " back to one bucket; give this kind of text a source of its own"
+                " back to one bucket; what mends it is a source of its own for this kind of text"
                 " (prepare_data.py --source NAME=...: each has an equal share of the sample), or a"
-                " larger --tail-rank"
+                " larger --tail-rank and --tail-bytes; with all chunks in another --out, for they"
+                " share one basis"
             )
     return lines
 

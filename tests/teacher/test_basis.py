@@ -507,6 +507,45 @@ def test_a_teacher_whose_tails_all_underflow_has_a_basis_all_the_same():
     assert torch.isfinite(shape.rows).all() and torch.isfinite(shape.encode(hidden)).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_covariance_in_pieces_is_the_whole_one(dtype, monkeypatch):
+    hidden, weight = teacher(n=1003)[1].to(dtype), 1.0 + torch.arange(1003) % 3
+    monkeypatch.setattr(fit, "PIECE", 100)
+    center, covariance = fit.moments(hidden, weight)
+    whole = hidden.double().repeat_interleave(weight.long(), 0)
+    assert center.dtype == torch.float32
+    torch.testing.assert_close(center.double(), whole.mean(0), rtol=0, atol=1e-6)
+    wanted = whole.t().cov(correction=0)
+    torch.testing.assert_close(covariance, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_few_rows_of_another_kind_weigh_more_and_are_told_better():
+    """Thirty rows whose states move in six of twelve directions, and one that moves in the other
+    six, by less than any of these."""
+    head, draw = teacher()[0], draws(4)
+    common, rare = draw(30 * 20, 12).float(), draw(20, 12).float()
+    common[:, 6:], rare[:, :6] = 0.05 * common[:, 6:], 0.05 * rare[:, :6]
+    hidden = torch.cat([common, rare])
+    counts = [20] * 31
+    weight = fit.row_weights(hidden, torch.eye(12, dtype=torch.float64), 6, counts)
+    assert weight[-20:].eq(weight[-1]).all() and weight[-1] == fit.MOST_WEIGHT
+    assert weight[:-20].max() < 3 and weight.min() == 1
+
+    def left(counts):
+        shape, _ = fit.fit_basis(head, hidden, 5, 6, 6, counts)
+        off = double(shape).logits(shape.encode(rare).double()) - logits_of(head, rare)
+        return (off - off.mean(1, keepdim=True)).square().mean()
+
+    assert left(counts) < 0.8 * left(None)
+
+
+def test_even_places_of_a_running_sum():
+    weight = torch.tensor([1.0, 1.0, 2.0, 0.5])
+    assert fit.places_of(weight, 4).tolist() == [0, 1, 2, 2]
+    assert fit.places_of(torch.ones(5), 99).tolist() == [0, 1, 2, 3, 4]
+    assert fit.places_of(torch.ones(100), 10).tolist() == [*range(4, 100, 10)]
+
+
 # --- bits
 
 

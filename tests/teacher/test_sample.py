@@ -1,6 +1,7 @@
 """Which targets the basis is fitted to."""
 
 import numpy as np
+import pytest
 
 from lib import data
 from lib.teacher import sample
@@ -16,7 +17,7 @@ def split_of(*sources):
 
 
 def by_source(split, rows):
-    taken = np.minimum(split.rows["targets"][rows], sample.A_ROW)
+    taken = np.minimum(split.rows["targets"][rows], sample.of_a_row(split))
     return np.bincount(split.rows["source"][rows], taken).astype(int).tolist()
 
 
@@ -24,7 +25,7 @@ def test_rows_are_spread_evenly_and_hold_as_many_targets_as_are_wanted():
     targets = np.random.default_rng(0).integers(1, 40, 5000)
     split = data.Split.of([(np.zeros(n + 1, np.uint32), np.arange(n + 1) > 0, 0) for n in targets])
     rows = sample.sampled_rows(split)
-    assert 0.95 < targets[rows].sum() / sample.SAMPLE < 1.05
+    assert 0.95 < sum(by_source(split, rows)) / sample.size(split) < 1.05
     assert rows[0] == 0 and rows[-1] == 4999 and np.ptp(np.diff(rows)) <= 1
     assert sample.sampled_rows(
         data.Split.of([(np.zeros(9, np.uint32), np.arange(9) > 3, 0)] * 30)
@@ -35,7 +36,32 @@ def test_long_rows_are_taken_from_many():
     """Two dozen whole rows of a data set of 341 targets a row were the sample: a kind that is one
     row in a hundred was not in it four times in five."""
     rows = sample.sampled_rows(split_of((0, 1000, 341)))
-    assert len(rows) == sample.SAMPLE // sample.A_ROW
+    assert len(rows) == sample.LEAST // sample.A_ROW
+
+
+@pytest.mark.parametrize(
+    "sources, wanted",
+    [
+        ([(0, 3, 9)], 3 * 9),  # all, where there are few
+        ([(0, 24, 45)], 24 * 45),  # ... and more of a row
+        ([(0, 50, 600)], sample.LEAST),
+        ([(0, 300, 30)], sample.LEAST),
+        ([(0, 3000, 30)], 3000 * 30 // 4),
+        ([(0, 1800, 400), (1, 1800, 30)], 1800 * (32 + 30) // 4),  # of a row at most 32
+        ([(0, 20_000, 40)], sample.MOST),
+    ],
+)
+def test_the_sample_grows_with_the_data(sources, wanted):
+    """A fixed size held three rows of what is one row in fifty of 5,000, now it is two dozen."""
+    split = split_of(*sources)
+    assert sample.size(split) == wanted
+    taken = sum(by_source(split, sample.sampled_rows(split)))
+    assert abs(taken / wanted - 1) < 0.02
+
+
+def test_a_size_may_be_asked_for():
+    split = split_of((0, 5000, 40))
+    assert len(sample.sampled_rows(split, 320)) == 10
 
 
 def test_each_source_has_an_equal_share_whatever_its_size_and_small_ones_all_of_theirs():
@@ -43,7 +69,7 @@ def test_each_source_has_an_equal_share_whatever_its_size_and_small_ones_all_of_
     small = 5 * 30
     shares = by_source(split, sample.sampled_rows(split))
     assert shares[2] == small and shares[1] == shares[3] == 0
-    each = (sample.SAMPLE - small) / 2
+    each = (sample.size(split) - small) / 2
     assert abs(shares[0] / each - 1) < 0.02 and abs(shares[4] / each - 1) < 0.02
 
 

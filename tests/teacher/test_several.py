@@ -317,7 +317,7 @@ def test_a_teacher_need_not_read_the_rows_of_another_source(folder, capsys):
     alone, _ = opened(folder, "alone")
     capsys.readouterr()
     alone.say()
-    assert "30 rows have no record (of another source)" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("rows have no record (of another source)") == 2
     for name, one in alone.of.items():
         rows = dataset.train.rows["source"][one.rows()]
         assert (rows == dataset.sources.index(name)).all() and len(rows) == 30
