@@ -9,10 +9,10 @@ rows one Debian description, one Chinese review, and one long piece of Python's 
 characters of pydoc_data.topics). HELD rows a kind are held out, TARGETS of each are measured.
 Teacher SmolLM2-135M-Instruct, student the same without layers 13 to 16 (`near` of fidelity.py).
 
-Bases of the default record (384 dimensions in 128 bytes, k = 16), fitted to: 8,192 targets, 64 a
+Bases of the default record (512 dimensions in 128 bytes, k = 16), fitted to: 8,192 targets, 64 a
 row, as it was whatever the data; the sample that grows with the data, all its rows alike; that
 sample as a dump takes it now (lib/teacher/sample.py, fit.row_weights); its rows of the standard
-library alone. The same with 512 dimensions in as many bytes. And the bucket alone.
+library alone. The same with 384 dimensions in as many bytes. And the bucket alone.
 
 Reads   REAL/smollm2, REAL/stdlib.parquet, REAL/debian.parquet (docs/real-models.md)
 Writes  OUT/: the data, hidden states by row (what is there is not computed again), domains.json;
@@ -49,7 +49,7 @@ MAX_LEN = 1200
 NEAR = [*range(13), *range(17, 30)]
 TEMPERATURES = [1.0, 2.0, 4.0]
 RANK, SIZE = writer.RANK, 128
-MORE = 512  # dimensions in as many bytes
+FEWER = 384  # dimensions in as many bytes
 BEFORE = 64  # targets a row, in a sample of sample.LEAST
 # how the prompts of the rare kinds begin
 BEGINS = {
@@ -219,7 +219,7 @@ def bases_of(args, dataset: data.Dataset, teacher: models.Model, out: Path) -> d
         "alike": (now, now_most, False, RANK),
         "now": (now, now_most, True, RANK),
         "stdlib": (now[kinds[now] == "stdlib"], now_most, True, RANK),
-        "more": (now, now_most, True, MORE),
+        "fewer": (now, now_most, True, FEWER),
     }
     found = {"": (None, {}, 0)}
     for name, (rows, most, weighed, rank) in tried.items():
@@ -264,7 +264,7 @@ def tables(result: dict) -> str:
         "before": "8,192 targets, 64 a row (as it was)",
         "alike": "the sample that grows, rows alike",
         "now": "**the sample that grows, rows weighed (as it is now)**",
-        "more": f"... `--tail-rank {MORE}`",
+        "fewer": f"... `--tail-rank {FEWER}`",
     }
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     heads = [KINDS[kind] for kind in kinds]

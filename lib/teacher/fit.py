@@ -25,7 +25,7 @@ WEIGH_AT = 2.0
 # rows of the output layer, and hidden states, that are widened at once: all may not fit
 PIECE = 8192
 SPENT_BY = 4096  # hidden states that tell where bits are spent, if there are so many
-MOST_WEIGHT = 16.0  # of a row that a basis tells badly, where most rows have 1
+MOST_WEIGHT = 64.0  # of a row that a basis tells badly, where most rows have 1
 MOST_BITS = 8
 # of each number of bits, in deviations: Max, IRE IT-6 (1960)
 GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -149,9 +149,8 @@ def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> T
     to MOST_WEIGHT where a basis of equal weights leaves more of the row than of most.
 
     A few rows of another kind of text are a few per cent of the variance, and principal components
-    leave them out. Weighed by what is left, squared error over the median row's. (The square of
-    that costs the other kinds; a weight for each state brings out the odd states of every kind, and
-    is worse than none.)
+    leave them out. Weighed by the square of what is left, squared error over the median row's. (A
+    weight for each state brings out the odd states of every kind, and is worse than none.)
     """
     center, covariance = moments(hidden, torch.ones(len(hidden), device=hidden.device))
     _, components = torch.linalg.eigh(root @ covariance @ root)  # the smallest first
@@ -159,7 +158,7 @@ def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> T
     beyond = (root @ beyond).float().to(hidden.device)
     parts = [((part.float() - center) @ beyond).square().sum(1) for part in hidden.split(PIECE)]
     left = torch.stack([of_row.mean() for of_row in torch.cat(parts).split(counts)])  # (rows,)
-    weight = (left / left.median().clamp_min(1e-30)).clamp(1.0, MOST_WEIGHT)
+    weight = (left / left.median().clamp_min(1e-30)).square().clamp(1.0, MOST_WEIGHT)
     return weight.repeat_interleave(torch.tensor(counts, device=hidden.device))
 
 

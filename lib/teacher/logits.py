@@ -386,7 +386,7 @@ class Records:
             print(f"logits: {count:,} rows have no record ({why})")
         if self.compares:
             assert self.val is not None
-            known = record.told(self.val.records, self.val.numbers)["known"]
+            known = record.said_at(self.val.records, self.val.numbers)["known"]
             all_of = self.dataset.val.targets
             some = "" if known == all_of else f", at {known:,} of {all_of:,} targets"
             print(f"val: kl and rkl are over {self.over}{some}")
@@ -412,7 +412,7 @@ class Records:
         if self.val is None:
             return None
         ce, acc1 = self.val.meta["teacher_ce"], self.val.meta["teacher_acc1"]
-        targets = sum(record.told(self.val.records, self.val.numbers).values())
+        targets = sum(record.said_at(self.val.records, self.val.numbers).values())
         return {"ce": ce, "ppl": math.exp(min(ce, 700.0)), "acc1": acc1, "targets": targets}
 
     @property

@@ -234,7 +234,7 @@ def unpack(records: np.ndarray, vocab: int, column: int, shape: Basis | None = N
     return replace(topk, shapeless=torch.from_numpy(worse)) if worse.any() else topk
 
 
-def told(records: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, int]:
+def said_at(records: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, int]:
     """Return at how many targets something is told by records (`numbers`: of those that there are,
     if not all): `known`, alone, and `grouped`, together with others (`joint`)."""
     names = records.dtype.names or ()
@@ -246,7 +246,7 @@ def told(records: np.ndarray, numbers: np.ndarray | None = None) -> dict[str, in
     return {"known": known, "grouped": int(records["joint"].sum()) if "joint" in names else 0}
 
 
-def told_by_row(records: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def heard_of_rows(records: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return at how many targets of each row (rows,) something is told; counts: their targets."""
     names = records.dtype.names or ()
     if "count" not in names:

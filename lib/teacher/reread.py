@@ -27,8 +27,10 @@ from lib.teacher import translate
 
 Seam = tuple[str, str, tuple[str, str]]
 Group = tuple[int, int, int, int]  # the first and last + 1 of our tokens, and of theirs
-EMPTY = re.compile(r"\s*<think>\s*</think>\s*")  # before an answer that does not think
-LONG = 20_000  # bytes of an answer up to which it is looked for where two texts go on alike
+OPENED_EMPTY = re.compile(r"\s*<think>\s*</think>\s*")  # before an answer that does not think
+COMPARED_BYTES = (
+    20_000  # bytes of an answer up to which it is looked for where two texts go on alike
+)
 LEAST_ALIKE = 4  # bytes that are one text again behind a difference
 OPENED = re.compile(r"<think>\s*$")  # by a generation prompt: an answer that thinks opens it itself
 PLAIN = {"role", "content", "reasoning_content", "name", "tool_call_id"}  # of a message: texts
@@ -46,7 +48,7 @@ def groups(ours: list[bytes], theirs: list[bytes]) -> list[Group]:
     one, other = b"".join(ours), b"".join(theirs)
     blanks = [len(text) - len(text.lstrip(b" ")) for text in (one, other)]
     more = [own - min(blanks) for own in blanks]
-    mine, others = ends(ours, more[0]), ends(theirs, more[1])
+    mine, others = token_ends(ours, more[0]), token_ends(theirs, more[1])
     found = []
     for a, b, size in alike(one[more[0] :], other[more[1] :]):
         shared = [at for at in range(size + 1) if a + at in mine and b + at in others]
@@ -55,7 +57,7 @@ def groups(ours: list[bytes], theirs: list[bytes]) -> list[Group]:
     return found
 
 
-def ends(tokens: list[bytes], blank: int) -> dict[int, int]:
+def token_ends(tokens: list[bytes], blank: int) -> dict[int, int]:
     """Return how many tokens there are before each place where one begins or the last one ends; of
     empty ones the last counts. blank: bytes of the first that are none."""
     at = np.concatenate([[blank], np.cumsum([len(token) for token in tokens], dtype=np.int64)])
@@ -66,7 +68,7 @@ def alike(one: bytes, other: bytes) -> list[tuple[int, int, int]]:
     """Return (place, place, length) of the stretches that two texts have in common, in order."""
     if one == other:
         return [(0, 0, len(one))]
-    if max(len(one), len(other)) > LONG:
+    if max(len(one), len(other)) > COMPARED_BYTES:
         same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
         return [(0, 0, same or min(len(one), len(other)))]
     blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks()
@@ -199,7 +201,7 @@ class Reader:
         if not shown.startswith(asked):
             return None
         behind, end = shown[len(asked) :], self.end
-        trace = EMPTY.match(behind)
+        trace = OPENED_EMPTY.match(behind)
         between = trace.group() if trace and not said.lstrip().startswith(template.OPEN) else ""
         behind = behind[len(between) :]
         blanks = behind[: len(behind) - len(behind.lstrip())]

@@ -470,7 +470,7 @@ def ce_of(part: Chunk) -> np.ndarray:
 
 def heard_by_row(part: Chunk) -> np.ndarray:
     """Return at how many targets of each row of a chunk its teacher says something."""
-    return record.told_by_row(part.records, part.counts)
+    return record.heard_of_rows(part.records, part.counts)
 
 
 def likelier_of(ce: list[np.ndarray]) -> np.ndarray:

@@ -25,7 +25,7 @@ COST_FILE = "cost.json"  # dumped_s: the seconds that a chunk took
 CHUNK_FILES = ("meta.json", "settings.json", "topk.npy", "done.npy", COST_FILE, files.LOCK)
 FLUSH_S = 5.0  # seconds of work that a power cut may cost
 K, TEMPERATURES = 16, "1,2,4"  # unless flags say otherwise
-RANK = 384  # of the basis, unless --tail-rank says otherwise
+RANK = 512  # of the basis, unless --tail-rank says otherwise
 # the default rank is lowered where the basis would be larger than so many bytes, and than so many
 # times all records of the data
 SMALL_BASIS, TIMES_RECORDS = 1 << 24, 4
@@ -583,7 +583,7 @@ class Writer:
             there = np.flatnonzero(np.repeat(done, self.counts[self.rows]))
         topk = np.load(self.folder / "topk.npy", mmap_mode="r")
         settings, digest = self.settings, hashlib.sha256()
-        told = record.told(topk, there)
+        told = record.said_at(topk, there)
         heard = sum(told.values())
         checksums = {"topk.npy": files.sums(self.folder / "topk.npy", digest)}
         for name in ("done.npy", f"../{basis.FILE}")[: 1 + ("basis" in settings)]:

@@ -493,14 +493,14 @@ def test_the_teachers_own_measures_are_over_what_it_says(tmp_path):
     prepared(tmp_path, ours, rows)
     make.model(tmp_path / "lower", vocab=len(theirs), with_tokenizer=theirs)
     some = dumped(tmp_path, "lower", "--align", "bytes", out="lower-logits")
-    told = record.told(some.val.records)
+    told = record.said_at(some.val.records)
     targets = some.dataset.val.targets
     assert 0 < told["known"] + told["grouped"] < targets
     ce, done = some.val.meta["teacher_ce"], some.val.done()
     assert ce == pytest.approx(done["ce_sum"].sum() / sum(told.values()))
     assert ce > 0.7 * math.log(len(ours)) and some.val_measures()["targets"] == sum(told.values())
     assert several.ce_of(some.val).tolist() == pytest.approx(
-        (done["ce_sum"] / record.told_by_row(some.val.records, some.val.counts)).tolist()
+        (done["ce_sum"] / record.heard_of_rows(some.val.records, some.val.counts)).tolist()
     )
 
 

@@ -2,9 +2,9 @@
 for equal steps, with its control and its rival, on held-out rows.
 
     # real/ holds smollm2, qwen-0.5b, stdlib.parquet, debian.parquet (docs/real-models.md)
-    python bench/fidelity/tokenizers.py --real real --out out/tokenizers
+    python bench/fidelity/aligned.py --real real --out out/aligned
     # the same in small, for the harness alone: the figures mean nothing
-    python bench/fidelity/tokenizers.py --real real --out out/smoke --rows 8 --val 2 --steps 1
+    python bench/fidelity/aligned.py --real real --out out/smoke --rows 8 --val 2 --steps 1
 
 given, labels       cross-entropy on the answers that are given: the control
 given, aligned      the teacher's records over them, --align bytes, beside the labels (alpha 0.5)
@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).with_name("results-tokenizers.json")
+RESULTS = Path(__file__).with_name("results-aligned.json")
 CONDITIONS = {
     "given, labels": ("stage1_sft.py", ""),
     "given, aligned": ("stage2_kd.py", ""),
