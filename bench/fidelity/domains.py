@@ -204,8 +204,10 @@ def target(records: np.ndarray, vocab: int, shape: basis.Basis | None):
     return made
 
 
-def bases_of(args, dataset: data.Dataset, teacher: models.Model, out: Path) -> dict:
-    """Return {name: (basis or None, its sample's rows by kind, targets)}."""
+def bases_of(
+    args, dataset: data.Dataset, teacher: models.Model, out: Path, names: tuple[str, ...] = ()
+) -> dict:
+    """Return {name: (basis or None, its sample's rows by kind, targets)}; of all, or of `names`."""
     split, kinds = dataset.train, kinds_of(dataset)
     print(f"train rows: {dict(Counter(kinds.tolist()))}", flush=True)
     now, now_most = sample.sampled_rows(split), sample.of_a_row(split)
@@ -213,7 +215,8 @@ def bases_of(args, dataset: data.Dataset, teacher: models.Model, out: Path) -> d
     before = sample.sampled_rows(split, sample.LEAST)
     sample.A_ROW = kept
     folder = out / f"states-{dataset.identities['data'][:8]}"
-    known = states(teacher, split, np.union1d(now, before), folder)
+    wanted = now if names == ("now",) else np.union1d(now, before)
+    known = states(teacher, split, wanted, folder)
     tried = {  # rows, targets of each, weighed, dimensions
         "before": (before, BEFORE, False, RANK),
         "alike": (now, now_most, False, RANK),
@@ -223,6 +226,8 @@ def bases_of(args, dataset: data.Dataset, teacher: models.Model, out: Path) -> d
     }
     found = {"": (None, {}, 0)}
     for name, (rows, most, weighed, rank) in tried.items():
+        if names and name not in names:
+            continue
         hidden = picked(known, rows, most)
         counts = [min(most, len(known[row])) for row in rows] if weighed else None
         shape, held = fit.fit_basis(teacher.head(), hidden, writer.K, rank, SIZE, counts)

@@ -6,7 +6,7 @@ run.
                                                 # vocabulary, seconds, for the tests
 
 step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a
-      basis of 32 dimensions (k=32), and the default one (k=16, rank 384)                       goal
+      basis of 32 dimensions (k=32), and one of 384 dimensions (k=16)                       goal
       1.10 and 1.20; a basis of 32 over the bucket 1.10
 dump  a bare teacher forward (body and head, nothing kept) over dump_logits.py      goal 0.90
 head  head and loss over F.cross_entropy on full logits: time and extra memory      goal 1.0 and 0.2
