@@ -152,6 +152,8 @@ def test_where_the_texts_part_nothing_is_paired_until_they_go_on_alike():
     theirs = [b"caf\xc3\xa9", b" ", b"au lait"]
     assert reread.groups(ours, theirs) == [(2, 4, 1, 3)]
     assert reread.groups([b"ab", b"c"], [b"a", b"bX"]) == []
+    assert reread.alike(b"caffe latte", b"cafe latte") == [(0, 0, 3), (4, 3, 7)]
+    assert reread.alike(b"a" * 50 + b"b", b"c" * 50 + b"b") == []
     assert reread.groups([b"a"], []) == []
 
 
