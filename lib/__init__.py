@@ -63,7 +63,8 @@ Where is ...?
     records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
     a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer, and
                            where one is chosen: teacher/__init__.py, class Teacher, open_teacher
-    another tokenizer      of the teacher: teacher/across.py; of the data: checkpoints.check_vocabulary
+    another tokenizer      the teacher's: teacher/across.py; refused where it is not asked for:
+                           checkpoints.check_vocabulary
     a server asked         prepare/ask.py: any OpenAI-compatible one, for answers; the same client
                            for a teacher's records (teacher/served.py, vLLM's prompt_logprobs)
     our own server         chat/serve.py (start and stop), routes.py (Flask), api.py (OpenAI's API)
