@@ -28,7 +28,7 @@ bit the same.
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,8 @@ def parse_args(argv=None):
     across.add_flags(parser)
     imported.add_flags(parser)
     args = parser.parse_args(argv)
-    imported.check_flags(parser, args) or served.check_flags(parser, args, ask.KEYS)
+    if not imported.check_flags(parser, args):
+        served.check_flags(parser, args, ask.KEYS)
     across.check_flags(parser, args)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
@@ -139,10 +140,22 @@ def chunks_named(args, dataset):
     return train
 
 
+@dataclass
+class Job:
+    """What every chunk of a dump needs: a teacher, cut to the tokens that the student knows too,
+    and the rows that it reads, by split. others: who makes a split's records, for a teacher with
+    other tokens. shape: the basis of its tails, once there is one."""
+
+    dataset: Dataset
+    teacher: models.Model
+    splits: dict
+    others: dict = field(default_factory=dict)
+    shape: basis.Basis | None = None
+
+
 def load_teacher(args, dataset, folder, device, dtype):
-    """Return the teacher, cut to the tokens that the student knows too, and the rows that it reads:
-    a classifier's own tokenizer reads their texts, and so does that of a teacher with other tokens
-    (`others`, by the name of the split, which then make its records)."""
+    """Return the dump's teacher and the rows that it reads: a classifier's own tokenizer reads
+    their texts, and so does that of a teacher with other tokens."""
     others = {}
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(
@@ -170,7 +183,7 @@ def load_teacher(args, dataset, folder, device, dtype):
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
         teacher = models.load(args.teacher, device, dtype, pack=False, apart=apart, **options)
     teacher.module.requires_grad_(False)
-    return cut(args, teacher, dataset), splits, others
+    return Job(dataset, cut(args, teacher, dataset), splits, others)
 
 
 def cut(args, teacher, dataset):
@@ -203,9 +216,10 @@ def cut(args, teacher, dataset):
     return teacher
 
 
-def dump(out, chunk, dataset, split, other, teacher, shape, settings, interrupt, holding):
-    """Write one chunk (or val), or what is missing of it. other: who makes the records of a teacher
-    with other tokens. holding: its lock, if there is one."""
+def dump(out, chunk, job, settings, interrupt, holding):
+    """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
+    dataset, teacher, name = job.dataset, job.teacher, "val" if chunk == "val" else "train"
+    split, other = job.splits[name], job.others.get(name)
     folder = record.chunk_folder(out, chunk)
     holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
@@ -214,7 +228,7 @@ def dump(out, chunk, dataset, split, other, teacher, shape, settings, interrupt,
     made = writer.Writer(
         folder,
         chunk,
-        dataset.val if chunk == "val" else dataset.train,
+        getattr(dataset, name),
         writer.rows_of(dataset, chunk),
         settings,
         split.rows["length"],
@@ -241,9 +255,8 @@ def dump(out, chunk, dataset, split, other, teacher, shape, settings, interrupt,
     for number, rows in enumerate(made.left):
         started = clock(teacher.device)
         batch = split.batch([[row] for row in rows.tolist()]).to(teacher.device)
-        records, ce, hits = score(
-            teacher, head, batch, settings["k"], settings["temperatures"], made.dtype, shape
-        )
+        wanted = settings["k"], settings["temperatures"], made.dtype, job.shape
+        records, ce, hits = score(teacher, head, batch, *wanted)
         if number:  # the first one warms up
             seconds += clock(teacher.device) - started
             targets += len(records)
@@ -288,9 +301,9 @@ def look_again(args, dataset, wanted, out, device):
         checkpoints.check_written(folder, verify=True)
         dtype = models.pick_dtype(args.dtype, device, folder)
         args.k = min(part.meta["k"] for part in there.values())
-        teacher, splits, _ = load_teacher(args, dataset, folder, device, dtype)
-        identity = checkpoints.identity(folder)
-        verify.against_teacher(there, args.verify, dataset, splits, teacher, identity)
+        job = load_teacher(args, dataset, folder, device, dtype)
+        who = job.teacher, checkpoints.identity(folder)
+        verify.against_teacher(there, args.verify, dataset, job.splits, *who)
     print(f"verify: {out} is in order")
 
 
@@ -311,9 +324,10 @@ def main(argv=None):
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
     writer.say_memory(folder, dtype, device, args, dataset)
-    teacher, splits, others = load_teacher(args, dataset, folder, device, dtype)
+    job = load_teacher(args, dataset, folder, device, dtype)
+    teacher = job.teacher
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
-    settings |= across.settings_across(others, teacher)
+    settings |= across.settings_across(job.others, teacher)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
@@ -340,29 +354,16 @@ def main(argv=None):
     if args.dry_run:
         return print("--dry-run: nothing was written")
     held = writer.empty_chunks(out, missing) if args.fresh else {}
-    shape = None
     if args.tail_rank and missing:
-        shape, settings["basis"] = fit.shared_basis(
-            out, splits["train"], teacher, settings, missing, anew
+        job.shape, settings["basis"] = fit.shared_basis(
+            out, job.splits["train"], teacher, settings, missing, anew
         )
     elif anew:
         (out / basis.FILE).unlink(missing_ok=True)
 
     interrupt = Interrupt()
     for chunk in missing:
-        name = "val" if chunk == "val" else "train"
-        dump(
-            out,
-            chunk,
-            dataset,
-            splits[name],
-            others.get(name),
-            teacher,
-            shape,
-            settings,
-            interrupt,
-            held.get(chunk),
-        )
+        dump(out, chunk, job, settings, interrupt, held.get(chunk))
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists():
