@@ -34,6 +34,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import functools
 import io
 import json
 import os
@@ -72,12 +73,14 @@ from lib.measure import plots, prompts  # noqa: E402
 from lib.teacher import writer  # noqa: E402
 
 HANG_S = 120
+LEAVE_S = 10  # that a script has to end after a signal
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # of a result: of the machine, of the tree's moment, and the sums of what holds such
 NOT_OURS = ("trained_s", "dumped_s", "written_s", "speed", "git", "seal", "sizes")
 BUSY = "is being written by another process"
 WRONG = ("difference", "traceback", "hang")
 ALIVE: set[int] = set()  # processes that were started and have not ended
+ENDS = (signal.SIGTERM, signal.SIGINT)
 STEPS = "--steps 6 --eval-every 3 --save-every 2 --samples 1 --threads 1 --keep 2".split()
 
 
@@ -296,16 +299,30 @@ class Disturbance:
         safetensors.torch.serialize_file = serialized
 
 
+def fork() -> int:
+    """Fork, and return the child's number, to the child 0. A signal waits until the child is known
+    to be alive: one that comes inside os.fork() is lost, with the child."""
+    sys.stdout.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    try:
+        if child := os.fork():
+            ALIVE.add(child)
+            return child
+        ALIVE.clear()
+        for number in ENDS:
+            signal.signal(number, signal.SIG_DFL)
+        return 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int = 0) -> int:
     """Fork a process that runs a script, its words into `log`. Return its number."""
-    sys.stdout.flush()
-    if child := os.fork():
-        ALIVE.add(child)
+    if child := fork():
         return child
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 70
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
@@ -334,20 +351,24 @@ def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int =
         os._exit(code)
 
 
-def finish(child: int, log: Path, seconds: float = HANG_S) -> tuple[int, str]:
-    """Wait for a child: its exit code, -N of a signal, None of a hang (it is ended); its words."""
+def ended(child: int, seconds: float) -> int | None:
+    """Wait for a child: its exit code, -N of a signal, None of a hang (it is ended)."""
     until = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            ALIVE.discard(child)
-            return os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
-        if time.monotonic() > until:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            ALIVE.discard(child)
-            return None, log.read_text(errors="replace")
+        if done or time.monotonic() > until:
+            break
         time.sleep(0.003)
+    if not done:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    ALIVE.discard(child)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def finish(child: int, log: Path, seconds: float = HANG_S) -> tuple[int | None, str]:
+    """Wait for a child: how it `ended`, and its words."""
+    return ended(child, seconds), log.read_text(errors="replace")
 
 
 # --- a round
@@ -706,29 +727,34 @@ def sweep() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def leave(number: int, _frame) -> None:
-    """End at a signal with all that was started."""
+def leave(place: Path | None, number: int, _frame) -> None:
+    """End at a signal with all that was started, and with the folder `place`. At once: an exception
+    of a handler is lost where it comes in a callback of the interpreter."""
+    for end in ENDS:
+        signal.signal(end, signal.SIG_IGN)
     for child in ALIVE:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGTERM)
             os.kill(child, signal.SIGCONT)
-    raise SystemExit(128 + number)
+    for child in [*ALIVE]:
+        with contextlib.suppress(ChildProcessError):
+            ended(child, LEAVE_S if place is None else 2 * LEAVE_S)
+    if place:
+        shutil.rmtree(place, ignore_errors=True)
+    os._exit(128 + number)
 
 
-def in_a_process(job: Callable, name: str, args, work: Path) -> int:
+def in_a_process(job: Callable, name: str, args, work: Path) -> None:
     """Fork a process that does a job and writes what it counted into work/NAME.json."""
-    sys.stdout.flush()
-    if child := os.fork():
-        ALIVE.add(child)
-        return child
-    ALIVE.clear()
+    if fork():
+        return
     code = 1
     try:
+        for number in ENDS:
+            signal.signal(number, functools.partial(leave, None))
         own_mounts()
         (work / f"{name}.json").write_text(json.dumps(job(name, args, work)))
         code = 0
-    except SystemExit as end:
-        code = end.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -757,12 +783,12 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     args, begun, failed = parse_args(argv), time.monotonic(), False
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
     sweep()
     lines: Counted = []
     with tempfile.TemporaryDirectory(prefix=f"torture-{os.getpid()}-") as place:
         work = Path(place)
+        for number in ENDS:
+            signal.signal(number, functools.partial(leave, work))
         names = list(stages(work, work)) if args.stages == "all" else args.stages.split(",")
         slow = ("answers", "stage2", "stage1")  # first: they take longest
         names.sort(key=lambda name: name not in slow)
