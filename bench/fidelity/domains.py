@@ -11,8 +11,9 @@ Teacher SmolLM2-135M-Instruct, student the same without layers 13 to 16 (`near` 
 
 Bases of the default record (512 dimensions in 128 bytes, k = 16), fitted to: 8,192 targets, 64 a
 row, as it was whatever the data; the sample that grows with the data, all its rows alike; that
-sample as a dump takes it now (lib/teacher/sample.py, fit.row_weights); its rows of the standard
-library alone. The same with 384 dimensions in as many bytes. And the bucket alone.
+sample with rows weighed (fit.row_weights); as a dump takes it now, more targets of the rows that
+are told badly (fit.odd_rows); its rows of the standard library alone. The same with 384 dimensions
+in as many bytes. And the bucket alone.
 
 Reads   REAL/smollm2, REAL/stdlib.parquet, REAL/debian.parquet (docs/real-models.md)
 Writes  OUT/: the data, hidden states by row (what is there is not computed again), domains.json;
@@ -165,9 +166,15 @@ def states(model: models.Model, split: data.Split, rows: np.ndarray, folder: Pat
     return {int(row): torch.from_numpy(np.load(folder / f"{row}.npy")) for row in rows}
 
 
-def picked(held: dict, rows: np.ndarray, most: int) -> torch.Tensor:
-    """Return the states (N, D) of rows, `most` of each at even places."""
-    return torch.cat([held[row][sample.evenly(np.arange(len(held[row])), most)] for row in rows])
+def picked(held: dict, most: dict[int, int]) -> torch.Tensor:
+    """Return the states (N, D) of rows, at most so many of each, at even places."""
+    places = {row: sample.evenly(np.arange(len(held[row])), count) for row, count in most.items()}
+    return torch.cat([held[row][places[row]] for row in most])
+
+
+def counted(held: dict, most: dict[int, int]) -> tuple[list[int], list[int]]:
+    """Return the rows, and how many states of each `picked` takes."""
+    return [*most], [min(count, len(held[row])) for row, count in most.items()]
 
 
 @dataclass
@@ -217,19 +224,25 @@ def bases_of(
     folder = out / f"states-{dataset.identities['data'][:8]}"
     wanted = now if names == ("now",) else np.union1d(now, before)
     known = states(teacher, split, wanted, folder)
-    tried = {  # rows, targets of each, weighed, dimensions
-        "before": (before, BEFORE, False, RANK),
-        "alike": (now, now_most, False, RANK),
-        "now": (now, now_most, True, RANK),
-        "stdlib": (now[kinds[now] == "stdlib"], now_most, True, RANK),
-        "fewer": (now, now_most, True, FEWER),
+    tried = {  # rows, targets of each, weighed, more of those told badly, dimensions
+        "before": (before, BEFORE, False, False, RANK),
+        "alike": (now, now_most, False, False, RANK),
+        "weighed": (now, now_most, True, False, RANK),
+        "now": (now, now_most, True, True, RANK),
+        "stdlib": (now[kinds[now] == "stdlib"], now_most, True, True, RANK),
+        "fewer": (now, now_most, True, True, FEWER),
     }
     found = {"": (None, {}, 0)}
-    for name, (rows, most, weighed, rank) in tried.items():
+    for name, (rows, most, weighed, more, rank) in tried.items():
         if names and name not in names:
             continue
-        hidden = picked(known, rows, most)
-        counts = [min(most, len(known[row])) for row in rows] if weighed else None
+        targets = dict.fromkeys(rows.tolist(), most)
+        if more:
+            taken = sample.Sample(picked(known, targets), *counted(known, targets))
+            odd = fit.odd_rows(teacher.head(), taken, writer.K, rank, split)
+            targets |= dict.fromkeys(odd.tolist(), sample.AN_ODD_ROW)
+            print(f"more of: {dict(Counter(kinds[odd].tolist()))}", flush=True)
+        hidden, counts = picked(known, targets), counted(known, targets)[1] if weighed else None
         shape, held = fit.fit_basis(teacher.head(), hidden, writer.K, rank, SIZE, counts)
         seen = dict(Counter(kinds[rows].tolist()))
         print(f"basis {name}: {len(hidden):,} targets, {held:.1%} held, rows {seen}", flush=True)
@@ -246,7 +259,8 @@ def measure(dataset: data.Dataset, teacher: models.Model, near: models.Model, fo
     known, student = (states(m, split, every, out / n) for m, n in zip((teacher, near), names))
     for number, kind in enumerate(dataset.sources):
         those = np.flatnonzero(split.rows["source"] == number)
-        hidden, h = (picked(made, those, TARGETS // HELD) for made in (known, student))
+        each = dict.fromkeys(those.tolist(), TARGETS // HELD)
+        hidden, h = (picked(made, each) for made in (known, student))
         z = torch.cat([z.clone() for _, z in head.chunks(hidden)])
         s = torch.cat([s.clone() for _, s in near.head(head.vocab).chunks(h)])
         bench = fidelity.Bench(z, h, {"near": (s, h)}, TEMPERATURES)
@@ -268,7 +282,8 @@ def tables(result: dict) -> str:
         "stdlib": "stdlib alone, of the sample that grows",
         "before": "8,192 targets, 64 a row (as it was)",
         "alike": "the sample that grows, rows alike",
-        "now": "**the sample that grows, rows weighed (as it is now)**",
+        "weighed": "the sample that grows, rows weighed",
+        "now": "**... and more targets of rows told badly (as it is now)**",
         "fewer": f"... `--tail-rank {FEWER}`",
     }
     kinds = list(dict.fromkeys(row["kind"] for row in rows))

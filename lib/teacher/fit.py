@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ WEIGH_AT = 2.0
 PIECE = 8192
 SPENT_BY = 4096  # hidden states that tell where bits are spent, if there are so many
 MOST_WEIGHT = 64.0  # of a row that a basis tells badly, where most rows have 1
+ODD = 4.0  # the weight of a row that gives more targets
 MOST_BITS = 8
 # of each number of bits, in deviations: Max, IRE IT-6 (1960)
 GAUSSIAN_STEP = (1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -87,10 +89,14 @@ def shared_basis(
         print(f"basis {path}: is fitted, once for all chunks", flush=True)
         with files.telling("basis, the teacher over a sample of rows"):
             tokens = settings["tokens_per_microbatch"]
-            hidden, counts = sample.hidden_states(split, teacher, tokens, settings.get("only"))
+            taken = sample.take(split, teacher, tokens, settings.get("only"))
         k, rank = settings["k"], settings["tail_rank"]
         with files.telling("basis, fitting"):
-            shape, held = fit_basis(teacher.head(), hidden, k, rank, size, counts)
+            odd = odd_rows(teacher.head(), taken, k, rank, split)
+            if len(odd):
+                taken = sample.with_more(taken, odd, split, teacher, tokens)
+            hidden = taken.hidden
+            shape, held = fit_basis(teacher.head(), hidden, k, rank, size, taken.counts)
         about = {name: settings[name] for name in FITTED_TO}
         basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
         print(
@@ -160,6 +166,24 @@ def row_weights(hidden: Tensor, root: Tensor, rank: int, counts: list[int]) -> T
     left = torch.stack([of_row.mean() for of_row in torch.cat(parts).split(counts)])  # (rows,)
     weight = (left / left.median().clamp_min(1e-30)).square().clamp(1.0, MOST_WEIGHT)
     return weight.repeat_interleave(torch.tensor(counts, device=hidden.device))
+
+
+@torch.no_grad()
+def odd_rows(head: Head, taken: sample.Sample, k: int, rank: int, split: data.Split) -> np.ndarray:
+    """Return the rows of a sample, ascending, that a fit to it tells badly (a weight above ODD) and
+    that have more targets to give; those told worst, where they would give more than sample.MOST.
+
+    What is lacking of a rare kind of text is not weight but targets: thirty rows of 32 say less of
+    512 dimensions than the same rows whole (bench/fidelity/domains.py).
+    """
+    _, gram = weighted_gram(head, tail_shares(head, taken.hidden, k))
+    weight = row_weights(taken.hidden, powers_of(gram)[0], rank, taken.counts).cpu().numpy()
+    weight, rows = weight[np.cumsum(taken.counts) - 1], np.array(taken.rows)
+    there = np.minimum(split.rows["targets"][rows], sample.AN_ODD_ROW).astype(int)
+    odd = (weight > ODD) & (there > taken.counts)
+    worst = np.argsort(-weight[odd], kind="stable")
+    few = np.cumsum(there[odd][worst]) <= sample.MOST
+    return np.sort(rows[odd][worst][few])
 
 
 def moments(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """Which targets the basis is fitted to (fit.py): a fixed sample of the train rows. Each source has
 an equal share of it, whatever its size, and no row gives more than a few targets: those of one text
 are alike, and two dozen long rows would leave out what is one row in fifty. It grows with the data
-(`size`), so that what is one row in fifty gives it enough rows."""
+(`size`), so that what is one row in fifty gives it enough rows; and of rows that a first fit tells
+badly (fit.odd_rows) it takes more targets."""
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,24 +16,57 @@ from lib import data, files, models, plan
 # targets that the basis is fitted to, about: one in SHARE of those that rows may give, within these
 LEAST, MOST, SHARE = 8192, 32768, 4
 A_ROW = 32  # of these from one row, at most, unless the data is small (`of_a_row`)
+AN_ODD_ROW = 256  # from a row that a first fit tells badly
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The teacher's hidden states (N, D) at targets of some rows, row after row; counts: how many
+    each of them gave."""
+
+    hidden: Tensor
+    rows: list[int]
+    counts: list[int]
+
+
+def take(
+    split: data.Split, teacher: models.Model, tokens: int, only: list[int] | None = None
+) -> Sample:
+    """Return the sample of a split, about `size` targets; `tokens` a forward pass; only: of these
+    sources."""
+    split = split if only is None else of_sources_alone(split, only)
+    return hidden_states(split, teacher, tokens, sampled_rows(split), of_a_row(split))
+
+
+def with_more(
+    taken: Sample, rows: np.ndarray, split: data.Split, teacher: models.Model, tokens: int
+) -> Sample:
+    """Return a sample in which `rows` of it give up to AN_ODD_ROW targets."""
+    more = hidden_states(split, teacher, tokens, rows, AN_ODD_ROW)
+    kept = ~np.isin(taken.rows, rows)
+    states = torch.from_numpy(np.repeat(kept, taken.counts)).to(taken.hidden.device)
+    return Sample(
+        torch.cat([taken.hidden[states], more.hidden]),
+        [row for row, one in zip(taken.rows, kept) if one] + more.rows,
+        [count for count, one in zip(taken.counts, kept) if one] + more.counts,
+    )
 
 
 @torch.inference_mode()
 def hidden_states(
-    split: data.Split, teacher: models.Model, tokens: int, only: list[int] | None = None
-) -> tuple[Tensor, list[int]]:
-    """Return the teacher's hidden states (about `size`, D) at the targets of the sample of a split,
-    row after row, and how many each row gave; `tokens` a forward pass; only: of these sources."""
-    split = split if only is None else of_sources_alone(split, only)
-    parts, counts = [], []
-    rows, lengths, most = sampled_rows(split), split.rows["length"], of_a_row(split)
+    split: data.Split, teacher: models.Model, tokens: int, rows: np.ndarray, most: int
+) -> Sample:
+    """Return the teacher's hidden states at `most` targets a row, at even places; `tokens` a
+    forward pass."""
+    parts: list[Tensor] = []
+    lengths, numbers = split.rows["length"], []
     for lines in plan.microbatches(rows, lengths, tokens, int(lengths.max()), pack=False):
         batch = split.batch(lines)
         hidden, start = teacher.hidden(batch.to(teacher.device)), 0
         for row in batch.rows:
             count = int(split.rows[row]["targets"])
             parts.append(hidden[start + evenly(np.arange(count), most)])
-            counts.append(len(parts[-1]))
+            numbers.append(row)
             start += count
     hidden = torch.cat(parts)
     if not torch.isfinite(hidden).all():
@@ -40,7 +75,7 @@ def hidden_states(
             seen="NaN or infinity",
             mend="--dtype float32 (some models overflow float16)",
         )
-    return hidden, counts
+    return Sample(hidden, numbers, [len(part) for part in parts])
 
 
 def of_sources_alone(split: data.Split, only: list[int]) -> data.Split:

@@ -35,7 +35,7 @@ from lib import head as heads
 from lib.head import Head
 from lib.losses import Method, TopK
 from lib.measure import plots
-from lib.teacher import basis, fit, logits, record, writer
+from lib.teacher import basis, fit, logits, record, sample, writer
 from lib.teacher.basis import Basis
 
 KINDS = losses.DIVERGENCES
@@ -537,6 +537,21 @@ def test_a_few_rows_of_another_kind_weigh_more_and_are_told_better():
         return (off - off.mean(1, keepdim=True)).square().mean()
 
     assert left(counts) < 0.8 * left(None)
+
+
+def test_rows_told_badly_are_those_of_the_rare_kind_that_have_more_to_give(monkeypatch):
+    head, draw = teacher()[0], draws(4)
+    kinds = draw(33 * 20, 12).float()
+    kinds[: 30 * 20, 6:] *= 0.05
+    kinds[30 * 20 :, :6] *= 0.05
+    targets = [20] * 30 + [90, 20, 70]  # the rare ones: 30, 31, 32
+    split = data.Split.of([(np.zeros(n + 1, np.uint32), np.arange(n + 1) > 0, 0) for n in targets])
+    order = [*range(32, -1, -1)]
+    states = torch.cat([kinds[20 * row : 20 * row + 20] for row in order])
+    taken = sample.Sample(states, order, [20] * 33)
+    assert fit.odd_rows(head, taken, 5, 6, split).tolist() == [30, 32]
+    monkeypatch.setattr(sample, "MOST", 100)  # both have 160 to give
+    assert len(fit.odd_rows(head, taken, 5, 6, split)) == 1
 
 
 def test_even_places_of_a_running_sum():

@@ -1,7 +1,10 @@
 """Which targets the basis is fitted to."""
 
+import collections
+
 import numpy as np
 import pytest
+import torch
 
 from lib import data
 from lib.teacher import sample
@@ -77,3 +80,45 @@ def test_rows_without_targets_are_left_out_and_nothing_more():
     split = split_of((0, 6, 10))
     split.rows["targets"][3] = 0
     assert sample.sampled_rows(split).tolist() == [0, 1, 2, 4, 5]
+
+
+class Counting:
+    """A teacher whose hidden state at a target is (its row's first token, which target it is)."""
+
+    device = torch.device("cpu")
+
+    def hidden(self, batch):
+        rows = [batch.tokens[line, 0].item() for line in range(len(batch.tokens))]
+        found, seen = [], collections.Counter()
+        for place in batch.where.tolist():
+            row = rows[place // batch.tokens.shape[1]]
+            found.append([float(row), float(seen[row])])
+            seen[row] += 1
+        return torch.tensor(found)
+
+
+def numbered(*targets):
+    """Return a split of rows of so many targets, whose tokens are the row's number."""
+    rows = [
+        (np.full(n + 2, number, np.uint32), np.arange(n + 2) >= 2, 0)
+        for number, n in enumerate(targets)
+    ]
+    return data.Split.of(rows)
+
+
+def test_rows_that_are_told_badly_give_more_targets():
+    split = numbered(500, 40, 300, 7, *[60] * 300)
+    taken = sample.take(split, Counting(), 1000)
+    assert dict(zip(taken.rows, taken.counts))[0] == sample.A_ROW
+    more = sample.with_more(taken, np.array([0, 3]), split, Counting(), 1000)
+    assert sorted(more.rows) == sorted(taken.rows)
+    counts = dict(zip(taken.rows, taken.counts)) | {0: sample.AN_ODD_ROW, 3: 7}
+    assert dict(zip(more.rows, more.counts)) == counts
+    start = 0
+    for row, count in zip(more.rows, more.counts):
+        states = more.hidden[start : start + count]
+        there = int(split.rows[row]["targets"])
+        wanted = sample.evenly(np.arange(there), count)
+        assert states.tolist() == [[float(row), float(n)] for n in wanted], row
+        start += count
+    assert start == len(more.hidden)
