@@ -19,7 +19,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -29,6 +29,7 @@ from lib import files, template
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")
 FIRST, LONGEST = 0.5, 30.0  # seconds of pause
 TRIES = 8  # of one request that fails while others succeed
+IDLE_S = 1.0
 REFUSED = 16  # requests that the server may refuse (400) before it has answered any
 
 
@@ -384,10 +385,15 @@ class Asking:
 
 
 def ask(
-    client: Client, requests: Iterable[ServerRequest], concurrency: int, patience: float, say=print
+    client: Client,
+    requests: Iterable[ServerRequest],
+    concurrency: int,
+    patience: float,
+    say=print,
+    idle: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
     """Yield the replies to all requests, at most `concurrency` in flight; requests are read only as
-    they are sent."""
+    they are sent. idle: called where no reply has come for IDLE_S."""
     asking = Asking(client, requests, patience, say)
     for _ in range(concurrency):
         threading.Thread(target=asking.work, daemon=True).start()
@@ -396,7 +402,12 @@ def ask(
     running = concurrency
     try:
         while running:
-            result = asking.results.get()
+            try:
+                result = asking.results.get(timeout=idle and IDLE_S)
+            except queue.Empty:
+                assert idle is not None
+                idle()
+                continue
             if result is None:
                 running -= 1
             elif isinstance(result, BaseException):

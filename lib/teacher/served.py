@@ -86,6 +86,7 @@ def check_flags(
         parser.error("--verify N needs --teacher DIR; with --teacher-url: --check-with DIR")
     args.temperatures, args.tail_rank = "1", 0
     args.k = K if args.k is None else args.k
+    args.values = args.values or "fp16"
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,8 @@ def fill(
     begun, said, targets = time.monotonic(), time.monotonic(), 0
     requests = requests_of(dataset, split, left, settings)
     try:
-        for scores in ask.ask(client, requests, args.concurrency, args.retry_for, outage):
+        how_long = args.concurrency, args.retry_for
+        for scores in ask.ask(client, requests, *how_long, outage, made.flush):
             if scores.finish in ("refused", "failed"):
                 not_scored(client, scores)
             keep(made, scores)

@@ -64,7 +64,7 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--values",
         choices=["fp16", "u8"],
-        help="format of z_max - z (default: u8; of an import fp16)",
+        help="format of z_max - z (default: u8; of a server and an import fp16)",
     )
     group.add_argument(
         "--tail-rank",
@@ -559,6 +559,8 @@ class Writer:
     def flush(self) -> None:
         """Force what was added to the disk: the records first, then the word that they are
         there."""
+        if not self.pending:
+            return
         self.topk.sync()
         for index, ce_sum, hits in self.pending:
             self.there["ce_sum"][index], self.there["hits"][index] = ce_sum, hits

@@ -21,7 +21,7 @@ import dump_logits
 import stage2_kd
 from lib import data, files, losses
 from lib.prepare import ask
-from lib.teacher import logits, record, served, truncated
+from lib.teacher import logits, record, served, truncated, writer
 
 K = 8
 
@@ -31,6 +31,7 @@ class Server(http.server.ThreadingHTTPServer):
     row meets."""
 
     daemon_threads = True
+    request_queue_size = 64  # of five, some are reset on a machine that is busy
 
     def __init__(self, folder, does=lambda number, body: "ok", port=0):
         super().__init__(("127.0.0.1", port), Handler)
@@ -253,6 +254,30 @@ def test_what_is_there_is_not_asked_again(folder, server, capsys):
     three = server(folder / "teacher")
     make.call(dump_logits.main, *remotely(folder, three.url, out="twice"))
     assert not three.bodies and "already finished" in capsys.readouterr().out
+
+
+def test_what_came_is_on_the_disk_while_the_server_is_silent(folder, server, monkeypatch):
+    """Thirty rows that a server had answered before it was gone were asked again, for the next row
+    alone brought them to the disk."""
+    monkeypatch.setattr(writer, "FLUSH_S", 9999.0)
+    monkeypatch.setattr(ask, "IDLE_S", 0.02)
+    first, place, seen = set(), folder / "silent" / "chunk-0000" / "done.npy", []
+
+    def kept():
+        return int(np.load(place)["done"].sum()) if place.exists() else 0
+
+    def does(number, body):
+        first.add(tuple(body["prompt"])) if len(first) < 6 else None
+        if tuple(body["prompt"]) not in first:
+            until = time.monotonic() + 60
+            while kept() < 6 and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(kept())
+        return "ok"
+
+    one = server(folder / "teacher", does)
+    make.call(dump_logits.main, *remotely(folder, one.url, out="silent"))
+    assert min(seen) >= 6
 
 
 def test_a_signal_ends_it_while_the_server_is_waited_for(folder, tmp_path):
