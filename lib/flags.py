@@ -402,7 +402,7 @@ def join_folders(parser: argparse.ArgumentParser, args: argparse.Namespace, name
         parser.error(f"{spelled(name)} has several folders, and {wrong[0]!r} is not NAME=DIR")
     names = [name_and_folder(word)[0] for word in words]
     if len(words) > 1 and len({*names}) < len(names):
-        parser.error(f"{spelled(name)} names one twice: {', '.join(names)}")
+        parser.error(f"{spelled(name)} names one twice: {', '.join(names)}, wanted each once")
     one = words[0] if len(words) == 1 else shlex.join(words)
     setattr(args, name, one if words else None)
     return words

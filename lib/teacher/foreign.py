@@ -356,7 +356,12 @@ def rows_told(
         except KeyError as missing:
             files.fail(f"{path} {where} has no column {missing}", wanted=", ".join(form.columns))
         except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as broken:
-            files.fail(f"{path} {where} is no row of {form.read.__name__}'s", broken)
+            seen: object = broken
+            if isinstance(broken, json.JSONDecodeError):
+                seen = f"{broken.msg} at its character {broken.pos + 1}"
+            columns = ", ".join(form.columns) or "[{TOKEN ID: PROBABILITY, ...}, ...]"
+            mend = "the whole file from its tool again, or the file without this row"
+            files.fail(f"{path} {where} is no row of {form.read.__name__}'s", seen, columns, mend)
         yield place, where, said
 
 
