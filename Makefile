@@ -26,6 +26,8 @@ ALPHA   = 0.9
 CKPT    = $(RUNS)/stage2
 ARGS    =
 SEED    = 0
+# make stage1, stage2, control, own: as many processes of torchrun, a GPU each
+GPUS    =
 # make control: stage 1 goes on with stage 2's flags, but those of its method
 CONTROL_ARGS = $(STAGE2_ARGS)
 # make measure: what is measured, of what is there; SCORE= (empty): no answers are written and scored
@@ -72,6 +74,7 @@ $(foreach v,DATA LOGITS RUNS CKPT STUDENT TOKENIZER TEACHER DOMAIN_STUDENT,$(eva
 
 PYTHON  ?= python3
 PY      := .venv/bin/python
+TRAIN   = $(if $(GPUS),.venv/bin/torchrun --standalone --nproc-per-node $(GPUS),$(PY))
 PIP     ?=
 INSTALL = .venv/bin/pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt $(PIP)
 
@@ -96,7 +99,7 @@ needs = @test -e $(call one,$(1)) || { echo 'error: $(subst ','\'',$(1)) is miss
 help: ## this text
 	@$(doors)
 	@echo
-	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 ARGS='more flags' RECIPE=...]"
+	@echo "make TARGET [NAME=mydata SOURCE='a.parquet folder/ org/name' TEACHER=... STUDENT=... CHUNK=all|val|3 K=16 T=2 ALPHA=0.9 GPUS=4 ARGS='more flags' RECIPE=...]"
 	@echo "more flags for one target alone, on a line of several: DATA_ARGS STAGE1_ARGS LOGITS_ARGS STAGE2_ARGS CONTROL_ARGS (unset: STAGE2_ARGS) OWN_ARGS (unset: STAGE2_ARGS) ANSWERS_ARGS (unset: DATA_ARGS) DOMAIN_ARGS MEASURE_ARGS SCORE_ARGS; ARGS goes to every one"
 	@echo "what is measured: MODELS='teacher base stage1 control stage2' (of what is there), SCORE= (no answers are written); where: DATA=data/NAME LOGITS=logits/NAME RUNS=runs/NAME CKPT=RUNS/stage2 TOKENIZER=STUDENT"
 	@echo
@@ -118,7 +121,7 @@ data: .venv/ready ## SOURCE -> data/NAME: token ids, masks, split
 
 stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/stage1
 	$(call needs,$(DATA)/meta.json)
-	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(STUDENT)) --out $(call one,$(RUNS)/stage1) $(STAGE1_ARGS) $(ARGS)
+	$(TRAIN) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(STUDENT)) --out $(call one,$(RUNS)/stage1) $(STAGE1_ARGS) $(ARGS)
 
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
 	$(call needs,$(DATA)/meta.json)
@@ -130,16 +133,16 @@ verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (
 
 stage2: .venv/ready ## distil the teacher's distribution into stage 1's student -> runs/NAME/stage2
 	$(call needs,$(DATA)/meta.json)
-	$(PY) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/stage2) --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
+	$(TRAIN) stage2_kd.py --data $(call one,$(DATA)) --logits $(call one,$(LOGITS)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/stage2) --alpha "$(ALPHA)" --temperature "$(T)" $(STAGE2_ARGS) $(ARGS)
 
 control: .venv/ready ## what stage 2 has to beat: stage 1 continued on the answers alone, for as many steps -> runs/NAME/control
-	$(PY) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/control) $(CONTROL_ARGS) $(ARGS)
+	$(TRAIN) stage1_sft.py --data $(call one,$(DATA)) --student $(call one,$(RUNS)/stage1) --out $(call one,$(RUNS)/control) $(CONTROL_ARGS) $(ARGS)
 
 own: .venv/ready ## a round on the student's own text: its answers to SOURCE's prompts, TEACHER's logits over them, stage 2 again (ROUND=2: from round 1) -> runs/NAME/own1
 	$(call needs,$(DATA)/meta.json)
 	$(PY) prepare_data.py --source $(call some,$(SOURCE)) --out $(call one,$(DATA)-$(OWN)) $(ANSWERS_ARGS) --val $(call one,$(DATA)) --answers student --student $(call one,$(RUNS)/$(BEFORE)) --generations $(GENERATIONS) $(ARGS)
 	$(PY) dump_logits.py --data $(call one,$(DATA)-$(OWN)) $(TEACHER_IS) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(LOGITS)-$(OWN)) --chunk $(CHUNK) $(HOLDS) $(LOGITS_ARGS)
-	$(PY) stage2_kd.py --data $(call one,$(DATA)-$(OWN)) --logits $(call one,$(LOGITS)-$(OWN)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(RUNS)/$(OWN)) --temperature "$(T)" $(OWN_ARGS)
+	$(TRAIN) stage2_kd.py --data $(call one,$(DATA)-$(OWN)) --logits $(call one,$(LOGITS)-$(OWN)) --student $(call one,$(RUNS)/$(BEFORE)) --out $(call one,$(RUNS)/$(OWN)) --temperature "$(T)" $(OWN_ARGS)
 
 sweep: .venv/ready ## stage 2 for every T and ALPHA (T="1 2 4" ALPHA="0.5 0.9") -> runs/NAME/sweep/T1-a0.5 ...; again: goes on where it was
 	$(foreach t,$(T),$(foreach a,$(ALPHA),$(call sweep_run,$(t),$(a))))

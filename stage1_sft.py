@@ -19,8 +19,8 @@ import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, train
 from lib.measure import plots
-from lib.options import bysource, classifier, lora, mix, samples, sampling, tags, track
-from lib.run import Run, clock
+from lib.options import bysource, classifier, lora, mix, ranks, samples, sampling, tags, track
+from lib.run import clock
 
 STAGE = "stage1"
 OPTIONS = (mix, sampling, lora, samples, tags, track)
@@ -103,6 +103,7 @@ def measure_only(args, dataset, device, amp):
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
+    together = ranks.meet(args)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)
@@ -119,7 +120,7 @@ def main(argv=None):
     inputs = dataset.identities | {"student": checkpoints.identity(source)} | rows.identity()
     best = args.best
     tags.choose_out(args, STAGE, inputs)
-    run = Run(args, STAGE, inputs, best)
+    run = together.open(args, STAGE, inputs, best)
     rows.resume(run.more)
 
     load = classifier.load if dataset.labels else models.load
@@ -136,6 +137,7 @@ def main(argv=None):
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
     rows.lay(student, run.more)
+    together.share(rows)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -168,6 +170,7 @@ def main(argv=None):
                 amp,
                 None,
                 dataset.sources,
+                together,
             )
             run.log("eval", step, **measures, **rows.hear(step, measures))
             written.write(run.out / "samples.md", student, step, amp)
@@ -194,6 +197,7 @@ def main(argv=None):
             )
             scaler.scale(loss_sum / targets).backward()
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
+        together.add(trained, sums)
         loss, ce, kd = (sums / targets).tolist()
         figures = {"loss": loss, "ce": ce}
         run.check_finite(step, rows.of(step), **figures)

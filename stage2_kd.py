@@ -35,12 +35,13 @@ from lib.options import (
     lora,
     mix,
     onpolicy,
+    ranks,
     samples,
     sampling,
     tags,
     track,
 )
-from lib.run import Run, clock
+from lib.run import clock
 from lib.teacher import worth
 
 STAGE = "stage2"
@@ -148,6 +149,7 @@ def measure_only(args, dataset, device, amp):
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
+    together = ranks.meet(args)
     device = models.pick_device(args.device, args.threads)
     amp = models.pick_amp(args.amp, device)
     dataset = data.Dataset(args.data, args.trust_remote_code, args.verify)
@@ -166,7 +168,7 @@ def main(argv=None):
     inputs |= teacher.identity()
     best = worth.best_by(args.best, teacher)
     tags.choose_out(args, STAGE, inputs)
-    run = Run(args, STAGE, inputs, best)
+    run = together.open(args, STAGE, inputs, best)
     rows.resume(run.more)
 
     load = classifier.load if dataset.labels else models.load
@@ -177,6 +179,7 @@ def main(argv=None):
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
     head = student.head()
     rows.lay(student, run.more)
+    together.share(rows)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -221,6 +224,7 @@ def main(argv=None):
                 amp,
                 teacher,
                 dataset.sources,
+                together,
             )
             run.log("eval", step, **measures, **rows.hear(step, measures))
             worth.report(run, step, teacher, dataset, measures, student, tokenizer)
@@ -254,7 +258,8 @@ def main(argv=None):
             scaler.scale(loss_sum / targets).backward()
             near.backward(batch, scaler)
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
-        figures = schedule.figures(step, sums, targets, near.end())
+        together.add(trained, sums)
+        figures = schedule.figures(step, sums, targets, near.end(together))
         run.check_finite(step, rows.of(step), **figures)
         lr = train.cosine(run.updates, steps, args.lr, args.warmup)
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)

@@ -6,7 +6,7 @@ nothing.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +37,15 @@ class ComparedTeacher(Protocol):
         """Return the teacher at the targets of a val batch."""
 
 
+class Peers(Protocol):
+    """The processes that measure together (lib/options/ranks.py), each a part of the batches."""
+
+    def mine(self, batches: Iterable[data.Batch]) -> Iterable[data.Batch]: ...
+
+    def total(self, *tensors: Tensor) -> None:
+        """Sum tensors over all of them, in place."""
+
+
 def evaluate(
     model: Model,
     split: data.Split,
@@ -45,10 +54,12 @@ def evaluate(
     amp: torch.dtype | None = None,
     teacher: ComparedTeacher | None = None,
     sources: Sequence[str] = (),
+    peers: Peers | None = None,
 ) -> dict:
     """Return what `measure` does as one log line holds it: of the sources, ce_NAME and kl_NAME
     alone."""
-    return flat(measure(model, split, vocab, tokens_per_microbatch, amp, teacher, sources))
+    how = tokens_per_microbatch, amp, teacher, sources, peers
+    return flat(measure(model, split, vocab, *how))
 
 
 @torch.no_grad()
@@ -61,6 +72,7 @@ def measure(
     amp: torch.dtype | None = None,
     teacher: ComparedTeacher | None = None,
     sources: Sequence[str] = (),
+    peers: Peers | None = None,
 ) -> dict:
     """Return the measures (docs/measures.md says what each means) over all targets of a split;
     `kl`, `rkl` and `agree` where the teacher is known there at T=1; `own_ce` where the output layer
@@ -75,7 +87,8 @@ def measure(
     beyond = head.beyond()
     if teacher is not None and not teacher.compares:
         teacher = None
-    for batch in val_batches(split, tokens_per_microbatch):
+    batches = val_batches(split, tokens_per_microbatch)
+    for batch in peers.mine(batches) if peers else batches:
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, amp, enabled=amp is not None):
             hidden = model.hidden(batch)
@@ -96,6 +109,8 @@ def measure(
                 )
             tally.add(batch.numbers[part], values, top)
     model.module.train(training)
+    if peers:
+        peers.total(tally.sums, tally.bins, tally.predicted)
     absent = set() if beyond else {"own_ce"}
     absent |= {*OF_TEACHER} if teacher is None else set()
     return tally.measures(vocab, sources, absent)
@@ -149,12 +164,12 @@ class Tally:
         self.sums = torch.zeros(len(self.there), len(COLUMNS), dtype=torch.float64)
         # confidence, right
         self.bins = torch.zeros(len(self.there) * BINS, 2, dtype=torch.float64)
-        self.predicted = np.zeros(len(split.rows), np.int64)
+        self.predicted = torch.zeros(len(split.rows), dtype=torch.int64)
 
     def add(self, numbers: Tensor, values: Tensor, top: Tensor) -> None:
         """Add n targets, by their numbers in the split (n,): what `at_targets` returned."""
         if self.split.labels is not None:
-            self.predicted[numbers.numpy()] = top.cpu().numpy()
+            self.predicted[numbers] = top.cpu()
         source = self.of_target[numbers]
         self.sums[:, : values.shape[1] - 1].index_add_(0, source, values[:, :-1])
         place = source * BINS + (values[:, -1] * BINS).long().clamp_max(BINS - 1)
@@ -170,9 +185,10 @@ class Tally:
         if self.split.labels is not None:
             for measures in (whole, *by_source.values()):
                 del measures["ppl"], measures["acc5"]
-            macro_f1 = classification(self.split.labels, self.predicted, vocab)["macro_f1"]
+            predicted = self.predicted.numpy()
+            macro_f1 = classification(self.split.labels, predicted, vocab)["macro_f1"]
             first = {"ce": whole["ce"], "acc1": whole["acc1"], "macro_f1": macro_f1}
-            whole = first | whole | {"predicted": self.predicted}
+            whole = first | whole | {"predicted": predicted}
         return whole | ({"by_source": by_source} if by_source else {})
 
 

@@ -160,13 +160,13 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def telling(what: str, every_s: float = TOLD_EVERY_S) -> Iterator[None]:
+def telling(what: str, every_s: float | None = None) -> Iterator[None]:
     """While what is inside runs, say so every few seconds on stderr: nobody should ask whether it
     hangs. Also a function's decorator."""
     ended, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        while not ended.wait(every_s):
+        while not ended.wait(every_s or TOLD_EVERY_S):
             # above a progress bar, if there is one
             tqdm.write(f"{what}: {time.monotonic() - begun:.0f} s so far", file=sys.stderr)
             sys.stderr.flush()

@@ -10,7 +10,7 @@ so packing changes speed, not results.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,28 @@ def in_groups(
     ]
 
 
+def dealt_to(rows: np.ndarray, lengths: np.ndarray, number: int, several: int) -> np.ndarray:
+    """Return the rows of a step that process `number` of `several` takes: dealt out longest first,
+    each to the one that has the fewest tokens.
+
+    Worked example: rows of 5 4 3 3 tokens go to 0 1 1 0.
+    """
+    if several == 1:
+        return rows
+    order = np.lexsort((rows, -lengths[rows].astype(np.int64)))
+    tokens, taken = np.zeros(several, np.int64), np.zeros(len(rows), bool)
+    for place in order:
+        least = int(tokens.argmin())
+        tokens[least] += int(lengths[rows[place]])
+        taken[place] = least == number
+    return rows[taken]
+
+
+def targets_of(rows: np.ndarray, without: Iterable[int] = ()) -> int:
+    """Return how many targets rows have, but those of some sources."""
+    return int(rows["targets"][~np.isin(rows["source"], [*without])].sum())
+
+
 def told(
     step: int, parts: list[list[list[int]]], split: data.Split, device: torch.device
 ) -> Iterator[data.Batch]:
@@ -166,6 +188,7 @@ class Rows:
     there   the numbers of the rows that can be trained on (default: all)
     line    how long a line may be (`line_length`)
     groups  the group of each row of the split, where rows of two must not share a micro-batch
+    among   (number, several): which of several processes this is, whose rows alone are given
 
     Which row comes when is known from `resume` on: a run that is finished needs none of it.
     """
@@ -173,6 +196,7 @@ class Rows:
     line: int
     steps_of_rows: list[np.ndarray]
     groups: np.ndarray | None = None
+    among = (0, 1)
 
     def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
         self.args, self.dataset, self.split = args, dataset, dataset.train
@@ -276,14 +300,16 @@ class Rows:
         return self.steps_of_rows[step]
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        """Yield the micro-batches of a step, on a device."""
+        """Yield the micro-batches of a step (of several processes: of this one), on a device."""
         tokens = self.args.tokens_per_microbatch
-        parts = in_groups(self.of(step), self.lengths, self.groups, tokens, self.line, self.pack)
+        rows = dealt_to(self.of(step), self.lengths, *self.among)
+        parts = in_groups(rows, self.lengths, self.groups, tokens, self.line, self.pack)
         return told(step, parts, self.split, device)
 
-    def targets(self, step: int) -> int:
-        """Return how many targets a step has: what its sums are divided by, once."""
-        return int(self.split.rows["targets"][self.of(step)].sum())
+    def targets(self, step: int, without: Iterable[int] = ()) -> int:
+        """Return how many targets a step has: what its sums are divided by, once; `without` those
+        of some sources."""
+        return targets_of(self.split.rows[self.of(step)], without)
 
     def tokens(self, step: int) -> int:
         """Return how many tokens a step has."""

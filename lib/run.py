@@ -153,13 +153,20 @@ class Run:
         else:
             self._leave_if_finished()
         if not args.dry_run:
-            self.lock = files.lock(self.out)
+            self._hold()
         if not args.fresh:
-            if not args.dry_run:
-                self._leave_if_finished()  # by another process, before we held it
-                self._recover()
             self._continue()
-        self.interrupt = Interrupt(self.say)
+        self.interrupt = self._listen()
+
+    def _listen(self) -> Interrupt:
+        return Interrupt(self.say)
+
+    def _hold(self) -> None:
+        """Keep other processes away, and put right what a kill has left."""
+        self.lock = files.lock(self.out)
+        if not self.args.fresh:
+            self._leave_if_finished()  # by another process, before we held it
+            self._recover()
 
     def _leave_if_finished(self) -> None:
         finished = self.out / "config.json"

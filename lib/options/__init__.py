@@ -12,6 +12,7 @@ script names it in a few lines, and no flat file knows it.
     attention    ... the attention maps of chosen layers
     gradnorm     ... --balance: weights that make every loss pull alike
     classifier   models with a classification head (data of --task classify)
+    ranks        several processes of torchrun that train one student
     tags         --tag: a run's folder named by method and date
     track        --track: the log in TensorBoard or Weights & Biases
     samples      samples.md: a few val prompts answered at every evaluation

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib import data, files, flags, models
+from lib import data, evaluate, files, flags, models
 from lib.head import FLOOR, wide
 from lib.options.attention import listen
 from lib.options.capture import Side, layer_pairs
@@ -507,8 +507,11 @@ class Step:
         self.sums += torch.stack([term.detach() for term in terms.values()])
         self.begun += len(batch.rows)
 
-    def end(self) -> dict[str, float]:
-        """Return the step's losses by name, and, where their weights were moved, how."""
+    def end(self, peers: evaluate.Peers | None = None) -> dict[str, float]:
+        """Return the step's losses by name, and, where their weights were moved, how. peers: the
+        processes that train together."""
+        if peers:
+            peers.total(self.sums)
         self.moved = self.balance.due(self.step)
         losses = dict(zip(self.near.weights, self.sums.tolist()))
         return losses | (self.balance.move() if self.moved else {})
@@ -539,7 +542,7 @@ class Nothing:
     def backward(self, batch: data.Batch, scaler: torch.amp.GradScaler) -> None:
         pass
 
-    def end(self) -> dict[str, float]:
+    def end(self, peers: evaluate.Peers | None = None) -> dict[str, float]:
         return {}
 
 

@@ -53,30 +53,24 @@ class Schedules:
     of: by the source's number; own: the numbers of those that the student wrote itself.
     """
 
-    def __init__(self, of: dict[int, losses.Schedule], names: list[str], own: set[int]) -> None:
-        self.of, self.names, self.own = of, names, own
-        self.step, self.referenced = -1, 0  # targets of this step that have a reference
+    def __init__(self, of: dict[int, losses.Schedule], rows: plan.Rows, own: set[int]) -> None:
+        self.of, self.rows, self.own = of, rows, own
 
     def __call__(self, step: int, batch: data.Batch) -> losses.Method:
-        if step != self.step:
-            self.step, self.referenced = step, 0
-        method = self.of[batch.source](step)
-        if batch.source in self.own:
-            return replace(method, reference=False)
-        self.referenced += len(batch.labels)
-        return method
+        return replace(self.of[batch.source](step), reference=batch.source not in self.own)
 
     def figures(self, step: int, sums: Tensor, targets: int, beside: dict) -> dict[str, float]:
         """Return what the log says of a step, as losses.Schedule does; the cross-entropy is that of
         targets with a reference, 0 where none has one."""
         loss, ce, kd = sums.tolist()
-        own = {"loss": loss / targets, "kd": kd / targets, "ce": ce / max(1, self.referenced)}
+        referenced = max(1, self.rows.targets(step, self.own))
+        own = {"loss": loss / targets, "kd": kd / targets, "ce": ce / referenced}
         return {**own, **beside, **self.moving(step)}
 
     def moving(self, step: int) -> dict[str, float]:
         """Return by name what moves over the run, as it is at a step: for the log."""
         return {
-            f"{name}_{self.names[number]}": value
+            f"{name}_{self.rows.sources[number]}": value
             for number, schedule in self.of.items()
             for name, value in schedule.moving(step).items()
         }
@@ -113,4 +107,4 @@ def open_schedule(
     for number, schedule in of.items():
         group[number] = different.index((schedule, number in own))
     rows.keep_apart(group)
-    return Schedules(of, names, own)
+    return Schedules(of, rows, own)

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,8 @@ class OwnRows:
         own = (tokens, int(lengths.max()), float((limits / lengths).max()))
         return [*(given if share < 1 else []), own]
 
-    def targets(self, step: int) -> int:
-        return int(self.of_step(step).rows["targets"].sum())
+    def targets(self, step: int, without: Iterable[int] = ()) -> int:
+        return plan.targets_of(self.of_step(step).rows, without)
 
     def tokens(self, step: int) -> int:
         return int(self.of_step(step).rows["length"].sum())

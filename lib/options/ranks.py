@@ -1,0 +1,222 @@
+"""Several processes that train one student together, as torchrun starts them: data parallel.
+
+    torchrun --nproc-per-node 4 stage2_kd.py --data ...     # the flags are those of one process
+
+Each process (a rank) has the whole student and makes the same plan, a pure function of lengths,
+seed and step (lib/plan.py). Of a step's rows it takes its part, by tokens, and gradients and losses
+are summed over all ranks before anything is divided: 1, 2 and 4 ranks have one gradient, to
+float32's rounding. So it is with the measures on val.
+
+Rank 0 leads: it alone prints, writes the run's folder, and samples. A signal to any rank ends all
+of them at one step, which is saved. torchrun --max-restarts N starts all again where one died. The
+folders must be the same for all: one machine, or a shared disk.
+"""
+
+import argparse
+import atexit
+import contextlib
+import datetime
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lib import data, files, plan
+from lib.run import Interrupt, Run
+
+LONGEST_WAIT = datetime.timedelta(hours=12)  # that one may wait: for rank 0, which writes samples
+WAITS_S = 60.0  # after which a rank that waits says so
+
+
+class Ranks:
+    """The processes of a run. rank: which of the `world` this one is."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        self.interrupt: Agreed | None = None
+
+    def open(self, args: argparse.Namespace, stage: str, *words: Any) -> Run:
+        """Return the run of args.out (lib/run.py, class Run), which rank 0 has opened before any
+        other goes on (`meet`)."""
+        if self.world == 1:
+            return Run(args, stage, *words)
+        if self.rank:
+            return Following(self, args, stage, *words)
+        with self.first():
+            opened = Leading(self, args, stage, *words)
+        self.told(args.out)
+        return opened
+
+    def told(self, value: Any = None) -> Any:
+        """Return what rank 0 has of a small value."""
+        held = [value]
+        with self.waiting():
+            dist.broadcast_object_list(held)
+        return held[0]
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Let rank 0 do what is inside before any other goes on; where it ends the program there,
+        the others end without a word."""
+        end: SystemExit | None = None
+        try:
+            yield
+        except SystemExit as ended:
+            end = ended
+        if self.told(end is not None):
+            raise end or SystemExit(0)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While others are waited for, say so; end in one line where one of them is gone."""
+        with files.telling(f"rank {self.rank} waits for the other ranks", WAITS_S):
+            try:
+                yield
+            except RuntimeError as gone:
+                said = str(gone).strip().splitlines()[-1]
+                files.fail(f"rank {self.rank} has lost another rank", said, mend="see what it said")
+
+    def total(self, *tensors: Tensor) -> None:
+        """Sum tensors over all ranks, in place."""
+        if self.world > 1:
+            with self.waiting():
+                for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                    work.wait()
+
+    def mine(self, batches: Iterable[data.Batch]) -> Iterable[data.Batch]:
+        """Return this rank's part of batches that are measured."""
+        return itertools.islice(batches, self.rank, None, self.world)
+
+    def share(self, rows: plan.Rows) -> None:
+        """Let `rows` give this rank's part of each step."""
+        rows.among = self.rank, self.world
+
+    def add(self, trained: nn.Module, sums: Tensor) -> None:
+        """Sum the gradients of what is trained over all ranks, and `sums`, in place; agree whether
+        a signal came to one of them. A rank that had no row of the step adds 0, and what no rank
+        has a gradient of keeps none."""
+        if self.world == 1:
+            return
+        assert self.interrupt is not None
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        there = sums.new_tensor([p.grad is not None for p in parameters])
+        noticed = sums.new_zeros(signal.NSIG)
+        noticed[self.interrupt.noticed] = 1
+        self.total(there, noticed, sums)
+        taken = [p for p, ranks in zip(parameters, there.tolist()) if ranks]
+        for p in taken:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.total(*(p.grad for p in taken))
+        self.interrupt.number = max(noticed[1:].nonzero().flatten().tolist(), default=-1) + 1
+
+
+class Agreed(Interrupt):
+    """A signal that the loop sees once all ranks know of it (`Ranks.add`)."""
+
+    noticed = 0
+
+    def _note(self, number: int, frame) -> None:
+        self.number = self.noticed
+        super()._note(number, frame)
+        self.noticed, self.number = self.number, 0
+
+
+class Leading(Run):
+    """The run of rank 0: the others wait for what it writes."""
+
+    def __init__(self, ranks: Ranks, *words: Any) -> None:
+        self.ranks = ranks
+        super().__init__(*words)
+
+    def _listen(self) -> Interrupt:
+        self.ranks.interrupt = Agreed(self.say)
+        return self.ranks.interrupt
+
+    def begin(self, *words: Any) -> None:
+        with self.ranks.first():
+            super().begin(*words)
+
+    def restore(self, module: nn.Module, *words: Any) -> None:
+        super().restore(module, *words)
+        with self.ranks.waiting(), torch.no_grad():  # what each made anew from the seed is one
+            for tensor in itertools.chain(module.parameters(), module.buffers()):
+                dist.broadcast(tensor, 0)
+
+    def save(self, *words: Any) -> None:
+        with self.ranks.first():
+            super().save(*words)
+
+    def export(self, *words: Any) -> None:
+        with self.ranks.first():
+            super().export(*words)
+
+
+class Following(Leading):
+    """The run of another rank: it reads the resume state and writes nothing."""
+
+    def _hold(self) -> None:
+        pass
+
+    def _wait(self, *_: Any, **__: Any) -> None:
+        with self.ranks.first():
+            pass
+
+    def _pass(self, *_: Any, **__: Any) -> None:
+        pass
+
+    begin = save = _wait
+    log = say = progress = _pass
+
+    def export(self, name: str, *_: Any) -> None:
+        self._wait()
+        if name == "final":  # what is left is rank 0's
+            raise SystemExit(0)
+
+
+def meet(args: argparse.Namespace) -> Ranks:
+    """Return the processes that torchrun has started, or this one alone, before anything is read.
+    All but rank 0 are silent, and wait here until it has opened the run."""
+    world, rank = (int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "RANK"))
+    if world < 2:
+        return Ranks()
+    check_alone(args)
+    local, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        if here > (cards := torch.cuda.device_count()):
+            files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
+        torch.cuda.set_device(local)
+    elif not args.threads:
+        args.threads = max(1, len(os.sched_getaffinity(0)) // here)
+    ranks = Ranks(rank, world)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    atexit.register(dist.destroy_process_group)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        files.TOLD_EVERY_S = threading.TIMEOUT_MAX
+        args.samples, args.track = 0, ""
+        with ranks.first():
+            pass
+        args.out = ranks.told()
+    return ranks
+
+
+def check_alone(args: argparse.Namespace) -> None:
+    """Refuse what one process alone does."""
+    alone = {
+        "--eval-only": args.eval_only,
+        "--on-policy": getattr(args, "on_policy", 0),
+        "--contrastive-weight": getattr(args, "contrastive_weight", 0),
+        "--balance gradnorm": getattr(args, "balance", "none") == "gradnorm",
+        f"--device {args.device}": args.device not in ("auto", "cpu", "cuda"),
+    }
+    if given := [flag for flag, value in alone.items() if value]:
+        several = f"{os.environ['WORLD_SIZE']} of torchrun's"
+        files.fail(f"{given[0]} is for one process", several, mend="the script without torchrun")

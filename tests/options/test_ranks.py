@@ -1,0 +1,216 @@
+"""Several ranks of torchrun train as one process does: the same plan, the same losses, the same
+weights; killed and signalled, they go on. Each rank is a process here, with torchrun's variables
+(and once torchrun itself)."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import make
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dump_logits
+import stage1_sft
+import stage2_kd
+from lib import plan
+from lib.options import ranks
+
+STEPS = "--steps 9 --eval-every 3 --save-every 2 --log-every 1 --samples 1".split()
+STEPS += "--tokens-per-step 150 --tokens-per-microbatch 50 --lr 1e-2 --device cpu".split()
+MAINS = {"stage1_sft": stage1_sft.main, "stage2_kd": stage2_kd.main}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = make.world(tmp_path_factory.mktemp("ranks"))
+    make.call(dump_logits.main, *make.dump(folder, "--tail-rank", 8, "--tail-bytes", 8))
+    return folder
+
+
+def words_of(world, kind):
+    """Return the script of a kind of run, and its arguments but --out."""
+    data = ["--data", world / "data", "--student", world / "student", *STEPS]
+    live = ["--teacher", world / "teacher"]
+    if kind == "sft":
+        return "stage1_sft", data
+    if kind == "lora":
+        return "stage1_sft", [*data, "--lora-rank", 2]
+    if kind == "disk":
+        return "stage2_kd", [*data, "--logits", world / "logits"]
+    if kind == "live":
+        return "stage2_kd", [*data, *live]
+    beside = ["--feature-weight", 1, "--attention-weight", 1]
+    return "stage2_kd", [*data, *live, *beside]
+
+
+def as_rank(rank, several, port, name, argv, log, hook):
+    """What a process of torchrun's does."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(several),
+        LOCAL_WORLD_SIZE=str(several),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",  # whatever the machine's name resolves to
+    )
+    make.script(name, argv, log, hook)
+
+
+def together(several, name, argv, log: Path, hooks=()):
+    """Run a script in several ranks; hooks: of some, by their number. Return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context, hooks = make.processes(), dict(hooks)
+    started = [
+        context.Process(
+            target=as_rank,
+            args=(
+                rank,
+                several,
+                port,
+                name,
+                argv,
+                log.with_name(f"{log.name}-{rank}"),
+                hooks.get(rank),
+            ),
+        )
+        for rank in range(several)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in started]
+
+
+def weights(run):
+    return load_file(next((run / "final").glob("*.safetensors")))
+
+
+def assert_same(one, other, exactly=False):
+    """One run's losses and weights are the other's: bit for bit, or to float32's rounding."""
+    lines = [make.history(run) for run in (one, other)]
+    assert [(a["event"], a["step"]) for a in lines[0]] == [
+        (b["event"], b["step"]) for b in lines[1]
+    ]
+    for a, b in zip(*lines):
+        for name in {"loss", "ce", "kd", "kl", "grad_norm", "feature", "attention"} & {*a}:
+            assert (
+                a[name] == b[name]
+                if exactly
+                else a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-6)
+            ), (a, b)
+        assert a.get("targets") == b.get("targets")
+    first, second = weights(one), weights(other)
+    for name, tensor in first.items():
+        if exactly:
+            assert torch.equal(tensor, second[name]), name
+        else:
+            torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("several", (1, 2, 3, 7))
+def test_each_row_of_a_step_is_one_ranks_and_all_have_alike(several):
+    draw = np.random.default_rng(several)
+    lengths = draw.integers(1, 90, 400).astype(np.uint32)
+    rows = draw.permutation(400)[:120]
+    parts = [plan.dealt_to(rows, lengths, number, several) for number in range(several)]
+    assert sorted(np.concatenate(parts).tolist()) == sorted(rows.tolist())
+    tokens = [int(lengths[part].sum()) for part in parts]
+    assert max(tokens) - min(tokens) <= 90
+
+
+def test_the_example_of_part_of():
+    lengths = np.array([5, 4, 3, 3], np.uint32)
+    assert plan.dealt_to(np.arange(4), lengths, 0, 2).tolist() == [0, 3]
+    assert len(plan.dealt_to(np.arange(1), lengths, 1, 2)) == 0
+
+
+@pytest.mark.parametrize(
+    "kind, several", [("sft", 2), ("disk", 4), ("live", 2), ("lora", 2), ("beside", 2)]
+)
+def test_several_ranks_train_as_one_process(world, tmp_path, kind, several):
+    name, argv = words_of(world, kind)
+    make.call(MAINS[name], *argv, "--out", tmp_path / "one")
+    codes = together(several, name, [*argv, "--out", tmp_path / "all"], tmp_path / "log")
+    said = (tmp_path / "log-0").read_text()
+    assert codes == [0] * several, said + (tmp_path / "log-1").read_text()
+    assert_same(tmp_path / "one", tmp_path / "all")
+    assert (tmp_path / "one" / "samples.md").exists() and (tmp_path / "all" / "samples.md").exists()
+    assert "eval step 9" in said and "eval" not in (tmp_path / "log-1").read_text()
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_they_go_on_to_the_same_bits(world, tmp_path):
+    name, argv = words_of(world, "disk")
+    straight, killed = (
+        [*argv, "--out", tmp_path / "straight"],
+        [*argv, "--out", tmp_path / "killed"],
+    )
+    assert together(2, name, straight, tmp_path / "log") == [0, 0]
+    hook = dict(where="lib.train.update", number=6, signal=signal.SIGKILL)
+    codes = together(2, name, killed, tmp_path / "log-killed", {1: hook})
+    assert codes[1] == -signal.SIGKILL and codes[0] == 1
+    assert "has lost another rank" in (tmp_path / "log-killed-0").read_text()
+    assert (tmp_path / "killed" / "last").exists()
+    assert together(2, name, killed, tmp_path / "log-again") == [0, 0]
+    assert_same(tmp_path / "straight", tmp_path / "killed", exactly=True)
+
+
+def test_a_signal_to_one_rank_saves_and_another_number_of_ranks_goes_on(world, tmp_path):
+    name, argv = words_of(world, "disk")
+    argv = [*argv, "--out", tmp_path / "run"]
+    make.call(MAINS[name], *argv[:-1], tmp_path / "one")
+    hook = dict(where="lib.train.update", number=3, signal=signal.SIGTERM)
+    codes = together(4, name, argv, tmp_path / "log", {2: hook})
+    assert codes[0] == 128 + signal.SIGTERM, (tmp_path / "log-0").read_text()
+    assert "saved at step" in (tmp_path / "log-0").read_text()
+    hook = dict(where="lib.train.update", number=3, signal=signal.SIGTERM)
+    assert together(2, name, argv, tmp_path / "more", {0: hook})[0] == 128 + signal.SIGTERM
+    make.call(MAINS[name], *argv)
+    assert_same(tmp_path / "one", tmp_path / "run")
+
+
+def test_a_finished_run_is_finished_for_all(world, tmp_path):
+    name, argv = words_of(world, "sft")
+    argv = [*argv, "--out", tmp_path / "run"]
+    assert together(2, name, argv, tmp_path / "log") == [0, 0]
+    assert together(2, name, argv, tmp_path / "again") == [0, 0]
+    assert "already finished" in (tmp_path / "again-0").read_text()
+
+
+@pytest.mark.parametrize(
+    "more", ["--eval-only", "--on-policy 0.5", "--contrastive-weight 1", "--device cpu:0"]
+)
+def test_what_one_process_alone_does_is_refused_in_one_line(world, tmp_path, monkeypatch, more):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    name, argv = words_of(world, "live")
+    code, said = make.ends(MAINS[name], *argv, "--out", tmp_path / "run", *more.split())
+    assert code == 1 and f"{more.split()[0]}" in said and "without torchrun" in said
+
+
+def test_torchrun_itself(world, tmp_path):
+    name, argv = words_of(world, "sft")
+    make.call(MAINS[name], *argv, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    script = Path(__file__).parents[2] / f"{name}.py"
+    words = [*command, script, *argv, "--out", tmp_path / "all", "--threads", 1]
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("eval step 9") == 1
+    assert_same(tmp_path / "one", tmp_path / "all")
+
+
+def test_a_process_alone_has_no_others():
+    alone = ranks.Ranks()
+    assert alone.rank == 0 and [*alone.mine([1, 2, 3])] == [1, 2, 3]
