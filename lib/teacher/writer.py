@@ -422,10 +422,11 @@ def errors_said(meta: dict) -> list[str]:
         if shapeless > MOST_SHAPELESS:
             lines.append(
                 f"WARNING: the basis does not fit {source}: {shapeless:.1%} of its records fall"
-                " back to one bucket; what mends it is a source of its own for this kind of text"
-                " (prepare_data.py --source NAME=...: each has an equal share of the sample), or a"
-                " larger --tail-rank and --tail-bytes; with all chunks in another --out, for they"
-                " share one basis"
+                " back to one bucket. What mends it, in another --out, for all chunks of one share"
+                f" a basis: --only {source}, whose basis is its own (then stage2_kd.py --logits"
+                " NAME=DIR NAME=DIR); a source of its own for this kind of text (prepare_data.py"
+                " --source NAME=...: each has an equal share of the sample); or a larger"
+                " --tail-rank and --tail-bytes"
             )
     return lines
 
