@@ -186,8 +186,10 @@ def main(argv=None):
         # --- one optimizer step: sums over micro-batches, divided once by the targets of the whole
         started = clock(device)
         targets, tokens = rows.targets(step), rows.tokens(step)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout, if the model has any
+        # dropout, if the model has any
+        torch.manual_seed(args.seed * 1_000_003 + step + (together.rank << 40))
         sums = torch.zeros(3, device=device)
+        scaler.scale(sums)  # makes its scale, also where another rank has all rows
         batches = rows.batches(step, device)
         for batch in batches:
             with torch.autocast(device.type, amp, enabled=amp is not None):

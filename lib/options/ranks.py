@@ -110,7 +110,8 @@ class Ranks:
         noticed = sums.new_zeros(signal.NSIG)
         noticed[self.interrupt.noticed] = 1
         self.total(there, noticed, sums)
-        taken = [p for p, ranks in zip(parameters, there.tolist()) if ranks]
+        with self.waiting():  # what NCCL sums is there when it is read
+            taken = [p for p, ranks in zip(parameters, there.tolist()) if ranks]
         for p in taken:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.total(*(p.grad for p in taken))
@@ -123,9 +124,9 @@ class Agreed(Interrupt):
     noticed = 0
 
     def _note(self, number: int, frame) -> None:
-        self.number = self.noticed
+        agreed, self.number = self.number, self.noticed
         super()._note(number, frame)
-        self.noticed, self.number = self.number, 0
+        self.noticed, self.number = self.number, agreed
 
 
 class Leading(Run):
@@ -183,11 +184,11 @@ class Following(Leading):
 def meet(args: argparse.Namespace) -> Ranks:
     """Return the processes that torchrun has started, or this one alone, before anything is read.
     All but rank 0 are silent, and wait here until it has opened the run."""
-    world, rank = (int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "RANK"))
-    if world < 2:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's
+    world, rank, local, here = (int(os.environ.get(name, "-1")) for name in names)
+    if world < 2 or local < 0:
         return Ranks()
     check_alone(args)
-    local, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         if here > (cards := torch.cuda.device_count()):
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
@@ -196,12 +197,13 @@ def meet(args: argparse.Namespace) -> Ranks:
         args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     ranks = Ranks(rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    with ranks.waiting():
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     atexit.register(dist.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")
         files.TOLD_EVERY_S = threading.TIMEOUT_MAX
-        args.samples, args.track = 0, ""
+        args.samples, args.track, args.tag = 0, "", ""  # the folder is told
         with ranks.first():
             pass
         args.out = ranks.told()
@@ -215,6 +217,8 @@ def check_alone(args: argparse.Namespace) -> None:
         "--on-policy": getattr(args, "on_policy", 0),
         "--contrastive-weight": getattr(args, "contrastive_weight", 0),
         "--balance gradnorm": getattr(args, "balance", "none") == "gradnorm",
+        "--teacher-offload": getattr(args, "teacher_offload", False),
+        "--teacher-device": getattr(args, "teacher_device", ""),
         f"--device {args.device}": args.device not in ("auto", "cpu", "cuda"),
     }
     if given := [flag for flag, value in alone.items() if value]:

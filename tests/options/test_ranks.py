@@ -43,6 +43,8 @@ def words_of(world, kind):
         return "stage1_sft", [*data, "--lora-rank", 2]
     if kind == "disk":
         return "stage2_kd", [*data, "--logits", world / "logits"]
+    if kind == "few":  # rows in a step, fewer than ranks
+        return "stage2_kd", [*data, "--logits", world / "logits", "--tokens-per-step", 12]
     if kind == "live":
         return "stage2_kd", [*data, *live]
     beside = ["--feature-weight", 1, "--attention-weight", 1]
@@ -103,7 +105,7 @@ def assert_same(one, other, exactly=False):
         (b["event"], b["step"]) for b in lines[1]
     ]
     for a, b in zip(*lines):
-        for name in {"loss", "ce", "kd", "kl", "grad_norm", "feature", "attention"} & {*a}:
+        for name in {*a} - {"event", "step", "time_s", "tok_per_s", "left_s"}:
             assert (
                 a[name] == b[name]
                 if exactly
@@ -136,7 +138,7 @@ def test_the_example_of_part_of():
 
 
 @pytest.mark.parametrize(
-    "kind, several", [("sft", 2), ("disk", 4), ("live", 2), ("lora", 2), ("beside", 2)]
+    "kind, several", [("sft", 2), ("disk", 4), ("few", 4), ("live", 2), ("lora", 2), ("beside", 2)]
 )
 def test_several_ranks_train_as_one_process(world, tmp_path, kind, several):
     name, argv = words_of(world, kind)
@@ -179,6 +181,27 @@ def test_a_signal_to_one_rank_saves_and_another_number_of_ranks_goes_on(world, t
     assert_same(tmp_path / "one", tmp_path / "run")
 
 
+def test_signals_to_all_ranks_and_a_folder_named_by_the_date(world, tmp_path):
+    name, argv = words_of(world, "disk")
+    make.call(MAINS[name], *argv, "--out", tmp_path / "one")
+    argv = [*argv, "--out", tmp_path / "run", "--tag", "auto"]
+    hook = dict(where="lib.train.update", number=4, signal=signal.SIGTERM)
+    codes = together(2, name, argv, tmp_path / "log", {0: hook, 1: hook})
+    assert codes[0] == 128 + signal.SIGTERM, (tmp_path / "log-0").read_text()
+    assert together(2, name, argv, tmp_path / "more") == [0, 0], (tmp_path / "more-1").read_text()
+    (run,) = tmp_path.glob("run-*")
+    assert_same(tmp_path / "one", run)
+
+
+def test_in_float16_a_rank_without_rows_takes_the_same_steps(world, tmp_path):
+    name, argv = words_of(world, "few")
+    argv = [*argv, "--amp", "fp16", "--steps", 4, "--samples", 0]
+    make.call(MAINS[name], *argv, "--out", tmp_path / "one")
+    assert together(3, name, [*argv, "--out", tmp_path / "all"], tmp_path / "log") == [0, 0, 0]
+    first, second = (make.history(tmp_path / run, "train") for run in ("one", "all"))
+    assert [a["loss"] for a in first] == pytest.approx([b["loss"] for b in second], rel=1e-2)
+
+
 def test_a_finished_run_is_finished_for_all(world, tmp_path):
     name, argv = words_of(world, "sft")
     argv = [*argv, "--out", tmp_path / "run"]
@@ -188,10 +211,18 @@ def test_a_finished_run_is_finished_for_all(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", ["--eval-only", "--on-policy 0.5", "--contrastive-weight 1", "--device cpu:0"]
+    "more",
+    [
+        "--eval-only",
+        "--on-policy 0.5",
+        "--contrastive-weight 1",
+        "--device cpu:0",
+        "--teacher-offload",
+    ],
 )
 def test_what_one_process_alone_does_is_refused_in_one_line(world, tmp_path, monkeypatch, more):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for variable, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(variable, str(value))
     name, argv = words_of(world, "live")
     code, said = make.ends(MAINS[name], *argv, "--out", tmp_path / "run", *more.split())
     assert code == 1 and f"{more.split()[0]}" in said and "without torchrun" in said
