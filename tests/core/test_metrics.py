@@ -17,6 +17,7 @@ import stage1_sft
 import stage2_kd
 from lib import data, evaluate, files, losses, models
 from lib.head import topk_and_tails
+from lib.options import ranks
 from lib.teacher import live
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
@@ -216,7 +217,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_eval_only_writes_what_the_contract_says(world, tmp_path, name, monkeypatch):
     script, arguments = SCRIPTS[name]
-    monkeypatch.setattr(script, "Run", lambda *_: pytest.fail("a run was opened"))
+    monkeypatch.setattr(ranks.Ranks, "open", lambda *_: pytest.fail("a run was opened"))
     if name == "stage2":
         make.call(dump_logits.main, *make.dump(world, "--chunk", "val"))
     make.call(script.main, *arguments(world, "--eval-only", "--out", tmp_path / "eval"))

@@ -881,9 +881,9 @@ def test_a_kill_while_a_server_answers_loses_nothing_and_asks_nothing_twice(
     make.call(prepare_data.main, *argv)
     assert names(stored(folder / "out")) == everything(20, 3)
     assert len(one.bodies) - before == 60 - len(sure)
-    assert one.asked().total() <= 60 + 2 * 4 and not list(
-        folder.glob("out/answers/*/journal.jsonl")
-    )
+    # at each kill four are in flight, and as many may wait to be written down
+    assert one.asked().total() <= 60 + 2 * (4 + 4)
+    assert not list(folder.glob("out/answers/*/journal.jsonl"))
     assert data.Dataset(folder / "out").meta["rows"]["train"] > 40
 
 
