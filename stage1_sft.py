@@ -23,7 +23,7 @@ from lib.options import bysource, classifier, lora, mix, ranks, samples, samplin
 from lib.run import clock
 
 STAGE = "stage1"
-OPTIONS = (mix, sampling, lora, samples, tags, track)
+OPTIONS = (mix, sampling, lora, samples, tags, track, ranks)
 METHOD = losses.Method(alpha=0.0)
 
 
@@ -126,7 +126,7 @@ def main(argv=None):
     load = classifier.load if dataset.labels else models.load
     student = load(
         args.student,
-        device,
+        together.loads_on(device),
         from_scratch=True,
         keep_layers=args.keep_layers,
         seed=args.seed,
@@ -135,9 +135,9 @@ def main(argv=None):
     lora.attach(args, student)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    head = student.head()
     rows.lay(student, run.more)
-    together.share(rows)
+    student = together.share(student, rows, amp, device)
+    head = student.head()
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -147,6 +147,7 @@ def main(argv=None):
     trained = student.module
     train.make_room(args, student, amp, rows, merge=args.merge)
 
+    together.divide(trained)
     run.begin(student, tokenizer)
     track.start(run, args.track)
     student.module.train()
@@ -173,7 +174,7 @@ def main(argv=None):
                 together,
             )
             run.log("eval", step, **measures, **rows.hear(step, measures))
-            written.write(run.out / "samples.md", student, step, amp)
+            written.write(run.page("samples.md"), student, step, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures, args.merge)
         last = last or run.gives_up
@@ -189,7 +190,6 @@ def main(argv=None):
         # dropout, if the model has any
         torch.manual_seed(args.seed * 1_000_003 + step + (together.rank << 40))
         sums = torch.zeros(3, device=device)
-        scaler.scale(sums)  # makes its scale, also where another rank has all rows
         batches = rows.batches(step, device)
         for batch in batches:
             with torch.autocast(device.type, amp, enabled=amp is not None):

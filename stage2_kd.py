@@ -45,7 +45,7 @@ from lib.run import clock
 from lib.teacher import worth
 
 STAGE = "stage2"
-OPTIONS = (beside, mix, sampling, onpolicy, lora, samples, tags, track)
+OPTIONS = (beside, mix, sampling, onpolicy, lora, samples, tags, track, ranks)
 
 
 def next_step(args):
@@ -172,14 +172,14 @@ def main(argv=None):
     rows.resume(run.more)
 
     load = classifier.load if dataset.labels else models.load
-    student = load(args.student, device, **train.loading(args, dataset, amp))
+    student = load(args.student, together.loads_on(device), **train.loading(args, dataset, amp))
     lora.attach(args, student)
     student = teacher.join(student, args, amp, rows)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    head = student.head()
     rows.lay(student, run.more)
-    together.share(rows)
+    student = together.share(student, rows, amp, device)
+    head = student.head()
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every
@@ -199,6 +199,7 @@ def main(argv=None):
         merge=args.merge,
     )
 
+    together.divide(trained)
     run.begin(student, tokenizer)
     track.start(run, args.track)
     student.module.train()
@@ -228,7 +229,7 @@ def main(argv=None):
             )
             run.log("eval", step, **measures, **rows.hear(step, measures))
             worth.report(run, step, teacher, dataset, measures, student, tokenizer)
-            written.write(run.out / "samples.md", student, step, amp)
+            written.write(run.page("samples.md"), student, step, amp)
             if run.is_better(measures):
                 run.export("best", student, tokenizer, step, measures, args.merge)
         last = last or run.gives_up
@@ -244,7 +245,6 @@ def main(argv=None):
         # dropout, if the model has any
         torch.manual_seed(args.seed * 1_000_003 + step + (together.rank << 40))
         sums = torch.zeros(3, device=device)
-        scaler.scale(sums)  # makes its scale, also where another rank has all rows
         batches = rows.batches(step, device)
         batches = near.begin(batches, step, tokens, len(rows.of(step)))
         for batch in batches:

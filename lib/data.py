@@ -82,6 +82,13 @@ class Batch:
     row_of: torch.Tensor
     source: int = 0
 
+    @classmethod
+    def empty(cls, source: int = 0) -> "Batch":
+        """Return a batch of padding alone, as if of a source: a forward pass that teaches and
+        measures nothing, for a process that must take as many as another one."""
+        tokens, nothing = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        return cls(tokens, torch.arange(2)[None], nothing, nothing, nothing, [], tokens - 1, source)
+
     def to(self, device: torch.device) -> "Batch":
         """Return what a model reads of it on a device; numbers and rows stay on the CPU."""
 

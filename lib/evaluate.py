@@ -83,7 +83,7 @@ def measure(
         return {"targets": 0}
     training = model.module.training
     model.module.eval()
-    head, tally = model.head(vocab), Tally(split)
+    head, tally = model.head(vocab).whole(model.device), Tally(split)
     beyond = head.beyond()
     if teacher is not None and not teacher.compares:
         teacher = None

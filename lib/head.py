@@ -8,6 +8,7 @@ chunk.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,19 @@ class Head:
         weight = self.weight.detach()[: self.vocab]
         return weight.to(compute_dtype(dtype, weight.device))
 
+    def whole(self, device: torch.device) -> "Head":
+        """Return the layer as one, on a device, where it lies divided among processes (a DTensor):
+        the gradients that each sends back are summed over them. All call this together."""
+        if not is_divided(self.weight):
+            return self
+        from torch.distributed.tensor import Partial
+
+        def gathered(part: Any) -> Any:
+            if part is not None:
+                return part.to(device).full_tensor(grad_placements=[Partial()])
+
+        return replace(self, weight=gathered(self.weight), bias=gathered(self.bias))
+
     def beyond(self) -> "Head | None":
         """Return the layer's other rows, those from `vocab` on and those apart, as a head of their
         own; None without."""
@@ -89,6 +103,21 @@ class Head:
                     len(rows), self.vocab, dtype=wide(weight.dtype), device=hidden.device
                 )
             yield part, self.logits(rows, weight, buffer[: len(rows)])
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Return whether a tensor lies divided among processes (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the part of a tensor that lies in this process: all of it, unless it is divided."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
+def undivided(tensor: Any) -> Tensor:
+    """Return a tensor whole, wherever it lies divided among processes, which call this together."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

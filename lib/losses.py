@@ -619,6 +619,7 @@ def head_loss(
         assert teacher.head.vocab == head.vocab, (teacher.head.vocab, head.vocab)
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
     dtype = compute_dtype(dtype or hidden.dtype, hidden.device)
+    head = head.whole(hidden.device)
     grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         return _HeadLoss.apply(

@@ -53,7 +53,8 @@ class Model:
     came from. limit: how many of its tokens are compared with a teacher's (None: all, with none).
     apart: ids that its tokenizer and the data's do not call the same, left out where there is a
     limit. packs: rows on one line do not see each other. scale, softcap: what it does to its output
-    layer's logits (`Head`). `as_model` makes one of a module."""
+    layer's logits (`Head`). on: where it computes, if its weights may lie elsewhere. `as_model`
+    makes one of a module."""
 
     module: Any
     body: Any
@@ -63,10 +64,11 @@ class Model:
     packs: bool = field(default=True, kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
     softcap: float = field(default=0.0, kw_only=True)
+    on: torch.device | None = field(default=None, kw_only=True)
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return self.on or next(self.module.parameters()).device
 
     @property
     def parameters(self) -> int:

@@ -300,11 +300,17 @@ class Rows:
         return self.steps_of_rows[step]
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        """Yield the micro-batches of a step (of several processes: of this one), on a device."""
-        tokens = self.args.tokens_per_microbatch
-        rows = dealt_to(self.of(step), self.lengths, *self.among)
-        parts = in_groups(rows, self.lengths, self.groups, tokens, self.line, self.pack)
-        return told(step, parts, self.split, device)
+        """Yield the micro-batches of a step, on a device; of several processes those of this one,
+        which gets as many as any other, the last of them empty."""
+        (number, several), parts = self.among, []
+        source = int(self.split.rows["source"][self.of(step)[0]])
+        for one in range(several):
+            rows = dealt_to(self.of(step), self.lengths, one, several)
+            how = self.args.tokens_per_microbatch, self.line, self.pack
+            parts.append(in_groups(rows, self.lengths, self.groups, *how))
+        yield from told(step, parts[number], self.split, device)
+        for _ in range(max(map(len, parts)) - len(parts[number])):
+            yield data.Batch.empty(source).to(device)
 
     def targets(self, step: int, without: Iterable[int] = ()) -> int:
         """Return how many targets a step has: what its sums are divided by, once; `without` those

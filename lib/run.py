@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lib import checkpoints, files, models
+from lib.head import is_divided
 
 # that a folder is a run's; not config.json, which any model has
 MARKS = ("last", ".last.part", ".last.old", "history.jsonl", files.LOCK)
@@ -242,16 +243,21 @@ class Run:
         if not self.state:
             return
         folder, device = self.out / "last", next(module.parameters()).device
-        own = tensors(module)
-        saved = read_tensors(folder / "weights.safetensors", {n: t.shape for n, t in own.items()})
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved.pop(name))
-        wanted: dict[str, torch.Size] = {}
-        one = torch.Size()
-        for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            wanted |= {f"{n}.exp_avg": p.shape, f"{n}.exp_avg_sq": p.shape, f"{n}.step": one}
-        flat = read_tensors(folder / "optimizer.safetensors", wanted, str(device), some=True)
+        own, flat = tensors(module), {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(map(is_divided, own.values())) or not (folder / "weights.safetensors").exists():
+            flat = read_divided(folder, own, parameters)
+        else:
+            shapes = {name: tensor.shape for name, tensor in own.items()}
+            saved = read_tensors(folder / "weights.safetensors", shapes)
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(saved.pop(name))
+            shapes = {}
+            for n, p in enumerate(parameters):
+                moments = {f"{n}.exp_avg": p.shape, f"{n}.exp_avg_sq": p.shape}
+                shapes |= moments | {f"{n}.step": torch.Size()}
+            flat = read_tensors(folder / "optimizer.safetensors", shapes, str(device), some=True)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in flat.items():
             number, key = name.split(".", 1)
@@ -275,12 +281,7 @@ class Run:
         measures: dict,
     ) -> None:
         """Write last/: everything that continuing at `step` needs."""
-        partial = files.partial_folder(self.out / "last")
-        save_file(tensors(module), partial / "weights.safetensors")
-        flat: dict[str, torch.Tensor] = {}
-        for number, entry in optimizer.state_dict()["state"].items():
-            flat |= {f"{number}.{key}": value for key, value in entry.items()}
-        save_file(flat, partial / "optimizer.safetensors")
+        partial = self._write_tensors(module, optimizer)
         grown = [path for name in GROWING if (path := self.out / name).exists()]
         for path in grown:  # a state after a power cut must not know more of them than there is
             files.sync(path)
@@ -310,6 +311,13 @@ class Run:
         files.publish(partial, self.out / "last")
         self.interrupt.leave(f"{self.stage}: saved at step {step}; the same command continues")
 
+    def _write_tensors(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """Write weights and optimizer into a folder that will be last/, and return it."""
+        partial = files.partial_folder(self.out / "last")
+        save_file(tensors(module), partial / "weights.safetensors")
+        save_file(moments_of(optimizer), partial / "optimizer.safetensors")
+        return partial
+
     def _keep(self, state: Path, step: int) -> None:
         """Keep a finished resume state, and of those before it the newest. Later ones are of a past
         that we came back from."""
@@ -322,6 +330,10 @@ class Run:
         for number in numbers - {*before[: self.args.keep - 1]}:
             shutil.rmtree(kept / f"step-{number}")
         os.replace(kept / ".new", kept / f"step-{step}")
+
+    def page(self, name: str) -> Path:
+        """Return where a file that grows beside the log is written."""
+        return self.out / name
 
     @property
     def stopping(self) -> bool:
@@ -540,6 +552,40 @@ def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     there = set(module.state_dict())
     buffers = {name: b for name, b in module.named_buffers() if name in there}
     return {name: p.data for name, p in named.items()} | buffers
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return an optimizer's state, by each parameter's number and what it is: 3.exp_avg."""
+    flat: dict[str, torch.Tensor] = {}
+    for number, entry in optimizer.state_dict()["state"].items():
+        flat |= {f"{number}.{key}": value for key, value in entry.items()}
+    return flat
+
+
+def read_divided(
+    folder: Path, own: dict[str, torch.Tensor], parameters: list[torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """Fill a model's tensors, whole or divided, from what processes have written, each its part, or
+    one alone; return what there is of the optimizer's (`moments_of`), by the `parameters`' order.
+    """
+    from torch.distributed import checkpoint, is_initialized
+
+    reader = checkpoint.HuggingFaceStorageReader(str(folder))  # safetensors: no pickle
+    try:
+        there = reader.read_metadata().state_dict_metadata
+        wanted = dict(own)
+        for n, p in enumerate(parameters):
+            moments = {name: torch.zeros_like(p.data) for name in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros(())
+            wanted |= {f"{n}.{k}": t for k, t in moments.items() if f"{n}.{k}" in there}
+        seen = {name: tuple(getattr(one, "size", ())) for name, one in there.items()}
+        if seen != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
+            other = sorted({*seen} ^ {*wanted}) or ["another shape"]
+            files.fail(f"{folder} does not fit the model", other[0], mend=START_ANEW)
+        checkpoint.load(wanted, storage_reader=reader, no_dist=not is_initialized())
+    except (OSError, SafetensorError, ValueError, checkpoint.CheckpointException) as broken:
+        files.fail(f"{folder} cannot be read", broken, mend=START_ANEW)
+    return {name: tensor for name, tensor in wanted.items() if name not in own}
 
 
 def read_tensors(

@@ -53,7 +53,7 @@ def kept_bytes(model: models.Model, split: data.Split, amp: torch.dtype | None) 
     measured, by passes over one line of tokens and over two."""
     module, training = model.module, model.module.training
     plain = replace(model, body=getattr(model.body, "_orig_mod", model.body))  # not compiled
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    weights = {head.local(p).untyped_storage().data_ptr() for p in module.parameters()}
     seen: dict[int, Tensor] = {}  # by where it lies
 
     def keep(tensor: Tensor) -> Tensor:
@@ -91,13 +91,16 @@ def training_bytes(
     if checkpointing:  # the states between layers, and one layer that is recomputed
         layers = max(1, config.num_hidden_layers)
         each = each / layers + layers * config.hidden_size * half
-    gradients, moments = 4 * model.trained, 8 * model.trained
+    trained = [p for p in model.module.parameters() if p.requires_grad]
+    held = sum(head.local(p).numel() for p in trained)
+    gradients, moments = 4 * held, 8 * held
     kept = int(most.tokens * each * (HEAP if model.device.type == "cpu" else 1))
     if (output := model.module.get_output_embeddings()) is None:  # a classifier
         return moments + gradients + kept
     weight = output.weight
     # in float32, beside what is there of it; and the operand of the products
-    kept += weight.numel() * (4 * weight.requires_grad + half * bool(amp))
+    gathered = 4 * head.is_divided(weight)
+    kept += weight.numel() * (4 * weight.requires_grad + half * bool(amp) + gathered)
     kept += min(head.CHUNK_BYTES, 4 * most.targets * len(weight))
     # gradients grow while activations go, unless those of earlier micro-batches are there
     return moments + (gradients + kept if most.batches > 1 else max(gradients, kept))
@@ -243,7 +246,8 @@ def gradient_norm(
 ) -> float:
     """Unscale the gradient, return its norm, and clip it to the norm `clip` (0 = not at all)."""
     scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(module.parameters(), clip if clip else math.inf).item()
+    norm = nn.utils.clip_grad_norm_(module.parameters(), clip if clip else math.inf)
+    return head.undivided(norm).item()
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float) -> bool:

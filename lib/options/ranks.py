@@ -21,26 +21,63 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lib import data, files, plan
-from lib.run import Interrupt, Run
+from lib import data, files, flags, models, plan
+from lib.head import is_divided
+from lib.run import Interrupt, Run, moments_of, tensors
 
 LONGEST_WAIT = datetime.timedelta(hours=12)  # that one may wait: for rank 0, which writes samples
+TORCHRUN = "torchrun --nproc-per-node N, N of 2 or more"
 WAITS_S = 60.0  # after which a rank that waits says so
 
 
-class Ranks:
-    """The processes of a run. rank: which of the `world` this one is."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes (torchrun)")
+    flags.option(
+        group,
+        "--shard",
+        choices=("none", "fsdp"),
+        default="none",
+        help=(
+            "none: each process holds the whole student; fsdp: its part of the weights, gradients"
+            " and optimizer state (default: %(default)s)"
+        ),
+        free=True,
+    )
+    flags.option(
+        group,
+        "--cpu-offload",
+        action="store_true",
+        help="with --shard fsdp: these parts lie in the CPU's memory, where AdamW steps",
+        free=True,
+    )
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.cpu_offload and args.shard != "fsdp":
+        parser.error("--cpu-offload needs --shard fsdp")
+
+
+class Ranks:
+    """The processes of a run. rank: which of the `world` this one is. divided: the student, where
+    each holds a part of it (--shard)."""
+
+    def __init__(self, args: argparse.Namespace, rank: int = 0, world: int = 1) -> None:
+        self.args, self.rank, self.world = args, rank, world
+        self.divided: Any = None  # shard.Divided
         self.interrupt: Agreed | None = None
+
+    @property
+    def shards(self) -> bool:
+        return self.world > 1 and self.args.shard == "fsdp"
 
     def open(self, args: argparse.Namespace, stage: str, *words: Any) -> Run:
         """Return the run of args.out (lib/run.py, class Run), which rank 0 has opened before any
@@ -91,22 +128,45 @@ class Ranks:
                     work.wait()
 
     def mine(self, batches: Iterable[data.Batch]) -> Iterable[data.Batch]:
-        """Return this rank's part of batches that are measured."""
-        return itertools.islice(batches, self.rank, None, self.world)
+        """Yield this rank's part of batches that are measured: as many as any other, the last one
+        empty if need be."""
+        left = iter(batches)
+        while several := list(itertools.islice(left, self.world)):
+            yield several[self.rank] if self.rank < len(several) else data.Batch.empty()
 
-    def share(self, rows: plan.Rows) -> None:
-        """Let `rows` give this rank's part of each step."""
+    def loads_on(self, device: torch.device) -> torch.device:
+        """Return where the student is loaded: a part of it alone need fit where it computes."""
+        flash = self.args.attn == "flash_attention_2"  # runs there alone
+        return torch.device("cpu") if self.shards and not flash else device
+
+    def share(
+        self, student: models.Model, rows: plan.Rows, amp: torch.dtype | None, device: torch.device
+    ) -> models.Model:
+        """Let `rows` give this rank's part of each step, and return the student, with --shard this
+        rank's part of it."""
         rows.among = self.rank, self.world
+        if not self.shards:
+            return student
+        from lib.options import shard  # seconds of import
+
+        with self.waiting():
+            self.divided = shard.Divided(student, device, self.world, amp, self.args.cpu_offload)
+        return self.divided.student
+
+    def divide(self, trained: nn.Module) -> None:
+        """With --shard: divide what is trained beside the student."""
+        if self.divided:
+            self.divided.rest(trained)
 
     def add(self, trained: nn.Module, sums: Tensor) -> None:
-        """Sum the gradients of what is trained over all ranks, and `sums`, in place; agree whether
-        a signal came to one of them. A rank that had no row of the step adds 0, and what no rank
-        has a gradient of keeps none."""
+        """Sum the gradients of what is trained over all ranks (those of what is divided are sums),
+        and `sums`, in place; agree whether a signal came to one of them. What no rank has a
+        gradient of keeps none."""
         if self.world == 1:
             return
         assert self.interrupt is not None
         parameters = [p for p in trained.parameters() if p.requires_grad]
-        there = sums.new_tensor([p.grad is not None for p in parameters])
+        there = sums.new_tensor([p.grad is not None and not is_divided(p) for p in parameters])
         noticed = sums.new_zeros(signal.NSIG)
         noticed[self.interrupt.noticed] = 1
         self.total(there, noticed, sums)
@@ -140,23 +200,43 @@ class Leading(Run):
         self.ranks.interrupt = Agreed(self.say)
         return self.ranks.interrupt
 
-    def begin(self, *words: Any) -> None:
+    def _lead(self, do: Callable[..., Any], *words: Any) -> None:
+        """Do what rank 0 alone does, before any other goes on."""
         with self.ranks.first():
-            super().begin(*words)
+            do(*words)
+
+    def begin(self, *words: Any) -> None:
+        self._lead(super().begin, *words)
 
     def restore(self, module: nn.Module, *words: Any) -> None:
         super().restore(module, *words)
         with self.ranks.waiting(), torch.no_grad():  # what each made anew from the seed is one
             for tensor in itertools.chain(module.parameters(), module.buffers()):
-                dist.broadcast(tensor, 0)
+                if not is_divided(tensor):
+                    dist.broadcast(tensor, 0)
 
-    def save(self, *words: Any) -> None:
-        with self.ranks.first():
-            super().save(*words)
+    def save(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, *words: Any
+    ) -> None:
+        if self.ranks.divided:
+            self._lead(files.partial_folder, self.out / "last")
+            with self.ranks.waiting():
+                self.ranks.divided.write(self._partial, tensors(module) | moments_of(optimizer))
+        self._lead(super().save, step, module, optimizer, *words)
 
-    def export(self, *words: Any) -> None:
-        with self.ranks.first():
-            super().export(*words)
+    @property
+    def _partial(self) -> Path:
+        return files.beside(self.out / "last", "part")
+
+    def _write_tensors(self, *words: Any) -> Path:
+        return self._partial if self.ranks.divided else super()._write_tensors(*words)
+
+    def export(self, name: str, model: models.Model, *words: Any) -> None:
+        if self.ranks.divided:
+            with self.ranks.waiting():
+                whole = self.ranks.divided.whole(keep=self.ranks.rank == 0)
+            model = replace(model, module=whole, on=None)
+        self._lead(super().export, name, model, *words)
 
 
 class Following(Leading):
@@ -165,18 +245,20 @@ class Following(Leading):
     def _hold(self) -> None:
         pass
 
-    def _wait(self, *_: Any, **__: Any) -> None:
+    def _lead(self, *_: Any) -> None:
         with self.ranks.first():
             pass
 
     def _pass(self, *_: Any, **__: Any) -> None:
         pass
 
-    begin = save = _wait
     log = say = progress = _pass
 
-    def export(self, name: str, *_: Any) -> None:
-        self._wait()
+    def page(self, name: str) -> Path:
+        return Path(os.devnull)
+
+    def export(self, name: str, *words: Any) -> None:
+        super().export(name, *words)
         if name == "final":  # what is left is rank 0's
             raise SystemExit(0)
 
@@ -187,7 +269,9 @@ def meet(args: argparse.Namespace) -> Ranks:
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's
     world, rank, local, here = (int(os.environ.get(name, "-1")) for name in names)
     if world < 2 or local < 0:
-        return Ranks()
+        if args.cpu_offload:
+            files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
+        return Ranks(args)
     check_alone(args)
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         if here > (cards := torch.cuda.device_count()):
@@ -195,7 +279,7 @@ def meet(args: argparse.Namespace) -> Ranks:
         torch.cuda.set_device(local)
     elif not args.threads:
         args.threads = max(1, len(os.sched_getaffinity(0)) // here)
-    ranks = Ranks(rank, world)
+    ranks = Ranks(args, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.waiting():
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -203,7 +287,8 @@ def meet(args: argparse.Namespace) -> Ranks:
     if rank:
         sys.stdout = open(os.devnull, "w")
         files.TOLD_EVERY_S = threading.TIMEOUT_MAX
-        args.samples, args.track, args.tag = 0, "", ""  # the folder is told
+        args.track, args.tag = "", ""  # the folder is told
+        args.samples *= ranks.shards  # all of them write what none can alone
         with ranks.first():
             pass
         args.out = ranks.told()
@@ -219,6 +304,7 @@ def check_alone(args: argparse.Namespace) -> None:
         "--balance gradnorm": getattr(args, "balance", "none") == "gradnorm",
         "--teacher-offload": getattr(args, "teacher_offload", False),
         "--teacher-device": getattr(args, "teacher_device", ""),
+        "--compile, with --shard,": args.compile and args.shard == "fsdp",
         f"--device {args.device}": args.device not in ("auto", "cpu", "cuda"),
     }
     if given := [flag for flag, value in alone.items() if value]:

@@ -439,7 +439,7 @@ class Records:
         """Return the teacher at a train batch's targets and a temperature, on the device of its
         labels."""
         size, numbers = self.dataset.meta["rows_per_chunk"], batch.numbers.numpy()
-        slices, at = [], 0
+        slices, at = [] if batch.rows else [next(iter(self.parts.values())).records[:0]], 0
         for row in batch.rows:  # a row is one slice of one chunk
             count, chunk = int(self.dataset.train.rows[row]["targets"]), row // size
             start = int(numbers[at]) - self.starts[chunk] if count else 0

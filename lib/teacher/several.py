@@ -216,11 +216,11 @@ class Together:
         """Return what the teachers say at a batch's targets; ways: how each is asked. A batch of
         one teacher's rows is as if that teacher were alone."""
         parts: list[tuple[np.ndarray | None, losses.Distribution]] = []
-        rows = np.array(batch.rows)
+        rows = np.array(batch.rows, int)
         owner = self.owner[name][rows]
         counts = getattr(self.dataset, name).rows["targets"][rows].astype(int)
         together = self.how in ("mean", "product")
-        for number in range(len(ways)) if together else np.unique(owner).tolist():
+        for number in range(len(ways)) if together else np.unique(owner).tolist() or [0]:
             own = np.ones(len(rows), bool) if together else owner == number
             targets = np.flatnonzero(np.repeat(own, counts))
             known = ways[number](part_of(batch, own, targets), temperature)

@@ -1,0 +1,127 @@
+"""A student that lies divided among the ranks: each holds a part of every weight, of its gradient
+and of the optimizer's state (--shard fsdp; PyTorch's FSDP2, arXiv:2304.11277).
+
+A decoder layer's weights are gathered just before it runs, forward and backward, and let go behind
+it; their gradients are summed over the ranks and divided among them again. The output layer is no
+part of the body (lib/models.py), and is gathered by itself (lib/head.py, `Head.whole`). What is
+gathered, all ranks gather together: each takes as many micro-batches as any other (lib/plan.py).
+"""
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lib import files, models
+from lib.head import is_divided, undivided
+from lib.options.capture import decoder_layers
+
+
+class Divided:
+    """A student, divided in place; `student` is it as a Model. Rank 0 keeps a module without
+    weights beside it, as which checkpoints are written."""
+
+    def __init__(
+        self,
+        student: models.Model,
+        device: torch.device,
+        world: int,
+        amp: torch.dtype | None,
+        offload: bool,
+    ) -> None:
+        module, body = student.module, student.body
+        if isinstance(body, models.UpToHead):
+            name = type(module).__name__
+            files.fail(f"{name} cannot be divided", "no body apart from its head", "--shard none")
+        self.module, self.mesh = module, init_device_mesh(device.type, (world,))
+        empty = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in module.parameters()
+        }
+        self.empty = copy.deepcopy(module, empty)
+        pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        self.how = {"mesh": self.mesh, "offload_policy": pinned if offload else OffloadPolicy()}
+        # the residual stream stays in float32, as autocast leaves it
+        half = MixedPrecisionPolicy(amp, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in decoder_layers(student):
+            fully_shard(layer, mp_policy=half, **self.how)
+        inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
+        tied = outer is not None and outer.weight is inner.weight
+        fully_shard(body, reshard_after_forward=True, **self.how)
+        summed(body)
+        if outer is not None:
+            self._divide_output(outer, inner.weight if tied else None, offload)
+        for buffer in module.buffers():
+            buffer.data = buffer.to(device)
+        self.student = replace(student, on=device)
+
+    def _divide_output(self, layer: nn.Module, tied: nn.Parameter | None, offload: bool) -> None:
+        """Divide an output layer, which the body does not call: as what it is tied to, or alone."""
+
+        def part(whole: nn.Parameter) -> nn.Parameter:
+            mine = distribute_tensor(whole.detach(), self.mesh, [Shard(0)])
+            return nn.Parameter(mine.cpu() if offload else mine, whole.requires_grad)
+
+        layer.weight = part(layer.weight) if tied is None else tied
+        if getattr(layer, "bias", None) is not None:
+            layer.bias = part(layer.bias)
+        layer.forward = partial(gathered_linear, layer)
+
+    def rest(self, trained: nn.Module) -> None:
+        """Divide what is trained beside the student."""
+        for module in trained.modules():
+            if any(not is_divided(p) for p in module.parameters(recurse=False)):
+                summed(fully_shard(module, **self.how))
+
+    @torch.no_grad()
+    def whole(self, keep: bool) -> nn.Module | None:
+        """Return the module with all its weights, on the CPU, to one that is to `keep` it. All
+        ranks call this together, and hold one tensor whole at a time."""
+        full = {}
+        for mine, empty in zip(self.module.parameters(), self.empty.parameters(), strict=True):
+            there = undivided(mine.detach().to(self.student.device))
+            if keep:
+                full[id(empty)] = nn.Parameter(there.cpu(), mine.requires_grad)
+        return copy.deepcopy(self.empty, full) if keep else None
+
+    def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Write tensors, each rank its part, as safetensors; all ranks call this together."""
+        try:
+            dcp.save(
+                dict(tensors),
+                storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            )
+        except dcp.CheckpointException as failed:
+            why = next(iter(failed.failures.values()))[0]
+            files.fail(f"{folder} cannot be written", why, "room on a disk that all processes see")
+
+
+def summed(module: nn.Module) -> nn.Module:
+    """Let the gradients of what was divided be sums over the ranks, and not means."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+def gathered_linear(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Return what a divided output layer makes of hidden states: where a model writes."""
+    weight = undivided(layer.weight.to(hidden.device))
+    bias = getattr(layer, "bias", None)
+    return nn.functional.linear(
+        hidden, weight, None if bias is None else undivided(bias.to(hidden.device))
+    )
