@@ -132,10 +132,19 @@ def disk_error(error: Exception) -> tuple[str, str, str] | None:
     return f"{what} cannot be read or written", os.strerror(number), MENDS[number]
 
 
+def lost_process(error: Exception) -> tuple[str, str, str] | None:
+    """Return the same of what is raised where another process of a run under torchrun is gone."""
+    network = "gloo" in str(error) or type(error).__name__.startswith("Dist")
+    if not (isinstance(error, RuntimeError) and network):
+        return None
+    said = str(error).strip().splitlines()[-1]
+    return "this process has lost another one", said, "see what that one said"
+
+
 def script(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Make of a script's main one that ends in one line where the disk fails it: the one place
-    where that is done, for it may happen in any line. Words that a terminal cannot show (a file
-    name that is not UTF-8) are printed with escapes."""
+    """Make of a script's main one that ends in one line where the disk or another process fails it:
+    the one place where that is done, for it may happen in any line. Words that a terminal cannot
+    show (a file name that is not UTF-8) are printed with escapes."""
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> Any:
@@ -146,7 +155,7 @@ def script(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(argv)
         except Exception as error:
-            if (found := disk_error(error)) is None:
+            if (found := disk_error(error) or lost_process(error)) is None:
                 raise
             if isinstance(error, BrokenPipeError):  # else Python complains once more when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

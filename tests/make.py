@@ -370,6 +370,7 @@ def processes():
             "dump_logits",
             "chat",
             "transformers.models.llama.modeling_llama",
+            "lib.options.shard",
         ]
     )
     return context

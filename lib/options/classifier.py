@@ -39,10 +39,12 @@ class Classifier(models.Model):
         """Return the class logits (N, C) of the batch's rows, one a line. Positions are the model's
         own: its padding is masked."""
         there = batch.row_of >= 0
+        rows = there.any(1)  # a line of padding alone is none, and is not masked: that makes NaN
+        there |= ~rows[:, None]
         logits = self.body(
             input_ids=batch.tokens.masked_fill(~there, self.pad), attention_mask=there.long()
         ).logits
-        return logits[:, self.order]
+        return logits[rows][:, self.order]
 
     def head(self, vocab: int | None = None) -> Head:
         """Return the identity (C, C): what follows `hidden` in a language model has been done

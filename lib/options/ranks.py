@@ -110,15 +110,9 @@ class Ranks:
         if self.told(end is not None):
             raise end or SystemExit(0)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While others are waited for, say so; end in one line where one of them is gone."""
-        with files.telling(f"rank {self.rank} waits for the other ranks", WAITS_S):
-            try:
-                yield
-            except RuntimeError as gone:
-                said = str(gone).strip().splitlines()[-1]
-                files.fail(f"rank {self.rank} has lost another rank", said, mend="see what it said")
+    def waiting(self) -> contextlib.AbstractContextManager:
+        """While others are waited for, say so."""
+        return files.telling(f"rank {self.rank} waits for the other ranks", WAITS_S)
 
     def total(self, *tensors: Tensor) -> None:
         """Sum tensors over all ranks, in place."""

@@ -2,6 +2,7 @@
 weights; killed and signalled, they go on. Each rank is a process here, with torchrun's variables
 (and once torchrun itself)."""
 
+import argparse
 import os
 import signal
 import socket
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import make
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import test_classify
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +23,7 @@ import dump_logits
 import stage1_sft
 import stage2_kd
 from lib import plan
+from lib.measure import plots
 from lib.options import ranks
 
 STEPS = "--steps 9 --eval-every 3 --save-every 2 --log-every 1 --samples 1".split()
@@ -29,7 +34,22 @@ MAINS = {"stage1_sft": stage1_sft.main, "stage2_kd": stage2_kd.main}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make.world(tmp_path_factory.mktemp("ranks"))
+    make.model(folder / "untied", seed=1, tie_word_embeddings=False)
     make.call(dump_logits.main, *make.dump(folder, "--tail-rank", 8, "--tail-bytes", 8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classes")
+    pq.write_table(pa.Table.from_pylist(test_classify.rows(60)), folder / "rows.parquet")
+    test_classify.encoder_tokenizer().save_pretrained(folder / "tok")
+    none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # masks are each rank's
+    test_classify.config("bert", 44, 16, **none).save_pretrained(folder / "student")
+    test_classify.encoder_tokenizer().save_pretrained(folder / "student")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "prepared", lambda folder: None)
+        test_classify.prepare(folder, folder / "rows.parquet", "--val", "20")
     return folder
 
 
@@ -39,6 +59,8 @@ def words_of(world, kind):
     live = ["--teacher", world / "teacher"]
     if kind == "sft":
         return "stage1_sft", data
+    if kind == "untied":
+        return "stage1_sft", ["--data", world / "data", "--student", world / "untied", *STEPS]
     if kind == "lora":
         return "stage1_sft", [*data, "--lora-rank", 2]
     if kind == "disk":
@@ -138,12 +160,27 @@ def test_the_example_of_part_of():
 
 
 @pytest.mark.parametrize(
-    "kind, several", [("sft", 2), ("disk", 4), ("few", 4), ("live", 2), ("lora", 2), ("beside", 2)]
+    "kind, several, shard",
+    [
+        ("sft", 2, "none"),
+        ("disk", 4, "none"),
+        ("few", 4, "none"),
+        ("live", 2, "none"),
+        ("lora", 2, "none"),
+        ("beside", 2, "none"),
+        ("untied", 2, "fsdp"),
+        ("disk", 4, "fsdp"),
+        ("few", 4, "fsdp --cpu-offload"),
+        ("live", 2, "fsdp --checkpointing"),
+        ("lora", 2, "fsdp"),
+        ("beside", 2, "fsdp"),
+    ],
 )
-def test_several_ranks_train_as_one_process(world, tmp_path, kind, several):
+def test_several_ranks_train_as_one_process(world, tmp_path, kind, several, shard):
     name, argv = words_of(world, kind)
     make.call(MAINS[name], *argv, "--out", tmp_path / "one")
-    codes = together(several, name, [*argv, "--out", tmp_path / "all"], tmp_path / "log")
+    argv = [*argv, "--shard", *shard.split(), "--out", tmp_path / "all"]
+    codes = together(several, name, argv, tmp_path / "log")
     said = (tmp_path / "log-0").read_text()
     assert codes == [0] * several, said + (tmp_path / "log-1").read_text()
     assert_same(tmp_path / "one", tmp_path / "all")
@@ -151,8 +188,19 @@ def test_several_ranks_train_as_one_process(world, tmp_path, kind, several):
     assert "eval step 9" in said and "eval" not in (tmp_path / "log-1").read_text()
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_they_go_on_to_the_same_bits(world, tmp_path):
+@pytest.mark.parametrize("shard", ("none", "fsdp"))
+def test_ranks_train_a_classifier_as_one_process(classes, tmp_path, shard):
+    argv = ["--data", classes / "data", "--student", classes / "student", *STEPS]
+    make.call(stage1_sft.main, *argv, "--out", tmp_path / "one")
+    argv = [*argv, "--shard", shard, "--out", tmp_path / "all"]
+    assert together(2, "stage1_sft", argv, tmp_path / "log") == [0, 0]
+    assert_same(tmp_path / "one", tmp_path / "all")
+
+
+@pytest.mark.parametrize("shard", ("none", "fsdp"))
+def test_a_killed_rank_ends_the_others_and_they_go_on_to_the_same_bits(world, tmp_path, shard):
     name, argv = words_of(world, "disk")
+    argv += ["--shard", shard]
     straight, killed = (
         [*argv, "--out", tmp_path / "straight"],
         [*argv, "--out", tmp_path / "killed"],
@@ -161,22 +209,28 @@ def test_a_rank_that_is_killed_ends_the_others_and_they_go_on_to_the_same_bits(w
     hook = dict(where="lib.train.update", number=6, signal=signal.SIGKILL)
     codes = together(2, name, killed, tmp_path / "log-killed", {1: hook})
     assert codes[1] == -signal.SIGKILL and codes[0] == 1
-    assert "has lost another rank" in (tmp_path / "log-killed-0").read_text()
+    assert "has lost another one" in (tmp_path / "log-killed-0").read_text()
     assert (tmp_path / "killed" / "last").exists()
+    whole = (tmp_path / "killed" / "last" / "weights.safetensors").exists()
+    assert whole == (shard == "none")
     assert together(2, name, killed, tmp_path / "log-again") == [0, 0]
     assert_same(tmp_path / "straight", tmp_path / "killed", exactly=True)
 
 
-def test_a_signal_to_one_rank_saves_and_another_number_of_ranks_goes_on(world, tmp_path):
+@pytest.mark.parametrize("shards", (("none", "none"), ("fsdp", "fsdp"), ("none", "fsdp")))
+def test_a_signal_to_one_rank_saves_and_another_number_of_ranks_goes_on(world, tmp_path, shards):
     name, argv = words_of(world, "disk")
     argv = [*argv, "--out", tmp_path / "run"]
     make.call(MAINS[name], *argv[:-1], tmp_path / "one")
     hook = dict(where="lib.train.update", number=3, signal=signal.SIGTERM)
-    codes = together(4, name, argv, tmp_path / "log", {2: hook})
+    four = [*argv, "--shard", shards[0]]
+    codes = together(4, name, four, tmp_path / "log", {2: hook})
     assert codes[0] == 128 + signal.SIGTERM, (tmp_path / "log-0").read_text()
     assert "saved at step" in (tmp_path / "log-0").read_text()
     hook = dict(where="lib.train.update", number=3, signal=signal.SIGTERM)
-    assert together(2, name, argv, tmp_path / "more", {0: hook})[0] == 128 + signal.SIGTERM
+    two = [*argv, "--shard", shards[1]]
+    codes = together(2, name, two, tmp_path / "more", {0: hook})
+    assert codes[0] == 128 + signal.SIGTERM, (tmp_path / "more-0").read_text()
     make.call(MAINS[name], *argv)
     assert_same(tmp_path / "one", tmp_path / "run")
 
@@ -217,6 +271,7 @@ def test_a_finished_run_is_finished_for_all(world, tmp_path):
         "--on-policy 0.5",
         "--contrastive-weight 1",
         "--device cpu:0",
+        "--compile --shard fsdp",
         "--teacher-offload",
     ],
 )
@@ -243,5 +298,6 @@ def test_torchrun_itself(world, tmp_path):
 
 
 def test_a_process_alone_has_no_others():
-    alone = ranks.Ranks()
+    alone = ranks.Ranks(argparse.Namespace(shard="fsdp"))
+    assert not alone.shards
     assert alone.rank == 0 and [*alone.mine([1, 2, 3])] == [1, 2, 3]
