@@ -10,7 +10,7 @@ from lib.run import differing_settings, run_settings
 
 # these change results by rounding at most, and where a model has dropout, by what is drawn
 FREE = """out tag track device threads fresh log_every save_every tokens_per_microbatch checkpointing
-    attn keep samples sample_tokens verify dry_run"""
+    attn keep samples sample_tokens verify dry_run shard cpu_offload"""
 COMMANDS = {
     "stage1": (stage1_sft, ["--data", "d", "--student", "s", "--out", "o"], FREE),
     "stage2": (
