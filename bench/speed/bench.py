@@ -2,14 +2,17 @@
 run.
 
     python bench/speed/bench.py                 # all; about 10 minutes on 2 CPU cores
-    python bench/speed/bench.py head --quick    # one of step, dump, head; --quick: a small
-                                                # vocabulary, seconds, for the tests
+    python bench/speed/bench.py head --quick    # one of step, dump, head, host; --quick: a
+                                                # small vocabulary, seconds, for the tests
 
 step  one optimizer step of stage 2 over one of stage 1, at T=1 and T=2: with a bucket (k=32), a
       basis of 32 dimensions (k=32), and one of 384 dimensions (k=16)                       goal
       1.10 and 1.20; a basis of 32 over the bucket 1.10
 dump  a bare teacher forward (body and head, nothing kept) over dump_logits.py      goal 0.90
 head  head and loss over F.cross_entropy on full logits: time and extra memory      goal 1.0 and 0.2
+host  what one core does beside a GPU in stage 2: records that lie in the page cache read at random,
+      a row at a time, and unpacked; a chunk opened; an epoch planned (figures, no ratio; for
+      docs/scale.md)
 
 The model has the shape of Qwen2.5-0.5B (width 896, 24 layers, 151,936 tokens) and random weights:
 speed does not depend on them. The two sides of a ratio take turns, and the ratio is the median over
@@ -21,7 +24,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +35,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from lib import data, head, losses, models, train  # noqa: E402
+from lib import data, files, head, losses, models, plan, train  # noqa: E402
 from lib.teacher import basis, record, writer  # noqa: E402
 
 TEMPERATURES = [1.0, 2.0, 4.0]
@@ -99,7 +104,9 @@ def random_basis(s: dict, rank: int, size: int) -> basis.Basis | None:
     )
 
 
-def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> np.ndarray:
+def kept(
+    s: dict, count: int, k: int, shape: basis.Basis | None, size: int, errors: bool = False
+) -> np.ndarray:
     """Return records as dump_logits.py writes them, of random teacher logits."""
     ids, gaps, tails = head.topk_and_tails(torch.randn(64, s["V"]) * 3, k, TEMPERATURES)
     coef = shape and shape.pack(torch.randn(64, len(shape.bits)))
@@ -107,7 +114,7 @@ def kept(s: dict, count: int, k: int, shape: basis.Basis | None, size: int) -> n
         ids.numpy(),
         gaps.numpy(),
         tails.numpy(),
-        record.record_dtype(k, TEMPERATURES, s["V"], "u8", size),
+        record.record_dtype(k, TEMPERATURES, s["V"], "u8", size, errors),
         s["V"],
         coef,
     )
@@ -339,7 +346,53 @@ def status_bytes(name: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-BENCHES = {"step": bench_step, "dump": bench_dump, "head": bench_head}
+def bench_host(s: dict, rounds: int, device: torch.device, amp) -> dict:
+    """Return what one core does, in its own seconds (a busy machine bends them less): targets a
+    second, read and also unpacked; seconds of opening a chunk; microseconds, and bytes held and at
+    the peak, of plan.whole_run a row."""
+    quick, row = s["V"] < 1 << 16, 256
+    count, rows = (1 << 14, 100_000) if quick else (1 << 20, 5_000_000)
+    known = kept(s, count, 16, random_basis(s, 512, 128), 128, errors=True)
+    order = np.random.default_rng(0).permutation(count // row).reshape(-1, 8)
+    lengths = np.random.default_rng(0).integers(100, 900, rows).astype("<u4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "topk.npy")
+        np.save(path, known)
+        records, sums = files.read_npy(path, known.dtype), files.sums(path)
+
+        def read():
+            return [np.concatenate([records[r * row : (r + 1) * row] for r in rs]) for rs in order]
+
+        def unpack():
+            for part in read():
+                record.unpack(part, s["V"], 1)
+                np.unpackbits(part["coef"], axis=1, bitorder="little")  # the GPU does the rest
+
+        def plan_epoch():
+            return plan.whole_run(np.arange(rows), lengths, 0, 16384, 1)
+
+        def opened():
+            return files.damage(path, sums), record.impossible(records, s["V"])
+
+        sides, took = (read, unpack, opened, plan_epoch), {}
+        for side in sides:
+            side()
+            begun = time.process_time()
+            for _ in range(rounds):
+                side()
+            took[side] = (time.process_time() - begun) / rounds
+    tracemalloc.start()
+    held = plan_epoch()
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held
+    found = {"record_bytes": known.itemsize, "read_targets_per_s": count / took[read]}
+    found |= {"targets_per_s": count / took[unpack], "open_chunk_s": took[opened]}
+    found |= {"plan_us_a_row": 1e6 * took[plan_epoch] / rows}
+    return found | {"plan_bytes_a_row": now / rows, "plan_peak_bytes_a_row": peak / rows}
+
+
+BENCHES = {"step": bench_step, "dump": bench_dump, "head": bench_head, "host": bench_host}
 
 
 def main(argv=None):
