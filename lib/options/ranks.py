@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from lib import data, files, flags, models, plan
 from lib.head import is_divided
@@ -276,7 +277,9 @@ def meet(args: argparse.Namespace) -> Ranks:
     ranks = Ranks(args, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.waiting():
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        store = dist.PrefixStore(f"start {starts_before()}", next(rendezvous("env://"))[0])
+        words = dict(store=store, rank=rank, world_size=world, timeout=LONGEST_WAIT)
+        dist.init_process_group(backend, **words)
     atexit.register(dist.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -287,6 +290,14 @@ def meet(args: argparse.Namespace) -> Ranks:
             pass
         args.out = ranks.told()
     return ranks
+
+
+def starts_before() -> str:
+    """Return how often torchrun has started these processes before. Its store outlives a restart,
+    and so do the addresses in it, where nobody listens (pytorch/pytorch#135712). On several
+    machines each counts for itself: there it is for torchrun to make a new one (docs/scale.md)."""
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
 
 
 def check_alone(args: argparse.Namespace) -> None:

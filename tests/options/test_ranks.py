@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import make
@@ -283,18 +284,34 @@ def test_what_one_process_alone_does_is_refused_in_one_line(world, tmp_path, mon
     assert code == 1 and f"{more.split()[0]}" in said and "without torchrun" in said
 
 
-def test_torchrun_itself(world, tmp_path):
-    name, argv = words_of(world, "sft")
-    make.call(MAINS[name], *argv, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+KILLS = int(os.environ.get("RANK_KILLS", 0))  # of four ranks; none: one kill, of two
+
+
+@pytest.mark.parametrize("turn", range(max(1, KILLS)))
+def test_torchrun_starts_again_what_a_kill_has_ended(world, tmp_path, turn):
+    several, random = 4 if KILLS else 2, np.random.default_rng(turn)
+    name, argv = words_of(world, "disk")
+    argv += ["--shard", ("fsdp", "none")[turn % 2], "--save-every", 2]
+    assert together(several, name, [*argv, "--out", tmp_path / "one"], tmp_path / "log")[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", 1]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", several]
     script = Path(__file__).parents[2] / f"{name}.py"
     words = [*command, script, *argv, "--out", tmp_path / "all", "--threads", 1]
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("eval step 9") == 1
-    assert_same(tmp_path / "one", tmp_path / "all")
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([*map(str, words)], stdout=said, stderr=said, env=env)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        log, at = tmp_path / "all" / "history.jsonl", int(random.integers(2, 8))
+        while run.poll() is None and not (log.exists() and f'"step": {at}' in log.read_text()):
+            time.sleep(0.01)
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(random.uniform(0, 0.3))
+        killed = int(random.integers(several))
+        os.kill(int(children.read_text().split()[killed]), signal.SIGKILL)
+        assert run.wait(300) == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text().count("eval step 9") == 1
+    assert_same(tmp_path / "one", tmp_path / "all", exactly=True)
+    print(f"rank {killed} of {several} ({argv[-3]}) killed after step {at}: the same bits")
 
 
 def test_a_process_alone_has_no_others():
