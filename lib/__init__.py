@@ -35,7 +35,7 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
                source), onpolicy (the student's own text, live; with drift), beside (losses beside
                the logits; with capture, attention, gradnorm), classifier, ranks (several
-               GPUs), tags, track, samples
+               GPUs; with shard), tags, track, samples
     prepare/   for prepare_data.py: sources, places, hub, kinds, formats, schema, conversations,
                templates and asked (chat.py hands them over), rows, classes, workers, split,
                quality, export, describe, demo; answers that a model writes: answers, own (the
@@ -54,7 +54,8 @@ Where is ...?
     the loss               losses.head_loss: alpha T^2 divergence + (1 - alpha) CE, in one pass
     ... a new divergence   one case in losses.divergence, its name in losses.DIVERGENCES
                            (--divergence offers it), its formula in tests/references.py
-    several GPUs           options/ranks.py: torchrun, data parallel; a rank's rows: plan.dealt_to
+    several GPUs           options/ranks.py: torchrun, data parallel; a rank's rows: plan.dealt_to;
+                           a student divided among them (FSDP): options/shard.py
     the optimizer step     written out in the loops of stage1_sft.py and stage2_kd.py, nowhere else
     the learning rate      train.cosine; memory and disk before the first step: train.make_room
     packing, batches       plan.microbatches and plan.Rows: which rows lie on one line; data.Batch

@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -582,7 +583,9 @@ def read_divided(
         if seen != {name: tuple(tensor.shape) for name, tensor in wanted.items()}:
             other = sorted({*seen} ^ {*wanted}) or ["another shape"]
             files.fail(f"{folder} does not fit the model", other[0], mend=START_ANEW)
-        checkpoint.load(wanted, storage_reader=reader, no_dist=not is_initialized())
+        with warnings.catch_warnings():  # that one process loads what several have written
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint.load(wanted, storage_reader=reader, no_dist=not is_initialized())
     except (OSError, SafetensorError, ValueError, checkpoint.CheckpointException) as broken:
         files.fail(f"{folder} cannot be read", broken, mend=START_ANEW)
     return {name: tensor for name, tensor in wanted.items() if name not in own}

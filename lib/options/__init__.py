@@ -13,6 +13,7 @@ script names it in a few lines, and no flat file knows it.
     gradnorm     ... --balance: weights that make every loss pull alike
     classifier   models with a classification head (data of --task classify)
     ranks        several processes of torchrun that train one student
+    shard        ... of which each holds a part of it
     tags         --tag: a run's folder named by method and date
     track        --track: the log in TensorBoard or Weights & Biases
     samples      samples.md: a few val prompts answered at every evaluation

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 4 stage2_kd.py --data ...     # the flags are those of one process
 
-Each process (a rank) has the whole student and makes the same plan, a pure function of lengths,
-seed and step (lib/plan.py). Of a step's rows it takes its part, by tokens, and gradients and losses
-are summed over all ranks before anything is divided: 1, 2 and 4 ranks have one gradient, to
-float32's rounding. So it is with the measures on val.
+Each process (a rank) has the whole student, or with --shard a part of it (shard.py), and makes the
+same plan, a pure function of lengths, seed and step (lib/plan.py). Of a step's rows it takes its
+part, by tokens, and gradients and losses are summed over all ranks before anything is divided: 1, 2
+and 4 ranks have one gradient, to float32's rounding. So it is with the measures on val.
 
 Rank 0 leads: it alone prints, writes the run's folder, and samples. A signal to any rank ends all
 of them at one step, which is saved. torchrun --max-restarts N starts all again where one died. The
@@ -146,6 +146,7 @@ class Ranks:
 
         with self.waiting():
             self.divided = shard.Divided(student, device, self.world, amp, self.args.cpu_offload)
+        print(f"student: divided among {self.world} processes")
         return self.divided.student
 
     def divide(self, trained: nn.Module) -> None:

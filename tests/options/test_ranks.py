@@ -248,9 +248,10 @@ def test_signals_to_all_ranks_and_a_folder_named_by_the_date(world, tmp_path):
     assert_same(tmp_path / "one", run)
 
 
-def test_in_float16_a_rank_without_rows_takes_the_same_steps(world, tmp_path):
+@pytest.mark.parametrize("shard", ("none", "fsdp"))
+def test_in_float16_a_rank_without_rows_takes_the_same_steps(world, tmp_path, shard):
     name, argv = words_of(world, "few")
-    argv = [*argv, "--amp", "fp16", "--steps", 4, "--samples", 0]
+    argv = [*argv, "--amp", "fp16", "--steps", 4, "--samples", 0, "--shard", shard]
     make.call(MAINS[name], *argv, "--out", tmp_path / "one")
     assert together(3, name, [*argv, "--out", tmp_path / "all"], tmp_path / "log") == [0, 0, 0]
     first, second = (make.history(tmp_path / run, "train") for run in ("one", "all"))
