@@ -322,10 +322,10 @@ def fork() -> int:
 
 
 def start(
-    main, argv, log: Path, disturbance=None, below: str = "", limit: int = 0, slow_s: float = 0.0
+    main, argv, log: Path, disturbance=None, below: str = "", limit: int = 0, team: int = 1
 ) -> int:
-    """Fork a process that runs a script, its words into `log`; slow_s: how long each batch of a
-    dump takes at least. Return its number."""
+    """Fork a process that runs a script, its words into `log`; team: of so many workers, none of
+    which makes a record before all have begun, and all slowly. Return its number."""
     if child := fork():
         return child
     code = 70
@@ -341,7 +341,14 @@ def start(
         shared.PART_TARGETS, shared.LOOK_AGAIN_S = 1, 0.05
         shared.LEASE_S, shared.BEAT_S = SHARED_LEASE_S, SHARED_LEASE_S / 10
         plain = writer.teacher_records
-        writer.teacher_records = lambda *args: (time.sleep(slow_s), plain(*args))[1]
+
+        def slow(*args):
+            while len(list(Path(below).glob("*/.shared/*.json"))) < team:
+                time.sleep(0.005)
+            time.sleep(0.2)
+            return plain(*args)
+
+        writer.teacher_records = slow if team > 1 else plain
         plots.curves = plots.prepared = lambda *_: None
         prompts.speed = lambda *_: {}
         if limit:
@@ -514,7 +521,7 @@ def stop(bench: Bench, rng: random.Random, turn: int):
 
 
 def several(bench: Bench, rng: random.Random, turn: int):
-    four = [bench.start(slow_s=0.2) for _ in range(4)]
+    four = [bench.start(team=4) for _ in range(4)]
     killed, stopped = rng.sample(four, 2)
     for child, number in ((killed, signal.SIGKILL), (stopped, signal.SIGSTOP)):
         while child not in holders(bench) and shared.process_of(child):

@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lib import data, files, models
+from lib import data, files, flags, models
 from lib.run import Interrupt
 from lib.teacher import basis, fit, record, writer
 
@@ -53,9 +53,9 @@ Found = TypeVar("Found")
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) what does not go with --shared."""
-    for name, given in vars(args).items():
-        if name in ("fresh", "verify", "teacher_url", "import_") and given not in (None, False):
-            parser.error(f"--shared does not go with --{name.strip('_').replace('_', '-')}")
+    for name in ("fresh", "verify", "teacher_url", "import_"):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # --verify is 0
+            parser.error(f"--shared does not go with {flags.spelled(name.strip('_'))}")
 
 
 def check_begun(out: Path, chunks: list, shared: bool) -> None:
