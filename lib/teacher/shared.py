@@ -67,17 +67,16 @@ def check_begun(out: Path, chunks: list, shared: bool) -> None:
             files.fail(f"{place} was begun with --shared", f"parts in {parts}", mend=mend)
         inside = {path.name for path in place.glob("*")} - {files.LOCK}
         if shared and (inside or files.locked(place)) and "meta.json" not in inside:
-            seen = ", ".join(sorted(inside)) or "a process that writes there"
-            files.fail(f"{place} was begun alone", seen, mend="the same command without --shared")
+            mend = "the same command without --shared"
+            files.fail(f"{place} was begun alone", sorted(inside) or "its writer", mend=mend)
 
 
 def told_by(path: Path) -> dict:
     """Return what a heartbeat, or a lease, says; {} where it is gone or torn."""
     try:
-        told = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
 
 
 def process_of(pid: int) -> str:
@@ -111,13 +110,11 @@ class Worker:
     context: what it holds is given back at its end."""
 
     def __init__(self, out: Path, interrupt: Interrupt) -> None:
-        self.out, self.home, self.interrupt = out, out / HOME, interrupt
+        self.out, self.home, self.interrupt, self.warm = out, out / HOME, interrupt, False
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
         self.file = self.home / f"{self.name}.json"
         me = {"worker": self.name, "pid": os.getpid(), "process": process_of(os.getpid())}
         self.told: dict[str, Any] = me | {"beats": 0, "targets": 0, "seconds": 0.0, "doing": ""}
-        self.warm = False  # the first batch of a process says nothing of its speed
-        self.held: set[Path] = set()
         self.seen: dict[str, tuple[bytes, float]] = {}  # of others: a heartbeat, since when
         while not self.file.exists():  # the last one to leave may take the folder away
             out.mkdir(parents=True, exist_ok=True)
@@ -143,9 +140,9 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        for lease in [*self.held]:
-            self.give(lease)
         with contextlib.suppress(OSError):  # another does the same, or chunks are left
+            for lease in self.home.glob("**/*.lease"):
+                self.give(lease)
             for path in self.home.glob("*.json"):
                 if path == self.file or is_gone(told_by(path)):
                     path.unlink()
@@ -164,11 +161,10 @@ class Worker:
             mine = lease.with_name(f"{self.name}.{lease.name}")
             os.link(self.file, mine)
             os.replace(mine, lease)  # two may think that it is theirs, and do the work twice
-        self.held.add(lease)
         return True
 
     def give(self, lease: Path) -> None:
-        self.held.discard(lease)
+        """Give a lease back, if it is still ours."""
         if told_by(lease).get("worker") == self.name:
             lease.unlink(missing_ok=True)
 
@@ -211,9 +207,9 @@ class Worker:
                 raise
 
     def count(self, targets: int, seconds: float) -> None:
-        if self.warm:
-            self.told["targets"] += targets
-            self.told["seconds"] += seconds
+        """Count a batch; the first one says nothing of the worker's speed."""
+        self.told["targets"] += targets * self.warm
+        self.told["seconds"] += seconds * self.warm
         self.warm = True
 
     @property
@@ -235,7 +231,6 @@ class Worker:
                 own = self.home / f"{self.name}.safetensors"
                 fit.make_basis(own, split, teacher, settings)
                 publish_first(own, path)
-        self.held.discard(lease)
         lease.unlink(missing_ok=True)  # whoever held it: the basis is there
         fit.check_basis(self.out, settings, missing, False)
         return fit.load_basis(self.out, teacher)
@@ -246,8 +241,8 @@ class SharedChunk:
     records, cross-entropy and hits."""
 
     def __init__(self, worker: Worker, told: tuple, scored: Callable) -> None:
-        self.worker, self.told, self.plan = worker, told, writer.ChunkPlan(*told)
-        self.scored = scored
+        self.worker, self.told, self.scored = worker, told, scored
+        self.plan = writer.ChunkPlan(*told)
         self.place = record.chunk_folder(worker.out, self.plan.chunk)
         self.folder = worker.home / self.place.name
         self.parts: list[list[np.ndarray]] = []
@@ -259,8 +254,8 @@ class SharedChunk:
             self.parts[-1].append(batch)
             sizes[-1] += int(self.plan.counts[batch].sum())
         self.record = np.dtype([("record", self.plan.dtype), ("ce", "<f8"), ("hit", "?")])
-        settings = self.plan.settings | {"teacher_folder": ""}  # may be another on each host
-        settings["part_targets"] = PART_TARGETS
+        # where the teacher lies may be another place on each host
+        settings = self.plan.settings | {"teacher_folder": "", "part_targets": PART_TARGETS}
         self.tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.folder.mkdir(exist_ok=True)
         path, own = self.folder / "plan.json", self.folder / f"{worker.name}.json"
@@ -285,7 +280,8 @@ class SharedChunk:
         left = [i for i in range(len(self.parts)) if self.part(i).name not in there] or [MERGE]
         for number in sorted(left, key=lambda i: self.lease(i).name in there):  # free ones first
             if self.worker.take(self.lease(number)):
-                if not self.finished and (number == MERGE or not self.part(number).exists()):
+                over = (self.place / "meta.json").exists()
+                if not over and (number == MERGE or not self.part(number).exists()):
                     return number
                 self.worker.give(self.lease(number))
         return None
@@ -314,12 +310,10 @@ class SharedChunk:
         for number, batches in enumerate(self.parts):
             self.worker.leave()
             part = files.read_npy(self.part(number), self.record, f"rm {self.part(number)}")
-            end = 0
-            for rows in batches:
-                start, end = end, end + int(self.plan.counts[rows].sum())
-                some = part[start:end]
+            ends = np.cumsum([self.plan.counts[rows].sum() for rows in batches])
+            assert ends[-1] == len(part), (self.part(number), ends[-1], len(part))
+            for rows, some in zip(batches, np.split(part, ends[:-1])):
                 made.add(rows, *(some[name].copy() for name in ("record", "ce", "hit")))
-            assert end == len(part), (self.part(number), end, len(part))
         return made
 
     def age_s(self, made: writer.Writer) -> float:
@@ -333,10 +327,6 @@ class SharedChunk:
         files.sync(made.folder)
         os.rename(made.folder, self.place)  # refused where there is a chunk
         files.sync(self.worker.out)
-
-    @property
-    def finished(self) -> bool:
-        return (self.place / "meta.json").exists()
 
 
 def clear(home: Path, name: str) -> None:
@@ -389,8 +379,7 @@ def progress(out: Path, dataset: data.Dataset, chunk: int | str) -> tuple[int, i
     if not (place / "done.npy").exists():
         return int(counts.sum()), int(counts.sum()), "not begun"
     missing = int(counts[~files.read_npy(place / "done.npy", record.DONE)["done"]].sum())
-    by = "a process that is at work" if files.locked(place) else "a process that has ended"
-    return int(counts.sum()), missing, f"without --shared, by {by}"
+    return int(counts.sum()), missing, "at work" if files.locked(place) else "nobody at work"
 
 
 def say_status(out: Path, dataset: data.Dataset, chunks: list) -> None:
@@ -402,13 +391,12 @@ def say_status(out: Path, dataset: data.Dataset, chunks: list) -> None:
         if how in few:
             few[how] += 1
         else:
-            place = record.chunk_folder(out, chunk)
-            print(f"{place}: {total - missing:,} of {total:,} targets, {how}")
+            there = f"{total - missing:,} of {total:,} targets"
+            print(f"{record.chunk_folder(out, chunk)}: {there}, {how}")
     for path in sorted((out / HOME).glob("*.json")):
-        told, age = told_by(path), float("inf")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KeyError):  # it has just left
+            told = told_by(path)
             age = time.time() - path.stat().st_mtime  # for people: two clocks may differ
-        if told:
             dead, rate = is_gone(told) or age > LEASE_S, told["targets"] / (told["seconds"] or 1.0)
             speed += 0.0 if dead else rate
             sign = f"no sign of life for {age:.0f} s" if dead else told["doing"]

@@ -42,10 +42,11 @@ def work(argv, log, batch_s=0.0, team=1, signals=None):
     home, plain, count = Path(argv[argv.index("--out") + 1], ".shared"), writer.teacher_records, 0
 
     def slow(*args):
-        nonlocal count
+        nonlocal count, team
         count += 1
         while len(list(home.glob("*.json"))) < team:
             time.sleep(0.01)
+        team = 0  # from now on some may leave
         if number := (signals or {}).get(count):
             for _ in range(2):  # its heartbeat tells of all that it has done
                 (mine,) = home.glob(f"*-{os.getpid()}-*.json")
