@@ -17,6 +17,7 @@ from lib.run import Interrupt
 from lib.teacher import shared, writer
 
 LEASE_S = 1.0
+STARTED = []  # processes
 BASIS = ("--tail-rank", 8, "--tail-bytes", 8)
 
 
@@ -61,6 +62,16 @@ def work(argv, log, batch_s=0.0, team=1, signals=None):
     make.script("dump_logits", argv, log)
 
 
+@pytest.fixture(autouse=True)
+def none_left():
+    """Kill what a test has started and not ended, also what is stopped."""
+    yield
+    while STARTED:
+        one = STARTED.pop()
+        one.kill()
+        one.join()
+
+
 class Workers:
     """Workers of one folder, by their number; `log`: the words of all."""
 
@@ -72,6 +83,7 @@ class Workers:
         one = make.processes().Process(target=work, args=(self.argv, self.log), kwargs=options)
         one.start()
         self.all.append(one)
+        STARTED.append(one)
         return one
 
     def end(self):
