@@ -554,7 +554,7 @@ KINDS = {
 # how often each comes in a round of rounds: what has most places most often
 TURNS = "write fault moment write fresh full gone fault twice write limit fresh moment write stop"
 TURNS = [*TURNS.split(), "fault"]
-SHARED_TURNS = "write fault moment write twice gone full write several stop limit".split()
+SHARED_TURNS = "write fault moment write stop gone full write several twice limit".split()
 
 
 def torture(bench: Bench, kind: str, turn: int, seed: int) -> tuple[str | None, str]:
