@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +48,6 @@ PART_TARGETS = 1 << 14  # what a killed worker loses: seconds on a GPU
 BEAT_S, LEASE_S = 5.0, 120.0  # an NFS client may take an old file for the newest for 60 s
 LOOK_AGAIN_S, WAITING_S = 2.0, 60.0  # of a worker that waits; it says so after the second
 MERGE = -1  # in place of a part's number
-Found = TypeVar("Found")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -182,7 +181,7 @@ class Worker:
         self.seen[name] = now, time.monotonic()
         return True
 
-    def until(self, look: Callable[[], Found | None], what: str) -> Found:
+    def until(self, look: Callable[[], Any], what: str) -> Any:
         """Return what `look` finds, as soon as it finds something."""
         if (found := look()) is not None:
             return found
