@@ -83,7 +83,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # set-up leaves it to the first import to compile a module, for most are never imported: let it keep what it compiled
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup data stage1 logits verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-teacher demo-student demo-distilled demo-before demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
+.PHONY: help setup data stage1 logits logits-status verify stage2 own control sweep domain eval measure compare runs chat serve demo demo-teacher demo-student demo-distilled demo-before demo-live demo-seeds test test-machines torture lint bench fidelity evidence clean
 .DEFAULT_GOAL := help
 
 define doors
@@ -126,6 +126,10 @@ stage1: .venv/ready ## fine-tune STUDENT on the teacher's answers -> runs/NAME/s
 logits: .venv/ready ## run TEACHER once -> logits/NAME (CHUNK=3: that chunk alone)
 	$(call needs,$(DATA)/meta.json)
 	$(PY) dump_logits.py --data $(call one,$(DATA)) $(TEACHER_IS) --student $(call one,$(STUDENT)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) $(HOLDS) $(LOGITS_ARGS) $(ARGS)
+
+logits-status: .venv/ready ## how far logits/NAME is, who is at work (LOGITS_ARGS=--shared of make logits: many workers), and until when
+	$(call needs,$(DATA)/meta.json)
+	$(PY) dump_logits.py --data $(call one,$(DATA)) --out $(call one,$(LOGITS)) --chunk $(CHUNK) --status
 
 verify: .venv/ready ## every byte of DATA, LOGITS and RUNS that has a checksum (VERIFY=1000: and so many targets by TEACHER, again)
 	$(PY) -m lib.files $(call there,$(DATA)) $(or $(call there,$(LOGITS)),$(foreach w,$(LOGITS),$(call there,$(lastword $(subst =, ,$(w)))))) $(call there,$(RUNS))

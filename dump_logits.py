@@ -12,6 +12,10 @@ of the rest, to memory-mapped arrays.
     # what another tool has dumped (easydistill, axolotl, distillkit, verl): the same limits
     python dump_logits.py --data data/distilqwen --import logits.jsonl --format easydistill \\
         --student Qwen/Qwen2.5-0.5B --out logits/imported
+    # any number of these at once, on hosts with one disk, divide what is missing; how far they are
+    python dump_logits.py --data data/distilqwen --teacher Qwen/Qwen2.5-7B-Instruct \\
+        --student Qwen/Qwen2.5-0.5B --out logits/distilqwen --shared
+    python dump_logits.py --data data/distilqwen --out logits/distilqwen --status
     # CPU, seconds, after `make demo`
     python dump_logits.py --data data/demo --teacher runs/demo/teacher --out logits/try --chunk val
 
@@ -46,6 +50,7 @@ from lib.teacher import (
     imported,
     record,
     served,
+    shared,
     translate,
     verify,
     worth,
@@ -96,13 +101,27 @@ def parse_args(argv=None):
             " score N random targets again; exit code 1 if something is wrong"
         ),
     )
+    group.add_argument(
+        "--status",
+        action="store_true",
+        help="write nothing: how far the chunks of --out are, who is at work, and until when",
+    )
     group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--shared",
+        action="store_true",
+        help="one of many workers, on any hosts that share --out, each with the same command",
+    )
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
     served.add_flags(parser)
     across.add_flags(parser)
     imported.add_flags(parser)
     args = parser.parse_args(argv)
+    if args.status:
+        return args
+    if args.shared:
+        shared.check_flags(parser, args)
     if not imported.check_flags(parser, args):
         served.check_flags(parser, args, ask.KEYS)
     across.check_flags(parser, args)
@@ -216,49 +235,53 @@ def cut(args, teacher, dataset):
     return teacher
 
 
+def plan_of(job, chunk, settings):
+    """Return what a writer.ChunkPlan is made of, and what scores its batches: rows -> records, the
+    teacher's cross-entropy and hits."""
+    dataset, name = job.dataset, "val" if chunk == "val" else "train"
+    split, other, head = job.splits[name], job.others.get(name), job.teacher.head()
+    score = other.records if other else writer.teacher_records
+    wanted = settings["k"], settings["temperatures"], record.dtype_of(settings), job.shape
+
+    def scored(rows):
+        batch = split.batch([[row] for row in rows.tolist()]).to(job.teacher.device)
+        return score(job.teacher, head, batch, *wanted)
+
+    rows, lengths = writer.rows_of(dataset, chunk), split.rows["length"]
+    plan = chunk, getattr(dataset, name), rows, settings, lengths, other and other.lost
+    return plan, scored
+
+
+def new_bar(what, total=None):
+    hidden = not sys.stderr.isatty()
+    return tqdm(total=total, desc=what, unit="target", unit_scale=True, disable=hidden)
+
+
 def dump(out, chunk, job, settings, interrupt, holding):
     """Write one chunk (or val), or what is missing of it. holding: its lock, if there is one."""
-    dataset, teacher, name = job.dataset, job.teacher, "val" if chunk == "val" else "train"
-    split, other = job.splits[name], job.others.get(name)
     folder = record.chunk_folder(out, chunk)
     holding = holding or files.lock(folder)
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
-    made = writer.Writer(
-        folder,
-        chunk,
-        getattr(dataset, name),
-        writer.rows_of(dataset, chunk),
-        settings,
-        split.rows["length"],
-        other and other.lost,
-    )
-    score = other.records if other else writer.teacher_records
-    batches, left, head = len(made.batches), len(made.left), teacher.head()
+    plan, scored = plan_of(job, chunk, settings)
+    made = writer.Writer(folder, *plan)
+    batches, left = len(made.batches), len(made.left)
     print(
         f"dump {folder}: {len(made.rows):,} rows, {made.targets:,} targets, {made.dtype.itemsize}"
         " bytes each"
         + (f"; {batches - left} of {batches} batches are there" if left < batches else ""),
         flush=True,
     )
-    bar = tqdm(
-        total=sum(int(made.counts[rows].sum()) for rows in made.left),
-        desc=f"dump {chunk}",
-        unit="target",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    )
+    bar = new_bar(f"dump {chunk}", sum(int(made.counts[rows].sum()) for rows in made.left))
     targets, seconds, said, speed = 0, 0.0, time.monotonic(), "one batch"
     begun = time.monotonic()
 
     for number, rows in enumerate(made.left):
-        started = clock(teacher.device)
-        batch = split.batch([[row] for row in rows.tolist()]).to(teacher.device)
-        wanted = settings["k"], settings["temperatures"], made.dtype, job.shape
-        records, ce, hits = score(teacher, head, batch, *wanted)
+        started = clock(job.teacher.device)
+        records, ce, hits = scored(rows)
         if number:  # the first one warms up
-            seconds += clock(teacher.device) - started
+            seconds += clock(job.teacher.device) - started
             targets += len(records)
             speed = f"{targets / seconds:.0f} targets/s"
         made.add(rows, records, ce, hits)
@@ -270,21 +293,53 @@ def dump(out, chunk, job, settings, interrupt, holding):
             print(f"dump {chunk}: {number + 1} of {left} batches, {speed}", flush=True)
             said = time.monotonic()
     bar.close()
-
-    asked = chunk == "val" and not dataset.labels and not other
-    more = {"answers": worth.answered(teacher, dataset)} if asked else {}
-    finish(made, dataset, begun, speed, more)
+    finish(made, job, folder, time.monotonic() - begun, speed)
     holding.release()
 
 
-def finish(made, dataset, begun, speed, more):
-    """End a chunk, and say what is in it."""
-    # apart from what is the same whatever the machine; of the process that finished it
-    cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
+def dump_shared(args, out, wanted, job, settings):
+    """Write chunks as one of many workers: part after part, until all are there, by whomever."""
+    with shared.Worker(out, Interrupt()) as worker:
+        print(f"dump: worker {worker.name}", flush=True)
+        if args.tail_rank:
+            job.shape, settings["basis"] = worker.shared_basis(
+                job.splits["train"], job.teacher, settings, wanted
+            )
+        bar, said = new_bar(f"dump {worker.name}"), time.monotonic()
+
+        for chunk, number in shared.tasks(worker, wanted, lambda one: plan_of(job, one, settings)):
+            with worker.unless_finished(chunk.place):
+                if number == shared.MERGE:
+                    made = chunk.merge()
+                    finish(made, job, chunk.place, chunk.age_s(made), worker.speed)
+                    chunk.publish(made)
+                    continue
+                batches = []
+                for rows in chunk.parts[number]:
+                    started = clock(job.teacher.device)
+                    batches.append(chunk.scored(rows))
+                    count = len(batches[-1][0])
+                    worker.count(count, clock(job.teacher.device) - started)
+                    bar.update(count)
+                    worker.leave()
+                chunk.put(number, batches)
+            if bar.disable and time.monotonic() - said > 15:
+                print(f"dump {worker.told['doing']}, {worker.speed}", flush=True)
+                said = time.monotonic()
+        bar.close()
+
+
+def finish(made, job, place, seconds, speed):
+    """End a chunk, which took so many seconds, and say what is in it; place: where it will lie."""
+    # apart from what is the same whatever the machine
+    cost = {"dumped_s": round(seconds, 1), "checksums": {}}
     files.write_json(made.folder / writer.COST_FILE, cost)
+    dataset, more = job.dataset, {}
+    if made.chunk == "val" and not dataset.labels and not job.others:
+        more = {"answers": worth.answered(job.teacher, dataset)}
     meta = made.finish(dataset.identities, dataset.sources, **more)
     print(
-        f"dump {made.folder}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
+        f"dump {place}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
         f" {meta['teacher_ce']:.4f} acc1 {meta['teacher_acc1']:.4f}, top-k coverage "
         + "  ".join(f"T={t}: {share:.3f}" for t, share in meta["coverage"].items()),
         flush=True,
@@ -314,6 +369,8 @@ def main(argv=None):
     device = models.pick_device(args.device, args.threads)
     dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
     wanted, out = chunks_wanted(args, dataset), Path(args.out)
+    if args.status:
+        return shared.say_status(out, dataset, wanted)
     if args.verify is not None:
         return look_again(args, dataset, wanted, out, device)
     if args.teacher_url:
@@ -348,22 +405,26 @@ def main(argv=None):
     )
     width = teacher.head().weight.shape[1]
     writer.check_disk(out, dataset, missing, settings, width)
+    shared.check_begun(out, missing, args.shared)
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
         fit.check_basis(out, settings, missing, anew)
     if args.dry_run:
         return print("--dry-run: nothing was written")
-    held = writer.empty_chunks(out, missing) if args.fresh else {}
-    if args.tail_rank and missing:
-        job.shape, settings["basis"] = fit.shared_basis(
-            out, job.splits["train"], teacher, settings, missing, anew
-        )
-    elif anew:
-        (out / basis.FILE).unlink(missing_ok=True)
+    if args.shared:
+        dump_shared(args, out, wanted, job, settings)
+    else:
+        held = writer.empty_chunks(out, missing) if args.fresh else {}
+        if args.tail_rank and missing:
+            job.shape, settings["basis"] = fit.shared_basis(
+                out, job.splits["train"], teacher, settings, missing, anew
+            )
+        elif anew:
+            (out / basis.FILE).unlink(missing_ok=True)
 
-    interrupt = Interrupt()
-    for chunk in missing:
-        dump(out, chunk, job, settings, interrupt, held.get(chunk))
+        interrupt = Interrupt()
+        for chunk in missing:
+            dump(out, chunk, job, settings, interrupt, held.get(chunk))
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists():

@@ -25,7 +25,8 @@ STATE_BYTES = 24  # of one weight: itself and two moments in float32, written an
 # assumed; times in hours
 MFU, DISK, OBJECT_PRICE = 0.3, 1e9, 0.023  # share of the peak; bytes/s a reader; $ a GB-month
 GPU_MTBF, SPOT_MTBF = 54 * 24 * 16384 / 419, 24.0
-LEASE, REPLACE, SLOW_SHARE, SLOW = 5 / 60, 10 / 60, 0.05, 2.0  # share of workers; times as slow
+LEASE, REPLACE, SLOW_SHARE, SLOW = 2 / 60, 10 / 60, 0.05, 2.0  # share of workers; times as slow
+SHARED_PART = 16_384  # targets in a part of dump_logits.py --shared
 GPUS = {  # peak FLOP/s in half precision, $ an hour, bytes/s to the job's other GPUs
     "V100": (125e12, 3.06, 150e9),
     "A100": (312e12, 1.84, 300e9),
@@ -240,7 +241,8 @@ def main(argv=None):
     jobs, parts, gpus = (job,), [(job, 1), (job, 0.1)], (job.gpus,)
     if asked:
         jobs, gpus = JOBS, (8, 256, 2048, 16384)
-        parts = [(JOBS[1], 1), (JOBS[1], 0.1), (JOBS[2], 1), (JOBS[2], 10), (JOBS[2], 100)]
+        parts = [(JOBS[1], 1), (JOBS[1], 0.1), (JOBS[1], SHARED_PART / (256 * 20_000))]
+        parts += [(JOBS[2], 1), (JOBS[2], 10), (JOBS[2], 100)]
     late = REPLACE + costs(jobs[-1])["start"]
     print(paper_table(jobs), dump_table(parts, mtbf), training_table(gpus, late), sep="\n\n")
 

@@ -26,12 +26,12 @@ The core, flat: what every reader of a trainer needs, from the floor up.
 
 Rooms: what one may leave out. Each room's __init__ lists its files.
 
-    teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, logits (the
-               reader), verify, basis, fit and sample (the shape of a record's tail), served (a
-               server fills it), imported (so does another tool's dump, which foreign reads;
-               truncated: what both know of a distribution), across, translate and reread (a
-               teacher with another tokenizer), several (teachers as one), live, worth (can
-               it teach?), written (who wrote the rows?)
+    teacher/   whatever stands for the teacher in stage 2: record (the bytes), writer, shared (many
+               writers at once), logits (the reader), verify, basis, fit and sample (the shape of a
+               record's tail), served (a server fills it), imported (so does another tool's dump,
+               which foreign reads; truncated: what both know of a distribution), across, translate
+               and reread (a teacher with another tokenizer), several (teachers as one), live,
+               worth (can it teach?), written (who wrote the rows?)
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
                source), onpolicy (the student's own text, live; with drift), beside (losses beside
                the logits; with capture, attention, gradnorm), classifier, ranks (several
@@ -63,6 +63,7 @@ Where is ...?
     the chat template      given to a tokenizer in prepare/templates.py; written by template.render
     records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record
                            holds, byte by byte: teacher/record.py
+    ... by many workers    teacher/shared.py: parts of chunks, leases (dump_logits.py --shared)
     records read           teacher/logits.py, class Records; their tail's shape: teacher/basis.py
     a live teacher         teacher/live.py, class LiveTeacher; what any teacher must answer, and
                            where one is chosen: teacher/__init__.py, class Teacher, open_teacher

@@ -21,6 +21,8 @@ command that shows it again (but for moments).
     fresh   SIGKILL at a write, and at one of the same command with --fresh
     twice   a second copy starts: it is refused, or waits
     stop    SIGSTOP at a random moment, a second copy meanwhile, SIGCONT
+    several four workers of `shared` at once, of which one is killed and one stopped past its lease,
+            each while it holds one
 
 Flips are of files of every kind (readers.py), one after the other: a bit, a byte, a block of zeros.
 Whether `files.verify` notices, and the script that reads the file; none may be used in silence.
@@ -70,10 +72,11 @@ import stage1_sft  # noqa: E402
 import stage2_kd  # noqa: E402
 from lib import files  # noqa: E402
 from lib.measure import plots, prompts  # noqa: E402
-from lib.teacher import writer  # noqa: E402
+from lib.teacher import shared, writer  # noqa: E402
 
 HANG_S = 120
 LEAVE_S = 10  # that a script has to end after a signal
+SHARED_LEASE_S = 2.0
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # of a result: of the machine, of the tree's moment, and the sums of what holds such
 NOT_OURS = ("trained_s", "dumped_s", "written_s", "speed", "git", "seal", "sizes")
@@ -118,6 +121,7 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
     own += ("--student-batch", "1", "--student-temperature", "3", *cpu)
     talk = ("--ckpt", student, "--max-new-tokens", "6", "--greedy", "--batch-size", "1", *cpu)
     dump = ("--data", data, "--teacher", teacher, "--k", "8", "--tokens-per-microbatch", "60", *cpu)
+    together = ("--shared", "--chunk", "0", "--tokens-per-microbatch", "20")  # a part a row
     stage1 = ("--data", data, "--student", student, *train)
     stage2 = (*stage1, "--logits", str(world / "logits"))
     round2 = ("--data", str(world / "own"), "--logits", str(world / "own-logits"))
@@ -129,6 +133,7 @@ def stages(world: Path, place: Path) -> dict[str, Stage]:
         "answers": (prepare_data.main, prepare + answered, "out", ("rows.jsonl", "teacher")),
         "stage1": (stage1_sft.main, stage1, "out", lines),
         "dump": (dump_logits.main, dump, "out", ("data", "teacher")),
+        "shared": (dump_logits.main, (*dump, *together), "out", ("data", "teacher")),
         "stage2": (stage2_kd.main, stage2, "out", (*lines, "logits")),
         "own": (prepare_data.main, own, "out", ("rows.jsonl", "student")),
         "round": (stage2_kd.main, round2, "out", ("own", "own-logits", "student")),
@@ -316,8 +321,19 @@ def fork() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int = 0) -> int:
-    """Fork a process that runs a script, its words into `log`. Return its number."""
+def start(
+    main,
+    argv,
+    log: Path,
+    disturbance=None,
+    below: str = "",
+    limit: int = 0,
+    team: int = 0,
+    sends: int = 0,
+) -> int:
+    """Fork a process that runs a script, its words into `log`; team: of so many workers, none of
+    which makes a record before all have begun, and all slowly; sends: the signal that it sends
+    itself while it makes its first. Return its number."""
     if child := fork():
         return child
     code = 70
@@ -330,6 +346,21 @@ def start(main, argv, log: Path, disturbance=None, below: str = "", limit: int =
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
         writer.FLUSH_S, prepare_data.SHARD_ROWS = 0.0, 7
+        shared.PART_TARGETS, shared.LOOK_AGAIN_S = 1, 0.05
+        shared.LEASE_S, shared.BEAT_S = SHARED_LEASE_S, SHARED_LEASE_S / 10
+        plain = writer.teacher_records
+
+        def slow(*args):
+            nonlocal sends, team
+            while len(list(Path(below).glob("*/.shared/*.json"))) < team:
+                time.sleep(0.005)
+            team = 0  # from now on some may leave
+            time.sleep(0.2)
+            if sends:
+                sends, _ = 0, os.kill(os.getpid(), sends)
+            return plain(*args)
+
+        writer.teacher_records = slow if team else plain
         plots.curves = plots.prepared = lambda *_: None
         prompts.speed = lambda *_: {}
         if limit:
@@ -501,12 +532,29 @@ def stop(bench: Bench, rng: random.Random, turn: int):
     yield (0, said), (0,)
 
 
+def several(bench: Bench, rng: random.Random, turn: int):
+    roles = [signal.SIGKILL, signal.SIGSTOP, 0, 0]
+    rng.shuffle(roles)
+    four = [bench.start(team=4, sends=role) for role in roles]
+    stopped = four[roles.index(signal.SIGSTOP)]
+    codes = {child: bench.finish(child)[0] for child in four if child != stopped}
+    state = Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0]
+    os.kill(stopped, signal.SIGCONT)  # the others have not waited for it
+    codes[stopped] = bench.finish(stopped)[0]
+    wanted = [-9 if role == signal.SIGKILL else 0 for role in roles]
+    right = state == "T" and [codes[child] for child in four] == wanted
+    said = f"{bench.log.read_text(errors='replace')}\nstate {state}, codes {codes}, {roles}"
+    yield (0 if right else 70, said), (0,)
+
+
 KINDS = {
-    kind.__name__: kind for kind in (write, moment, fault, full, limit, gone, fresh, twice, stop)
+    kind.__name__: kind
+    for kind in (write, moment, fault, full, limit, gone, fresh, twice, stop, several)
 }
 # how often each comes in a round of rounds: what has most places most often
 TURNS = "write fault moment write fresh full gone fault twice write limit fresh moment write stop"
 TURNS = [*TURNS.split(), "fault"]
+SHARED_TURNS = "write fault moment write stop gone full write several twice limit".split()
 
 
 def torture(bench: Bench, kind: str, turn: int, seed: int) -> tuple[str | None, str]:
@@ -556,7 +604,8 @@ Counted = list[tuple[str, str, dict[str, int]]]
 
 def rounds_of(name: str, args, work: Path) -> Counted:
     """Disturb a stage --rounds times."""
-    turns = args.kinds.split(",") if args.kinds else TURNS
+    usual = SHARED_TURNS if name == "shared" else TURNS
+    turns = args.kinds.split(",") if args.kinds else usual
     table: collections.Counter = collections.Counter()
     with small_disk(work / f"disk-{name}") as disk:
         place = (disk or work) / f"round-{name}"

@@ -5,6 +5,7 @@ Contract: `Teacher` below is all that stage2_kd.py and lib/evaluate.py ask of on
 which it is. `open_teacher` chooses by the flags.
 
     logits.py   a logits folder, read          writer.py   its chunks, written (dump_logits.py)
+    shared.py   a dump by many workers, with leases
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
                                                sample.py   from which targets

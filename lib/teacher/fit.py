@@ -80,35 +80,44 @@ def check_basis(out: Path, settings: dict, missing: list, anew: bool) -> bool:
 def shared_basis(
     out: Path, split: data.Split, teacher: models.Model, settings: dict, missing: list, anew: bool
 ) -> tuple[Basis, str]:
-    """Return the basis of a logits folder, on the teacher's device, and its file's hash: the one
-    that is there, or a new one, fitted to train rows as the teacher reads them (`split`). Of
-    several dumps, the first makes it."""
-    path, holding = out / basis.FILE, files.lock(out, wait=True)
+    """Return the basis of a logits folder as `load_basis` does: the one that is there, or a new
+    one. Of several dumps, the first makes it."""
+    holding = files.lock(out, wait=True)
     if not check_basis(out, settings, missing, anew):
-        started, size = clock(teacher.device), settings["tail_bytes"]
-        print(f"basis {path}: is fitted, once for all chunks", flush=True)
-        with files.telling("basis, the teacher over a sample of rows"):
-            tokens = settings["tokens_per_microbatch"]
-            taken = sample.take(split, teacher, tokens, settings.get("only"))
-        k, rank = settings["k"], settings["tail_rank"]
-        with files.telling("basis, fitting"):
-            odd = odd_rows(teacher.head(), taken, k, rank, split)
-            if len(odd):
-                taken = sample.with_more(taken, odd, split, teacher, tokens)
-            hidden = taken.hidden
-            shape, held = fit_basis(teacher.head(), hidden, k, rank, size, taken.counts)
-        about = {name: settings[name] for name in FITTED_TO}
-        basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
-        print(
-            f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {size}"
-            f" bytes a target, hold {held:.1%} of the variance of the tail's logits in its sample;"
-            f" fitted to {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s",
-            flush=True,
-        )
-    shape, _ = basis.load(path, ANEW)
+        make_basis(out / basis.FILE, split, teacher, settings)
     holding.release()
+    return load_basis(out, teacher)
+
+
+def load_basis(out: Path, teacher: models.Model) -> tuple[Basis, str]:
+    """Return the basis of a logits folder, on the teacher's device, and its file's hash."""
+    shape, _ = basis.load(out / basis.FILE, ANEW)
     shape = replace(shape, apart=teacher.head().apart)
-    return shape.to(teacher.device), files.sha256(path)
+    return shape.to(teacher.device), files.sha256(out / basis.FILE)
+
+
+def make_basis(path: Path, split: data.Split, teacher: models.Model, settings: dict) -> None:
+    """Write a basis fitted to train rows as the teacher reads them (`split`)."""
+    started, size = clock(teacher.device), settings["tail_bytes"]
+    print(f"basis {path}: is fitted, once for all chunks", flush=True)
+    with files.telling("basis, the teacher over a sample of rows"):
+        tokens = settings["tokens_per_microbatch"]
+        taken = sample.take(split, teacher, tokens, settings.get("only"))
+    k, rank = settings["k"], settings["tail_rank"]
+    with files.telling("basis, fitting"):
+        odd = odd_rows(teacher.head(), taken, k, rank, split)
+        if len(odd):
+            taken = sample.with_more(taken, odd, split, teacher, tokens)
+        hidden = taken.hidden
+        shape, held = fit_basis(teacher.head(), hidden, k, rank, size, taken.counts)
+    about = {name: settings[name] for name in FITTED_TO}
+    basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
+    print(
+        f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {size}"
+        f" bytes a target, hold {held:.1%} of the variance of the tail's logits in its sample;"
+        f" fitted to {len(hidden):,} targets in {clock(teacher.device) - started:.0f} s",
+        flush=True,
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -431,7 +431,49 @@ def errors_said(meta: dict) -> list[str]:
     return lines
 
 
-class Writer:
+class ChunkPlan:
+    """The rows of one chunk (or val) in the batches of its forward passes: a function of the data
+    and of settings alone, so that whoever dumps it, and however often, computes the same.
+
+    dtype: of a record; targets: of all rows; batches: the rows of each forward pass. A row that is
+    to have no record is named by `leave_out`.
+    """
+
+    def __init__(
+        self,
+        chunk: int | str,
+        split: data.Split,
+        rows: np.ndarray,
+        settings: dict,
+        lengths: np.ndarray | None = None,
+        left_out: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """lengths (rows of the split,): of each row as the teacher reads it, if not as the data
+        has it; left_out: what `leave_out` would be told of."""
+        self.chunk, self.rows, self.settings = chunk, rows, settings
+        self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
+        self.sources = split.rows["source"][rows]
+        self.targets, self.dtype = int(self.counts[rows].sum()), record.dtype_of(settings)
+        self.left_out: dict[str, np.ndarray] = {}  # by the reason
+        if only := settings.get("only"):
+            self.leave_out(rows[~np.isin(self.sources, only)], OTHER_SOURCE)
+        for why, some in (left_out or {}).items():
+            self.leave_out(np.intersect1d(some, rows), why)
+        lengths, tokens = (
+            split.rows["length"] if lengths is None else lengths,
+            settings["tokens_per_microbatch"],
+        )
+        wanted = np.setdiff1d(rows, np.concatenate([rows[:0], *self.left_out.values()]))
+        self.batches = batches_of(wanted, lengths, tokens)
+
+    def leave_out(self, rows: np.ndarray, why: str) -> None:
+        """Let rows of the chunk have no record; said anew by whoever continues a dump."""
+        if len(rows):
+            before = self.left_out.get(why, np.zeros(0, np.int64))
+            self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
+
+
+class Writer(ChunkPlan):
     """The records of one chunk (or val) on their way to the disk; its folder is locked by the
     caller.
 
@@ -446,44 +488,20 @@ class Writer:
     says that no row is there; after `flush`, that rows 0 and 2 are. A Writer that is opened after a
     kill has `left` == [[3, 1]].
 
-    topk, done: the open files; there (rows,) DONE: what done.npy holds. batches, left: the rows of
-    each forward pass, all and those that are missing. A row that is to have no record is named by
-    `leave_out`, and is never added.
+    topk, done: the open files; there (rows,) DONE: what done.npy holds; left: the batches that are
+    missing. A row that is left out is never added.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        chunk: int | str,
-        split: data.Split,
-        rows: np.ndarray,
-        settings: dict,
-        lengths: np.ndarray | None = None,
-        left_out: dict[str, np.ndarray] | None = None,
-    ) -> None:
-        """lengths (rows of the split,): of each row as the teacher reads it, if not as the data
-        has it; left_out: what `leave_out` would be told of."""
-        self.folder, self.chunk, self.rows, self.settings = folder, chunk, rows, settings
-        self.starts, self.counts = split.rows["first_target"], split.rows["targets"]
-        self.sources = split.rows["source"][rows]
-        self.targets, self.dtype = int(self.counts[rows].sum()), record.dtype_of(settings)
+    def __init__(self, folder: Path, *plan: Any) -> None:
+        """plan: what a ChunkPlan is made of."""
+        super().__init__(*plan)
+        self.folder = folder
         if (folder / "done.npy").exists():
             self._continue()
         else:
             self._begin()
-        self.left_out: dict[str, np.ndarray] = {}  # by the reason
-        if only := settings.get("only"):
-            self.leave_out(rows[~np.isin(self.sources, only)], OTHER_SOURCE)
-        for why, some in (left_out or {}).items():
-            self.leave_out(np.intersect1d(some, rows), why)
-        lengths, tokens = (
-            split.rows["length"] if lengths is None else lengths,
-            settings["tokens_per_microbatch"],
-        )
-        wanted = np.setdiff1d(rows, np.concatenate([rows[:0], *self.left_out.values()]))
-        self.batches = batches_of(wanted, lengths, tokens)
         there = self.there["done"]
-        self.left = [batch for batch in self.batches if not there[batch - rows[0]].all()]
+        self.left = [batch for batch in self.batches if not there[batch - self.rows[0]].all()]
         self.pending: list[tuple] = []  # what has been added since the last flush
         self.flushed = time.monotonic()
 
@@ -527,13 +545,7 @@ class Writer:
     def add(self, rows: np.ndarray, records: np.ndarray, ce: np.ndarray, hits: np.ndarray) -> None:
         """Put the records of a batch of rows in their place, with the teacher's own cross-entropy
         and hits at each target, each (N,). Flushed every FLUSH_S seconds."""
-        if not np.isfinite(ce).all():
-            files.fail(
-                "the teacher's logits are not finite",
-                f"rows {rows[:8].tolist()}",
-                "numbers",
-                "--dtype float32 (some models overflow float16)",
-            )
+        refuse_not_finite(rows, ce)
         counts = self.counts[rows].astype(int)
         ends = np.cumsum(counts)
         for row, count, end in zip(rows, counts, ends):
@@ -544,12 +556,6 @@ class Writer:
         self.pending.append((rows - self.rows[0], *sums))
         if time.monotonic() - self.flushed > FLUSH_S:
             self.flush()
-
-    def leave_out(self, rows: np.ndarray, why: str) -> None:
-        """Let rows of the chunk have no record; said anew by whoever continues a dump."""
-        if len(rows):
-            before = self.left_out.get(why, np.zeros(0, np.int64))
-            self.left_out[why] = np.union1d(before, np.asarray(rows, np.int64))
 
     @property
     def missing(self) -> np.ndarray:
@@ -635,6 +641,17 @@ class Writer:
                 for i, t in enumerate(self.settings["temperatures"])
             }
         return found
+
+
+def refuse_not_finite(rows: np.ndarray, ce: np.ndarray) -> None:
+    """End the program where the teacher's cross-entropy at the targets of `rows` is no number."""
+    if not np.isfinite(ce).all():
+        files.fail(
+            "the teacher's logits are not finite",
+            f"rows {rows[:8].tolist()}",
+            "numbers",
+            "--dtype float32 (some models overflow float16)",
+        )
 
 
 class Placed:

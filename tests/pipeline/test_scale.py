@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib import data, files, flags
-from lib.teacher import record
+from lib.teacher import record, shared
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -33,6 +33,7 @@ def test_bytes_and_defaults_are_those_of_lib():
     assert np.dtype(np.uint32).itemsize + np.dtype(bool).itemsize == scale.TOKEN_BYTES
     looked_at = (2 + files.BLOCKS_LOOKED_AT) * files.BLOCK + record.LOOKED_AT_BYTES
     assert looked_at == scale.OPEN_BYTES
+    assert (shared.PART_TARGETS, shared.LEASE_S / 3600) == (scale.SHARED_PART, scale.LEASE)
     assert flags.SHARED["--tokens-per-step"]["default"] == scale.Job.step
 
 
