@@ -126,18 +126,17 @@ def main(argv=None):
     load = classifier.load if dataset.labels else models.load
     student = load(
         args.student,
-        together.loads_on(device),
         from_scratch=True,
         keep_layers=args.keep_layers,
         seed=args.seed,
-        **train.loading(args, dataset, amp),
+        **together.loading(device, train.loading(args, dataset, amp)),
     )
     lora.attach(args, student)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    rows.lay(student, run.more)
     student = together.share(student, rows, amp, device)
     head = student.head()
+    rows.lay(student, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every

@@ -172,14 +172,14 @@ def main(argv=None):
     rows.resume(run.more)
 
     load = classifier.load if dataset.labels else models.load
-    student = load(args.student, together.loads_on(device), **train.loading(args, dataset, amp))
+    student = load(args.student, **together.loading(device, train.loading(args, dataset, amp)))
     lora.attach(args, student)
-    student = teacher.join(student, args, amp, rows)
     tokenizer = dataset.tokenizer()
     models.stop_at(student, dataset.train.end_tokens(), tokenizer)
-    rows.lay(student, run.more)
     student = together.share(student, rows, amp, device)
+    student = teacher.join(student, args, amp, rows)
     head = student.head()
+    rows.lay(student, run.more)
     steps = rows.steps
     eval_every = args.eval_every or max(1, steps // 10)
     save_every = args.save_every or eval_every

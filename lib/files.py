@@ -134,8 +134,9 @@ def disk_error(error: Exception) -> tuple[str, str, str] | None:
 
 def lost_process(error: Exception) -> tuple[str, str, str] | None:
     """Return the same of what is raised where another process of a run under torchrun is gone."""
-    network = "gloo" in str(error) or type(error).__name__.startswith("Dist")
-    if not (isinstance(error, RuntimeError) and network):
+    gone = r"gloo.*(closed by peer|reset by peer|timed out|refused|broken pipe)"
+    named = type(error).__name__ in ("DistNetworkError", "DistBackendError")
+    if not isinstance(error, RuntimeError) or not named and not re.search(gone, str(error), re.I):
         return None
     said = str(error).strip().splitlines()[-1]
     return "this process has lost another one", said, "see what that one said"

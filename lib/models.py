@@ -95,7 +95,7 @@ class Model:
         layer = self.module.get_output_embeddings()
         vocab = vocab or self.limit or self.vocab
         apart = [id for id in self.apart if id < vocab] if self.limit else []
-        ids = torch.tensor(apart, device=layer.weight.device) if apart else None
+        ids = torch.tensor(apart, device=self.device) if apart else None
         bias = getattr(layer, "bias", None)
         return Head(layer.weight, bias, vocab, self.scale, self.softcap, ids)
 

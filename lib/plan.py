@@ -301,16 +301,19 @@ class Rows:
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
         """Yield the micro-batches of a step, on a device; of several processes those of this one,
-        which gets as many as any other, the last of them empty."""
-        (number, several), parts = self.among, []
-        source = int(self.split.rows["source"][self.of(step)[0]])
-        for one in range(several):
-            rows = dealt_to(self.of(step), self.lengths, one, several)
-            how = self.args.tokens_per_microbatch, self.line, self.pack
-            parts.append(in_groups(rows, self.lengths, self.groups, *how))
-        yield from told(step, parts[number], self.split, device)
-        for _ in range(max(map(len, parts)) - len(parts[number])):
-            yield data.Batch.empty(source).to(device)
+        the last of them empty where it is to take more (`even`)."""
+        tokens, source = self.args.tokens_per_microbatch, self.split.rows["source"]
+        rows = dealt_to(self.of(step), self.lengths, *self.among)
+        parts = in_groups(rows, self.lengths, self.groups, tokens, self.line, self.pack)
+        empty = self.even(len(parts)) - len(parts)
+        yield from told(step, parts, self.split, device)
+        for _ in range(empty):
+            yield data.Batch.empty(int(source[self.of(step)[0]])).to(device)
+
+    def even(self, count: int) -> int:
+        """Return how many micro-batches this process takes in a step, where it has rows for so
+        many."""
+        return count
 
     def targets(self, step: int, without: Iterable[int] = ()) -> int:
         """Return how many targets a step has: what its sums are divided by, once; `without` those

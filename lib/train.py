@@ -92,15 +92,18 @@ def training_bytes(
         layers = max(1, config.num_hidden_layers)
         each = each / layers + layers * config.hidden_size * half
     trained = [p for p in model.module.parameters() if p.requires_grad]
-    held = sum(head.local(p).numel() for p in trained)
+    parts = [part for part in map(head.local, trained) if part.device.type == model.device.type]
+    held = sum(part.numel() for part in parts)  # not what lies in the CPU's memory (--cpu-offload)
     gradients, moments = 4 * held, 8 * held
     kept = int(most.tokens * each * (HEAP if model.device.type == "cpu" else 1))
     if (output := model.module.get_output_embeddings()) is None:  # a classifier
         return moments + gradients + kept
     weight = output.weight
     # in float32, beside what is there of it; and the operand of the products
-    gathered = 4 * head.is_divided(weight)
-    kept += weight.numel() * (4 * weight.requires_grad + half * bool(amp) + gathered)
+    kept += weight.numel() * (4 * weight.requires_grad + half * bool(amp))
+    if head.is_divided(weight):  # what is gathered: it, its gradient twice as embedding, two layers
+        layer = model.parameters // max(1, config.num_hidden_layers)
+        kept += 4 * (3 * weight.numel() + 4 * layer)
     kept += min(head.CHUNK_BYTES, 4 * most.targets * len(weight))
     # gradients grow while activations go, unless those of earlier micro-batches are there
     return moments + (gradients + kept if most.batches > 1 else max(gradients, kept))

@@ -38,7 +38,7 @@ class Classifier(models.Model):
     def hidden(self, batch: data.Batch) -> Tensor:
         """Return the class logits (N, C) of the batch's rows, one a line. Positions are the model's
         own: its padding is masked."""
-        there = batch.row_of >= 0
+        there = (batch.row_of >= 0).to(batch.tokens.device)
         rows = there.any(1)  # a line of padding alone is none, and is not masked: that makes NaN
         there |= ~rows[:, None]
         logits = self.body(

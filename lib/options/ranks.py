@@ -129,23 +129,39 @@ class Ranks:
         while several := list(itertools.islice(left, self.world)):
             yield several[self.rank] if self.rank < len(several) else data.Batch.empty()
 
-    def loads_on(self, device: torch.device) -> torch.device:
-        """Return where the student is loaded: a part of it alone need fit where it computes."""
-        flash = self.args.attn == "flash_attention_2"  # runs there alone
-        return torch.device("cpu") if self.shards and not flash else device
+    def even(self, count: int) -> int:
+        """Return how many micro-batches each rank takes, where this one has rows for `count`: one
+        at least, and with --shard as many as any other, for a layer is gathered by all together."""
+        most = torch.tensor(max(1, count))
+        if self.shards:
+            with self.waiting():
+                dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def loading(self, device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+        """Return `options` of models.load, and the device. With --shard that is the CPU, in
+        float32: a part of the student alone need fit where it computes."""
+        flash = self.args.attn == "flash_attention_2"  # runs on CUDA alone
+        if not self.shards or flash or device.type == "cpu":
+            return options | {"device": device}
+        return options | {"device": torch.device("cpu"), "amp": None}
 
     def share(
         self, student: models.Model, rows: plan.Rows, amp: torch.dtype | None, device: torch.device
     ) -> models.Model:
         """Let `rows` give this rank's part of each step, and return the student, with --shard this
         rank's part of it."""
-        rows.among = self.rank, self.world
+        if self.world > 1:
+            rows.among, rows.even = (self.rank, self.world), self.even  # type: ignore[method-assign]
         if not self.shards:
             return student
+        if self.args.cpu_offload and device.type == "cuda" and amp == torch.float16:
+            # its scaler copies without waiting what the CPU reads at once
+            files.fail("--cpu-offload does not go with fp16's scaler", "--amp fp16", "--amp bf16")
         from lib.options import shard  # seconds of import
 
         with self.waiting():
-            self.divided = shard.Divided(student, device, self.world, amp, self.args.cpu_offload)
+            self.divided = shard.Divided(student, device, self.world, self.args.cpu_offload)
         print(f"student: divided among {self.world} processes")
         return self.divided.student
 
@@ -162,15 +178,18 @@ class Ranks:
             return
         assert self.interrupt is not None
         parameters = [p for p in trained.parameters() if p.requires_grad]
-        there = sums.new_tensor([p.grad is not None and not is_divided(p) for p in parameters])
+        there = sums.new_tensor([p.grad is not None for p in parameters])
+        if self.divided:  # what no rank used has a gradient all the same: 0
+            there *= self.divided.used(parameters).to(there)
         noticed = sums.new_zeros(signal.NSIG)
         noticed[self.interrupt.noticed] = 1
         self.total(there, noticed, sums)
         with self.waiting():  # what NCCL sums is there when it is read
-            taken = [p for p, ranks in zip(parameters, there.tolist()) if ranks]
-        for p in taken:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.total(*(p.grad for p in taken))
+            for p, ranks in zip(parameters, there.tolist()):
+                zero = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = zero if ranks else None
+        taken = [p.grad for p in parameters if p.grad is not None]
+        self.total(*(gradient for gradient in taken if not is_divided(gradient)))
         self.interrupt.number = max(noticed[1:].nonzero().flatten().tolist(), default=-1) + 1
 
 
@@ -225,7 +244,10 @@ class Leading(Run):
         return files.beside(self.out / "last", "part")
 
     def _write_tensors(self, *words: Any) -> Path:
-        return self._partial if self.ranks.divided else super()._write_tensors(*words)
+        if not self.ranks.divided:
+            return super()._write_tensors(*words)
+        self.ranks.divided.check_written(self._partial, tensors(words[0]) | moments_of(words[1]))
+        return self._partial
 
     def export(self, name: str, model: models.Model, *words: Any) -> None:
         if self.ranks.divided:
@@ -273,7 +295,7 @@ def meet(args: argparse.Namespace) -> Ranks:
         if here > (cards := torch.cuda.device_count()):
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
         torch.cuda.set_device(local)
-    elif not args.threads:
+    if not args.threads and (args.shard == "fsdp" or not torch.cuda.is_available()):
         args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     ranks = Ranks(args, rank, world)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -8,6 +8,7 @@ gathered, all ranks gather together: each takes as many micro-batches as any oth
 """
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lib import files, models
-from lib.head import is_divided, undivided
+from lib.head import is_divided, local, undivided
 from lib.options.capture import decoder_layers
 
 
@@ -35,12 +36,7 @@ class Divided:
     weights beside it, as which checkpoints are written."""
 
     def __init__(
-        self,
-        student: models.Model,
-        device: torch.device,
-        world: int,
-        amp: torch.dtype | None,
-        offload: bool,
+        self, student: models.Model, device: torch.device, world: int, offload: bool
     ) -> None:
         module, body = student.module, student.body
         if isinstance(body, models.UpToHead):
@@ -52,20 +48,27 @@ class Divided:
             for p in module.parameters()
         }
         self.empty = copy.deepcopy(module, empty)
+        if module.config._attn_implementation == "flash_attention_2":  # runs on CUDA alone
+            self.empty.set_attn_implementation("sdpa")
+        self.frozen = not all(p.requires_grad for p in module.parameters())
         pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         self.how = {"mesh": self.mesh, "offload_policy": pinned if offload else OffloadPolicy()}
-        # the residual stream stays in float32, as autocast leaves it
-        half = MixedPrecisionPolicy(amp, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in decoder_layers(student):
-            fully_shard(layer, mp_policy=half, **self.how)
+        # gathered in float32 and cast by autocast, as in one process: so the losses are its
+        self.how["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         inner, outer = module.get_input_embeddings(), module.get_output_embeddings()
         tied = outer is not None and outer.weight is inner.weight
+        for part in (inner, *decoder_layers(student)):
+            fully_shard(part, **self.how)
+        inner.set_unshard_in_backward(False)  # what goes into it is no function of its weight
         fully_shard(body, reshard_after_forward=True, **self.how)
         summed(body)
         if outer is not None:
             self._divide_output(outer, inner.weight if tied else None, offload)
         for buffer in module.buffers():
             buffer.data = buffer.to(device)
+        if offload:  # transformers goes by where the first weight lies
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind,), {"device": device})
         self.student = replace(student, on=device)
 
     def _divide_output(self, layer: nn.Module, tied: nn.Parameter | None, offload: bool) -> None:
@@ -85,6 +88,14 @@ class Divided:
         for module in trained.modules():
             if any(not is_divided(p) for p in module.parameters(recurse=False)):
                 summed(fully_shard(module, **self.how))
+
+    def used(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Return of each whether its gradient, a sum over the ranks, has a number here that is not
+        0: that of a weight which no rank used has none. (Of an adapter all are used, and half of
+        them begin with a gradient of 0.)"""
+        some = [local(p.grad).any() for p in parameters if p.grad is not None]
+        found = torch.ones(len(parameters), dtype=torch.bool, device=some[0].device)
+        return found if self.frozen else torch.stack(some)
 
     @torch.no_grad()
     def whole(self, keep: bool) -> nn.Module | None:
@@ -108,6 +119,15 @@ class Divided:
             why = next(iter(failed.failures.values()))[0]
             files.fail(f"{folder} cannot be written", why, "room on a disk that all processes see")
 
+    def check_written(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Refuse a folder that lacks parts of tensors."""
+        there = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        for name, tensor in tensors.items():
+            parts = getattr(there.get(name), "chunks", ())
+            if sum(math.prod(part.sizes) for part in parts) != tensor.numel():
+                mend = "an --out on a disk that all processes see"
+                files.fail(f"{folder} lacks parts that other ranks have written", name, mend=mend)
+
 
 def summed(module: nn.Module) -> nn.Module:
     """Let the gradients of what was divided be sums over the ranks, and not means."""
@@ -115,6 +135,7 @@ def summed(module: nn.Module) -> nn.Module:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            part.set_reduce_scatter_unused_params(True)  # other ranks may have used them
     return module
 
 

@@ -60,7 +60,7 @@ def report(
         teacher_can_teach(own, measures, chance, run.say)
     if dataset.labels:
         return classifier_can_teach(own, measures, dataset, run.say)
-    said = answered(teacher.model, dataset) if teacher.model else teacher.answers
+    said = answered(teacher.model, dataset, run.say) if teacher.model else teacher.answers
     if said is None:
         again = (
             " (of a teacher that is run here, with the data's tokenizer, a val dump made again has"
@@ -68,8 +68,7 @@ def report(
         )
         again = again if run.args.logits else ""
         return run.say(f"val answers: none of the teacher's are known{again}")
-    amp = models.pick_amp(run.args.amp, student.device)
-    compare_answers(said, answered(student, dataset, amp), dataset, tokenizer, run.say)
+    compare_answers(said, answered(student, dataset, run.say), dataset, tokenizer, run.say)
 
 
 def prompt_of(split: data.Split, row: int) -> tuple[list[int], list[int]]:
@@ -91,9 +90,7 @@ def in_turn(source: np.ndarray) -> list[int]:
 
 
 @torch.no_grad()
-def answered(
-    model: models.Model, dataset: data.Dataset, amp: torch.dtype | None = None
-) -> dict[str, list[int]]:
+def answered(model: models.Model, dataset: data.Dataset, say=print) -> dict[str, list[int]]:
     """Return what a model answers, greedily, to the first ASKED val prompts that are not long, of
     each source in turn, by the row's number; none, and a line that says why, where it cannot be
     asked in a few passes."""
@@ -108,8 +105,7 @@ def answered(
     ends = generate.end_tokens(module.generation_config, *dataset.train.end_tokens())
     training, greedy = module.training, generate.Sampling(stops=tuple(ends))
     module.eval()
-    with torch.autocast(model.device.type, amp, enabled=amp is not None):
-        written = list(generate.generate(module, asked, greedy, slots=ASKED))
+    written = list(generate.generate(module, asked, greedy, slots=ASKED))
     module.train(training)
     said = {str(answer.request.key): answer.ids for answer in written}
     return {str(one.key): said[str(one.key)] for one in asked}

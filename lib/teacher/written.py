@@ -99,7 +99,8 @@ def logp_of(student: models.Model, split: data.Split, rows: np.ndarray, args) ->
     module, training = student.module, student.module.training
     flash = module.config._attn_implementation == "flash_attention_2"  # never in float32
     amp = models.pick_amp(args.amp, student.device) if flash else None
-    head, found = replace(student, limit=None).head(), np.zeros(part.targets)
+    head = replace(student, limit=None).head().whole(student.device)
+    found = np.zeros(part.targets)
     module.eval()
     for batch in evaluate.val_batches(part, args.tokens_per_microbatch):
         batch = batch.to(student.device)
