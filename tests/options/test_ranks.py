@@ -35,6 +35,8 @@ MAINS = {"stage1_sft": stage1_sft.main, "stage2_kd": stage2_kd.main}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = make.world(tmp_path_factory.mktemp("ranks"))
+    (folder / "own").mkdir()
+    make.own_text(make.world(folder / "own"))
     make.model(folder / "untied", seed=1, tie_word_embeddings=False)
     make.call(dump_logits.main, *make.dump(folder, "--tail-rank", 8, "--tail-bytes", 8))
     return folder
@@ -68,6 +70,10 @@ def words_of(world, kind):
         return "stage2_kd", [*data, "--logits", world / "logits"]
     if kind == "few":  # rows in a step, fewer than ranks
         return "stage2_kd", [*data, "--logits", world / "logits", "--tokens-per-step", 12]
+    if kind == "own":  # of two sources, one of them the student's own text; live
+        own = world / "own"
+        data = ["--data", own / "data", "--student", own / "student", *STEPS]
+        return "stage2_kd", [*data, "--teacher", own / "teacher"]
     if kind == "live":
         return "stage2_kd", [*data, *live]
     beside = ["--feature-weight", 1, "--attention-weight", 1]
@@ -172,7 +178,7 @@ def test_the_example_of_part_of():
         ("untied", 2, "fsdp"),
         ("disk", 4, "fsdp"),
         ("few", 4, "fsdp --cpu-offload"),
-        ("live", 2, "fsdp --checkpointing"),
+        ("own", 2, "fsdp --checkpointing"),
         ("lora", 2, "fsdp"),
         ("beside", 2, "fsdp"),
     ],
