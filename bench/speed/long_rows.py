@@ -1,35 +1,37 @@
 """Measure memory and time of rows of 1k to 32k tokens, each length in a process of its own.
 
     python bench/speed/long_rows.py --checkpointing     # hours on 2 CPU cores: attention of 32k
-    python bench/speed/long_rows.py --checkpointing --local           # its memory alone, minutes
-    python bench/speed/long_rows.py 512 1024 --layers 2 --local       # seconds
+    python bench/speed/long_rows.py --checkpointing --dry             # its memory alone, minutes
+    python bench/speed/long_rows.py 512 1024 --layers 2               # seconds
 
 A model of SmolLM2-135M's shape (width 576, 30 layers, 9 heads, 3 of keys and values, 49,152 tokens,
 tied) with random weights takes one optimizer step of stage 2 on one row, as the loop does: body,
 head_loss with 16 kept tokens a target, backward, AdamW, whose moments are there from a step before
 on a short row. --forward: what a dump takes of it, body and head's logits alone.
 
-peak_gb is the process' largest resident size, all included; grown_gb what of it came with the step
-(or pass), said_gb what the trainer would have said of that before (train.training_bytes).
---local lets a token attend to its block of 512 tokens alone, by the same kernel: what is made and
-kept has the same size, without the time of L x L products (so time is not told then).
+peak_gb is the process' resident size at most, all included; grown_gb what of it came with the steps
+(or passes), said_gb what a trainer would have said of that before (train.training_bytes).
+--dry leaves out products and attention, but makes and keeps what they would return: the same memory
+but for the kernels' own, in minutes, and no time is told.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lib import data, losses, models, train  # noqa: E402
 
-BLOCK, KEPT = 512, 16
+KEPT = 16
 
 
 def parse_args(argv=None):
@@ -41,22 +43,42 @@ def parse_args(argv=None):
     parser.add_argument("--rows", type=int, default=1, help="on the line, all of one length")
     parser.add_argument("--forward", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--local", action="store_true")
+    parser.add_argument("--dry", action="store_true")
     parser.add_argument("--here", action="store_true", help="in this process (for the script)")
     return parser.parse_args(argv)
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident(key: str) -> int:
+    """Return a figure of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def local(query, key, value, *args, **more):
-    """Attention within blocks of BLOCK tokens, each by torch's own kernel."""
-    parts = zip(*(part.split(BLOCK, 2) for part in (query, key, value)))
-    return torch.cat([ATTENTION(*part, *args, **more) for part in parts], 2)
+class WithoutProducts(TorchDispatchMode):
+    """Leaves out what takes the time, and none of the memory: products and attention return tensors
+    of their size, each page of which is written."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if operation is aten.mm.default:
+            return args[0].new_full((args[0].shape[0], args[1].shape[1]), 1e-3)
+        if operation is aten.mm.out:
+            return kwargs["out"].fill_(1e-3)
+        if operation is aten.addmm_.default:
+            return args[0]
+        if operation is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            return of_size(args[0]), of_size(args[0])[..., 0].clone()
+        if operation is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            return tuple(of_size(one) for one in args[1:4])
+        return operation(*args, **kwargs)
 
 
-ATTENTION = torch.nn.functional.scaled_dot_product_attention
+def of_size(heads: torch.Tensor) -> torch.Tensor:
+    """Return a tensor (B, H, L, D) that lies as attention's kernel leaves it: (B, L, H, D)."""
+    return torch.full_like(heads.transpose(1, 2), 1e-3, memory_format=CONTIGUOUS).transpose(1, 2)
+
+
+CONTIGUOUS = torch.contiguous_format
 
 
 def model(layers: int) -> models.Model:
@@ -111,31 +133,29 @@ def measured(args) -> dict:
     (tokens,), student = args.tokens, model(args.layers)
     split = split_of([64] + args.rows * [tokens // args.rows])
     batch, short = split.batch([[*range(1, args.rows + 1)]]), split.batch([[0]])
-    if args.local:
-        torch.nn.functional.scaled_dot_product_attention = local
-    figures: dict = {}
-    if args.forward:
-        forward(student, short)
-        before, started = resident(), time.process_time()
-        forward(student, batch)
-    else:
+    how = "on" if args.checkpointing else None
+    one = partial(forward, student)
+    if not args.forward:
         student.module.train()
-        each = train.kept_bytes(student, split_of([tokens]), None)
-        if args.checkpointing:
-            student.module.activation_checkpointing_enable({"use_reentrant": False})
-        optimizer = train.adamw(student.module, 1e-4, 0.05, 0.95, student.device)
-        most = train.Largest(tokens, len(batch.labels), 1)
-        said = train.training_bytes(student, most, each, None, args.checkpointing)
-        loaded = resident()
-        step(student, optimizer, short)
-        before, started = resident(), time.process_time()
-        step(student, optimizer, batch)
-        figures["said_gb"] = round((said + train.CODE_BYTES + loaded - before) / 1e9, 3)
-    taken = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figures |= {"grown_gb": round((peak - before) / 1e9, 3), "peak_gb": round(peak / 1e9, 3)}
-    if not args.local:
+        if how:
+            train.checkpoint(student, how)
+        one = partial(step, student, train.adamw(student.module, 1e-4, 0.05, 0.95, student.device))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    with WithoutProducts() if args.dry else nullcontext():
+        one(short)
+        started = time.process_time()
+        one(batch)
+    taken, peak = time.process_time() - started, resident("VmHWM")
+    figures = {"grown_gb": round((peak - before) / 1e9, 3), "peak_gb": round(peak / 1e9, 3)}
+    if not args.dry:
         figures["cpu_ms_per_token"] = round(1e3 * taken / tokens, 2)
+    if not args.forward:
+        student.module.activation_checkpointing_disable()
+        each = train.kept_bytes(student, split_of([tokens]), None)
+        most = train.Largest(tokens, len(batch.labels), 1)
+        said = train.training_bytes(student, most, each, None, how) + train.CODE_BYTES
+        figures["said_gb"] = round(said / 1e9, 3)
     return figures
 
 
@@ -144,7 +164,7 @@ def main(argv=None):
     if args.here:
         print(json.dumps(vars(args) | {"tokens": args.tokens[0]} | measured(args)), flush=True)
         return
-    options = [f"--{name}" for name in ("forward", "checkpointing", "local") if vars(args)[name]]
+    options = [f"--{name}" for name in ("forward", "checkpointing", "dry") if vars(args)[name]]
     options += ["--layers", str(args.layers), "--rows", str(args.rows), "--here"]
     for tokens in args.tokens:
         subprocess.run([sys.executable, __file__, str(tokens), *options], check=True)
