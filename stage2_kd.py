@@ -195,7 +195,7 @@ def main(argv=None):
         amp,
         rows,
         teacher.memory_bytes(device, train.largest(args, rows).targets),
-        near.memory_bytes(args.tokens_per_microbatch, rows.line),
+        near.memory_bytes(args.tokens_per_microbatch, max(rows.line, int(rows.lengths.max()))),
         merge=args.merge,
     )
 

@@ -59,6 +59,7 @@ Where is ...?
     the optimizer step     written out in the loops of stage1_sft.py and stage2_kd.py, nowhere else
     the learning rate      train.cosine; memory and disk before the first step: train.make_room
     packing, batches       plan.microbatches and plan.Rows: which rows lie on one line; data.Batch
+    a long row             plan.MASKED: above it a row lies alone, and attention needs no mask
     perplexity, KL, ...    evaluate.measure, at the val targets; BLEU and the like: measure/score.py
     the chat template      given to a tokenizer in prepare/templates.py; written by template.render
     records written        teacher/writer.py, class Writer, called by dump_logits.py; what a record

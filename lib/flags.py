@@ -76,10 +76,13 @@ SHARED: dict[str, dict[str, Any]] = {
         type=float, default=1.0, help="largest norm of the gradient; 0 = off (default: %(default)s)"
     ),
     "--checkpointing": dict(
-        action="store_true",
+        nargs="?",
+        const="on",
+        choices=["on", "offload"],
         help=(
             "gradient checkpointing: less memory, a third more time (on by itself when memory is"
-            " short)"
+            " short); offload: the states between layers wait in the CPU's memory (default: off;"
+            " without a word: on)"
         ),
         free=True,
     ),

@@ -20,6 +20,9 @@ from tqdm import tqdm
 
 from lib import data, files
 
+# tokens of the longest line that holds several rows: the mask that keeps them apart has L x L
+# entries, which sdpa holds for each layer; a longer row lies alone, and is causal without a mask
+MASKED = 2048
 FEW_STEPS = 20  # of a run that nobody gave a number of steps: a word is said
 
 
@@ -52,8 +55,8 @@ def check_lengths(lengths: np.ndarray, tokens_per_microbatch: int) -> None:
 
 
 def line_length(lengths: np.ndarray, tokens_per_microbatch: int, attn: str) -> int:
-    """Return how long lines may be: four rows of mean length, which pack with a few percent of
-    padding, and the longest row at least.
+    """Return how long lines of several rows may be: four rows of mean length, which pack with a few
+    percent of padding, and the longest row at least, up to MASKED tokens.
 
     No longer, since attention is computed over whole lines; flash_attention_2 takes one line of any
     length (its kernel skips what lies between rows).
@@ -62,7 +65,7 @@ def line_length(lengths: np.ndarray, tokens_per_microbatch: int, attn: str) -> i
     assert longest <= tokens_per_microbatch, (longest, tokens_per_microbatch)
     if attn == "flash_attention_2":
         return tokens_per_microbatch
-    return min(tokens_per_microbatch, max(longest, 4 * int(lengths.mean())))
+    return min(tokens_per_microbatch, MASKED, max(longest, 4 * int(lengths.mean())))
 
 
 def microbatches(
@@ -72,7 +75,8 @@ def microbatches(
     padding, longest first.
 
     pack=True: first-fit decreasing into lines of `line` tokens (at most 11/9 of the fewest lines
-    possible, Johnson 1973); pack=False: one row a line.
+    possible, Johnson 1973); pack=False: one row a line. A row that is longer has a line of its own,
+    and a line above MASKED tokens a micro-batch: it needs no mask, not even for padding.
     """
     order = sorted((int(row) for row in rows), key=lambda row: (-int(lengths[row]), row))
     lines: list[list[int]] = []
@@ -94,7 +98,7 @@ def microbatches(
     width = 0
     for i in sorted(range(len(lines)), key=lambda i: (-used[i], i)):
         width = width or used[i]  # the first line of a micro-batch is its longest
-        if batches and width * (len(batches[-1]) + 1) <= tokens_per_microbatch:
+        if width <= MASKED and batches and width * (len(batches[-1]) + 1) <= tokens_per_microbatch:
             batches[-1].append(lines[i])
         else:
             batches.append([lines[i]])

@@ -83,14 +83,19 @@ def kept_bytes(model: models.Model, split: data.Split, amp: torch.dtype | None) 
 
 
 def training_bytes(
-    model: models.Model, most: Largest, each: float, amp: torch.dtype | None, checkpointing: bool
+    model: models.Model,
+    most: Largest,
+    each: float,
+    amp: torch.dtype | None,
+    checkpointing: str | None,
 ) -> int:
     """Return about how many more bytes training takes once float32 weights are loaded: gradients,
     AdamW, activations (`each`: bytes a token), the head's buffers."""
     config, half = model.module.config.get_text_config(), 2 if amp else 4
     if checkpointing:  # the states between layers, and one layer that is recomputed
         layers = max(1, config.num_hidden_layers)
-        each = each / layers + layers * config.hidden_size * half
+        there = 1 if is_offloaded(model, checkpointing) else layers
+        each = each / layers + there * config.hidden_size * 4  # float32, as the sums of layers are
     trained = [p for p in model.module.parameters() if p.requires_grad]
     parts = [part for part in map(head.local, trained) if part.device.type == model.device.type]
     held = sum(part.numel() for part in parts)  # not what lies in the CPU's memory (--cpu-offload)
@@ -107,6 +112,18 @@ def training_bytes(
     kept += min(head.CHUNK_BYTES, 4 * most.targets * len(weight))
     # gradients grow while activations go, unless those of earlier micro-batches are there
     return moments + (gradients + kept if most.batches > 1 else max(gradients, kept))
+
+
+def is_offloaded(model: models.Model, checkpointing: str | None) -> bool:
+    """Return whether --checkpointing takes states off the device; the CPU's are where they are."""
+    return checkpointing == "offload" and model.device.type == "cuda"
+
+
+def checkpoint(model: models.Model, checkpointing: str) -> None:
+    """Switch gradient checkpointing on."""
+    model.module.activation_checkpointing_enable(
+        {"use_reentrant": False}, offload=is_offloaded(model, checkpointing)
+    )
 
 
 def loading(args, dataset: data.Dataset, amp: torch.dtype | None) -> dict[str, Any]:
@@ -155,7 +172,8 @@ def make_room(
     have = available_bytes(model.device)
     most, each = largest(args, rows), kept_bytes(model, rows.split, amp)
     more += (CODE_BYTES,) if model.device.type == "cpu" else ()
-    plain, saved = (sum(more) + training_bytes(model, most, each, amp, on) for on in (False, True))
+    how = args.checkpointing or "on"
+    plain, saved = (sum(more) + training_bytes(model, most, each, amp, on) for on in (None, how))
     use = args.checkpointing or plain > have
     if plain > have and not args.checkpointing:
         print("memory: short, so gradient checkpointing is on (or lower --tokens-per-microbatch)")
@@ -166,7 +184,7 @@ def make_room(
     if need > have:
         print("memory: WARNING, this may not fit: lower --tokens-per-microbatch, or use --amp")
     if use:
-        model.module.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model, how)
     check_space(args.out, model, merge or model.trained == model.parameters, args.keep)
     if args.dry_run:
         print("--dry-run: nothing was written")

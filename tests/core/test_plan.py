@@ -89,6 +89,17 @@ def test_lines_are_long_enough_to_pack_well_and_no_longer():
     assert plan.line_length(np.array([2000] + 20 * [10]), 4096, "sdpa") == 2000
     assert plan.line_length(LENGTHS, 250, "sdpa") == 250
     assert plan.line_length(LENGTHS, 4096, "flash_attention_2") == 4096
+    assert plan.line_length(np.array([30000, 40]), 32768, "sdpa") == plan.MASKED
+    assert plan.line_length(np.array([30000, 40]), 32768, "flash_attention_2") == 32768
+
+
+@pytest.mark.parametrize("pack", (True, False))
+def test_a_row_that_is_too_long_for_a_mask_shares_neither_line_nor_micro_batch(pack):
+    lengths = np.array([plan.MASKED + 1, 7, 2 * plan.MASKED, plan.MASKED, 9])
+    line = plan.line_length(lengths, 4 * plan.MASKED, "sdpa")
+    batches = plan.microbatches(np.arange(5), lengths, 4 * plan.MASKED, line, pack)
+    short = [[[3], [4, 1]]] if pack else [[[3], [4], [1]]]
+    assert batches == [[[2]], [[0]], *short]
 
 
 def test_a_run_of_whole_epochs_is_these_epochs_one_after_the_other():

@@ -9,14 +9,17 @@ from pathlib import Path
 import make
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, modeling_utils
 
 import chat
 import dump_logits
 import prepare_data
 import stage1_sft
 import stage2_kd
-from lib import files, train
+from lib import data, files, losses, models, plan, train
 
 
 def resident(key: str) -> int:
@@ -141,3 +144,99 @@ def test_what_takes_long_says_so_again_and_again(capsys):
     with files.telling("fitting", every_s=0.01):
         time.sleep(0.2)
     assert capsys.readouterr().err.count("fitting: 0 s so far") > 1
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the largest tensor that an operation returns, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, torch.Tensor):
+                self.largest = max(self.largest, one.numel())
+        return made
+
+
+def tiny(seed: int = 0, **options) -> models.Model:
+    torch.manual_seed(seed)
+    module = AutoModelForCausalLM.from_config(make.config(**options), attn_implementation="sdpa")
+    return models.Model(module.train(), module.base_model, Path("random"))
+
+
+def rows_of(*lengths: int) -> data.Split:
+    random = np.random.default_rng(0)
+    return data.Split.of(
+        [(random.integers(0, make.V, n).astype(np.uint32), np.arange(n) > 0, 0) for n in lengths]
+    )
+
+
+def backward(student: models.Model, batch: data.Batch) -> list[torch.Tensor]:
+    student.module.zero_grad()
+    losses.head_loss(student.hidden(batch), student.head(), batch.labels)[0].backward()
+    return [p.grad.clone() for p in student.module.parameters()]
+
+
+@pytest.mark.parametrize("pack", (True, False))
+def test_no_tensor_grows_with_the_square_of_a_row(monkeypatch, pack):
+    monkeypatch.setattr(plan, "MASKED", 128)
+
+    def largest(longest: int) -> int:
+        split = rows_of(longest, longest * 3 // 4, 128, 100, 60, 30, 20)
+        lengths, tokens = split.rows["length"], 2 * longest
+        line = plan.line_length(lengths, tokens, "sdpa") if pack else longest
+        with Sizes() as sizes:
+            for lines in plan.microbatches(np.arange(7), lengths, tokens, line, pack):
+                backward(tiny(), split.batch(lines))
+        return sizes.largest
+
+    one, two = largest(512), largest(1024)
+    assert two <= 2 * one and two < 1024**2 / 8, (one, two)
+
+
+@pytest.mark.parametrize("lines", ([[0]], [[1, 2], [3]]), ids=("alone", "packed"))
+def test_checkpointing_in_the_cpus_memory_gives_the_same_gradient_bit_for_bit(monkeypatch, lines):
+    moved = []
+
+    class Moving(torch.autograd.graph.saved_tensors_hooks):
+        """As torch's own, which needs a GPU: what it would move is noted."""
+
+        def __init__(self, pin_memory, device_type):
+            super().__init__(
+                lambda kept: moved.append(kept.clone()) or moved[-1], lambda kept: kept
+            )
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", Moving)
+    batch, gradients = rows_of(90, 40, 30, 20).batch(lines), {}
+    for how in (None, "on", "offload"):
+        student = tiny(layers=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(models.Model, "device", torch.device("cuda"))
+            if how:
+                train.checkpoint(student, how)
+        moved.clear()
+        gradients[how] = backward(student, batch)
+        assert len(moved) == (3 if how == "offload" else 0), "the states before each layer, no more"
+    assert all(kept.shape == (*batch.tokens.shape, 32) for kept in moved)
+    for how in ("on", "offload"):
+        assert all(map(torch.equal, gradients[how], gradients[None])), how
+
+
+def test_on_the_cpu_nothing_is_moved_and_what_is_said_of_memory_counts_what_stays(monkeypatch):
+    student, most = tiny(layers=4), train.Largest(1 << 20, 8, 1)
+    assert not train.is_offloaded(student, "offload")
+    train.checkpoint(student, "offload")  # torch would refuse to pin memory here
+    backward(student, rows_of(30).batch([[0]]))
+    monkeypatch.setattr(models.Model, "device", torch.device("cuda"))
+    on, off = (train.training_bytes(student, most, 0, None, how) for how in ("on", "offload"))
+    assert on - off == (1 << 20) * 3 * 32 * 4, "of four layers' states one is there"
+
+
+def test_the_word_behind_checkpointing_may_be_left_out():
+    def said(*words):
+        argv = ["--data", "d", "--student", "s", "--out", "o", *words, "--lr", "1"]
+        return stage1_sft.parse_args(argv).checkpointing
+
+    assert (said(), said("--checkpointing")) == (None, "on")
+    assert said("--checkpointing", "offload") == "offload"
