@@ -306,13 +306,14 @@ class Rows:
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
         """Yield the micro-batches of a step, on a device; of several processes those of this one,
         the last of them empty where it is to take more (`even`)."""
-        tokens, source = self.args.tokens_per_microbatch, self.split.rows["source"]
+        tokens = self.args.tokens_per_microbatch
         rows = dealt_to(self.of(step), self.lengths, *self.among)
         parts = in_groups(rows, self.lengths, self.groups, tokens, self.line, self.pack)
         empty = self.even(len(parts)) - len(parts)
         yield from told(step, parts, self.split, device)
         for _ in range(empty):
-            yield data.Batch.empty(int(source[self.of(step)[0]])).to(device)
+            source = int(self.split.rows["source"][self.of(step)[0]])
+            yield data.Batch.empty(source).to(device)
 
     def even(self, count: int) -> int:
         """Return how many micro-batches this process takes in a step, where it has rows for so
