@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
-from lib.options import classifier
+from lib.options import classifier, ranks
 from lib.prepare import ask
 from lib.run import Interrupt, clock
 from lib.teacher import (
@@ -44,6 +44,7 @@ from lib.teacher import (
     basis,
     fit,
     imported,
+    parallel,
     record,
     served,
     translate,
@@ -99,6 +100,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("the machine")
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
+    parallel.add_flags(group)
     served.add_flags(parser)
     across.add_flags(parser)
     imported.add_flags(parser)
@@ -106,6 +108,7 @@ def parse_args(argv=None):
     if not imported.check_flags(parser, args):
         served.check_flags(parser, args, ask.KEYS)
     across.check_flags(parser, args)
+    parallel.check_flags(parser, args)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
@@ -153,7 +156,7 @@ class Job:
     shape: basis.Basis | None = None
 
 
-def load_teacher(args, dataset, folder, device, dtype):
+def load_teacher(args, dataset, folder, device, dtype, peers=None):
     """Return the dump's teacher and the rows that it reads: a classifier's own tokenizer reads
     their texts, and so does that of a teacher with other tokens."""
     others = {}
@@ -181,9 +184,12 @@ def load_teacher(args, dataset, folder, device, dtype):
         teacher = translate.translated(teacher, table)
     else:
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
-        teacher = models.load(args.teacher, device, dtype, pack=False, apart=apart, **options)
+        placing = parallel.placing_of(peers, folder, dataset, device) if args.tp else None
+        options |= dict(apart=apart, placing=placing)
+        teacher = models.load(args.teacher, device, dtype, pack=False, **options)
     teacher.module.requires_grad_(False)
-    return Job(dataset, cut(args, teacher, dataset), splits, others)
+    teacher = cut(args, teacher, dataset)
+    return Job(dataset, parallel.in_parts(teacher, peers) if args.tp else teacher, splits, others)
 
 
 def cut(args, teacher, dataset):
@@ -255,6 +261,7 @@ def dump(out, chunk, job, settings, interrupt, holding):
     for number, rows in enumerate(made.left):
         started = clock(teacher.device)
         batch = split.batch([[row] for row in rows.tolist()]).to(teacher.device)
+        head.parts.told((name, rows.tolist()))  # to those that have a part of the teacher
         wanted = settings["k"], settings["temperatures"], made.dtype, job.shape
         records, ce, hits = score(teacher, head, batch, *wanted)
         if number:  # the first one warms up
@@ -265,13 +272,14 @@ def dump(out, chunk, job, settings, interrupt, holding):
         bar.update(len(records))
         if interrupt.number:
             made.flush()
+            head.parts.told(None)
             interrupt.leave(f"dump: saved {folder}; the same command continues")
         if bar.disable and time.monotonic() - said > 15:
             print(f"dump {chunk}: {number + 1} of {left} batches, {speed}", flush=True)
             said = time.monotonic()
     bar.close()
 
-    asked = chunk == "val" and not dataset.labels and not other
+    asked = chunk == "val" and not dataset.labels and not other and head.parts.world == 1
     more = {"answers": worth.answered(teacher, dataset)} if asked else {}
     finish(made, dataset, begun, speed, more)
     holding.release()
@@ -293,6 +301,18 @@ def finish(made, dataset, begun, speed, more):
         print(line, flush=True)
 
 
+def unfinished(args, wanted, out, settings):
+    """Return the chunks that are to be dumped, and say which are there."""
+    missing = []
+    for chunk in wanted:
+        place = record.chunk_folder(out, chunk)
+        if args.fresh or not writer.is_finished(place, settings):
+            missing.append(chunk)
+        else:
+            print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
+    return missing
+
+
 def look_again(args, dataset, wanted, out, device):
     """--verify: check what is there by its checksums, and N targets by the teacher."""
     there = verify.check_chunks(out, wanted, dataset)
@@ -311,6 +331,7 @@ def look_again(args, dataset, wanted, out, device):
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
+    peers = ranks.assemble(args) if args.tp else None
     device = models.pick_device(args.device, args.threads)
     dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
     wanted, out = chunks_wanted(args, dataset), Path(args.out)
@@ -323,21 +344,16 @@ def main(argv=None):
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
-    writer.say_memory(folder, dtype, device, args, dataset)
-    job = load_teacher(args, dataset, folder, device, dtype)
+    writer.say_memory(folder, dtype, device, args, dataset, peers.world if peers else 1)
+    job = load_teacher(args, dataset, folder, device, dtype, peers)
     teacher = job.teacher
+    parts = teacher.head().parts
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
     settings |= across.settings_across(job.others, teacher)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
-    missing = []
-    for chunk in wanted:
-        place = record.chunk_folder(out, chunk)
-        if args.fresh or not writer.is_finished(place, settings):
-            missing.append(chunk)
-        else:
-            print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
+    missing = parts.lead(unfinished, args, wanted, out, settings)
     if other := written.other_teacher(dataset, [(args.teacher, settings["teacher"])]):
         print(other)
     print(
@@ -347,23 +363,26 @@ def main(argv=None):
         + (f", and its shape in {args.tail_bytes} bytes" if args.tail_rank else "")
     )
     width = teacher.head().weight.shape[1]
-    writer.check_disk(out, dataset, missing, settings, width)
+    parts.lead(writer.check_disk, out, dataset, missing, settings, width)
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
-        fit.check_basis(out, settings, missing, anew)
+        parts.lead(fit.check_basis, out, settings, missing, anew)
     if args.dry_run:
         return print("--dry-run: nothing was written")
-    held = writer.empty_chunks(out, missing) if args.fresh else {}
+    held = writer.empty_chunks(out, missing) if args.fresh and not parts.rank else {}
     if args.tail_rank and missing:
         job.shape, settings["basis"] = fit.shared_basis(
             out, job.splits["train"], teacher, settings, missing, anew
         )
-    elif anew:
+    elif anew and not parts.rank:
         (out / basis.FILE).unlink(missing_ok=True)
 
+    if parts.rank:
+        return parallel.follow(job, settings)
     interrupt = Interrupt()
     for chunk in missing:
         dump(out, chunk, job, settings, interrupt, held.get(chunk))
+    parts.told(None)
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists():

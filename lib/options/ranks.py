@@ -260,13 +260,32 @@ class Following(Leading):
 def meet(args: argparse.Namespace) -> Ranks:
     """Return the processes that torchrun has started, or this one alone, before anything is read.
     All but rank 0 are silent, and wait here until it has opened the run."""
+    if are_several():
+        check_alone(args)
+    ranks = assemble(args)
+    if ranks.world == 1 and args.cpu_offload:
+        files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
+    if ranks.rank:
+        args.track, args.tag = "", ""  # the folder is told
+        args.samples *= ranks.shards  # all of them write what none can alone
+        with ranks.first():
+            pass
+        args.out = ranks.told()
+    return ranks
+
+
+def are_several() -> bool:
+    """Return whether torchrun has started this process, as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+def assemble(args: argparse.Namespace) -> Ranks:
+    """Return the processes that torchrun has started, each on its GPU, or this one alone. All but
+    rank 0 are silent."""
+    if not are_several():
+        return Ranks(args)
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's
     world, rank, local, here = (int(os.environ.get(name, "-1")) for name in names)
-    if world < 2 or local < 0:
-        if args.cpu_offload:
-            files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
-        return Ranks(args)
-    check_alone(args)
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         if here > (cards := torch.cuda.device_count()):
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
@@ -281,11 +300,6 @@ def meet(args: argparse.Namespace) -> Ranks:
     if rank:
         sys.stdout = open(os.devnull, "w")
         files.TOLD_EVERY_S = threading.TIMEOUT_MAX
-        args.track, args.tag = "", ""  # the folder is told
-        args.samples *= ranks.shards  # all of them write what none can alone
-        with ranks.first():
-            pass
-        args.out = ranks.told()
     return ranks
 
 
