@@ -279,14 +279,15 @@ def dump(out, chunk, job, settings, interrupt, holding):
             said = time.monotonic()
     bar.close()
 
-    asked = chunk == "val" and not dataset.labels and not other and head.parts.world == 1
-    more = {"answers": worth.answered(teacher, dataset)} if asked else {}
-    finish(made, dataset, begun, speed, more)
+    finish(made, job, begun, speed)
     holding.release()
 
 
-def finish(made, dataset, begun, speed, more):
+def finish(made, job, begun, speed):
     """End a chunk, and say what is in it."""
+    dataset, alone = job.dataset, job.teacher.head().parts.world == 1
+    asked = made.chunk == "val" and not dataset.labels and not job.others and alone
+    more = {"answers": worth.answered(job.teacher, dataset)} if asked else {}
     # apart from what is the same whatever the machine; of the process that finished it
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(made.folder / writer.COST_FILE, cost)

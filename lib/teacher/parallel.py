@@ -141,23 +141,21 @@ def part_of(head: Head, parts: Portion) -> Head:
     """Return this process's rows of an output layer."""
     first, last = parts.first, parts.first + parts.tokens
 
-    def mine(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
+    def mine(rows: Tensor) -> Tensor:
         return local(rows)[: parts.tokens] if is_divided(rows) else rows[first:last]
 
     apart = None if head.apart is None else head.apart[(head.apart >= first) & (head.apart < last)]
     if apart is not None:
         apart = apart - first if len(apart) else None
-    weight, bias = mine(head.weight), mine(head.bias)
-    return replace(head, weight=weight, bias=bias, apart=apart, parts=parts)
+    bias = None if head.bias is None else mine(head.bias)
+    return replace(head, weight=mine(head.weight), bias=bias, apart=apart, parts=parts)
 
 
 def in_parts(teacher: models.Model, peers: Any) -> InParts:
     """Return a teacher that transformers has divided, its output layer divided likewise."""
     if not any(map(is_divided, teacher.module.parameters())):
         kind = type(teacher.module).__name__
-        files.fail(f"transformers has no plan to divide {kind}", mend="--device-map auto")
+        files.fail(f"transformers has no plan to divide {kind}", mend="no --tp")
     layer, vocab = teacher.module.get_output_embeddings().weight, teacher.limit or teacher.vocab
     if is_divided(layer):
         each = -(-len(layer) // peers.world)  # as torch.chunk cuts it
