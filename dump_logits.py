@@ -44,7 +44,9 @@ from lib.teacher import (
     basis,
     fit,
     imported,
+    live,
     parallel,
+    quantised,
     record,
     served,
     translate,
@@ -147,19 +149,21 @@ def chunks_named(args, dataset):
 class Job:
     """What every chunk of a dump needs: a teacher, cut to the tokens that the student knows too,
     and the rows that it reads, by split. others: who makes a split's records, for a teacher with
-    other tokens. shape: the basis of its tails, once there is one."""
+    other tokens. shape: the basis of its tails, once there is one. cost: of --teacher-quant, for
+    meta.json."""
 
     dataset: Dataset
     teacher: models.Model
     splits: dict
     others: dict = field(default_factory=dict)
     shape: basis.Basis | None = None
+    cost: dict = field(default_factory=dict)
 
 
 def load_teacher(args, dataset, folder, device, dtype, peers=None):
     """Return the dump's teacher and the rows that it reads: a classifier's own tokenizer reads
     their texts, and so does that of a teacher with other tokens."""
-    others = {}
+    others, cost = {}, {}
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(
         dataset=dataset,
@@ -168,6 +172,8 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         trust_remote_code=args.trust_remote_code,
     )
     if dataset.labels:
+        if args.teacher_quant:
+            files.fail("--teacher-quant is for causal LMs", "a class a row", mend="without it")
         splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
     if across.is_asked(args):
         others, table = across.read_rows(args, dataset, folder)
@@ -186,10 +192,31 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
         placing = parallel.placing_of(peers, folder, dataset, device) if args.tp else None
         options |= dict(apart=apart, placing=placing)
-        teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+        teacher, cost = load_in_bits(args, dataset, folder, device, dtype, options)
     teacher.module.requires_grad_(False)
     teacher = cut(args, teacher, dataset)
-    return Job(dataset, parallel.in_parts(teacher, peers) if args.tp else teacher, splits, others)
+    teacher = parallel.in_parts(teacher, peers) if args.tp else teacher
+    return Job(dataset, teacher, splits, others, cost=cost)
+
+
+def load_in_bits(args, dataset, folder, device, dtype, options):
+    """Return a teacher, as --teacher-quant says, and what that costs (where it is to be dumped)."""
+    whole = None
+    if args.teacher_quant:
+        live.need_quant(args.teacher_quant)
+        if args.verify is None and not args.dry_run and quantised.fits(folder, device, dtype, args):
+            teacher = cut(
+                args, models.load(args.teacher, device, dtype, pack=False, **options), dataset
+            )
+            whole = quantised.look(teacher, dataset.train, args.tokens_per_microbatch)
+            del teacher
+        options = options | {"placing": live.in_bits(args.teacher_quant, device, dtype)}
+    teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+    if whole is None:
+        return teacher, {}
+    ours = quantised.look(cut(args, teacher, dataset), dataset.train, args.tokens_per_microbatch)
+    cost = quantised.cost_of(args.teacher_quant, whole, ours, args.temperatures)
+    return teacher, {"quantised": cost}
 
 
 def cut(args, teacher, dataset):
@@ -287,7 +314,7 @@ def finish(made, job, begun, speed):
     """End a chunk, and say what is in it."""
     dataset, alone = job.dataset, job.teacher.head().parts.world == 1
     asked = made.chunk == "val" and not dataset.labels and not job.others and alone
-    more = {"answers": worth.answered(job.teacher, dataset)} if asked else {}
+    more = job.cost | ({"answers": worth.answered(job.teacher, dataset)} if asked else {})
     # apart from what is the same whatever the machine; of the process that finished it
     cost = {"dumped_s": round(time.monotonic() - begun, 1), "checksums": {}}
     files.write_json(made.folder / writer.COST_FILE, cost)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lib import checkpoints, data, files, models
 from lib.head import Head, Parts, is_divided, local
-from lib.teacher import record, writer
+from lib.teacher import live, record, writer
 from lib.teacher.basis import Basis
 
 
@@ -31,15 +31,19 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="under torchrun: its processes hold a part of the teacher each (tensor parallel)",
     )
+    live.add_quant(group)
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse (exit code 2) what a divided teacher does not do."""
-    without = "map_vocabulary", "align", "teacher_url", "import_", "compile"
+    """Refuse (exit code 2) what a divided or quantised teacher does not do."""
+    without = ["map_vocabulary", "align", "teacher_url", "import_"]
     given = [f"--{name.strip('_').replace('_', '-')}" for name in without if getattr(args, name)]
+    if args.teacher_quant and given:
+        parser.error(f"--teacher-quant does not go with {given[0]}")
+    given += [f"--{name}" for name in ("compile", "teacher_quant") if getattr(args, name)]
     given += ["--verify"] if args.verify is not None else []
     if args.tp and given:
-        parser.error(f"--tp does not go with {given[0]}")
+        parser.error(f"--tp does not go with {given[0].replace('_', '-')}")
 
 
 def placing_of(peers: Any, folder: Path, dataset: data.Dataset, device: torch.device) -> dict:
@@ -134,10 +138,10 @@ class InParts(models.Model):
         return hidden
 
     def head(self, vocab: int | None = None) -> Head:
-        return part_of(super().head(vocab), self.parts)
+        return portion_of(super().head(vocab), self.parts)
 
 
-def part_of(head: Head, parts: Portion) -> Head:
+def portion_of(head: Head, parts: Portion) -> Head:
     """Return this process's rows of an output layer."""
     first, last = parts.first, parts.first + parts.tokens
 

@@ -172,6 +172,8 @@ def dump_settings(
     if apart := [id for id in teacher.apart if id < head.vocab]:  # older folders, and most: none
         settings["apart"] = apart
     more = {"tail_bytes": args.tail_bytes, "errors": True}
+    if args.teacher_quant:
+        settings["teacher_quant"] = args.teacher_quant
     return settings | only_sources(args, dataset) | (more if args.tail_rank else {})
 
 
@@ -191,6 +193,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    wanted["teacher_quant"] = settings.get("teacher_quant")  # mostly there is none
     meta = files.read_json(folder / "meta.json", DUMP_ANEW)
     if differ := record.differing(meta, wanted):
         files.fail(

@@ -63,7 +63,7 @@ def as_part(rank, port, dtype, softcap, out):
     head, near, hidden = layer(dtype, softcap)
     peers = ranks.Ranks(argparse.Namespace(), rank, 3)
     parts = parallel.Portion(peers, CUTS[rank + 1] - CUTS[rank])
-    head, near = (parallel.part_of(one, parts) for one in (head, near))
+    head, near = (parallel.portion_of(one, parts) for one in (head, near))
     assert len(head.weight) == CUTS[rank + 1] - CUTS[rank]
     save_file(known_of(head, near, hidden), out / f"{rank}.safetensors")
     dist.destroy_process_group()
