@@ -204,18 +204,24 @@ def load_in_bits(args, dataset, folder, device, dtype, options):
     whole = None
     if args.teacher_quant:
         live.need_quant(args.teacher_quant)
-        if args.verify is None and not args.dry_run and quantised.fits(folder, device, dtype, args):
+        if (
+            args.verify is None
+            and not args.dry_run
+            and quantised.has_room(folder, device, dtype, args)
+        ):
             teacher = cut(
                 args, models.load(args.teacher, device, dtype, pack=False, **options), dataset
             )
-            whole = quantised.look(teacher, dataset.train, args.tokens_per_microbatch)
+            whole = quantised.states_at_rows(teacher, dataset.train, args.tokens_per_microbatch)
             del teacher
         options = options | {"placing": live.in_bits(args.teacher_quant, device, dtype)}
     teacher = models.load(args.teacher, device, dtype, pack=False, **options)
     if whole is None:
         return teacher, {}
-    ours = quantised.look(cut(args, teacher, dataset), dataset.train, args.tokens_per_microbatch)
-    cost = quantised.cost_of(args.teacher_quant, whole, ours, args.temperatures)
+    ours = quantised.states_at_rows(
+        cut(args, teacher, dataset), dataset.train, args.tokens_per_microbatch
+    )
+    cost = quantised.nats_lost(args.teacher_quant, whole, ours, args.temperatures)
     return teacher, {"quantised": cost}
 
 

@@ -1,5 +1,5 @@
 """What it costs that a teacher is run in 8 or 4 bits (dump_logits.py --teacher-quant): KL of its
-distribution from the whole model's, in nats a target, at ROWS train rows.
+distribution from the whole model's, in nats a target, at ROWS_ASKED train rows.
 
 For that the whole model is loaded before the quantised one, where it fits, and let go again: one
 more load, and one more pass over these rows. The figures are printed, and stored in each chunk's
@@ -19,12 +19,12 @@ from lib import checkpoints, data, files, losses, models, train
 from lib.head import Head
 from lib.teacher import live, sample
 
-ROWS = 200
+ROWS_ASKED = 200
 A_ROW_ASKED = 32  # targets of each, at most
 
 
 @dataclass(frozen=True)
-class Seen:
+class States:
     """A model's hidden states (N, D) at targets of `rows` rows, and its output layer."""
 
     hidden: Tensor
@@ -32,7 +32,9 @@ class Seen:
     rows: int
 
 
-def fits(folder: Path, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> bool:
+def has_room(
+    folder: Path, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
+) -> bool:
     """Return whether a whole model has room on a device, by its files; say so where it has none."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
     need = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
@@ -46,25 +48,25 @@ def fits(folder: Path, device: torch.device, dtype: torch.dtype, args: argparse.
     return False
 
 
-def look(teacher: models.Model, split: data.Split, tokens: int) -> Seen:
-    """Return what a model makes of ROWS rows, evenly spread; `tokens` a forward pass."""
-    rows = sample.evenly(np.flatnonzero(split.rows["targets"]), ROWS)
+def states_at_rows(teacher: models.Model, split: data.Split, tokens: int) -> States:
+    """Return what a model makes of ROWS_ASKED rows, evenly spread; `tokens` a forward pass."""
+    rows = sample.evenly(np.flatnonzero(split.rows["targets"]), ROWS_ASKED)
     taken = sample.hidden_states(split, teacher, tokens, rows, A_ROW_ASKED)
-    return Seen(taken.hidden, teacher.head(), len(rows))
+    return States(taken.hidden, teacher.head(), len(rows))
 
 
 @torch.inference_mode()
-def cost_of(bits: str, whole: Seen, ours: Seen, temperatures: list[float]) -> dict:
+def nats_lost(bits: str, whole: States, ours: States, temperatures: list[float]) -> dict:
     """Return KL(whole || ours) by temperature, its mean and 99th percentile over targets, in nats;
     and print it."""
     found = []
     for (_, z), (_, other) in zip(whole.head.chunks(whole.hidden), ours.head.chunks(ours.hidden)):
         for some in losses.pieces(z):
-            pairs = [[(x[some] / t).log_softmax(1) for x in (other, z)] for t in temperatures]
-            kl = [
-                torch.nn.functional.kl_div(*q_p, reduction="none", log_target=True) for q_p in pairs
-            ]
-            found.append(torch.stack([each.sum(1) for each in kl], 1).cpu())
+            kl = []
+            for t in temperatures:
+                p, q = (x[some].div(t).log_softmax(1) for x in (z, other))
+                kl.append((p.exp() * (p - q)).sum(1))
+            found.append(torch.stack(kl, 1).cpu())
     nats = torch.cat(found).double()
     kl_at = {
         f"{t:g}": {"mean": float(column.mean()), "p99": float(column.quantile(0.99))}

@@ -44,7 +44,8 @@ def layer(dtype, softcap):
 
 def known_of(head, near, hidden):
     """Return what records and their basis are made of, told of all parts."""
-    parts, some = head.parts, hidden[:6]
+    parts, some = head.parts, hidden[:6].clone()
+    some[5] *= 60  # all but its top k are so light that exp would underflow
     z, stored = (next(one.chunks(some))[1].clone() for one in (head, near))
     found = {"label": heads.at_ids(z, torch.tensor([0, 50_000, 50_001, 150_001, 3, V - 1]), parts)}
     found["share"] = parts.whole(fit.tail_shares(head, some, 16))
