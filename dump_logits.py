@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from lib import checkpoints, files, flags, models, plan
 from lib.data import Dataset
-from lib.options import classifier
+from lib.options import classifier, ranks
 from lib.prepare import ask
 from lib.run import Interrupt, clock
 from lib.teacher import (
@@ -48,6 +48,9 @@ from lib.teacher import (
     basis,
     fit,
     imported,
+    live,
+    parallel,
+    quantised,
     record,
     served,
     shared,
@@ -114,6 +117,7 @@ def parse_args(argv=None):
     )
     flags.add(group, "--tokens-per-microbatch", "--device", "--dtype", "--threads", "--attn")
     flags.add(group, "--compile", "--fresh", "--dry-run", "--trust-remote-code")
+    parallel.add_flags(group)
     served.add_flags(parser)
     across.add_flags(parser)
     imported.add_flags(parser)
@@ -125,6 +129,7 @@ def parse_args(argv=None):
     if not imported.check_flags(parser, args):
         served.check_flags(parser, args, ask.KEYS)
     across.check_flags(parser, args)
+    parallel.check_flags(parser, args)
     writer.check_flags(parser, args)
     if args.chunk not in ("all", "val") and not args.chunk.isdigit():
         parser.error(f"--chunk is {args.chunk}, wanted a number, all or val")
@@ -163,19 +168,21 @@ def chunks_named(args, dataset):
 class Job:
     """What every chunk of a dump needs: a teacher, cut to the tokens that the student knows too,
     and the rows that it reads, by split. others: who makes a split's records, for a teacher with
-    other tokens. shape: the basis of its tails, once there is one."""
+    other tokens. shape: the basis of its tails, once there is one. cost: of --teacher-quant, for
+    meta.json."""
 
     dataset: Dataset
     teacher: models.Model
     splits: dict
     others: dict = field(default_factory=dict)
     shape: basis.Basis | None = None
+    cost: dict = field(default_factory=dict)
 
 
-def load_teacher(args, dataset, folder, device, dtype):
+def load_teacher(args, dataset, folder, device, dtype, peers=None):
     """Return the dump's teacher and the rows that it reads: a classifier's own tokenizer reads
     their texts, and so does that of a teacher with other tokens."""
-    others = {}
+    others, cost = {}, {}
     splits = {"train": dataset.train, "val": dataset.val}
     options = dict(
         dataset=dataset,
@@ -184,6 +191,8 @@ def load_teacher(args, dataset, folder, device, dtype):
         trust_remote_code=args.trust_remote_code,
     )
     if dataset.labels:
+        if args.teacher_quant:
+            files.fail("--teacher-quant is for causal LMs", "a class a row", mend="without it")
         splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
     if across.is_asked(args):
         others, table = across.read_rows(args, dataset, folder)
@@ -200,9 +209,39 @@ def load_teacher(args, dataset, folder, device, dtype):
         teacher = translate.translated(teacher, table)
     else:
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
-        teacher = models.load(args.teacher, device, dtype, pack=False, apart=apart, **options)
+        placing = parallel.placing_of(peers, folder, dataset, device) if args.tp else None
+        options |= dict(apart=apart, placing=placing)
+        teacher, cost = load_in_bits(args, dataset, folder, device, dtype, options)
     teacher.module.requires_grad_(False)
-    return Job(dataset, cut(args, teacher, dataset), splits, others)
+    teacher = cut(args, teacher, dataset)
+    teacher = parallel.in_parts(teacher, peers) if args.tp else teacher
+    return Job(dataset, teacher, splits, others, cost=cost)
+
+
+def load_in_bits(args, dataset, folder, device, dtype, options):
+    """Return a teacher, as --teacher-quant says, and what that costs (where it is to be dumped)."""
+    whole = None
+    if args.teacher_quant:
+        live.need_quant(args.teacher_quant)
+        if (
+            args.verify is None
+            and not args.dry_run
+            and quantised.has_room(folder, device, dtype, args)
+        ):
+            teacher = cut(
+                args, models.load(args.teacher, device, dtype, pack=False, **options), dataset
+            )
+            whole = quantised.states_at_rows(teacher, dataset.train, args.tokens_per_microbatch)
+            del teacher
+        options = options | {"placing": live.in_bits(args.teacher_quant, device, dtype)}
+    teacher = models.load(args.teacher, device, dtype, pack=False, **options)
+    if whole is None:
+        return teacher, {}
+    ours = quantised.states_at_rows(
+        cut(args, teacher, dataset), dataset.train, args.tokens_per_microbatch
+    )
+    cost = quantised.nats_lost(args.teacher_quant, whole, ours, args.temperatures)
+    return teacher, {"quantised": cost}
 
 
 def cut(args, teacher, dataset):
@@ -245,6 +284,7 @@ def plan_of(job, chunk, settings):
 
     def scored(rows):
         batch = split.batch([[row] for row in rows.tolist()]).to(job.teacher.device)
+        head.parts.told((name, rows.tolist()))  # to those that have a part of the teacher
         return score(job.teacher, head, batch, *wanted)
 
     rows, lengths = writer.rows_of(dataset, chunk), split.rows["length"]
@@ -288,6 +328,7 @@ def dump(out, chunk, job, settings, interrupt, holding):
         bar.update(len(records))
         if interrupt.number:
             made.flush()
+            job.teacher.head().parts.told(None)
             interrupt.leave(f"dump: saved {folder}; the same command continues")
         if bar.disable and time.monotonic() - said > 15:
             print(f"dump {chunk}: {number + 1} of {left} batches, {speed}", flush=True)
@@ -334,9 +375,9 @@ def finish(made, job, place, seconds, speed):
     # apart from what is the same whatever the machine
     cost = {"dumped_s": round(seconds, 1), "checksums": {}}
     files.write_json(made.folder / writer.COST_FILE, cost)
-    dataset, more = job.dataset, {}
-    if made.chunk == "val" and not dataset.labels and not job.others:
-        more = {"answers": worth.answered(job.teacher, dataset)}
+    dataset, alone = job.dataset, job.teacher.head().parts.world == 1
+    asked = made.chunk == "val" and not dataset.labels and not job.others and alone
+    more = job.cost | ({"answers": worth.answered(job.teacher, dataset)} if asked else {})
     meta = made.finish(dataset.identities, dataset.sources, **more)
     print(
         f"dump {place}: done, {speed}, {made.dtype.itemsize} bytes a target, teacher ce"
@@ -346,6 +387,18 @@ def finish(made, job, place, seconds, speed):
     )
     for line in writer.errors_said(meta):
         print(line, flush=True)
+
+
+def unfinished(args, wanted, out, settings):
+    """Return the chunks that are to be dumped, and say which are there."""
+    missing = []
+    for chunk in wanted:
+        place = record.chunk_folder(out, chunk)
+        if args.fresh or not writer.is_finished(place, settings):
+            missing.append(chunk)
+        else:
+            print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
+    return missing
 
 
 def look_again(args, dataset, wanted, out, device):
@@ -366,6 +419,7 @@ def look_again(args, dataset, wanted, out, device):
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
+    peers = ranks.assemble(args) if args.tp else None
     device = models.pick_device(args.device, args.threads)
     dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
     wanted, out = chunks_wanted(args, dataset), Path(args.out)
@@ -380,21 +434,16 @@ def main(argv=None):
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
-    writer.say_memory(folder, dtype, device, args, dataset)
-    job = load_teacher(args, dataset, folder, device, dtype)
+    writer.say_memory(folder, dtype, device, args, dataset, peers.world if peers else 1)
+    job = load_teacher(args, dataset, folder, device, dtype, peers)
     teacher = job.teacher
+    parts = teacher.head().parts
     settings = writer.dump_settings(args, dataset, checkpoints.identity(folder), teacher, dtype)
     settings |= across.settings_across(job.others, teacher)
 
     # what is done is skipped; what is not has its size said and its room checked before the first
     # forward pass, and everything that could be wrong is looked at before anything is deleted
-    missing = []
-    for chunk in wanted:
-        place = record.chunk_folder(out, chunk)
-        if args.fresh or not writer.is_finished(place, settings):
-            missing.append(chunk)
-        else:
-            print(f"dump {place}: already finished; nothing to do (--fresh dumps it anew)")
+    missing = parts.lead(unfinished, args, wanted, out, settings)
     if other := written.other_teacher(dataset, [(args.teacher, settings["teacher"])]):
         print(other)
     print(
@@ -404,27 +453,30 @@ def main(argv=None):
         + (f", and its shape in {args.tail_bytes} bytes" if args.tail_rank else "")
     )
     width = teacher.head().weight.shape[1]
-    writer.check_disk(out, dataset, missing, settings, width)
-    shared.check_begun(out, missing, args.shared)
+    parts.lead(writer.check_disk, out, dataset, missing, settings, width)
+    parts.lead(shared.check_begun, out, missing, args.shared)
     anew = args.fresh and args.chunk == "all"
     if args.tail_rank:
-        fit.check_basis(out, settings, missing, anew)
+        parts.lead(fit.check_basis, out, settings, missing, anew)
     if args.dry_run:
         return print("--dry-run: nothing was written")
     if args.shared:
         dump_shared(args, out, wanted, job, settings)
     else:
-        held = writer.empty_chunks(out, missing) if args.fresh else {}
+        held = writer.empty_chunks(out, missing) if args.fresh and not parts.rank else {}
         if args.tail_rank and missing:
             job.shape, settings["basis"] = fit.shared_basis(
                 out, job.splits["train"], teacher, settings, missing, anew
             )
-        elif anew:
+        elif anew and not parts.rank:
             (out / basis.FILE).unlink(missing_ok=True)
 
+        if parts.rank:
+            return parallel.follow(job, settings)
         interrupt = Interrupt()
         for chunk in missing:
             dump(out, chunk, job, settings, interrupt, held.get(chunk))
+        parts.told(None)
     name = Path(args.data).name
     student = f"runs/{name}/stage1"
     if not Path(student).exists():

@@ -6,7 +6,7 @@ the model's own scale and soft cap applied. No function here or above holds logi
 chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,50 @@ ABSENT = -1e9  # logit of a token that is left out: no mass at any temperature, 
 CHUNK_BYTES = 1 << 27  # one buffer of (chunk, V) logits: 128 MiB, 220 targets at V = 151,936
 
 
+class Parts:
+    """Where a vocabulary's logits (n, V) lie: here, all of them, so that every sum and largest
+    value over it is this process's own. Where processes have `world` parts of it, one each
+    (lib/teacher/parallel.py), what is said of z (n, V) holds of the part (n, tokens) from the
+    token `first` on, and all call this together."""
+
+    first, rank, world = 0, 0, 1
+
+    def most(self, x: Tensor) -> Tensor:
+        """Return the largest that any part has of x."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the parts."""
+        return x
+
+    def merged(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest values (n, k) of the k largest of each part, and their ids."""
+        return values, ids
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return x (..., V) of all parts, of each part's (..., tokens)."""
+        return x
+
+    def softmax(self, z: Tensor) -> Tensor:
+        """Return this part of the softmax over all parts of logits (n, tokens)."""
+        return z.softmax(1)
+
+    def own(self, shape: Any) -> Any:
+        """Return the part of a basis (lib/teacher/basis.py) that is of this part's tokens."""
+        return shape
+
+    def told(self, value: Any = None) -> Any:
+        """Return what the first part's process has of a small value."""
+        return value
+
+    def lead(self, do: Callable[..., Any], *words: Any) -> Any:
+        """Return what is done by the first part's process alone, before any other goes on."""
+        return do(*words)
+
+
+ALONE = Parts()
+
+
 @dataclass(frozen=True)
 class Head:
     """weight (V', D), bias (V',) or None; logits = softcap(scale * (hidden @ weight[:vocab].T +
@@ -26,7 +70,8 @@ class Head:
 
     `softcap` c maps z to c * tanh(z / c) (Gemma 2, eq. in section 2 of arXiv:2408.00118); 0 = none.
     `vocab` = V tokens both models know; apart (n,): ids among them that are another token to one of
-    them, whose logits are ABSENT in both, so that neither's distribution has them.
+    them, whose logits are ABSENT in both, so that neither's distribution has them. parts: where
+    the layer has more rows than `weight` (and bias, and apart), which are one part's.
     """
 
     weight: Tensor
@@ -35,6 +80,12 @@ class Head:
     scale: float = 1.0
     softcap: float = 0.0
     apart: Tensor | None = None
+    parts: Parts = ALONE
+
+    @property
+    def tokens(self) -> int:
+        """How many of the V tokens have their rows here."""
+        return min(self.vocab, len(self.weight))
 
     def chunk(self) -> int:
         """Return how many targets one buffer of logits holds."""
@@ -100,7 +151,7 @@ class Head:
             rows = hidden[part].to(weight.dtype)
             if buffer is None:
                 buffer = torch.empty(
-                    len(rows), self.vocab, dtype=wide(weight.dtype), device=hidden.device
+                    len(rows), len(weight), dtype=wide(weight.dtype), device=hidden.device
                 )
             yield part, self.logits(rows, weight, buffer[: len(rows)])
 
@@ -138,10 +189,10 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def lift(z: Tensor, least: float = FLOOR) -> Tensor:
+def lift(z: Tensor, least: float = FLOOR, parts: Parts = ALONE) -> Tensor:
     """Add to each row of z (n, V), log-masses, what brings its largest to 0 where that is below
     `least`, so that exp does not underflow, and return what was added (n,): mostly 0."""
-    top = z.amax(1)
+    top = parts.most(z.amax(1))
     raised = torch.where((top < least) & ~top.isinf(), -top, 0.0)
     z.add_(raised[:, None])
     return raised
@@ -159,17 +210,42 @@ def topk_and_tails(z: Tensor, k: int, temperatures: list[float]) -> tuple[Tensor
     return ids, gaps, tails_and_errors(z, temperatures)[0]
 
 
-def take_top(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def take_top(z: Tensor, k: int, parts: Parts = ALONE) -> tuple[Tensor, Tensor]:
     """Return the ids and gaps of `topk_and_tails`; z (n, V) becomes z - z_max of the others, -inf
-    at the ids."""
-    values, ids = z.topk(k, dim=1)
+    at the ids. (Of equal logits at the k-th place, which is taken may hang on the parts.)"""
+    ids, values = top_of(z, k, parts)
     top = values[:, :1]
-    z.sub_(top).scatter_(1, ids, -torch.inf)
+    lower(z.sub_(top), ids, -torch.inf, parts)
     return ids, top - values
 
 
+def top_of(z: Tensor, k: int, parts: Parts = ALONE) -> tuple[Tensor, Tensor]:
+    """Return the ids (n, k) of the k largest of z (n, V), the largest first, and their values."""
+    values, ids = z.topk(min(k, z.shape[1]), dim=1)
+    values, ids = parts.merged(values, ids + parts.first, k)
+    return ids, values
+
+
+def lower(z: Tensor, ids: Tensor, value: float, parts: Parts = ALONE) -> Tensor:
+    """Lower z (n, V) at ids (n, k) to a value, where they lie in this part, and return it."""
+    inside, own = here(z, ids, parts)
+    return z.scatter_reduce_(1, own, z.new_full(own.shape, value).where(inside, torch.inf), "amin")
+
+
+def at_ids(z: Tensor, ids: Tensor, parts: Parts = ALONE) -> Tensor:
+    """Return z (n, V) at one id a target (n,), whichever part it lies in; 0 where it is none's."""
+    inside, own = here(z, ids[:, None], parts)
+    return parts.total(z.gather(1, own).where(inside, 0.0)[:, 0])
+
+
+def here(z: Tensor, ids: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Return which ids are columns of this part z, and each id's column (any, where it is not)."""
+    own, last = ids - parts.first, z.shape[1] - 1
+    return (own >= 0) & (own <= last), own.clamp(0, last)
+
+
 def tails_and_errors(
-    z: Tensor, temperatures: list[float], stored: Tensor | None = None
+    z: Tensor, temperatures: list[float], stored: Tensor | None = None, parts: Parts = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Return the tails of `topk_and_tails`, z (n, V) being what `take_top` leaves, and for logits
     that are stored of these tails (n, V) their errors (n, len(temperatures)): KL, in nats, of a
@@ -178,9 +254,9 @@ def tails_and_errors(
     if stored is not None:
         top = z.isneginf()
         stored.masked_fill_(top, -torch.inf)
-        stored -= stored.amax(1, keepdim=True).nan_to_num_(neginf=0.0)
+        stored -= parts.most(stored.amax(1, keepdim=True)).nan_to_num_(neginf=0.0)
         away = (z - stored).masked_fill_(top, 0.0)
-    raised = lift(z, FLOOR * min(temperatures))
+    raised = lift(z, FLOOR * min(temperatures), parts)
     tails, errors = z.new_zeros(2, len(z), len(temperatures))
     # exp once, at the highest temperature; lower ones are powers of it: a square where T halves
     order = sorted(range(len(temperatures)), key=lambda i: -temperatures[i])
@@ -192,10 +268,10 @@ def tails_and_errors(
             return x.div_(t).exp_() if above is None else x.pow_(above / t)
 
         z, above = powered(z), t
-        mass = z.sum(1)
+        mass = parts.total(z.sum(1))
         tails[:, i] = mass.log() - raised / t
         if stored is not None:
             # the mean under p of log p - log q, with p = z / mass and q = stored / its sum
-            mean = torch.linalg.vecdot(z, away) / mass
-            errors[:, i] = mean / t - tails[:, i] + powered(stored).sum(1).log()
+            mean = parts.total(torch.linalg.vecdot(z, away)) / mass
+            errors[:, i] = mean / t - tails[:, i] + parts.total(powered(stored).sum(1)).log()
     return tails, errors.nan_to_num_(0.0).clamp_min_(0.0)

@@ -339,10 +339,10 @@ def piece_bytes(device: torch.device) -> int:
     return PIECE_BYTES.get(device.type, PIECE_BYTES_ELSEWHERE)
 
 
-def pieces(z: Tensor) -> list[slice]:
+def pieces(z: Tensor, vocab: int | None = None) -> list[slice]:
     """Cut the targets of a chunk of logits (n, V) so that what is computed over all tokens has
-    small temporaries."""
-    size = max(1, piece_bytes(z.device) // (z.element_size() * z.shape[1]))
+    small temporaries. vocab: V, where z is a part: all parts are cut alike."""
+    size = max(1, piece_bytes(z.device) // (z.element_size() * (vocab or z.shape[1])))
     return [slice(start, min(start + size, len(z))) for start in range(0, len(z), size)]
 
 

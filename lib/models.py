@@ -340,7 +340,8 @@ def head_error(model: Model, amp: torch.dtype | None) -> float:
     """Return how far our head's logits of eight tokens are from the model's own, relative to what
     rounding may be: at most 1 in a model whose body and head we know."""
     row = rows_to_probe(model)[0][:8]
-    positions, head = torch.arange(len(row), device=model.device)[None], model.head()
+    positions = torch.arange(len(row), device=model.device)[None]
+    head = model.head().whole(model.device)  # for once, where it lies divided
     hidden = states(model, amp, [row])[0]
     with torch.autocast(model.device.type, amp, enabled=amp is not None):
         own = model.module(input_ids=row[None], position_ids=positions, use_cache=False)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -422,3 +423,43 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
 
         setattr(module, function, counted)
     importlib.import_module(name).main([str(word) for word in argv])
+
+
+def as_rank(rank, port, several, name, argv, log, hook):
+    """What a process of torchrun's does."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(several),
+        LOCAL_WORLD_SIZE=str(several),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",  # whatever the machine's name resolves to
+    )
+    script(name, argv, log, hook)
+
+
+def together(several, name, argv, log: Path, hooks=()):
+    """Run a script in several ranks; hooks: of some, by their number. Return their exit codes."""
+    hooks, logs = dict(hooks), [log.with_name(f"{log.name}-{rank}") for rank in range(several)]
+    return at_once(
+        as_rank, [(several, name, argv, logs[rank], hooks.get(rank)) for rank in range(several)]
+    )
+
+
+def at_once(target, words):
+    """Run target(rank, port, *words[rank]) in as many processes; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = processes()
+    started = [
+        context.Process(target=target, args=(rank, port, *words[rank]))
+        for rank in range(len(words))
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in started]

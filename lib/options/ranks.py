@@ -78,7 +78,7 @@ class Ranks:
 
     @property
     def shards(self) -> bool:
-        return self.world > 1 and self.args.shard == "fsdp"
+        return self.world > 1 and getattr(self.args, "shard", "none") == "fsdp"
 
     def open(self, args: argparse.Namespace, stage: str, *words: Any) -> Run:
         """Return the run of args.out (lib/run.py, class Run), which rank 0 has opened before any
@@ -284,20 +284,39 @@ class Following(Leading):
 def meet(args: argparse.Namespace) -> Ranks:
     """Return the processes that torchrun has started, or this one alone, before anything is read.
     All but rank 0 are silent, and wait here until it has opened the run."""
+    if are_several():
+        check_alone(args)
+    ranks = assemble(args)
+    if ranks.world == 1 and args.cpu_offload:
+        files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
+    if ranks.rank:
+        args.track, args.tag = "", ""  # the folder is told
+        args.samples *= ranks.shards  # all of them write what none can alone
+        with ranks.first():
+            pass
+        args.out = ranks.told()
+    return ranks
+
+
+def are_several() -> bool:
+    """Return whether torchrun has started this process, as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+def assemble(args: argparse.Namespace) -> Ranks:
+    """Return the processes that torchrun has started, each on its GPU, or this one alone. All but
+    rank 0 are silent."""
+    if not are_several():
+        return Ranks(args)
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's
     world, rank, local, here = (int(os.environ.get(name, "-1")) for name in names)
-    if world < 2 or local < 0:
-        if args.cpu_offload:
-            files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
-        return Ranks(args)
-    check_alone(args)
     if args.device in ("auto", "cuda") and torch.cuda.is_available():
         if here > (cards := torch.cuda.device_count()):
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
         torch.cuda.set_device(local)
-    if not args.threads and (args.shard == "fsdp" or not torch.cuda.is_available()):
-        args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     ranks = Ranks(args, rank, world)
+    if not args.threads and (ranks.shards or not torch.cuda.is_available()):
+        args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.waiting():
         store = dist.PrefixStore(f"start {starts_before()}", next(rendezvous("env://"))[0])
@@ -307,11 +326,6 @@ def meet(args: argparse.Namespace) -> Ranks:
     if rank:
         sys.stdout = open(os.devnull, "w")
         files.TOLD_EVERY_S = threading.TIMEOUT_MAX
-        args.track, args.tag = "", ""  # the folder is told
-        args.samples *= ranks.shards  # all of them write what none can alone
-        with ranks.first():
-            pass
-        args.out = ranks.told()
     return ranks
 
 

@@ -9,6 +9,8 @@ which it is. `open_teacher` chooses by the flags.
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
                                                sample.py   from which targets
+    parallel.py  a model divided among processes, its output layer by tokens
+    quantised.py what it costs that it is run in 8 or 4 bits
     verify.py   records held against their checksums, and against the teacher
     written.py  who wrote the rows             served.py  chunks that a server fills
     several.py  several teachers as one: folders, or live

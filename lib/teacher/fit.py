@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib import data, files, models
-from lib.head import Head
+from lib.head import Head, lower, top_of
 from lib.run import clock
 from lib.teacher import basis, sample
 from lib.teacher.basis import Basis
@@ -82,36 +82,40 @@ def shared_basis(
 ) -> tuple[Basis, str]:
     """Return the basis of a logits folder as `load_basis` does: the one that is there, or a new
     one. Of several dumps, the first makes it."""
-    holding = files.lock(out, wait=True)
-    if not check_basis(out, settings, missing, anew):
+    parts = teacher.head().parts
+    holding = None if parts.rank else files.lock(out, wait=True)
+    if not parts.lead(check_basis, out, settings, missing, anew):
         make_basis(out / basis.FILE, split, teacher, settings)
-    holding.release()
-    return load_basis(out, teacher)
+    made = load_basis(out, teacher)
+    if holding:
+        holding.release()
+    return made
 
 
 def load_basis(out: Path, teacher: models.Model) -> tuple[Basis, str]:
-    """Return the basis of a logits folder, on the teacher's device, and its file's hash."""
+    """Return the basis of a logits folder, of the teacher's part of the tokens, on its device, and
+    its file's hash."""
     shape, _ = basis.load(out / basis.FILE, ANEW)
-    shape = replace(shape, apart=teacher.head().apart)
+    shape = replace(teacher.head().parts.own(shape), apart=teacher.head().apart)
     return shape.to(teacher.device), files.sha256(out / basis.FILE)
 
 
 def make_basis(path: Path, split: data.Split, teacher: models.Model, settings: dict) -> None:
     """Write a basis fitted to train rows as the teacher reads them (`split`)."""
-    started, size = clock(teacher.device), settings["tail_bytes"]
+    started, size, parts = clock(teacher.device), settings["tail_bytes"], teacher.head().parts
     print(f"basis {path}: is fitted, once for all chunks", flush=True)
     with files.telling("basis, the teacher over a sample of rows"):
         tokens = settings["tokens_per_microbatch"]
         taken = sample.take(split, teacher, tokens, settings.get("only"))
     k, rank = settings["k"], settings["tail_rank"]
     with files.telling("basis, fitting"):
-        odd = odd_rows(teacher.head(), taken, k, rank, split)
+        odd = parts.told(odd_rows(teacher.head(), taken, k, rank, split))
         if len(odd):
             taken = sample.with_more(taken, odd, split, teacher, tokens)
         hidden = taken.hidden
         shape, held = fit_basis(teacher.head(), hidden, k, rank, size, taken.counts)
     about = {name: settings[name] for name in FITTED_TO}
-    basis.save(shape, path, about | {"targets": len(hidden), "variance": held})
+    parts.lead(basis.save, shape, path, about | {"targets": len(hidden), "variance": held})
     print(
         f"basis {path}: {len(shape.bits)} of {hidden.shape[1]} dimensions, in {size}"
         f" bytes a target, hold {held:.1%} of the variance of the tail's logits in its sample;"
@@ -152,7 +156,8 @@ def fit_basis(
     held = 1 - float(lost / variance.sum().clamp_min(1e-30))
 
     stored = bits > 0
-    decoder = (inverse @ components[:, stored]).float().to(hidden.device)  # (D, R)
+    decoder = (inverse @ components[:, stored]).float()
+    decoder = head.parts.told(decoder.cpu()).to(hidden.device)  # (D, R)
     mean, rows = decoded(head, center, middle, decoder)
     bits, step = (part[stored].to(hidden.device) for part in (bits, step))
     encoder = encoder[:, stored.to(hidden.device)].contiguous()
@@ -230,21 +235,22 @@ def exact(made: Tensor) -> Tensor:
 def tail_shares(head: Head, hidden: Tensor, k: int) -> Tensor:
     """Return how much each token (V,) holds of the tails' softened mass, on average over a sample
     of hidden states (N, D); none less than LEAST_SHARE."""
-    mass = torch.zeros(head.vocab, dtype=torch.float64)
+    mass, parts = torch.zeros(head.tokens, dtype=torch.float64), head.parts
     count, device = min(WEIGHED, len(hidden)), hidden.device
     some = torch.linspace(0, len(hidden) - 1, count, device=device).long()
     for _, z in head.chunks(hidden[some]):
-        ids = z.topk(min(k, head.vocab - 1), 1).indices
-        mass += exact((z / WEIGH_AT).softmax(1).scatter_(1, ids, 0.0).sum(0))
-    share = (mass / mass.sum().clamp_min(1e-30)).clamp_min(LEAST_SHARE)
-    return (share / share.sum()).float().to(device)
+        ids, _ = top_of(z, min(k, head.vocab - 1), parts)
+        held = parts.softmax(z / WEIGH_AT)
+        mass += exact(lower(held, ids, 0.0, parts).sum(0))
+    share = (mass / parts.total(mass.sum()).clamp_min(1e-30)).clamp_min(LEAST_SHARE)
+    return (share / parts.total(share.sum())).float().to(device)
 
 
 def widened(head: Head) -> Iterator[tuple[slice, Tensor]]:
     """Yield (which tokens, their rows of the output layer (n, D) in float32, scaled), PIECE tokens
     at a time."""
-    for start in range(0, head.vocab, PIECE):
-        part = slice(start, min(start + PIECE, head.vocab))
+    for start in range(0, head.tokens, PIECE):
+        part = slice(start, min(start + PIECE, head.tokens))
         yield part, head.weight.detach()[part].float() * head.scale
 
 
@@ -255,12 +261,12 @@ def weighted_gram(head: Head, share: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros(width, dtype=torch.float64)
     for part, rows in widened(head):
         total += exact(share[part] @ rows)
-    middle = total.float().to(share.device)
+    middle = head.parts.total(total).float().to(share.device)
     gram = torch.zeros(width, width, dtype=torch.float64)
     for part, rows in widened(head):
         away = rows - middle
         gram += exact(away.t() @ (away * share[part, None]))
-    return middle, gram
+    return middle, head.parts.total(gram)
 
 
 def powers_of(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,15 +285,15 @@ def decoded(head: Head, center: Tensor, middle: Tensor, decoder: Tensor) -> tupl
     """Return a basis' mean (V,) and rows (R, V): the output layer of the states `center` and
     `decoder` (D, R). What all tokens of a row share is left out (`middle`, their mean row): a
     softmax does not see it, a soft cap would."""
-    mean = torch.empty(head.vocab, dtype=torch.float32, device=center.device)
-    rows = torch.empty(decoder.shape[1], head.vocab, dtype=torch.float32, device=center.device)
+    mean = torch.empty(head.tokens, dtype=torch.float32, device=center.device)
+    rows = torch.empty(decoder.shape[1], head.tokens, dtype=torch.float32, device=center.device)
     constant = 0.0 if head.softcap else middle @ decoder  # (R,)
     for part, wide in widened(head):
         rows[:, part] = (wide @ decoder - constant).t()
         mean[part] = wide @ center
     if head.bias is not None:
         mean += head.bias.detach()[: head.vocab].float() * head.scale
-    return mean, rows
+    return head.parts.whole(mean), head.parts.whole(rows)
 
 
 def spend_bits(coef: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:

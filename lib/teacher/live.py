@@ -51,12 +51,7 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         metavar="DEVICE",
         help="where it runs (default: where the student does)",
     )
-    group.add_argument(
-        "--teacher-quant",
-        choices=list(QUANT_BYTES),
-        default=None,
-        help="its layers in 8 or 4 bits (bitsandbytes; default: off)",
-    )
+    add_quant(group)
     flags.option(
         group,
         "--teacher-offload",
@@ -68,6 +63,37 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
             " default: off)"
         ),
     )
+
+
+def add_quant(group: argparse._ArgumentGroup) -> None:
+    """Add the flag of a quantised teacher."""
+    group.add_argument(
+        "--teacher-quant",
+        choices=list(QUANT_BYTES),
+        default=None,
+        help="its layers in 8 or 4 bits (bitsandbytes; default: off)",
+    )
+
+
+def in_bits(quant: str, device: torch.device, dtype: torch.dtype) -> dict:
+    """Return how from_pretrained quantises a model on a device; `dtype` is what it computes in."""
+    from transformers import BitsAndBytesConfig
+
+    # it would say at every product that 8 bits are multiplied in float16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quant == "8bit":
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return {"quantization_config": bits, "device_map": {"": device}}
+
+
+def need_quant(quant: str) -> None:
+    """Refuse --teacher-quant without the packages that it takes."""
+    for package in ("bitsandbytes", "accelerate"):
+        files.need(package, f"--teacher-quant {quant}")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -112,10 +138,9 @@ class LiveTeacher:
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES
         if args.teacher_quant:
-            files.need("bitsandbytes", f"--teacher-quant {args.teacher_quant}")
-        if args.teacher_quant or args.teacher_offload:
-            flag = "--teacher-quant" if args.teacher_quant else "--teacher-offload"
-            files.need("accelerate", flag)
+            need_quant(args.teacher_quant)
+        if args.teacher_offload:
+            files.need("accelerate", "--teacher-offload")
         self.folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         self.base = checkpoints.base_of(self.folder)
         if self.base != self.folder and (args.teacher_quant or args.teacher_offload):
@@ -231,17 +256,7 @@ class LiveTeacher:
         """Return where from_pretrained is to put the weights, if not all of them, unchanged, on one
         device with `room` bytes for them."""
         if self.args.teacher_quant:
-            from transformers import BitsAndBytesConfig
-
-            # it would say at every product that 8 bits are multiplied in float16
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-            if self.args.teacher_quant == "8bit":
-                bits = BitsAndBytesConfig(load_in_8bit=True)
-            else:
-                bits = BitsAndBytesConfig(
-                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
-                )
-            return {"quantization_config": bits, "device_map": {"": self.device}}
+            return in_bits(self.args.teacher_quant, self.device, self.dtype)
         if not self.args.teacher_offload:
             return None
         where = spread(self.base, self.dtype, self.device, room, self.args.trust_remote_code)

@@ -73,6 +73,8 @@ CHUNK_META = {  # of meta.json
     "teacher_acc1": float,
     "coverage": {...: float},
     "apart?": [range(1 << 20)],
+    "teacher_quant?": {"8bit", "4bit"},
+    "quantised?": {"kl": {...: {"mean": float, "p99": float}}, "rows": int, "targets": int},
     "answers?": {...: [range(1 << 20)]},
     "sha256": str,
 }

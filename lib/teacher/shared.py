@@ -52,7 +52,7 @@ MERGE = -1  # in place of a part's number
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) what does not go with --shared."""
-    for name in ("fresh", "verify", "teacher_url", "import_"):
+    for name in ("fresh", "verify", "teacher_url", "import_", "tp"):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # --verify is 0
             parser.error(f"--shared does not go with {flags.spelled(name.strip('_'))}")
 

@@ -172,6 +172,8 @@ def dump_settings(
     if apart := [id for id in teacher.apart if id < head.vocab]:  # older folders, and most: none
         settings["apart"] = apart
     more = {"tail_bytes": args.tail_bytes, "errors": True}
+    if args.teacher_quant:
+        settings["teacher_quant"] = args.teacher_quant
     return settings | only_sources(args, dataset) | (more if args.tail_rank else {})
 
 
@@ -191,6 +193,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
     if not (folder / "meta.json").exists():
         return False
     wanted = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+    wanted["teacher_quant"] = settings.get("teacher_quant")  # mostly there is none
     meta = files.read_json(folder / "meta.json", DUMP_ANEW)
     if differ := record.differing(meta, wanted):
         files.fail(
@@ -287,11 +290,13 @@ def say_memory(
     device: torch.device,
     args: argparse.Namespace,
     dataset: data.Dataset,
+    parts: int = 1,
 ) -> None:
-    """Say, before the teacher is loaded, about how much memory the dump takes."""
+    """Say, before the teacher is loaded, about how much memory the dump takes; parts: processes
+    that the teacher is divided among."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
     vocab, width = live.output_layer(shapes)
-    weights = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    weights = sum(math.prod(shape) for shape in shapes) * dtype.itemsize // parts
     lengths, targets = dataset.train.rows["length"], dataset.train.targets
     share = targets / max(1, int(lengths.sum()))  # of tokens that are targets
     tokens = min(args.tokens_per_microbatch, int(lengths.sum()))
@@ -347,10 +352,10 @@ def of_hidden(
     token i."""
     with_one = sorted({*temperatures, 1.0})
     one, columns = with_one.index(1.0), [with_one.index(t) for t in temperatures]
-    records, ce, hits = [], [], []
+    records, ce, hits, parts = [], [], [], head.parts
     for part, z in head.chunks(hidden):
-        label, top = labels[part], z.amax(1)
-        at_label, more = z.gather(1, label.clamp_min(0)[:, None])[:, 0] - top, None
+        label, top = labels[part], parts.most(z.amax(1))
+        at_label, more = heads.at_ids(z, label, parts) - top, None
         if others is not None:
             at_other, more = mass_beside(others, hidden[part], -1 - label, with_one, top)
             at_label = torch.where(label < 0, at_other, at_label)
@@ -358,10 +363,12 @@ def of_hidden(
         if shape is not None:
             coef = shape.pack(shape.encode(hidden[part]))
             stored = shape.logits(shape.unpack(coef))
-        ids, gaps = heads.take_top(z, k)
+        ids, gaps = heads.take_top(z, k, parts)
         made = [  # few at once: they are gone through a dozen times, in a CPU's cache
-            heads.tails_and_errors(z[some], with_one, None if stored is None else stored[some])
-            for some in losses.pieces(z)
+            heads.tails_and_errors(
+                z[some], with_one, None if stored is None else stored[some], parts
+            )
+            for some in losses.pieces(z, head.vocab)
         ]
         tails, errors = (torch.cat(each) for each in zip(*made))
         tails = tails if more is None else torch.logaddexp(tails, more)

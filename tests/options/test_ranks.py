@@ -5,7 +5,6 @@ weights; killed and signalled, they go on. Each rank is a process here, with tor
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import test_classify
 import torch
+from make import together
 from safetensors.torch import load_file
 
 import dump_logits
@@ -78,49 +78,6 @@ def words_of(world, kind):
         return "stage2_kd", [*data, *live]
     beside = ["--feature-weight", 1, "--attention-weight", 1]
     return "stage2_kd", [*data, *live, *beside]
-
-
-def as_rank(rank, several, port, name, argv, log, hook):
-    """What a process of torchrun's does."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(several),
-        LOCAL_WORLD_SIZE=str(several),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",  # whatever the machine's name resolves to
-    )
-    make.script(name, argv, log, hook)
-
-
-def together(several, name, argv, log: Path, hooks=()):
-    """Run a script in several ranks; hooks: of some, by their number. Return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context, hooks = make.processes(), dict(hooks)
-    started = [
-        context.Process(
-            target=as_rank,
-            args=(
-                rank,
-                several,
-                port,
-                name,
-                argv,
-                log.with_name(f"{log.name}-{rank}"),
-                hooks.get(rank),
-            ),
-        )
-        for rank in range(several)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        process.kill()
-    return [process.exitcode for process in started]
 
 
 def weights(run):

@@ -868,3 +868,20 @@ def test_a_moving_temperature_with_a_dump_without_a_basis_is_refused_in_the_user
         and "--temperature 4->2 passes by temperatures that were not dumped" in said
         and "--teacher instead" in said
     )
+
+
+@pytest.mark.parametrize("bits", ("4bit", "8bit"))
+def test_a_dump_says_what_quantising_its_teacher_costs(world, bits, capsys):
+    pytest.importorskip("bitsandbytes")
+    words = ["--tail-rank", 0, "--chunk", "val", "--teacher-quant", bits]
+    make.call(dump_logits.main, *make.dump(world, *words, out=bits))
+    found = files.read_json(world / bits / "val" / "meta.json")
+    said = found["quantised"]
+    assert said["rows"] > 0 and all(0 < said["kl"][t]["mean"] < 1 for t in ("1", "2", "4"))
+    mean = said["kl"]["1"]["mean"]
+    assert (
+        found["teacher_quant"] == bits
+        and f"KL(whole || {bits}) is {mean:.2g}/" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="teacher_quant"):  # the whole one's are others
+        make.call(dump_logits.main, *make.dump(world, "--tail-rank", 0, "--chunk", "val", out=bits))
