@@ -191,8 +191,10 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         trust_remote_code=args.trust_remote_code,
     )
     if dataset.labels:
-        if args.teacher_quant:
-            files.fail("--teacher-quant is for causal LMs", "a class a row", mend="without it")
+        for flag in ("teacher_quant", "tp"):
+            if getattr(args, flag):
+                said = f"{flags.spelled(flag)} is for causal LMs"
+                files.fail(said, f"{dataset.folder} has a class a row", mend="without it")
         splits = {name: classifier.read_by(dataset, name, folder, args) for name in splits}
     if across.is_asked(args):
         others, table = across.read_rows(args, dataset, folder)
@@ -209,7 +211,7 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         teacher = translate.translated(teacher, table)
     else:
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
-        placing = parallel.placing_of(peers, folder, dataset, device) if args.tp else None
+        placing = parallel.placing_of(peers, folder, device) if args.tp else None
         options |= dict(apart=apart, placing=placing)
         teacher, cost = load_in_bits(args, dataset, folder, device, dtype, options)
     teacher.module.requires_grad_(False)
@@ -223,6 +225,9 @@ def load_in_bits(args, dataset, folder, device, dtype, options):
     whole = None
     if args.teacher_quant:
         live.need_quant(args.teacher_quant)
+        if checkpoints.is_adapter(folder) or checkpoints.is_gguf(folder):
+            wanted = "a folder with all of a model's weights"
+            files.fail("--teacher-quant cannot quantise it", folder, wanted)
         if (
             args.verify is None
             and not args.dry_run
@@ -304,6 +309,7 @@ def dump(out, chunk, job, settings, interrupt, holding):
     if (folder / "meta.json").exists():
         print(f"dump {folder}: another process has finished it")
         return holding.release()
+    shared.check_begun(out, [chunk], False)  # again, now that the lock is ours
     plan, scored = plan_of(job, chunk, settings)
     made = writer.Writer(folder, *plan)
     batches, left = len(made.batches), len(made.left)
@@ -409,6 +415,10 @@ def look_again(args, dataset, wanted, out, device):
         checkpoints.check_written(folder, verify=True)
         dtype = models.pick_dtype(args.dtype, device, folder)
         args.k = min(part.meta["k"] for part in there.values())
+        for part in there.values():
+            if (bits := part.meta.get("teacher_quant")) != args.teacher_quant:
+                seen, wanted = (one or "none" for one in (args.teacher_quant, bits))
+                files.fail(f"{part.folder} is of another --teacher-quant", seen, wanted)
         job = load_teacher(args, dataset, folder, device, dtype)
         who = job.teacher, checkpoints.identity(folder)
         verify.against_teacher(there, args.verify, dataset, job.splits, *who)

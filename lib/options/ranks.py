@@ -315,7 +315,9 @@ def assemble(args: argparse.Namespace) -> Ranks:
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
         torch.cuda.set_device(local)
     ranks = Ranks(args, rank, world)
-    if not args.threads and (ranks.shards or not torch.cuda.is_available()):
+    if not args.threads and (
+        ranks.shards or getattr(args, "tp", False) or not torch.cuda.is_available()
+    ):
         args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.waiting():

@@ -46,7 +46,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--tp does not go with {given[0].replace('_', '-')}")
 
 
-def placing_of(peers: Any, folder: Path, dataset: data.Dataset, device: torch.device) -> dict:
+def placing_of(peers: Any, folder: Path, device: torch.device) -> dict:
     """Return how from_pretrained divides a model among `peers` (the script hands them over:
     lib/options/ranks.py, class Ranks). Refused: what cannot be divided."""
     from transformers.distributed import DistributedConfig
@@ -55,8 +55,6 @@ def placing_of(peers: Any, folder: Path, dataset: data.Dataset, device: torch.de
         files.fail("--tp is for several processes", "one", mend="torchrun --nproc-per-node N")
     if checkpoints.is_adapter(folder) or checkpoints.is_gguf(folder):
         files.fail("--tp cannot divide it", folder, "a folder with all of a model's weights")
-    if dataset.labels:
-        files.fail("--tp is for causal LMs", f"{dataset.folder} has a class a row", mend="no --tp")
     if device.type != (there := "cuda" if torch.cuda.is_available() else "cpu"):
         files.fail("--tp divides among what transformers takes", device, there, "--device auto")
     heads = models.config_of(folder).get_text_config()

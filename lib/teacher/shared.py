@@ -139,9 +139,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
-        with contextlib.suppress(OSError):  # another does the same, or chunks are left
+        with contextlib.suppress(OSError):  # another takes a finished chunk away
             for lease in self.home.glob("**/*.lease"):
                 self.give(lease)
+        with contextlib.suppress(OSError):  # another does the same, or chunks are left
             for path in self.home.glob("*.json"):
                 if path == self.file or is_gone(told_by(path)):
                     path.unlink()
@@ -155,6 +156,8 @@ class Worker:
         try:
             os.link(self.file, lease)
         except FileExistsError:
+            if told_by(lease).get("worker") == self.name:  # NFS may say no to what it has done
+                return True
             if self.alive(lease):
                 return False
             mine = lease.with_name(f"{self.name}.{lease.name}")
@@ -265,6 +268,7 @@ class SharedChunk:
             differ, wanted = record.differing(seen, settings), "one command for all workers"
             mend = f"that of the others, or, where none is left: rm -r {self.folder}"
             files.fail(f"{self.place} was begun with other settings", differ, wanted, mend)
+        check_begun(worker.out, [self.plan.chunk], True)  # again, now that others can see ours
 
     def part(self, number: int) -> Path:
         return self.folder / f"{number:05d}-{self.tag}.npy"
@@ -303,6 +307,11 @@ class SharedChunk:
         if "basis" in self.plan.settings:  # one level above the chunk, for its checksum
             with contextlib.suppress(FileExistsError):
                 os.link(self.worker.out / basis.FILE, self.folder / basis.FILE)
+        for left in self.folder.glob("merge.*/"):  # of a worker that was killed there
+            name = left.name.removeprefix("merge.")
+            who = told_by(self.worker.home / f"{name}.json")
+            if name == self.worker.name or not who or is_gone(who):
+                shutil.rmtree(left, ignore_errors=True)
         own = self.folder / f"merge.{self.worker.name}"
         own.mkdir()
         made = writer.Writer(own, *self.told)

@@ -296,7 +296,10 @@ def say_memory(
     that the teacher is divided among."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
     vocab, width = live.output_layer(shapes)
-    weights = sum(math.prod(shape) for shape in shapes) * dtype.itemsize // parts
+    each = live.QUANT_BYTES.get(args.teacher_quant, dtype.itemsize)
+    matrices = [math.prod(s) for s in shapes if len(s) == 2 and vocab not in s]
+    rest = sum(math.prod(shape) for shape in shapes) - sum(matrices)
+    weights = int(sum(matrices) * each + rest * dtype.itemsize) // parts
     lengths, targets = dataset.train.rows["length"], dataset.train.targets
     share = targets / max(1, int(lengths.sum()))  # of tokens that are targets
     tokens = min(args.tokens_per_microbatch, int(lengths.sum()))
