@@ -27,7 +27,9 @@ from lib import plan
 from lib.measure import plots
 from lib.options import ranks
 
-STEPS = "--steps 9 --eval-every 3 --save-every 2 --log-every 1 --samples 1".split()
+STEPS = (
+    "--steps 9 --eval-every 6 --save-every 2 --log-every 1 --samples 1 --sample-tokens 3".split()
+)
 STEPS += "--tokens-per-step 150 --tokens-per-microbatch 50 --lr 1e-2 --device cpu".split()
 MAINS = {"stage1_sft": stage1_sft.main, "stage2_kd": stage2_kd.main}
 
@@ -127,12 +129,12 @@ def test_the_example_of_part_of():
     "kind, several, shard",
     [
         ("disk", 4, "none"),
-        ("few", 4, "none"),
+        ("few", 3, "none"),
         ("lora", 2, "none"),
         ("beside", 2, "none"),
         ("untied", 2, "fsdp"),
-        ("disk", 4, "fsdp"),
-        ("few", 4, "fsdp --cpu-offload"),
+        ("disk", 3, "fsdp"),
+        ("few", 3, "fsdp --cpu-offload"),
         ("own", 2, "fsdp --checkpointing"),
         ("lora", 2, "fsdp"),
         ("beside", 2, "fsdp"),
