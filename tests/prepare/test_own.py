@@ -219,8 +219,8 @@ class Server:
     status_code, says, bodies = 200, True, []
 
     def __init__(self, body, reads):
+        ids = reads(body["messages"])  # a tokenizer that two threads ask at once may refuse one
         self.bodies.append(body)
-        ids = reads(body["messages"])
         self.value = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
         if self.says:
             self.value["prompt_token_ids"] = ids
