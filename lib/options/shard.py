@@ -93,9 +93,9 @@ class Divided:
         """Return of each whether its gradient, a sum over the ranks, has a number here that is not
         0: that of a weight which no rank used has none. (Of an adapter all are used, and half of
         them begin with a gradient of 0.)"""
-        some = [local(p.grad).any() for p in parameters if p.grad is not None]
-        found = torch.ones(len(parameters), dtype=torch.bool, device=some[0].device)
-        return found if self.frozen else torch.stack(some)
+        given = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        found = torch.stack([local(gradient).any() for gradient in given])
+        return torch.ones_like(found) if self.frozen else found
 
     @torch.no_grad()
     def whole(self, keep: bool) -> nn.Module | None:
