@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import checkpoints, files, flags, models, plan
+from lib import checkpoints, files, flags, models, plan, train
 from lib.data import Dataset
 from lib.options import classifier, ranks
 from lib.prepare import ask
@@ -48,8 +48,8 @@ from lib.teacher import (
     basis,
     fit,
     imported,
-    live,
     parallel,
+    placed,
     quantised,
     record,
     served,
@@ -191,7 +191,7 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         trust_remote_code=args.trust_remote_code,
     )
     if dataset.labels:
-        for flag in ("teacher_quant", "tp"):
+        for flag in ("teacher_quant", "device_map", "tp"):
             if getattr(args, flag):
                 said = f"{flags.spelled(flag)} is for causal LMs"
                 files.fail(said, f"{dataset.folder} has a class a row", mend="without it")
@@ -213,21 +213,25 @@ def load_teacher(args, dataset, folder, device, dtype, peers=None):
         apart = models.check_fits(folder, dataset, args.trust_remote_code, teacher=True)
         placing = parallel.placing_of(peers, folder, device) if args.tp else None
         options |= dict(apart=apart, placing=placing)
-        teacher, cost = load_in_bits(args, dataset, folder, device, dtype, options)
+        teacher, cost = load_placed(args, dataset, folder, device, dtype, options)
     teacher.module.requires_grad_(False)
     teacher = cut(args, teacher, dataset)
     teacher = parallel.in_parts(teacher, peers) if args.tp else teacher
     return Job(dataset, teacher, splits, others, cost=cost)
 
 
-def load_in_bits(args, dataset, folder, device, dtype, options):
-    """Return a teacher, as --teacher-quant says, and what that costs (where it is to be dumped)."""
+def load_placed(args, dataset, folder, device, dtype, options):
+    """Return a teacher, as --teacher-quant or --device-map say, and what the first costs (where it
+    is to be dumped)."""
     whole = None
+    placed.check_placing(args, folder)
+    if args.device_map:
+        shapes = checkpoints.shapes(folder)
+        beside = placed.beside_bytes(shapes, args.tokens_per_microbatch, dtype)
+        room = train.available_bytes(device) - beside
+        words = folder, dtype, device, room, beside, args.trust_remote_code
+        options = options | {"placing": placed.over_cards(*words)}
     if args.teacher_quant:
-        live.need_quant(args.teacher_quant)
-        if checkpoints.is_adapter(folder) or checkpoints.is_gguf(folder):
-            wanted = "a folder with all of a model's weights"
-            files.fail("--teacher-quant cannot quantise it", folder, wanted)
         if (
             args.verify is None
             and not args.dry_run
@@ -238,7 +242,7 @@ def load_in_bits(args, dataset, folder, device, dtype, options):
             )
             whole = quantised.states_at_rows(teacher, dataset.train, args.tokens_per_microbatch)
             del teacher
-        options = options | {"placing": live.in_bits(args.teacher_quant, device, dtype)}
+        options = options | {"placing": placed.in_bits(args.teacher_quant, device, dtype)}
     teacher = models.load(args.teacher, device, dtype, pack=False, **options)
     if whole is None:
         return teacher, {}
@@ -429,6 +433,8 @@ def look_again(args, dataset, wanted, out, device):
 def main(argv=None):
     args = parse_args(argv)
     files.check_out(args.out)
+    if not args.tp:
+        ranks.refuse_several()
     peers = ranks.assemble(args) if args.tp else None
     device = models.pick_device(args.device, args.threads)
     dataset = Dataset(args.data, args.trust_remote_code, args.verify is not None)
@@ -444,7 +450,8 @@ def main(argv=None):
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
-    writer.say_memory(folder, dtype, device, args, dataset, peers.world if peers else 1)
+    parts = peers.world if peers else placed.cards(args)
+    writer.say_memory(folder, dtype, device, args, dataset, parts)
     job = load_teacher(args, dataset, folder, device, dtype, peers)
     teacher = job.teacher
     parts = teacher.head().parts

@@ -159,7 +159,7 @@ def main(argv=None):
         return measure_only(args, dataset, device, amp)
 
     # what is read, and the run that it belongs to
-    teacher = teachers.open_teacher(args, dataset)
+    teacher = teachers.open_teacher(args, dataset, together)
     rows = onpolicy.open_rows(args, dataset, teacher.rows())
     rows.check()
     source = checkpoints.to_train(args.student, args.out, args.trust_remote_code, args.verify)
@@ -187,7 +187,7 @@ def main(argv=None):
     print(train.described(student, amp))
     rows.say(eval_every)
     teacher.say()
-    near = beside.open_step(args, student, teacher.model, run.more)
+    near = beside.open_step(args, student, teacher.model, run.more, together)
     trained = near.beside(student.module)
     train.make_room(
         args,
@@ -261,7 +261,7 @@ def main(argv=None):
             near.backward(batch, scaler)
             sums += torch.stack([loss_sum.detach(), ce_sum, kd_sum])
         together.add(trained, sums)
-        figures = schedule.figures(step, sums, targets, near.end(together))
+        figures = schedule.figures(step, sums, targets, near.end())
         run.check_finite(step, rows.of(step), **figures)
         lr = train.cosine(run.updates, steps, args.lr, args.warmup)
         norm = train.gradient_norm(optimizer, scaler, trained, args.clip)

@@ -31,8 +31,8 @@ Rooms: what one may leave out. Each room's __init__ lists its files.
                record's tail), served (a server fills it), imported (so does another tool's dump,
                which foreign reads; truncated: what both know of a distribution), across, translate
                and reread (a teacher with another tokenizer), several (teachers as one), live,
-               parallel (in parts: --tp), quantised (what 4 bits cost), worth (can it teach?),
-               written (who wrote the rows?)
+               placed (on several cards, or in 4 bits), parallel (in parts: --tp), quantised (what
+               4 bits cost), worth (can it teach?), written (who wrote the rows?)
     options/   what a trainer can do without: lora, mix, sampling, bysource (a divergence for each
                source), onpolicy (the student's own text, live; with drift), beside (losses beside
                the logits; with capture, attention, gradnorm), classifier, ranks (several

@@ -8,7 +8,7 @@ nothing.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,12 +38,19 @@ class ComparedTeacher(Protocol):
 
 
 class Peers(Protocol):
-    """The processes that measure together (lib/options/ranks.py), each a part of the batches."""
+    """The processes that train and measure together (lib/options/ranks.py), each a part of the
+    batches."""
+
+    rank: int
+    world: int
 
     def mine(self, batches: Iterable[data.Batch]) -> Iterable[data.Batch]: ...
 
     def total(self, *tensors: Tensor) -> None:
         """Sum tensors over all of them, in place."""
+
+    def of_each(self, value: Any) -> list[Any]:
+        """Return what each of them has of a small value, in their order."""
 
 
 def evaluate(

@@ -183,6 +183,22 @@ def told(
         yield split.batch(lines).to(device)
 
 
+class OneProcess:
+    """The processes that share a step's rows, where there is one: the contract of
+    lib/options/ranks.py, class Ranks."""
+
+    rank, world = 0, 1
+
+    def even(self, count: int) -> int:
+        """Return how many micro-batches this process takes in a step, where it has rows for so
+        many."""
+        return count
+
+    def of_each(self, value: Any) -> list[Any]:
+        """Return what each process has of a small value, in their order."""
+        return [value]
+
+
 class Rows:
     """Which rows a run trains on, and in which step: here every row once an epoch.
 
@@ -192,7 +208,7 @@ class Rows:
     there   the numbers of the rows that can be trained on (default: all)
     line    how long a line may be (`line_length`)
     groups  the group of each row of the split, where rows of two must not share a micro-batch
-    among   (number, several): which of several processes this is, whose rows alone are given
+    peers   the processes that share a step's rows; this one's alone are given
 
     Which row comes when is known from `resume` on: a run that is finished needs none of it.
     """
@@ -200,7 +216,7 @@ class Rows:
     line: int
     steps_of_rows: list[np.ndarray]
     groups: np.ndarray | None = None
-    among = (0, 1)
+    peers: Any = OneProcess()
 
     def __init__(self, args, dataset: data.Dataset, there: np.ndarray | None = None) -> None:
         self.args, self.dataset, self.split = args, dataset, dataset.train
@@ -304,21 +320,30 @@ class Rows:
         return self.steps_of_rows[step]
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        """Yield the micro-batches of a step, on a device; of several processes those of this one,
-        the last of them empty where it is to take more (`even`)."""
-        tokens = self.args.tokens_per_microbatch
-        rows = dealt_to(self.of(step), self.lengths, *self.among)
-        parts = in_groups(rows, self.lengths, self.groups, tokens, self.line, self.pack)
-        empty = self.even(len(parts)) - len(parts)
-        yield from told(step, parts, self.split, device)
-        for _ in range(empty):
-            source = int(self.split.rows["source"][self.of(step)[0]])
-            yield data.Batch.empty(source).to(device)
+        """Yield this process's micro-batches of a step, on a device."""
+        return self.dealt(step, self.of(step), self.split, self.groups, device)
 
-    def even(self, count: int) -> int:
-        """Return how many micro-batches this process takes in a step, where it has rows for so
-        many."""
-        return count
+    def dealt(
+        self,
+        step: int,
+        rows: np.ndarray,
+        split: data.Split,
+        groups: np.ndarray | None,
+        device: torch.device,
+    ) -> Iterator[data.Batch]:
+        """Yield this process's micro-batches of a step of some `rows` of a split; the last of them
+        are empty where it is to take more than it has rows for."""
+        tokens, lengths = self.args.tokens_per_microbatch, split.rows["length"]
+        mine = dealt_to(rows, lengths, self.peers.rank, self.peers.world)
+        parts = in_groups(mine, lengths, groups, tokens, self.line, self.pack)
+        empty = self.peers.even(len(parts)) - len(parts)
+        yield from told(step, parts, split, device)
+        for _ in range(empty):
+            yield data.Batch.empty(int(split.rows["source"][rows[0]])).to(device)
+
+    def deal(self, peers: Any) -> None:
+        """Deal each step's rows out among processes."""
+        self.peers = peers
 
     def targets(self, step: int, without: Iterable[int] = ()) -> int:
         """Return how many targets a step has: what its sums are divided by, once; `without` those

@@ -342,11 +342,11 @@ class Beside(nn.Module):
         return self._teacher(pool(self.sides["teacher"].last, batch.row_of, len(batch.rows)))
 
     @torch.no_grad()
-    def pool_step(self, batches: Sequence[data.Batch]) -> Tensor | None:
+    def pool_step(self, batches: Sequence[data.Batch], all_there: bool = True) -> Tensor | None:
         """Return `pool` (R, D') over all micro-batches of a step, by one more pass of the teacher's
-        body; None where nothing contrasts, and where the step is one micro-batch, which `terms` can
-        pool itself."""
-        if "contrastive" not in self.weights or len(batches) == 1:
+        body; None where nothing contrasts, and where one micro-batch is the step (all_there), which
+        `terms` can pool itself."""
+        if "contrastive" not in self.weights or all_there and len(batches) == 1:
             return None
         side, found = self.sides["teacher"], []
         for batch in batches:
@@ -471,7 +471,10 @@ class Step:
     moved: whether `end` has just moved the weights (a log line is due).
     """
 
-    def __init__(self, near: Beside, every: int, more: dict[str, Any]) -> None:
+    def __init__(
+        self, near: Beside, every: int, more: dict[str, Any], peers: evaluate.Peers
+    ) -> None:
+        self.peers = peers
         self.near, self.watch, self.memory_bytes = near, near.watch, near.memory_bytes
         shared = near.shared() if every else []
         self.balance = Balance(near.weights, every, shared, more.get("balance"))
@@ -491,7 +494,11 @@ class Step:
         self.sums = torch.zeros(len(self.near.weights), device=self.near.device)
         if "contrastive" in self.near.weights:
             batches = list(batches)
-        self.pooled = self.near.pool_step(batches)
+        self.pooled = self.near.pool_step(batches, self.peers.world == 1)
+        if self.pooled is not None:  # those of other processes too, which come before and after
+            each = [rows.to(self.near.device) for rows in self.peers.of_each(self.pooled.cpu())]
+            self.pooled = torch.cat(each)
+            self.begun = sum(len(rows) for rows in each[: self.peers.rank])
         return batches
 
     def cut(self, hidden: Tensor) -> Tensor:
@@ -507,11 +514,9 @@ class Step:
         self.sums += torch.stack([term.detach() for term in terms.values()])
         self.begun += len(batch.rows)
 
-    def end(self, peers: evaluate.Peers | None = None) -> dict[str, float]:
-        """Return the step's losses by name, and, where their weights were moved, how. peers: the
-        processes that train together."""
-        if peers:
-            peers.total(self.sums)
+    def end(self) -> dict[str, float]:
+        """Return the step's losses by name, and, where their weights were moved, how."""
+        self.peers.total(self.sums, *self.balance.measured())
         self.moved = self.balance.due(self.step)
         losses = dict(zip(self.near.weights, self.sums.tolist()))
         return losses | (self.balance.move() if self.moved else {})
@@ -542,7 +547,7 @@ class Nothing:
     def backward(self, batch: data.Batch, scaler: torch.amp.GradScaler) -> None:
         pass
 
-    def end(self, peers: evaluate.Peers | None = None) -> dict[str, float]:
+    def end(self) -> dict[str, float]:
         return {}
 
 
@@ -551,9 +556,10 @@ def open_step(
     student: models.Model,
     teacher: models.Model | None,
     more: dict[str, Any],
+    peers: evaluate.Peers,
 ) -> Step | Nothing:
     """Return what the flags of `add_flags` ask for, and say it. more: a run's own, which keeps the
-    weights."""
+    weights. peers: the processes that train together."""
     if not any((args.feature_weight, args.attention_weight, args.contrastive_weight)):
         return Nothing()
     near = Beside(
@@ -570,7 +576,7 @@ def open_step(
     )
     for text in near.say():
         print(text)
-    return Step(near, args.balance_every if args.balance == "gradnorm" else 0, more)
+    return Step(near, args.balance_every if args.balance == "gradnorm" else 0, more, peers)
 
 
 def projection(student: int, teacher: int, made: torch.Generator) -> nn.Module:

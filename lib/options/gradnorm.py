@@ -85,6 +85,10 @@ class Balance:
             known = self.sums.get(name)
             self.sums[name] = found if known is None else [a + b for a, b in zip(known, found)]
 
+    def measured(self) -> list[Tensor]:
+        """Return what was measured of this step, for processes to sum in place."""
+        return [gradient for found in self.sums.values() for gradient in found]
+
     def move(self) -> dict[str, float]:
         """Move the weights by what the whole step showed. Returns for the log pull_NAME, each
         term's share of the (weighted) gradient norms as measured, and weight_NAME from now on. A

@@ -153,11 +153,9 @@ class OwnRows:
         return int(self.of_step(step).rows["length"].sum())
 
     def batches(self, step: int, device: torch.device) -> Iterator[data.Batch]:
-        split, tokens = self.of_step(step), self.args.tokens_per_microbatch
+        split = self.of_step(step)
         rows, groups = np.arange(len(split.rows)), self.group[split.rows["source"]]
-        lengths = split.rows["length"]
-        parts = plan.in_groups(rows, lengths, groups, tokens, self.line, self.pack)
-        return plan.told(step, parts, split, device)
+        return self.rows.dealt(step, rows, split, groups, device)
 
     def hear(self, step: int, measures: dict[str, Any]) -> dict[str, float]:
         self.fresh = False  # what is left to say is of a step before it
@@ -194,10 +192,10 @@ class OwnRows:
     @torch.no_grad()
     def write(self, step: int, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return rows, (L,) token ids and (L,) answer mask, in the order of `numbers`: their
-        prompts, with new answers."""
+        prompts, with new answers. Several processes write a part of them each."""
         module, device = self.student.module, self.student.device
         amp, longest, requests = models.pick_amp(self.args.amp, device), self.longest(), []
-        for number in numbers:
+        for number in numbers[self.peers.rank :: self.peers.world]:
             ids = before_answer(*self.dataset.train.row(number))
             limit = min(longest - len(ids), self.args.max_new_tokens or longest)
             seed = (self.args.seed << 64) + (step << 32) + number
@@ -208,17 +206,19 @@ class OwnRows:
         def drawn(request: generate.Request, token: int, likely: generate.Likely | None) -> None:
             logp.append(likely.logp)
 
-        training, written = module.training, {}
+        training, written = module.training, []
         module.eval()
         with (
             torch.autocast(device.type, amp, enabled=amp is not None),
-            files.telling(f"step {step}: writing {len(numbers)} answers"),
+            files.telling(f"step {step}: writing {len(requests)} answers"),
         ):
-            for answer in generate.generate(module, requests, how, SLOTS, drawn):
-                written[answer.request.key] = answer
+            written.extend(generate.generate(module, requests, how, SLOTS, drawn))
         module.train(training)
-        self.hear_written([*written.values()], logp)
-        return [self.row_of(written[number]) for number in numbers]
+        each = self.peers.of_each((written, logp))
+        every = [answer for answers, _ in each for answer in answers]
+        self.hear_written(every, [known for _, drawn in each for known in drawn])
+        row_of = {answer.request.key: self.row_of(answer) for answer in every}
+        return [row_of[number] for number in numbers]
 
     def hear_written(self, answers: list[generate.Answer], logp: list[float]) -> None:
         """Take what the log says of a step's answers, and say what has gone wrong with them since

@@ -80,6 +80,12 @@ class Ranks:
     def shards(self) -> bool:
         return self.world > 1 and getattr(self.args, "shard", "none") == "fsdp"
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all ranks run everything at once: what lies divided among them, the student
+        (--shard) or its teacher (--tp), runs by all together."""
+        return self.shards or self.world > 1 and bool(getattr(self.args, "tp", None))
+
     def open(self, args: argparse.Namespace, stage: str, *words: Any) -> Run:
         """Return the run of args.out (lib/run.py, class Run), which rank 0 has opened before any
         other goes on (`meet`)."""
@@ -98,6 +104,14 @@ class Ranks:
         with self.waiting():
             dist.broadcast_object_list(held)
         return held[0]
+
+    def of_each(self, value: Any) -> list[Any]:
+        """Return what each rank has of a small value, in their order."""
+        held = [value] * self.world
+        if self.world > 1:
+            with self.waiting():
+                dist.all_gather_object(held, value)
+        return held
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
@@ -131,9 +145,9 @@ class Ranks:
 
     def even(self, count: int) -> int:
         """Return how many micro-batches each rank takes, where this one has rows for `count`: one
-        at least, and with --shard as many as any other, for a layer is gathered by all together."""
+        at least, and where all are in step, as many as any other."""
         most = torch.tensor(max(1, count))
-        if self.shards:
+        if self.in_step:
             with self.waiting():
                 dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
@@ -152,7 +166,7 @@ class Ranks:
         """Let `rows` give this rank's part of each step, and return the student, with --shard this
         rank's part of it."""
         if self.world > 1:
-            rows.among, rows.even = (self.rank, self.world), self.even  # type: ignore[method-assign]
+            rows.deal(self)
         if not self.shards:
             return student
         if self.args.cpu_offload and device.type == "cuda" and amp == torch.float16:
@@ -291,7 +305,7 @@ def meet(args: argparse.Namespace) -> Ranks:
         files.fail("--cpu-offload is for several processes", "one", mend=TORCHRUN)
     if ranks.rank:
         args.track, args.tag = "", ""  # the folder is told
-        args.samples *= ranks.shards  # all of them write what none can alone
+        args.samples *= ranks.in_step  # all of them write what none can alone
         with ranks.first():
             pass
         args.out = ranks.told()
@@ -301,6 +315,16 @@ def meet(args: argparse.Namespace) -> Ranks:
 def are_several() -> bool:
     """Return whether torchrun has started this process, as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+
+
+def refuse_several() -> None:
+    """Refuse torchrun where each process is to be alone."""
+    if are_several():
+        files.fail(
+            "torchrun has started several processes, which would write one folder",
+            os.environ["WORLD_SIZE"],
+            mend="--tp; or without torchrun, --shared, once for each GPU",
+        )
 
 
 def assemble(args: argparse.Namespace) -> Ranks:
@@ -315,9 +339,7 @@ def assemble(args: argparse.Namespace) -> Ranks:
             files.fail("more processes than GPUs", here, cards, f"--nproc-per-node {cards}")
         torch.cuda.set_device(local)
     ranks = Ranks(args, rank, world)
-    if not args.threads and (
-        ranks.shards or getattr(args, "tp", False) or not torch.cuda.is_available()
-    ):
+    if not args.threads and (ranks.in_step or not torch.cuda.is_available()):
         args.threads = max(1, len(os.sched_getaffinity(0)) // here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.waiting():
@@ -341,14 +363,15 @@ def starts_before() -> str:
 
 def check_alone(args: argparse.Namespace) -> None:
     """Refuse what one process alone does."""
+    divided, gradnorm = args.shard == "fsdp", getattr(args, "balance", "none") == "gradnorm"
     alone = {
         "--eval-only": args.eval_only,
-        "--on-policy": getattr(args, "on_policy", 0),
-        "--contrastive-weight": getattr(args, "contrastive_weight", 0),
-        "--balance gradnorm": getattr(args, "balance", "none") == "gradnorm",
         "--teacher-offload": getattr(args, "teacher_offload", False),
         "--teacher-device": getattr(args, "teacher_device", ""),
-        "--compile, with --shard,": args.compile and args.shard == "fsdp",
+        "--device-map": getattr(args, "device_map", ""),
+        "--compile, with --shard,": args.compile and divided,
+        "--on-policy, with --shard,": getattr(args, "on_policy", 0) and divided,
+        "--balance gradnorm, with --shard,": divided and gradnorm,
         f"--device {args.device}": args.device not in ("auto", "cpu", "cuda"),
     }
     if given := [flag for flag, value in alone.items() if value]:

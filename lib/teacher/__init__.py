@@ -9,6 +9,7 @@ which it is. `open_teacher` chooses by the flags.
     live.py     the model itself               record.py   what a folder and a record hold
     worth.py    can this teacher teach         basis.py    the shape of the tail; fit.py makes it
                                                sample.py   from which targets
+    placed.py    where its weights lie, and in how many bits
     parallel.py  a model divided among processes, its output layer by tokens
     quantised.py what it costs that it is run in 8 or 4 bits
     verify.py   records held against their checksums, and against the teacher
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from lib import data, flags, losses, models, plan
-from lib.teacher import live, logits, several
+from lib.teacher import live, logits, parallel, several
 
 
 class Teacher(typing.Protocol):
@@ -119,21 +120,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ),
     )
     several.add_flags(group)
-    live.add_flags(parser.add_argument_group("the teacher beside the student (--teacher)"))
+    beside = parser.add_argument_group("the teacher beside the student (--teacher)")
+    live.add_flags(beside)
+    parallel.add_tp(beside)
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse (exit code 2) flags that cannot work, and put in the defaults of a live teacher."""
     several.check_flags(parser, args)
     live.check_flags(parser, args)
+    parallel.check_live(parser, args)
 
 
-def open_teacher(args: argparse.Namespace, dataset: data.Dataset) -> Teacher:
-    """Return the teacher that the flags name. With --eval-only no train rows are asked for."""
+def open_teacher(
+    args: argparse.Namespace, dataset: data.Dataset, peers: typing.Any = None
+) -> Teacher:
+    """Return the teacher that the flags name. With --eval-only no train rows are asked for. peers:
+    the processes that train together (lib/options/ranks.py, class Ranks)."""
     if args.teacher:
         if folders := flags.folders_of(args.teacher):
             return several.SeveralLive(args, dataset, folders)
-        return live.LiveTeacher(args, dataset)
+        return (
+            parallel.LiveInParts(args, dataset, peers)
+            if args.tp
+            else live.LiveTeacher(args, dataset)
+        )
     if folders := flags.folders_of(args.logits):
         return several.Several(args, dataset, folders)
     temperature = None if args.eval_only else flags.span(args.temperature)

@@ -9,7 +9,6 @@ device, wherever its body is, and makes logits chunk by chunk.
 import argparse
 import atexit
 import collections
-import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable
@@ -21,12 +20,13 @@ import torch
 
 from lib import checkpoints, data, evaluate, files, flags, losses, models, plan, train
 from lib.head import Head, topk_and_tails
+from lib.teacher import placed
+from lib.teacher.placed import activation_bytes, output_layer
 
-# a weight of the layers; 4bit: and a float32 scale for each 64 of them
-QUANT_BYTES = {"8bit": 1.0, "4bit": 0.5625}
 # kept of the teacher at val targets, on the student's device; more is computed each time
 VAL_BYTES = 1 << 28
-OWN = ("k", "teacher_dtype", "teacher_device", "teacher_quant", "teacher_offload")
+PLACINGS = ("teacher_quant", "teacher_offload", "device_map", "tp")
+OWN = ("k", "teacher_dtype", "teacher_device", *PLACINGS)
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -51,7 +51,7 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
         metavar="DEVICE",
         help="where it runs (default: where the student does)",
     )
-    add_quant(group)
+    placed.add_flags(group)
     flags.option(
         group,
         "--teacher-offload",
@@ -63,37 +63,6 @@ def add_flags(group: argparse._ArgumentGroup) -> None:
             " default: off)"
         ),
     )
-
-
-def add_quant(group: argparse._ArgumentGroup) -> None:
-    """Add the flag of a quantised teacher."""
-    group.add_argument(
-        "--teacher-quant",
-        choices=list(QUANT_BYTES),
-        default=None,
-        help="its layers in 8 or 4 bits (bitsandbytes; default: off)",
-    )
-
-
-def in_bits(quant: str, device: torch.device, dtype: torch.dtype) -> dict:
-    """Return how from_pretrained quantises a model on a device; `dtype` is what it computes in."""
-    from transformers import BitsAndBytesConfig
-
-    # it would say at every product that 8 bits are multiplied in float16
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if quant == "8bit":
-        bits = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    return {"quantization_config": bits, "device_map": {"": device}}
-
-
-def need_quant(quant: str) -> None:
-    """Refuse --teacher-quant without the packages that it takes."""
-    for package in ("bitsandbytes", "accelerate"):
-        files.need(package, f"--teacher-quant {quant}")
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -110,15 +79,18 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.k, args.teacher_dtype = args.k or 0, args.teacher_dtype or "auto"
     if args.k < 0:
         parser.error(f"--k is {args.k}, wanted 0 or more")
-    if args.teacher_quant and args.teacher_offload:
-        parser.error("--teacher-quant and --teacher-offload do not go together: wanted one of them")
+    if len(placing := given_of(args)) > 1:
+        parser.error(f"{' and '.join(placing)} do not go together: wanted one of them")
     folders = [*flags.folders_of(args.teacher).values()] or [args.teacher]
     is_gguf = any(folder.endswith(".gguf") for folder in folders)
-    if is_gguf and (args.teacher_quant or args.teacher_offload):
-        parser.error(
-            "a GGUF file is read as a whole: --teacher-quant and --teacher-offload do not go"
-            " with it"
-        )
+    if is_gguf and placing:
+        parser.error(f"a GGUF file is read as a whole: {placing[0]} does not go with it")
+
+
+def given_of(args: argparse.Namespace, *names: str) -> list[str]:
+    """Return the flags that say where the teacher's weights lie, or those of `names`, as far as
+    they are given."""
+    return [flags.spelled(name) for name in names or PLACINGS if getattr(args, name)]
 
 
 class LiveTeacher:
@@ -137,19 +109,14 @@ class LiveTeacher:
         # what it said at val batches: the same at every evaluation; and the bytes left for it
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES
-        if args.teacher_quant:
-            need_quant(args.teacher_quant)
         if args.teacher_offload:
             files.need("accelerate", "--teacher-offload")
         self.folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
         self.base = checkpoints.base_of(self.folder)
-        if self.base != self.folder and (args.teacher_quant or args.teacher_offload):
-            files.fail(
-                "--teacher-quant and --teacher-offload do not take an adapter",
-                self.folder,
-                "whole weights",
-                "a run with --merge, its best/",
-            )
+        placed.check_placing(args, self.folder)
+        if self.base != self.folder and args.teacher_offload:
+            wanted = "whole weights", "a run with --merge, its best/"
+            files.fail("--teacher-offload does not take an adapter", self.folder, *wanted)
         self.shapes = checkpoints.shapes(self.base)
         checkpoints.check_apart(args.out, self.folder, "teacher")
         if self.base == self.folder:  # an adapter may bring more
@@ -198,7 +165,7 @@ class LiveTeacher:
         self._check_k(self.vocab)
         apart = tuple(sorted({*student.apart, *self.model.apart}))
         self.model = replace(self.model, limit=self.vocab, apart=apart)
-        head = self.model.head()
+        head = self.model.head().whole(self.device)
 
         def here(tensor):
             return None if tensor is None else tensor.detach()[: self.vocab].to(student.device)
@@ -256,14 +223,16 @@ class LiveTeacher:
         """Return where from_pretrained is to put the weights, if not all of them, unchanged, on one
         device with `room` bytes for them."""
         if self.args.teacher_quant:
-            return in_bits(self.args.teacher_quant, self.device, self.dtype)
+            return placed.in_bits(self.args.teacher_quant, self.device, self.dtype)
+        about = self.base, self.dtype, self.device, room
+        if self.args.device_map:
+            beside = activation_bytes(self.shapes, self.args.tokens_per_microbatch, self.dtype)
+            return placed.over_cards(*about, beside, self.args.trust_remote_code)
         if not self.args.teacher_offload:
             return None
-        where = spread(self.base, self.dtype, self.device, room, self.args.trust_remote_code)
+        where = placed.spread(*about, self.args.trust_remote_code)
         counts = collections.Counter(where[name] for name in where if ".layers." in name)
-        print(
-            "teacher: layers on " + ", ".join(f"{place} {count}" for place, count in counts.items())
-        )
+        print(f"teacher: layers on {placed.said_of(counts)}")
         # what the checkpoint does not hold as it is; --fresh empties --out
         own = f"offload{self.number or ''}"
         disk = files.beside(Path(self.args.out).resolve(), own)
@@ -278,7 +247,7 @@ class LiveTeacher:
 
         def each(shape):  # what holds tokens stays whole
             quantised = quant and len(shape) == 2 and vocab not in shape
-            return QUANT_BYTES[quant] if quantised else self.dtype.itemsize
+            return placed.QUANT_BYTES[quant] if quantised else self.dtype.itemsize
 
         return int(sum(math.prod(shape) * each(shape) for shape in self.shapes))
 
@@ -295,7 +264,7 @@ class LiveTeacher:
         (`load_beside`), and what is remembered of val."""
         vocab, width = output_layer(self.shapes)
         here, half, own = self.device == numbered(device), self.dtype.itemsize < 4, 0
-        if not here or half and device.type != "cuda":
+        if not here or self.args.tp or half and device.type != "cuda":
             own = vocab * width * (4 if device.type != "cuda" else self.dtype.itemsize)
         kept = 12 * self.k or width * self.dtype.itemsize  # a target: ids and gaps, or hidden
         return own + min(VAL_BYTES, self.dataset.val.targets * kept)
@@ -312,13 +281,17 @@ class LiveTeacher:
             f"teacher: {self.folder}, live on {self.device}, {self.dtype}{quant}; {what}, at any T"
         )
 
+    def hidden(self, batch: data.Batch) -> torch.Tensor:
+        """Return its hidden states (N, D') at a batch's targets."""
+        return self.model.hidden(batch.to(self.device))
+
     def at(self, batch: data.Batch, temperature: float) -> losses.TopK | losses.Whole:
         """Return the teacher at a batch's targets and a temperature, on the device of its labels:
         one pass of its body."""
         # no inference mode: what else is taken from this pass may be saved for a student's backward
         # pass
         with torch.no_grad():
-            hidden = self.model.hidden(batch.to(self.device))  # (N, D')
+            hidden = self.hidden(batch)  # (N, D')
             hidden = hidden.to(self.head.weight.device, self.head.weight.dtype)
             if not self.k or not len(hidden):
                 return losses.Whole(hidden, self.head)
@@ -390,7 +363,7 @@ def rooms_of(
         f" {'it' if alone else 'them'} and the student about {files.human(more)} more;"
         f" {files.human(have)} free on {device}"
     )
-    if sum(weights) + more > have and not args.teacher_offload:
+    if sum(weights) + more > have and not given_of(args, "teacher_offload", "device_map"):
         print(
             f"memory: WARNING, {files.human(sum(weights) + more)} do not fit into"
             f" {files.human(have)} on {device}: --teacher-quant 8bit or 4bit,"
@@ -401,66 +374,6 @@ def rooms_of(
     return [room * own // max(1, sum(weights)) for own in weights]
 
 
-def output_layer(shapes: list) -> tuple[int, int]:
-    """Return about how many rows and columns a model's output layer has, by its tensors' shapes."""
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    vocab = max(map(max, matrices), default=0)
-    return vocab, max((min(shape) for shape in matrices if vocab in shape), default=0)
-
-
-def activation_bytes(shapes: list, tokens: int, dtype: torch.dtype) -> int:
-    """Return about how many bytes one layer's activations take: nothing is kept for a backward
-    pass."""
-    vocab, width = output_layer(shapes)
-    others = (max(shape) for shape in shapes if len(shape) == 2 and vocab not in shape)
-    return tokens * (6 * width + 3 * max(others, default=0)) * dtype.itemsize
-
-
 def numbered(device: torch.device) -> torch.device:
     """Return a device with its number: cuda is cuda:0, and equal to it."""
     return torch.empty(0, device=device).device
-
-
-def spread(
-    folder: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    room: int,
-    trust_remote_code: bool = False,
-) -> dict[str, str]:
-    """Return which part of a model goes where: all that is not a layer to `device`, which runs
-    every layer; the layers, in order, into the rest of its `room` (bytes), then to CPU memory, and
-    then to disk, as accelerate places them."""
-    from accelerate import infer_auto_device_map
-    from transformers import AutoModelForCausalLM
-
-    config = models.config_of(folder, trust_remote_code)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    body = models.body_of(module)
-    prefix = next(name for name, part in module.named_modules() if part is body)
-    if not hasattr(body, "layers"):
-        files.fail(
-            f"--teacher-offload does not know {type(module).__name__}",
-            "no .layers",
-            "a body with .layers",
-            "--teacher-quant, or --logits",
-        )
-
-    def size(part):
-        return sum(p.numel() * p.element_size() for p in part.parameters())
-
-    own = device.index if device.type == "cuda" else device.type  # as accelerate calls it
-    rooms = {own: room - size(module) + size(body.layers)}
-    if own != "cpu":
-        rooms["cpu"] = train.available_bytes(torch.device("cpu"))
-    whole = sorted({type(layer).__name__ for layer in body.layers})
-    layers = infer_auto_device_map(body.layers, rooms, whole, clean_result=False)
-    others = [name for name, part in module.named_children() if part is not body]
-    others += [f"{prefix}.{name}" for name, part in body.named_children() if name != "layers"]
-    where = dict.fromkeys(others, str(device))
-    for number, place in layers.items():
-        where[f"{prefix}.layers.{number}"] = str(device) if place == own else place
-    return where

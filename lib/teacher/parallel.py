@@ -18,32 +18,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib import checkpoints, data, files, models
+from lib import checkpoints, data, files, flags, models
 from lib.head import Head, Parts, is_divided, local
-from lib.teacher import live, record, writer
+from lib.teacher import live, placed, record, writer
 from lib.teacher.basis import Basis
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of a teacher that is too large for one device."""
-    group.add_argument(
+    add_tp(group)
+    placed.add_flags(group)
+
+
+def add_tp(group: argparse._ArgumentGroup) -> None:
+    """Add the flag of a teacher in parts."""
+    flags.option(
+        group,
         "--tp",
+        free=True,
         action="store_true",
+        default=None,
         help="under torchrun: its processes hold a part of the teacher each (tensor parallel)",
     )
-    live.add_quant(group)
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse (exit code 2) what a divided or quantised teacher does not do."""
+    """Refuse (exit code 2) what a teacher that lies otherwise than whole on one device does not
+    do."""
+    placing = live.given_of(args, "tp", "teacher_quant", "device_map")
+    if len(placing) > 1:
+        parser.error(f"{' and '.join(placing)} do not go together: wanted one of them")
     without = ["map_vocabulary", "align", "teacher_url", "import_"]
     given = [f"--{name.strip('_').replace('_', '-')}" for name in without if getattr(args, name)]
-    if args.teacher_quant and given:
-        parser.error(f"--teacher-quant does not go with {given[0]}")
-    given += [f"--{name}" for name in ("compile", "teacher_quant") if getattr(args, name)]
-    given += ["--verify"] if args.verify is not None else []
+    if args.tp:
+        given += ["--compile"] * args.compile + ["--verify"] * (args.verify is not None)
+    if placing and given:
+        parser.error(f"{placing[0]} does not go with {given[0]}")
+
+
+def check_live(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse (exit code 2) what a live teacher in parts does not do."""
+    without = ["compile", "feature_weight", "attention_weight", "contrastive_weight"]
+    given = [flags.spelled(name) for name in without if getattr(args, name)]
+    given += ["several teachers"] if flags.folders_of(args.teacher) else []
     if args.tp and given:
-        parser.error(f"--tp does not go with {given[0].replace('_', '-')}")
+        parser.error(f"--tp does not go with {given[0]}")
 
 
 def placing_of(peers: Any, folder: Path, device: torch.device) -> dict:
@@ -153,11 +172,16 @@ def portion_of(head: Head, parts: Portion) -> Head:
     return replace(head, weight=mine(head.weight), bias=bias, apart=apart, parts=parts)
 
 
-def in_parts(teacher: models.Model, peers: Any) -> InParts:
-    """Return a teacher that transformers has divided, its output layer divided likewise."""
+def check_divided(teacher: models.Model) -> None:
+    """Refuse a model that transformers has left whole."""
     if not any(map(is_divided, teacher.module.parameters())):
         kind = type(teacher.module).__name__
         files.fail(f"transformers has no plan to divide {kind}", mend="no --tp")
+
+
+def in_parts(teacher: models.Model, peers: Any) -> InParts:
+    """Return a teacher that transformers has divided, its output layer divided likewise."""
+    check_divided(teacher)
     layer, vocab = teacher.module.get_output_embeddings().weight, teacher.limit or teacher.vocab
     if is_divided(layer):
         each = -(-len(layer) // peers.world)  # as torch.chunk cuts it
@@ -183,3 +207,32 @@ def follow(job: Any, settings: dict) -> None:
         batch = job.splits[name].batch([[row] for row in rows]).to(job.teacher.device)
         kind = record.dtype_of(settings)
         writer.teacher_records(job.teacher, head, batch, *wanted, kind, job.shape)
+
+
+class LiveInParts(live.LiveTeacher):
+    """A live teacher that lies divided among the processes that train (stage2_kd.py --tp). Each of
+    their batches goes through its layers in turn, by all together; the output layer is whole in
+    each, so that no logits are exchanged."""
+
+    def __init__(self, args: argparse.Namespace, dataset: data.Dataset, peers: Any) -> None:
+        super().__init__(args, dataset)
+        self.peers, self.parts = peers, placing_of(peers, self.folder, self.device)
+        self.room = -1  # nothing of val is remembered: all must have forgotten the same
+
+    def _placing(self, room: int) -> dict | None:
+        return self.parts
+
+    def _load(self, room: int) -> None:
+        super()._load(room)
+        check_divided(self.model)
+
+    def weight_bytes(self) -> int:
+        return super().weight_bytes() // self.peers.world
+
+    def hidden(self, batch: data.Batch) -> Tensor:
+        mine = self.head.weight.new_empty(0, self.head.weight.shape[1])
+        for number, one in enumerate(self.peers.of_each(batch.to(torch.device("cpu")))):
+            if len(one.labels):
+                hidden = super().hidden(one)
+                mine = hidden if number == self.peers.rank else mine
+        return mine

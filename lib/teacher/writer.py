@@ -16,7 +16,7 @@ import torch
 from lib import checkpoints, data, files, flags, losses, models, plan, train
 from lib import head as heads
 from lib.run import versions
-from lib.teacher import basis, fit, live, record, sample
+from lib.teacher import basis, fit, placed, record, sample
 from lib.teacher.basis import Basis
 
 DUMP_ANEW = "--fresh to dump it anew"
@@ -245,7 +245,7 @@ def check_files(folder: Path, dataset: data.Dataset, wanted: list, args) -> None
     the basis, is looked at later.)"""
     if dataset.labels:
         return
-    tokens, _ = live.output_layer(checkpoints.shapes(checkpoints.base_of(folder)))
+    tokens, _ = placed.output_layer(checkpoints.shapes(checkpoints.base_of(folder)))
     across = args.map_vocabulary or args.align  # V is the student's
     for name, value in (("k", args.k), ("vocab", 0 if across else args.vocab)):
         if value > tokens and not checkpoints.is_adapter(folder):  # it may bring more
@@ -295,8 +295,8 @@ def say_memory(
     """Say, before the teacher is loaded, about how much memory the dump takes; parts: processes
     that the teacher is divided among."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
-    vocab, width = live.output_layer(shapes)
-    each = live.QUANT_BYTES.get(args.teacher_quant, dtype.itemsize)
+    vocab, width = placed.output_layer(shapes)
+    each = placed.QUANT_BYTES.get(args.teacher_quant, dtype.itemsize)
     matrices = [math.prod(s) for s in shapes if len(s) == 2 and vocab not in s]
     rest = sum(math.prod(shape) for shape in shapes) - sum(matrices)
     weights = int(sum(matrices) * each + rest * dtype.itemsize) // parts
@@ -306,7 +306,7 @@ def say_memory(
     if args.map_vocabulary or args.align:  # its output layer once more, in the student's order
         weights += vocab * width * dtype.itemsize
     logits = 4 * math.ceil(tokens * share) * vocab
-    more = live.activation_bytes(shapes, tokens, dtype)
+    more = placed.activation_bytes(shapes, tokens, dtype)
     # a chunk, sorted, and what is widened for it; what is stored of it, and the difference
     more += 5 * min(heads.CHUNK_BYTES, logits)
     if (rank := min(RANK if args.tail_rank is None else args.tail_rank, width)) > 0:

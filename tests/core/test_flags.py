@@ -16,7 +16,7 @@ COMMANDS = {
     "stage2": (
         stage2_kd,
         ["--data", "d", "--student", "s", "--out", "o", "--logits", "l"],
-        FREE + " teacher_device teacher_offload",
+        FREE + " teacher_device teacher_offload device_map tp",
     ),
 }
 

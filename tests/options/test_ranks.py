@@ -76,9 +76,16 @@ def words_of(world, kind):
         own = world / "own"
         data = ["--data", own / "data", "--student", own / "student", *STEPS]
         return "stage2_kd", [*data, "--teacher", own / "teacher"]
-    if kind == "live":
+    if kind in ("live", "tp"):
         return "stage2_kd", [*data, *live]
-    beside = ["--feature-weight", 1, "--attention-weight", 1]
+    if kind == "tp and k":  # an output layer of its own; steps with fewer rows than ranks
+        few = ["--k", 5, "--tokens-per-step", 12]
+        return "stage2_kd", [*data, "--teacher", world / "untied", *few]
+    if kind == "policy":
+        return "stage2_kd", [*data, *live, "--on-policy", 0.6]
+    beside = ["--feature-weight", 1, "--attention-weight", 1, "--contrastive-weight", 0.5]
+    if kind == "balanced":
+        beside += ["--balance", "gradnorm", "--balance-every", 2]
     return "stage2_kd", [*data, *live, *beside]
 
 
@@ -131,20 +138,24 @@ def test_the_example_of_part_of():
         ("disk", 4, "none"),
         ("few", 3, "none"),
         ("lora", 2, "none"),
-        ("beside", 2, "none"),
+        ("balanced", 2, "none"),
+        ("policy", 3, "none"),
         ("untied", 2, "fsdp"),
         ("disk", 3, "fsdp"),
         ("few", 3, "fsdp --cpu-offload"),
         ("own", 2, "fsdp --checkpointing"),
         ("lora", 2, "fsdp"),
         ("beside", 2, "fsdp"),
+        ("tp", 2, "none"),
+        ("tp", 2, "fsdp"),
+        ("tp and k", 2, "none"),
     ],
 )
 def test_several_ranks_train_as_one_process(world, tmp_path, kind, several, shard):
     name, argv = words_of(world, kind)
     make.call(MAINS[name], *argv, "--out", tmp_path / "one")
-    argv = [*argv, "--shard", *shard.split(), "--out", tmp_path / "all"]
-    codes = together(several, name, argv, tmp_path / "log")
+    argv = [*argv, *["--tp"] * kind.startswith("tp"), "--shard", *shard.split()]
+    codes = together(several, name, [*argv, "--out", tmp_path / "all"], tmp_path / "log")
     said = (tmp_path / "log-0").read_text()
     assert codes == [0] * several, said + (tmp_path / "log-1").read_text()
     assert_same(tmp_path / "one", tmp_path / "all")
@@ -232,11 +243,12 @@ def test_a_finished_run_is_finished_for_all(world, tmp_path):
     "more",
     [
         "--eval-only",
-        "--on-policy 0.5",
-        "--contrastive-weight 1",
+        "--on-policy 0.5 --shard fsdp",
+        "--balance gradnorm --feature-weight 1 --shard fsdp",
         "--device cpu:0",
         "--compile --shard fsdp",
         "--teacher-offload",
+        "--device-map auto",
     ],
 )
 def test_what_one_process_alone_does_is_refused_in_one_line(world, tmp_path, monkeypatch, more):

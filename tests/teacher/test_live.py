@@ -33,7 +33,7 @@ from lib import data, evaluate, files, head, losses, models, train
 from lib.head import Head
 from lib.losses import Method, TopK, Whole
 from lib.measure import plots
-from lib.teacher import live, logits, record
+from lib.teacher import live, logits, placed, record
 
 CPU = torch.device("cpu")
 
@@ -534,7 +534,7 @@ def test_layers_fill_the_places_in_order_and_all_else_is_where_the_model_runs(
 
     def where(room, cpu, device="cuda:0"):
         monkeypatch.setattr(train, "available_bytes", lambda _: cpu)
-        made = live.spread(tmp_path / "deep", torch.float32, torch.device(device), room)
+        made = placed.spread(tmp_path / "deep", torch.float32, torch.device(device), room)
         assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == device
         places = [made[f"model.layers.{i}"] for i in range(4)]
         assert places == sorted(places, key=[device, "cpu", "disk"].index)
@@ -548,6 +548,37 @@ def test_layers_fill_the_places_in_order_and_all_else_is_where_the_model_runs(
     assert where(rest + 2 * layer, 2 * layer) == ["cuda:0", "cpu", "disk", "disk"]
     assert where(rest + 2 * layer - 1, 0) == where(0, 0) == ["disk"] * 4
     assert where(rest + 3 * layer, 0, "cpu") == ["cpu", "cpu", "disk", "disk"]
+
+
+def test_layers_lie_over_all_cards_as_far_as_there_is_room(tmp_path, monkeypatch, capsys):
+    model = AutoModelForCausalLM.from_pretrained(make.model(tmp_path / "deep", layers=6))
+    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    rest = 4 * (make.V * 32 + 32)
+
+    def where(room, others, device="cuda:0"):
+        free = {1: others[0], 2: others[1]}
+        monkeypatch.setattr(train, "available_bytes", lambda card: free[card.index])
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        words = tmp_path / "deep", torch.float32, torch.device(device), room, layer
+        return placed.over_cards(*words)["device_map"]
+
+    # of each other card a layer's bytes are left; this one keeps room for a layer in its turn
+    made = where(rest + 3 * layer, [4 * layer, 3 * layer])
+    assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == "cuda:0"
+    each = [made[f"model.layers.{i}"] for i in range(6)]
+    assert each == ["cuda:0", "cuda:0", 1, 1, 1, 2]
+    with pytest.raises(SystemExit) as end:
+        where(rest + 3 * layer, [3 * layer, 2 * layer])
+    assert "does not fit on 3 card(s)" in str(end.value) and "all but" in str(end.value)
+    assert "layers on cuda:0 2, 1 3, 2 1" in capsys.readouterr().out
+
+
+def test_one_card_takes_all_layers(world, dataset, tmp_path):
+    _, teacher = both(world, dataset)
+    batch = dataset.train.batch(LINES)
+    wanted = teacher.at(batch, 2.0).hidden
+    _, teacher = both(world, dataset, "--device-map", "auto", "--out", tmp_path / "run")
+    torch.testing.assert_close(teacher.at(batch, 2.0).hidden, wanted, rtol=0, atol=0)
 
 
 def test_weights_that_are_not_finite_are_found_where_they_wait_on_disk(mine, monkeypatch):
@@ -685,6 +716,8 @@ def spoil(folder, name, value=float("nan")):
         ((), ["--k", -1], "--k is -1, wanted 0 or more"),
         ((), ["--teacher-quant", "2bit"], "invalid choice: '2bit'"),
         ((), ["--teacher-quant", "4bit", "--teacher-offload"], "do not go together"),
+        ((), ["--tp", "--device-map", "auto"], "do not go together"),
+        ((), ["--tp", "--feature-weight", "1"], "--tp does not go with --feature-weight"),
         (
             ("--teacher",),
             ["--teacher", "x.gguf", "--teacher-quant", "4bit"],

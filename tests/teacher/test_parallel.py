@@ -127,6 +127,14 @@ def test_a_signal_to_rank_0_ends_all_and_one_process_goes_on(world, tmp_path):
     assert np.load(folder / "done.npy")["done"].all() and (folder / "meta.json").exists()
 
 
+def test_torchrun_without_a_teacher_in_parts_is_refused(world, monkeypatch):
+    for variable, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(variable, str(value))
+    argv = make.dump(world, "--tail-rank", 0, out="none")
+    code, said = make.ends(dump_logits.main, *argv)
+    assert code == 1 and "several processes" in said and "--shared" in said
+
+
 @pytest.mark.parametrize(
     "several, more, said",
     [
