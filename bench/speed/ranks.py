@@ -9,7 +9,7 @@ DATA is a folder of prepare_data.py. throughput pins one process to core 0 and t
 each with one thread; the sides take turns (--rounds), and the ratio is the median over the turns.
 Training: tokens a second of the steps after the first. Dump: targets a second of each worker
 (--shared), added. memory samples five times a second what each rank holds, files that are mapped
-apart (RssAnon), and tells the most and the last, beside 16 bytes a weight (weights, gradients,
+apart (RssAnon), and tells the most and the median, beside 16 bytes a weight (weights, gradients,
 AdamW's two moments) over the ranks.
 """
 
@@ -129,18 +129,18 @@ def memory(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = ["--data", args.data, "--student", args.model, "--out", folder, *STEP]
         words += ["--steps", args.steps, "--tokens-per-microbatch", args.micro]
-        words += ["--shard", "fsdp", "--checkpointing"]
+        words += ["--shard", "fsdp", "--checkpointing", "--tokens-per-step", 512]
         process = started("0,1", "stage1_sft.py", *words, ranks=args.ranks)
-        most, last = {}, {}
+        seen = {}
         while process.poll() is None:
             for rank in ranks_of(process.pid):
                 if held := anonymous(rank):
-                    most[rank], last[rank] = max(held, most.get(rank, 0)), held
+                    seen.setdefault(rank, []).append(held / 1e9)
             time.sleep(0.2)
         print(output(process)[-1500:])
     print(f"{weights:,} weights; 16 bytes each over {args.ranks} ranks: {state / 1e9:.2f} GB")
-    for rank in most:
-        print(f"{rank.name}: {most[rank] / 1e9:.2f} GB at most, {last[rank] / 1e9:.2f} at the end")
+    for rank, held in seen.items():
+        print(f"{rank.name}: {max(held):.2f} GB at most, {statistics.median(held):.2f} the median")
 
 
 if __name__ == "__main__":

@@ -494,8 +494,9 @@ class Step:
         self.sums = torch.zeros(len(self.near.weights), device=self.near.device)
         if "contrastive" in self.near.weights:
             batches = list(batches)
-        self.pooled = self.near.pool_step(batches, self.peers.world == 1)
-        if self.pooled is not None:  # those of other processes too, which come before and after
+        alone = self.peers.world == 1
+        self.pooled = self.near.pool_step(batches, alone)
+        if self.pooled is not None and not alone:  # other processes' come before and after
             each = [rows.to(self.near.device) for rows in self.peers.of_each(self.pooled.cpu())]
             self.pooled = torch.cat(each)
             self.begun = sum(len(rows) for rows in each[: self.peers.rank])
