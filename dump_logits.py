@@ -447,10 +447,11 @@ def main(argv=None):
         return served.dump(args, dataset, wanted, out, ask)
     if args.import_:
         return imported.convert(args, dataset, wanted, out)
+    placed.check_packages(args)
     folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
     dtype = models.pick_dtype(args.dtype, device, folder)
     writer.check_files(folder, dataset, wanted, args)
-    parts = peers.world if peers else placed.cards(args)
+    parts = peers.world if peers else placed.cards(args, device)
     writer.say_memory(folder, dtype, device, args, dataset, parts)
     job = load_teacher(args, dataset, folder, device, dtype, peers)
     teacher = job.teacher

@@ -346,7 +346,7 @@ class Slots(DynamicLayer):
             old = getattr(self, name)
             new = old.new_zeros((shape[0], old.shape[1], shape[1], old.shape[3]))
             if slots is not None:
-                new[: len(slots), :, to - (hi - lo) : to] = old[slots, :, lo:hi]
+                new[: len(slots), :, to - (hi - lo) : to] = old[slots.to(old.device), :, lo:hi]
             setattr(self, name, new)
 
 
@@ -511,8 +511,10 @@ class InFlight:
         for layer, fresh in zip(self.layers, cache.layers):
             # zeros where nothing is: a masked column still takes part with weight 0, and 0 times
             # infinity would be NaN
-            layer.keys[at, :, hi - mask.shape[1] : hi] = fresh.keys.masked_fill(padding, 0)
-            layer.values[at, :, hi - mask.shape[1] : hi] = fresh.values.masked_fill(padding, 0)
+            there = fresh.keys.device  # layers may lie on several cards
+            places, hidden = at.to(there), padding.to(there)
+            layer.keys[places, :, hi - mask.shape[1] : hi] = fresh.keys.masked_fill(hidden, 0)
+            layer.values[places, :, hi - mask.shape[1] : hi] = fresh.values.masked_fill(hidden, 0)
         hows = [request.how or self.how for request in new]
         if self.seen is None and any(how.repetition_penalty != 1 for how in hows):
             self.remember(logits.shape[-1])

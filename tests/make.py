@@ -396,11 +396,12 @@ def script(name: str, argv: list, log: Path, hook: dict | None = None) -> None:
     seconds later; of calls on a path that ends in `source`, if it is given).
     """
     from lib.measure import plots
+    from lib.options import shard
     from lib.teacher import writer
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", 1)))
-    plots.curves, writer.FLUSH_S = lambda *_: None, 0.0
+    plots.curves, writer.FLUSH_S, shard.FILE_BYTES = lambda *_: None, 0.0, 1 << 12
     if hook:
         module, function = hook["where"].rsplit(".", 1)
         module, count = importlib.import_module(module), 0

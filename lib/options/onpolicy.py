@@ -215,10 +215,9 @@ class OwnRows:
             written.extend(generate.generate(module, requests, how, SLOTS, drawn))
         module.train(training)
         each = self.peers.of_each((written, logp))
-        every = [answer for answers, _ in each for answer in answers]
-        self.hear_written(every, [known for _, drawn in each for known in drawn])
-        row_of = {answer.request.key: self.row_of(answer) for answer in every}
-        return [row_of[number] for number in numbers]
+        of_row = {answer.request.key: answer for answers, _ in each for answer in answers}
+        self.hear_written([*of_row.values()], [known for _, drawn in each for known in drawn])
+        return [self.row_of(of_row[number]) for number in numbers]
 
     def hear_written(self, answers: list[generate.Answer], logp: list[float]) -> None:
         """Take what the log says of a step's answers, and say what has gone wrong with them since

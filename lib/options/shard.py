@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +30,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from lib import files, models
 from lib.head import is_divided, local, undivided
 from lib.options.capture import decoder_layers
+
+FILE_BYTES = 1 << 28  # of a file of last/, about
 
 
 class Divided:
@@ -109,12 +112,15 @@ class Divided:
         return copy.deepcopy(self.empty, full) if keep else None
 
     def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """Write tensors, each rank its part, as safetensors; all ranks call this together."""
+        """Write tensors, each rank its part, as safetensors; all ranks call this together. A file
+        is made in memory before it is written, so there are many."""
+        number, size = {}, 0
+        for name, tensor in tensors.items():
+            number[name] = 1 + size // (FILE_BYTES * dist.get_world_size())
+            size += tensor.nbytes
+        writer = dcp.HuggingFaceStorageWriter(str(folder), number, save_distributed=True)
         try:
-            dcp.save(
-                dict(tensors),
-                storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            )
+            dcp.save(dict(tensors), storage_writer=writer)
         except dcp.CheckpointException as failed:
             why = next(iter(failed.failures.values()))[0]
             files.fail(f"{folder} cannot be written", why, "room on a disk that all processes see")

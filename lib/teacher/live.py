@@ -21,7 +21,7 @@ import torch
 from lib import checkpoints, data, evaluate, files, flags, losses, models, plan, train
 from lib.head import Head, topk_and_tails
 from lib.teacher import placed
-from lib.teacher.placed import activation_bytes, output_layer
+from lib.teacher.placed import activation_bytes, numbered, output_layer
 
 # kept of the teacher at val targets, on the student's device; more is computed each time
 VAL_BYTES = 1 << 28
@@ -81,6 +81,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--k is {args.k}, wanted 0 or more")
     if len(placing := given_of(args)) > 1:
         parser.error(f"{' and '.join(placing)} do not go together: wanted one of them")
+    if args.device_map and args.teacher_device:  # it would fill the student's card first
+        parser.error("--device-map and --teacher-device do not go together: wanted one of them")
     folders = [*flags.folders_of(args.teacher).values()] or [args.teacher]
     is_gguf = any(folder.endswith(".gguf") for folder in folders)
     if is_gguf and placing:
@@ -109,6 +111,7 @@ class LiveTeacher:
         # what it said at val batches: the same at every evaluation; and the bytes left for it
         self.remembered: dict[tuple, losses.TopK | losses.Whole] = {}
         self.room = VAL_BYTES
+        placed.check_packages(args)
         if args.teacher_offload:
             files.need("accelerate", "--teacher-offload")
         self.folder = checkpoints.local_folder(args.teacher, args.trust_remote_code)
@@ -372,8 +375,3 @@ def rooms_of(
         )
     room = have - more
     return [room * own // max(1, sum(weights)) for own in weights]
-
-
-def numbered(device: torch.device) -> torch.device:
-    """Return a device with its number: cuda is cuda:0, and equal to it."""
-    return torch.empty(0, device=device).device

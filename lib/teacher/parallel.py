@@ -70,7 +70,7 @@ def placing_of(peers: Any, folder: Path, device: torch.device) -> dict:
     lib/options/ranks.py, class Ranks). Refused: what cannot be divided."""
     from transformers.distributed import DistributedConfig
 
-    if peers.world == 1:
+    if peers is None or peers.world == 1:
         files.fail("--tp is for several processes", "one", mend="torchrun --nproc-per-node N")
     if checkpoints.is_adapter(folder) or checkpoints.is_gguf(folder):
         files.fail("--tp cannot divide it", folder, "a folder with all of a model's weights")

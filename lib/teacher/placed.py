@@ -49,15 +49,24 @@ def in_bits(quant: str, device: torch.device, dtype: torch.dtype) -> dict:
     return {"quantization_config": bits, "device_map": {"": device}}
 
 
+NEEDS = {"teacher_quant": ("bitsandbytes", "accelerate"), "device_map": ("accelerate",)}
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Refuse --teacher-quant and --device-map without the packages that they take."""
+    for name, packages in NEEDS.items():
+        for package in packages if getattr(args, name) else ():
+            files.need(package, f"{flags.spelled(name)} {getattr(args, name)}")
+
+
 def check_placing(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse --teacher-quant and --device-map without the packages that they take, and of a model
-    that is not a folder of whole weights."""
-    needs = {"teacher_quant": ("bitsandbytes", "accelerate"), "device_map": ("accelerate",)}
-    for name, packages in needs.items():
+    """Refuse them for a model that is not a folder of whole weights."""
+    for name in NEEDS:
         if not getattr(args, name):
             continue
-        for package in packages:
-            files.need(package, f"{flags.spelled(name)} {getattr(args, name)}")
+        if name == "device_map" and (how := checkpoints.quantised(folder)):
+            wanted = "whole weights, whose layers have a size that is known"
+            files.fail(f"{folder} is quantised, and --device-map does not take it", how, wanted)
         if checkpoints.is_adapter(folder) or checkpoints.is_gguf(folder):
             files.fail(
                 f"{flags.spelled(name)} does not take it",
@@ -67,9 +76,9 @@ def check_placing(args: argparse.Namespace, folder: Path) -> None:
             )
 
 
-def cards(args: argparse.Namespace) -> int:
+def cards(args: argparse.Namespace, device: torch.device) -> int:
     """Return how many cards --device-map spreads a model over."""
-    return max(1, torch.cuda.device_count()) if args.device_map else 1
+    return torch.cuda.device_count() if args.device_map and device.type == "cuda" else 1
 
 
 def output_layer(shapes: list) -> tuple[int, int]:
@@ -94,7 +103,7 @@ def spread(
     room: int,
     trust_remote_code: bool = False,
     cards: dict[int, int] | None = None,
-) -> dict[str, str]:
+) -> dict[str, int | str | None]:
     """Return which part of a model goes where: all that is not a layer to `device`, which also
     runs the layers that wait elsewhere; the layers, in order, into the rest of its `room` (bytes),
     then to other `cards` (number: bytes) or, without, to CPU memory, and then to disk, as
@@ -121,6 +130,13 @@ def spread(
         return sum(p.numel() * p.element_size() for p in part.parameters())
 
     own = device.index if device.type == "cuda" else device.type  # as accelerate calls it
+    if cards is not None and room < size(module) - size(body.layers):
+        files.fail(
+            f"{folder} has no room for its embeddings on {device}",
+            f"{files.human(max(0, room))} for weights",
+            f"{files.human(size(module) - size(body.layers))}",
+            "--tp under torchrun, or --logits (dump_logits.py), where it is alone",
+        )
     rooms: dict[int | str | None, int] = {own: room - size(module) + size(body.layers)}
     rooms.update((cards or {}).items())
     if own != "cpu" and cards is None:
@@ -129,10 +145,16 @@ def spread(
     layers = infer_auto_device_map(body.layers, rooms, whole, clean_result=False)
     others = [name for name, part in module.named_children() if part is not body]
     others += [f"{prefix}.{name}" for name, part in body.named_children() if name != "layers"]
-    where = dict.fromkeys(others, str(device))
+    here = str(device) if cards is None else own  # one name for it, beside other cards
+    where: dict[str, int | str | None] = dict.fromkeys(others, here)
     for number, place in layers.items():
-        where[f"{prefix}.layers.{number}"] = str(device) if place == own else place
+        where[f"{prefix}.layers.{number}"] = here if place == own else place
     return where
+
+
+def numbered(device: torch.device) -> torch.device:
+    """Return a device with its number: cuda is cuda:0, and equal to it."""
+    return torch.empty(0, device=device).device
 
 
 def over_cards(
@@ -143,8 +165,9 @@ def over_cards(
     beside: int,
     trust_remote_code: bool = False,
 ) -> dict:
-    """Return how from_pretrained puts a model on all cards (--device-map auto): `device`, with
-    `room` bytes for weights, first; of each other, `beside` bytes of what is free are left."""
+    """Return how from_pretrained puts a model on all cards (--device-map auto): `device` has `room`
+    bytes for weights; of each other, `beside` bytes of what is free are left."""
+    device = numbered(device)
     others = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     cards = {
         number: train.available_bytes(torch.device("cuda", number)) - beside

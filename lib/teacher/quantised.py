@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lib import checkpoints, data, files, losses, models, train
-from lib.head import Head
+from lib.head import CHUNK_BYTES, Head
 from lib.teacher import placed, sample
 
 ROWS_ASKED = 200
@@ -38,8 +38,8 @@ def has_room(
     """Return whether a whole model has room on a device, by its files; say so where it has none."""
     shapes = checkpoints.shapes(checkpoints.base_of(folder))
     need = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    need += need // 20  # what an allocator leaves between
-    need += placed.beside_bytes(shapes, args.tokens_per_microbatch, dtype)
+    need += placed.activation_bytes(shapes, args.tokens_per_microbatch, dtype)
+    need += need // 20 + 5 * CHUNK_BYTES  # what an allocator leaves between; logits
     if need <= (have := train.available_bytes(device)):
         return True
     print(

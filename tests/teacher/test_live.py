@@ -555,22 +555,26 @@ def test_layers_lie_over_all_cards_as_far_as_there_is_room(tmp_path, monkeypatch
     layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     rest = 4 * (make.V * 32 + 32)
 
-    def where(room, others, device="cuda:0"):
+    def where(room, others, device="cuda"):
         free = {1: others[0], 2: others[1]}
         monkeypatch.setattr(train, "available_bytes", lambda card: free[card.index])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        monkeypatch.setattr(placed, "numbered", lambda _: torch.device("cuda:0"))
         words = tmp_path / "deep", torch.float32, torch.device(device), room, layer
         return placed.over_cards(*words)["device_map"]
 
     # of each other card a layer's bytes are left; this one keeps room for a layer in its turn
     made = where(rest + 3 * layer, [4 * layer, 3 * layer])
-    assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == "cuda:0"
+    assert made["lm_head"] == made["model.embed_tokens"] == made["model.norm"] == 0
     each = [made[f"model.layers.{i}"] for i in range(6)]
-    assert each == ["cuda:0", "cuda:0", 1, 1, 1, 2]
+    assert each == [0, 0, 1, 1, 1, 2]
+    with pytest.raises(SystemExit) as end:
+        where(rest - 1, [9 * layer, 9 * layer])
+    assert "no room for its embeddings on cuda:0" in str(end.value)
     with pytest.raises(SystemExit) as end:
         where(rest + 3 * layer, [3 * layer, 2 * layer])
     assert "does not fit on 3 card(s)" in str(end.value) and "all but" in str(end.value)
-    assert "layers on cuda:0 2, 1 3, 2 1" in capsys.readouterr().out
+    assert "layers on 0 2, 1 3, 2 1" in capsys.readouterr().out
 
 
 def test_one_card_takes_all_layers(world, dataset, tmp_path):
@@ -717,6 +721,7 @@ def spoil(folder, name, value=float("nan")):
         ((), ["--teacher-quant", "2bit"], "invalid choice: '2bit'"),
         ((), ["--teacher-quant", "4bit", "--teacher-offload"], "do not go together"),
         ((), ["--tp", "--device-map", "auto"], "do not go together"),
+        ((), ["--teacher-device", "cpu", "--device-map", "auto"], "do not go together"),
         ((), ["--tp", "--feature-weight", "1"], "--tp does not go with --feature-weight"),
         (
             ("--teacher",),
