@@ -16,8 +16,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 # files that take longest begin first, so that no core waits for the last one
 LONGEST = (
+    "test_ranks",
     "test_pipeline",
     "test_resume",
+    "test_shared",
     "test_answers",
     "test_live",
     "test_lora",
