@@ -26,8 +26,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-
-
 STEP = "--device cpu --samples 0 --log-every 1 --tokens-per-step 2048 --eval-every 1000".split()
 
 
@@ -50,18 +48,21 @@ def started(cores: str, script: str, *words, ranks: int = 0) -> subprocess.Popen
     alone = [sys.executable, script]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line = [*torchrun, "--nproc-per-node", ranks, script] if ranks else alone
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["taskset", "-c", cores, *map(str, line), *map(str, words)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
+        stdout=(said := tempfile.TemporaryFile("w+")),  # a pipe that nobody reads would fill
         stderr=subprocess.STDOUT,
-        text=True,
     )
+    process.stdout = said
+    return process
 
 
 def output(process: subprocess.Popen) -> str:
-    told = process.communicate()[0]
+    process.wait()
+    process.stdout.seek(0)
+    told = process.stdout.read()
     if process.returncode:
         sys.exit(f"{' '.join(process.args)}: {process.returncode}\n{told[-3000:]}")
     return told
